@@ -59,12 +59,22 @@ class Attack:
         return said if self.gain == NOTHING else f"{said}; gains: {self.gain}"
 
 
-def attack(name: str, *, by: Adversary, defence: str, refused: Any, code: str = "", gain: str = NOTHING) -> Callable[[F], F]:
-    """Marks a test as an attack."""
+def attack(
+    name: str,
+    by: Adversary,
+    defence: str,
+    refused: Any = None,
+    *,
+    code: str = "",
+    gain: str = NOTHING,
+    cases: Any = None,
+    ids: Any = None,
+) -> Callable[[F], F]:
+    """Marks a test as an attack. cases: those in which it is tried, one after another, as the argument `case`."""
 
     def mark(function: F) -> F:
         function.attack = Attack(name, by, defence, refused, code, gain)  # type: ignore[attr-defined]
-        return function
+        return function if cases is None else pytest.mark.parametrize("case", cases, ids=ids)(function)
 
     return mark
 

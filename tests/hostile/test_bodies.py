@@ -44,12 +44,8 @@ def sealed(stage: Stage, size: int = 0) -> bytes:
     return bytes(seal_request(stage.keys.pool.config, encode_request(inner()) + bytes(size))[0])
 
 
-@attack(
-    "have the gateway read megabytes without a token",
-    by="stranger",
-    defence="the gateway checks the token before it reads the body or asks for it",
-    refused=problems.INVALID_TOKEN,
-)
+@attack("have the gateway read megabytes without a token", "stranger",
+        "the gateway checks the token before it reads the body or asks for it", problems.INVALID_TOKEN)  # fmt: skip
 @pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
 async def test_nobody(honest: Stage, verdict: Verdict, expect: bytes) -> None:
     async with opened(honest) as port:
@@ -59,35 +55,23 @@ async def test_nobody(honest: Stage, verdict: Verdict, expect: bytes) -> None:
     verdict.said(problem_of(told))
 
 
-@attack(
-    "have the admin API read megabytes without a token",
-    by="stranger",
-    defence="the gateway checks the token before it reads the body",
-    refused=problems.INVALID_TOKEN,
-)
+@attack("have the admin API read megabytes without a token", "stranger",
+        "the gateway checks the token before it reads the body", problems.INVALID_TOKEN)  # fmt: skip
 async def test_admin(honest: Stage, verdict: Verdict) -> None:
     async with opened(honest, create_admin(honest.gateway)) as port:
         verdict.said(problem_of(await answer(port, REVOKE + b"Content-Length: 300000000\r\n\r\n" + bytes(100_000))))
 
 
-@attack(
-    "have the admin API read megabytes",
-    by="client",
-    defence="a body has at most 16 KiB, counted while it is read",
-    refused=BODY_TOO_LARGE,
-)
+@attack("have the admin API read megabytes", "client", "a body has at most 16 KiB, counted while it is read", BODY_TOO_LARGE)
 async def test_admin_long(honest: Stage, verdict: Verdict) -> None:
     async with opened(honest, create_admin(honest.gateway)) as port:
         said = REVOKE + bearer(honest.token) + b"Content-Length: 300000000\r\n\r\n" + b" " * (MAX_BODY + 1)
         verdict.said(problem_of(await answer(port, said)))
 
 
-@attack(
-    "have the gateway read megabytes that policy denies anyway",
-    by="client",
-    defence="policy decides on the outer headers and the length, before more is read than the sealed request's header",
-    refused=problems.PATH_NOT_ALLOWED,
-)
+@attack("have the gateway read megabytes that policy denies anyway", "client",
+        "policy decides on the outer headers and the length, before more is read than the sealed request's header",
+        problems.PATH_NOT_ALLOWED)  # fmt: skip
 async def test_denied(stage: Stage, honest: Stage, verdict: Verdict) -> None:
     async with opened(honest) as port:
         head = POST + OUTER.replace(b"Action: chat", b"Action: http") + bearer(honest.token)
@@ -96,12 +80,8 @@ async def test_denied(stage: Stage, honest: Stage, verdict: Verdict) -> None:
     assert (await honest.outcomes())[0]["problem"] == "path-not-allowed"
 
 
-@attack(
-    "take a gateway's memory by bodies that are never whole",
-    by="client",
-    defence="bytes of bodies are counted before they are kept, for each caller and for all",
-    refused=problems.RATE_LIMITED,
-)
+@attack("take a gateway's memory by bodies that are never whole", "client",
+        "bytes of bodies are counted before they are kept, for each caller and for all", problems.RATE_LIMITED)  # fmt: skip
 async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
     most, size = honest.gateway.settings.limits.body_bytes_per_subject, MAX_SEALED_REQUEST - 1
     start = sealed(stage, 2000)[:MAX_HEADER]
@@ -120,12 +100,8 @@ async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
                 await asyncio.sleep(0.01)
 
 
-@attack(
-    "fill the disk of the audit log with requests that are refused",
-    by="client",
-    defence="refusals have their own limit; beyond it they are counted, not recorded",
-    refused=problems.RATE_LIMITED,
-)
+@attack("fill the disk of the audit log with requests that are refused", "client",
+        "refusals have their own limit; beyond it they are counted, not recorded", problems.RATE_LIMITED)  # fmt: skip
 async def test_refusals(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:
     async def ask(token: str) -> str | None:
         headers = [*headers_of(honest, lacre_action="http")[:-1], ("authorization", f"Bearer {token}")]

@@ -38,12 +38,9 @@ async def shown(issuer: Issuer, verdict: Verdict, claims: dict[str, Any]) -> Non
     verdict.said(refused.value.problem.type)
 
 
-@attack(
-    "join so many groups that the token only links to them, which hides one that a rule forbids",
-    by="client",
-    defence="a token whose groups are elsewhere is refused, unless the settings say otherwise",
-    refused=problems.CLAIMS_ELSEWHERE,
-)
+@attack("join so many groups that the token only links to them, which hides one that a rule forbids", "client",
+        "a token whose groups are elsewhere is refused, unless the settings say otherwise",
+        problems.CLAIMS_ELSEWHERE)  # fmt: skip
 @pytest.mark.parametrize(
     "claims",
     [
@@ -57,22 +54,15 @@ async def test_groups_elsewhere(issuer: Issuer, verdict: Verdict, claims: dict[s
     await shown(issuer, verdict, claims)
 
 
-@attack(
-    "carry a name that reverses the text around it, so that a list of callers shows another name",
-    by="client",
-    defence="a name with control characters, or with characters that reorder text, is refused",
-    refused=problems.UNUSABLE_CLAIMS,
-)
+@attack("carry a name that reverses the text around it, so that a list of callers shows another name", "client",
+        "a name with control characters, or with characters that reorder text, is refused",
+        problems.UNUSABLE_CLAIMS)  # fmt: skip
 @pytest.mark.parametrize("name", ["nimda\u202e", "\u2066admin\u2069", "alice\u2028admin", "alice\x1b[2K"], ids=ascii)
 async def test_name_that_shows_another(issuer: Issuer, verdict: Verdict, name: str) -> None:
     await shown(issuer, verdict, {"sub": name})
 
 
-@attack(
-    "use a token without a tenant, which would count as the tenant called default",
-    by="client",
-    defence="a token that names no tenant is refused, unless the settings name one for it",
-    refused=problems.UNUSABLE_CLAIMS,
-)
+@attack("use a token without a tenant, which would count as the tenant called default", "client",
+        "a token that names no tenant is refused, unless the settings name one for it", problems.UNUSABLE_CLAIMS)  # fmt: skip
 async def test_no_tenant(issuer: Issuer, verdict: Verdict) -> None:
     await shown(issuer, verdict, {"tenant": None})

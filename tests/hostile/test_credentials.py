@@ -92,13 +92,8 @@ async def answers(site: Site) -> None:
     await site.running(await site.gateway("g2"), "b")
 
 
-@attack(
-    "fill the claims of its pool, with entries that never go",
-    by="credential",
-    defence="every bucket has a reserved size; a claim cannot set its own time to live",
-    refused=None,
-    gain=FULL,
-)
+@attack("fill the claims of its pool, with entries that never go", "credential",
+        "every bucket has a reserved size; a claim cannot set its own time to live", gain=FULL)  # fmt: skip
 async def test_claims_fill(site: Site) -> None:
     thief = await site.stolen("worker-a-n1")
     for headers in ({"Nats-TTL": "never"}, {"Nats-TTL": "1s"}):
@@ -110,13 +105,8 @@ async def test_claims_fill(site: Site) -> None:
     await answers(site)
 
 
-@attack(
-    "write another claim over one, or erase it, so that a request runs again",
-    by="credential",
-    defence="a claim is written once; the bucket accepts no roll-ups",
-    refused=None,
-    gain="nothing",
-)
+@attack("write another claim over one, or erase it, so that a request runs again", "credential",
+        "a claim is written once; the bucket accepts no roll-ups")  # fmt: skip
 async def test_claim_again(site: Site) -> None:
     delivery = await site.running(await site.gateway("g1"))
     thief = await site.stolen("worker-a-n2")
@@ -126,13 +116,8 @@ async def test_claim_again(site: Site) -> None:
     assert not await delivery.claim()
 
 
-@attack(
-    "cancel another worker's request, or renew its credit, through an answer of JetStream",
-    by="credential",
-    defence="cancels and credit carry an HMAC by a key that only the gateway and the worker of the request know",
-    refused=None,
-    gain="nothing",
-)
+@attack("cancel another worker's request, or renew its credit, through an answer of JetStream", "credential",
+        "cancels and credit carry an HMAC by a key that only the gateway and the worker of the request know")  # fmt: skip
 async def test_orders(site: Site) -> None:
     delivery = await site.running(await site.gateway("g1"))
     thief, request = await site.stolen("worker-a-n2"), delivery.work.request_id
@@ -148,13 +133,8 @@ async def test_orders(site: Site) -> None:
     more.cancel()
 
 
-@attack(
-    "have a gateway cancel another gateway's request, by a frame for it",
-    by="credential",
-    defence="a gateway's orders are proven by keys of its own requests",
-    refused=None,
-    gain="nothing",
-)
+@attack("have a gateway cancel another gateway's request, by a frame for it", "credential",
+        "a gateway's orders are proven by keys of its own requests")  # fmt: skip
 async def test_deputy(site: Site) -> None:
     delivery = await site.running(await site.gateway("g1"))
     other = await site.gateway("g2")
@@ -169,13 +149,8 @@ async def test_deputy(site: Site) -> None:
     assert not delivery.cancelled.is_set()
 
 
-@attack(
-    "announce a missing worker through an answer of JetStream",
-    by="credential",
-    defence="JetStream answers only the account that asked",
-    refused=None,
-    gain="nothing; a node may say anything about itself",
-)
+@attack("announce a missing worker through an answer of JetStream", "credential",
+        "JetStream answers only the account that asked", gain="nothing; a node may say anything about itself")  # fmt: skip
 async def test_presence(site: Site) -> None:
     gateway, thief = await site.gateway("g1"), await site.stolen("worker-a-n2")
     said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": []}).encode()
@@ -188,13 +163,9 @@ async def test_presence(site: Site) -> None:
 
 
 @pytest.mark.slow
-@attack(
-    "say that it holds no key of its pool, so that no pool gets new keys, and old ones stay on disk",
-    by="credential",
-    defence="pools rotate independently, and the log names the worker",
-    refused=NotTakenUp,
-    gain="its own pool keeps its keys until an operator ends that worker",
-)
+@attack("say that it holds no key of its pool, so that no pool gets new keys, and old ones stay on disk", "credential",
+        "pools rotate independently, and the log names the worker", NotTakenUp,
+        gain="its own pool keeps its keys until an operator ends that worker")  # fmt: skip
 async def test_no_new_keys(site: Site, tmp_path: Path, verdict: Verdict) -> None:
     state, connection, thief = (
         StateFolder(tmp_path / "state", POOLS),
@@ -220,13 +191,9 @@ async def test_no_new_keys(site: Site, tmp_path: Path, verdict: Verdict) -> None
     assert [path.name for path in sorted(state.keys_folder("b").iterdir())] == ["3.key", "4.key"]
 
 
-@attack(
-    "erase or change other gateways' draws on the budgets",
-    by="credential",
-    defence="each gateway credential writes its own part; the bucket accepts no roll-ups, deletes, purges or times to live",
-    refused=None,
-    gain="its own part: it can say that its leases hold a whole budget",
-)
+@attack("erase or change other gateways' draws on the budgets", "credential",
+        "each gateway credential writes its own part; the bucket accepts no roll-ups, deletes, purges or times to live",
+        gain="its own part: it can say that its leases hold a whole budget")  # fmt: skip
 async def test_budgets(site: Site) -> None:
     honest = NatsBucket(await site.connect("gateway-g2"), subjects.BUDGETS_BUCKET)
     await honest.write("user.a.b", b"usage", 0)
@@ -243,13 +210,9 @@ async def test_budgets(site: Site) -> None:
     assert (entry.value, entry.others) == (b"usage", ())
 
 
-@attack(
-    "fill the revocations, so that nobody can be revoked",
-    by="credential",
-    defence="each credential has a share of them, in its own name; the provisioner's is the reserve",
-    refused=None,
-    gain="its own share: 10,000 entries that every gateway reads",
-)
+@attack("fill the revocations, so that nobody can be revoked", "credential",
+        "each credential has a share of them, in its own name; the provisioner's is the reserve",
+        gain="its own share: 10,000 entries that every gateway reads")  # fmt: skip
 async def test_revocations(site: Site) -> None:
     thief = await site.stolen("gateway-g1")
     for writer in ("gateway-g2", "provisioner", "A" * 43):
@@ -258,13 +221,8 @@ async def test_revocations(site: Site) -> None:
     assert len(thief.errors) == 3
 
 
-@attack(
-    "take the message server's memory by subscriptions and connections",
-    by="credential",
-    defence="each account has limits of both",
-    refused=None,
-    gain="the connections of its own pool",
-)
+@attack("take the message server's memory by subscriptions and connections", "credential",
+        "each account has limits of both", gain="the connections of its own pool")  # fmt: skip
 async def test_subscriptions(site: Site) -> None:
     thief = await site.stolen("worker-a-n1")
     for number in range(WORKER_SUBSCRIPTIONS + 50):
@@ -277,13 +235,9 @@ async def test_subscriptions(site: Site) -> None:
     await answers(site)
 
 
-@attack(
-    "take every connection that gateways may have",
-    by="credential",
-    defence="each gateway has an account of its own, with connections of its own",
-    refused=None,
-    gain="nothing; only its own gateway cannot reconnect meanwhile",
-)
+@attack("take every connection that gateways may have", "credential",
+        "each gateway has an account of its own, with connections of its own",
+        gain="nothing; only its own gateway cannot reconnect meanwhile")  # fmt: skip
 async def test_gateways_connections(site: Site) -> None:
     with pytest.raises(ConnectionError):
         for _ in range(1000):
@@ -292,13 +246,9 @@ async def test_gateways_connections(site: Site) -> None:
 
 
 @pytest.mark.slow
-@attack(
-    "flood the message server over one connection, and come back when it is cut off",
-    by="credential",
-    defence="the warden has nats-server end each connection that floods; the log names the user",
-    refused=None,
-    gain="a second or so of flooding with each connection, until the credential is replaced",
-)
+@attack("flood the message server over one connection, and come back when it is cut off", "credential",
+        "the warden has nats-server end each connection that floods; the log names the user",
+        gain="a second or so of flooding with each connection, until the credential is replaced")  # fmt: skip
 async def test_cut_off(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state", {"a": ("m1",)})
     server = NatsServer(tmp_path / "nats", free_port())
@@ -320,13 +270,8 @@ async def test_cut_off(tmp_path: Path) -> None:
         process.wait(10)
 
 
-@attack(
-    "send the gateway messages that no worker sends, 8 MiB each",
-    by="credential",
-    defence="a pool's account takes frames of 256 KiB and their headers: the server ends the connection",
-    refused=None,
-    gain="nothing",
-)
+@attack("send the gateway messages that no worker sends, 8 MiB each", "credential",
+        "a pool's account takes frames of 256 KiB and their headers: the server ends the connection")  # fmt: skip
 async def test_large(site: Site) -> None:
     gateway, thief = await site.gateway("g1"), await site.stolen("worker-a-n1")
     thief.publish(subjects.reply("a", "g1", "0" * 32), bytes(WORKER_PAYLOAD + 1))

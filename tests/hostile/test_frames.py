@@ -7,13 +7,14 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import AsgiWire, Eyes, HostileFabric, framed
-from hostile.attacks import Verdict, attack
+from hostile.attacks import NOTHING, Verdict, attack
+from hostile.shapes import Test
 from lacre import OpenError, problems
 from lacre.errors import TruncatedStream
 from lacre.evidence.receipts import Receipt
@@ -30,8 +31,11 @@ COUNTED = "frames of an attempt are counted, and a gap ends the answer"
 WHOLE = "an answer is whole only when its final chunk has opened"
 UNREAD = "the gateway forwards what it cannot read; the caller opens it"
 OF_THE_POOL = "a receipt is signed with the pool's receipt key"
+THIEF = Ed25519PrivateKey.generate()
+BOOKED_LOW = "nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`"
 
-Frames = Iterable[Frame]
+Frames: TypeAlias = Iterable[Frame]
+PassOn: TypeAlias = Callable[[str, Frame], Iterable[tuple[str, Frame]]]
 
 
 async def asked(stage: Stage, honest: Stage, wire: AsgiWire) -> str:
@@ -45,64 +49,49 @@ async def asked(stage: Stage, honest: Stage, wire: AsgiWire) -> str:
         assert worker.calls == (1 if stage.hub.frames else 0)
 
 
-def each(change: Callable[[Frame], Frames]) -> Callable[[str, Frame], list[tuple[str, Frame]]]:
+def each(change: Callable[[Frame], Frames]) -> PassOn:
     """What the gateway hears of each frame, numbered anew so that the change itself leaves no gap."""
     numbers: dict[str, int] = {}
 
-    def pass_on(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
-        passed = []
+    def pass_on(request_id: str, frame: Frame) -> Iterable[tuple[str, Frame]]:
         for changed in change(frame):
             number = numbers.get(changed.attempt, 0)
             numbers[changed.attempt] = number + 1
-            passed.append((request_id, replace(changed, sequence=number)))
-        return passed
+            yield request_id, replace(changed, sequence=number)
 
     return pass_on
 
 
-def data(frame: Frame, number: int) -> bool:
-    return frame.kind is FrameKind.DATA and frame.sequence >= number
+def passed(name: str, defence: str, refused: Any, *ways: Callable[[], PassOn], gain: str = NOTHING) -> Test:
+    """The attack of a fabric that passes an answer's frames on in these ways. refused: None where the caller gets the text."""
+
+    @attack(name, "fabric", defence, refused, gain=gain, cases=ways, ids=range(len(ways)))
+    async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
+        fabric.pass_on = case()
+        if refused is None:
+            assert await asked(stage, honest, wire) == stage.prompt
+        else:
+            with verdict.refused():
+                await asked(stage, honest, wire)
+
+    return test
 
 
-@attack("put a record of its own between two of the worker's", by="fabric", defence=UNREAD, refused=OpenError)
-async def test_inject(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    injected = framed(secrets.token_bytes(64))
-    fabric.pass_on = each(lambda frame: [replace(frame, payload=injected), frame] if data(frame, 3) else [frame])
-    with verdict.refused():
-        await asked(stage, honest, wire)
+def at(number: int, change: Callable[[Frame], Frames], *, only: bool = False) -> Callable[[], PassOn]:
+    """Other frames in the place of one of the answer's: of all data from `number` on or, with `only`, of that one alone."""
+
+    def here(frame: Frame) -> bool:
+        return frame.sequence == number if only else frame.kind is FrameKind.DATA and frame.sequence >= number
+
+    return lambda: each(lambda frame: change(frame) if here(frame) else [frame])
 
 
-@attack(
-    "send frames under an attempt of its own beside the worker's",
-    by="fabric",
-    refused=None,
-    gain="nothing; they are dropped",
-    defence="a gateway is bound to the first attempt that sends a frame",
-)
-async def test_another_attempt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    def beside(frame: Frame) -> Frames:
-        return [frame, Frame("f" * 32, 0, FrameKind.DATA, framed(bytes(64))), Frame("f" * 32, 0, FrameKind.ERROR, b"x")]
-
-    fabric.pass_on = each(beside)
-    assert await asked(stage, honest, wire) == stage.prompt
+def own(kind: FrameKind, payload: bytes) -> Frame:
+    """Under an attempt of the adversary's own."""
+    return Frame("f" * 32, 0, kind, payload)
 
 
-@attack("answer before the worker does", by="fabric", defence=UNREAD, refused=OpenError)
-async def test_first(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    """The gateway is bound to the impostor, whose answer is whole in all that a gateway can see."""
-    forged = bytes(32) + framed(bytes(64)) + b"\x00" + bytes(64)
-
-    def first(frame: Frame) -> Frames:
-        own = (Frame("f" * 32, 0, FrameKind.DATA, forged), Frame("f" * 32, 0, FrameKind.USAGE, b""))
-        return [*own, frame] if frame.sequence == 0 else [frame]
-
-    fabric.pass_on = each(first)
-    with verdict.refused():
-        await asked(stage, honest, wire)
-
-
-@attack("swap two frames", by="fabric", defence=COUNTED, refused=TruncatedStream)
-async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+def swapping() -> PassOn:
     held: list[tuple[str, Frame]] = []
 
     def swap(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
@@ -111,43 +100,50 @@ async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hostile
             return []
         return [(request_id, frame), *held] if frame.sequence == 5 else [(request_id, frame)]
 
-    fabric.pass_on = swap
-    with verdict.refused():
-        await asked(stage, honest, wire)
+    return swap
 
 
-@attack("leave out a frame, or send one twice", by="fabric", defence=COUNTED, refused=TruncatedStream)
-@pytest.mark.parametrize("times", [0, 2])
-async def test_drop(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int) -> None:
-    fabric.pass_on = lambda request_id, frame: [(request_id, frame)] * (times if frame.sequence == 4 else 1)
-    with verdict.refused():
-        await asked(stage, honest, wire)
+INJECTED = framed(secrets.token_bytes(64))
+# Whole in all that a gateway can see.
+FORGED = bytes(32) + framed(bytes(64)) + b"\x00" + bytes(64)
+
+test_inject = passed(
+    "put a record of its own between two of the worker's", UNREAD, OpenError,
+    at(3, lambda frame: [replace(frame, payload=INJECTED), frame]),
+)  # fmt: skip
+test_another_attempt = passed(
+    "send frames under an attempt of its own beside the worker's",
+    "a gateway is bound to the first attempt that sends a frame", None,
+    lambda: each(lambda frame: [frame, own(FrameKind.DATA, framed(bytes(64))), own(FrameKind.ERROR, b"x")]),
+    gain="nothing; they are dropped",
+)  # fmt: skip
+test_first = passed(
+    "answer before the worker does", UNREAD, OpenError,
+    at(0, lambda frame: [own(FrameKind.DATA, FORGED), own(FrameKind.USAGE, b""), frame], only=True),
+)  # fmt: skip
+test_swap = passed("swap two frames", COUNTED, TruncatedStream, swapping)
+test_drop = passed(
+    "leave out a frame, or send one twice", COUNTED, TruncatedStream,
+    *(lambda times=times: lambda request_id, frame: [(request_id, frame)] * (times if frame.sequence == 4 else 1)
+      for times in (0, 2)),
+)  # fmt: skip
+# As hard as it can try: the gateway finds nothing wrong, and the caller does.
+test_renumber = passed(
+    "renumber the frames, so that none seems to be missing", UNREAD, OpenError,
+    *(at(4, lambda frame, times=times: [frame] * times, only=True) for times in (0, 2)),
+)  # fmt: skip
+test_early_end = passed(
+    "tell the gateway early that the answer has ended", WHOLE, TruncatedStream,
+    at(4, lambda frame: [replace(frame, kind=FrameKind.USAGE, payload=b"")]),
+)  # fmt: skip
+test_problem = passed(
+    "have the gateway tell the caller that its token is invalid",
+    "the gateway passes on only the problems that a worker may report", problems.WORKER_LOST,
+    lambda: each(lambda frame: [replace(frame, kind=FrameKind.ERROR, payload=problems.INVALID_TOKEN.type.encode())]),
+)  # fmt: skip
 
 
-@attack("renumber the frames, so that none seems to be missing", by="fabric", defence=UNREAD, refused=OpenError)
-@pytest.mark.parametrize("times", [0, 2])
-async def test_renumber(
-    stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int
-) -> None:
-    """As hard as it can try: the gateway finds nothing wrong, and the caller does."""
-    fabric.pass_on = each(lambda frame: [frame] * (times if frame.sequence == 4 else 1))
-    with verdict.refused():
-        await asked(stage, honest, wire)
-
-
-@attack("tell the gateway early that the answer has ended", by="fabric", defence=WHOLE, refused=TruncatedStream)
-async def test_early_end(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    fabric.pass_on = each(lambda frame: [replace(frame, kind=FrameKind.USAGE, payload=b"")] if data(frame, 4) else [frame])
-    with verdict.refused():
-        await asked(stage, honest, wire)
-
-
-@attack(
-    "exchange the frames of two callers' answers",
-    by="fabric",
-    defence="each answer is sealed for its one request",
-    refused=OpenError,
-)
+@attack("exchange the frames of two callers' answers", "fabric", "each answer is sealed for its one request", OpenError)
 async def test_exchange(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     """The second caller is given the first one's recorded frames."""
     await asked(stage, honest, wire)
@@ -163,35 +159,17 @@ async def test_exchange(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hos
         await stage.client(wire, honest.token).chat(stage.prompt)
 
 
-@attack(
-    "have the gateway tell the caller that its token is invalid",
-    by="fabric",
-    refused=problems.WORKER_LOST,
-    defence="the gateway passes on only the problems that a worker may report",
-)
-async def test_problem(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    said = problems.INVALID_TOKEN.type.encode()
-    fabric.pass_on = each(lambda frame: [replace(frame, kind=FrameKind.ERROR, payload=said)])
-    with verdict.refused():
-        await asked(stage, honest, wire)
-
-
-@attack(
-    "flood a gateway with frames",
-    by="fabric",
-    defence="unread bytes are bounded for each request",
-    refused=problems.WORKER_LOST,
-)
+@attack("flood a gateway with frames", "fabric", "unread bytes are bounded for each request", problems.WORKER_LOST)
 async def test_flood(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    flood = MAX_PENDING_FRAMES + 2
-    fabric.pass_on = each(lambda frame: [replace(frame, payload=b"")] * flood + [frame] if frame.sequence == 0 else [frame])
+    honest_way, flood = fabric.pass_on, MAX_PENDING_FRAMES + 2
+    fabric.pass_on = at(0, lambda frame: [*[replace(frame, payload=b"")] * flood, frame], only=True)()
     with verdict.refused():
         await asked(stage, honest, wire)
-    fabric.pass_on = lambda request_id, frame: [(request_id, frame)]
+    fabric.pass_on = honest_way
     assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
 
 
-@attack("withhold work from every worker", by="fabric", defence="a queue limit", refused=problems.BUSY)
+@attack("withhold work from every worker", "fabric", "a queue limit", problems.BUSY)
 async def test_withhold(
     stage: Stage, tmp_path: Path, issuer: Issuer, fabric: HostileFabric, eyes: Eyes, verdict: Verdict
 ) -> None:
@@ -202,35 +180,28 @@ async def test_withhold(
         await asked(stage, stage, AsgiWire(stage.app, eyes))
 
 
-@attack(
-    "claim that there is no worker", by="fabric", defence="nothing: presence is the fabric's word", refused=problems.NO_WORKER
-)
+@attack("claim that there is no worker", "fabric", "nothing: presence is the fabric's word", problems.NO_WORKER)
 async def test_presence(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     fabric.live.clear()
     with verdict.refused():
         await stage.client(wire, honest.token).chat(stage.prompt)
 
 
-@attack("cancel a request during its answer", by="fabric", defence=WHOLE, refused=TruncatedStream)
+@attack("cancel a request during its answer", "fabric", WHOLE, TruncatedStream)
 async def test_cancel(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     def cancelling(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
-        if frame.sequence == 4:
-            fabric.outbound[request_id].cancel()
-            return [(request_id, replace(frame, kind=FrameKind.ERROR, payload=b""))]
-        return [(request_id, frame)]
+        if frame.sequence != 4:
+            return [(request_id, frame)]
+        fabric.outbound[request_id].cancel()
+        return [(request_id, replace(frame, kind=FrameKind.ERROR, payload=b""))]
 
     fabric.pass_on = cancelling
     with verdict.refused():
         await asked(stage, honest, wire)
 
 
-@attack(
-    "promise a worker endless credit, so that it fills the fabric",
-    by="fabric",
-    refused=None,
-    defence="credit never runs ahead of the bytes sent: 256 KiB",
-    gain="nothing; the worker waits for a reader",
-)
+@attack("promise a worker endless credit, so that it fills the fabric", "fabric",
+        "credit never runs ahead of the bytes sent: 256 KiB", gain="nothing; the worker waits for a reader")  # fmt: skip
 async def test_credit() -> None:
     sent: list[Frame] = []
 
@@ -249,73 +220,43 @@ async def test_credit() -> None:
 # The gateway's books
 
 
-async def booked(stage: Stage, honest: Stage, wire: AsgiWire) -> dict[str, Any]:
-    """What the gateway writes down of an answer that the caller got whole."""
-    assert await asked(stage, honest, wire) == stage.prompt
-    (outcome,) = await honest.outcomes()
-    return outcome
+def booked(name: str, defence: str, gain: str, told: Callable[[Stage, list[bytes]], bytes], *counts: Any) -> Test:
+    """The attack of a fabric that shows the gateway another receipt at the end of an answer, which the caller gets whole.
+
+    told: given the receipts that came before. counts: of tokens that the gateway may then write down.
+    """
+
+    @attack(name, "fabric", defence, gain=gain)
+    async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
+        beats: list[bytes] = []
+
+        def change(frame: Frame) -> Frames:
+            if frame.kind is FrameKind.BEAT:
+                beats.append(frame.payload)
+            return [replace(frame, payload=told(stage, beats))] if frame.kind is FrameKind.USAGE else [frame]
+
+        fabric.pass_on = each(change)
+        assert await asked(stage, honest, wire) == stage.prompt
+        (outcome,) = await honest.outcomes()
+        assert outcome["completion_tokens"] in counts
+
+    return test
 
 
-def usage(change: Callable[[Frame], bytes]) -> Callable[[str, Frame], list[tuple[str, Frame]]]:
-    return each(lambda frame: [replace(frame, payload=change(frame))] if frame.kind is FrameKind.USAGE else [frame])
-
-
-def claim(**members: Any) -> Receipt:
+def claim(key: Ed25519PrivateKey, enc: str = "A" * 43) -> bytes:
     """A receipt over many tokens."""
-    many: dict[str, Any] = {
-        "enc": "A" * 43, "model": "sha256:00", "prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 500,
-        "start": 0.0, "end": 1.0, "final": True,
-    }  # fmt: skip
-    return Receipt(**{**many, **members})
+    return Receipt(enc, "sha256:00", 1, 0, 500, 0.0, 1.0, final=True).sign(key).encode()
 
 
-@attack(
-    "claim usage under a receipt of its own",
-    by="fabric",
-    defence=OF_THE_POOL,
-    refused=None,
-    gain="nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`",
-)
-async def test_forged_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    own = Ed25519PrivateKey.generate()
-
-    def forged(_frame: Frame) -> bytes:
-        enc = b64u(SealedHeader.parse(fabric.works[0].sealed).digest)
-        return claim(enc=enc).sign(own).encode()
-
-    fabric.pass_on = usage(forged)
-    booked_as = await booked(stage, honest, wire)
-    assert booked_as["completion_tokens"] in (None, 0)
-
-
-@attack(
-    "settle one request with another's receipt",
-    by="fabric",
-    defence="a receipt names the digest of its request",
-    refused=None,
-    gain="nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`",
-)
-async def test_another_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    fabric.pass_on = usage(lambda _frame: claim().sign(stage.keys.receipts).encode())
-    booked_as = await booked(stage, honest, wire)
-    assert booked_as["completion_tokens"] in (None, 0)
-
-
-@attack(
-    "settle a request with its first receipt in place of its last",
-    by="fabric",
-    defence="nothing: the pool signed both",
-    refused=None,
-    gain="a lower bill for one caller; never a higher one than the pool signed",
-)
-async def test_first_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    beats: list[bytes] = []
-
-    def change(frame: Frame) -> Frames:
-        if frame.kind is FrameKind.BEAT:
-            beats.append(frame.payload)
-        return [replace(frame, payload=beats[0])] if frame.kind is FrameKind.USAGE else [frame]
-
-    fabric.pass_on = each(change)
-    booked_as = await booked(stage, honest, wire)
-    assert booked_as["completion_tokens"] == 0
+test_forged_receipt = booked(
+    "claim usage under a receipt of its own", OF_THE_POOL, BOOKED_LOW,
+    lambda stage, _beats: claim(THIEF, b64u(SealedHeader.parse(stage.hub.works[0].sealed).digest)), None, 0,
+)  # fmt: skip
+test_another_receipt = booked(
+    "settle one request with another's receipt", "a receipt names the digest of its request", BOOKED_LOW,
+    lambda stage, _beats: claim(stage.keys.receipts), None, 0,
+)  # fmt: skip
+test_first_receipt = booked(
+    "settle a request with its first receipt in place of its last", "nothing: the pool signed both",
+    "a lower bill for one caller; never a higher one than the pool signed", lambda _stage, beats: beats[0], 0,
+)  # fmt: skip

@@ -50,13 +50,7 @@ class Dearest(Constraint):
         self._let_go.wait()
 
 
-@attack(
-    "delay every answer of a worker with a schema whose masks take forever",
-    by="client",
-    defence=BESIDE,
-    refused=None,
-    gain="its own answer waits",
-)
+@attack("delay every answer of a worker with a schema whose masks take forever", "client", BESIDE, gain="its own answer waits")
 async def test_slow_masks(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     with engine_of(tmp_path) as engine:
         await stage.worker(create_app([engine]))
@@ -76,13 +70,8 @@ async def test_slow_masks(stage: Stage, gateway: GatewayOwner, verdict: Verdict,
         assert (await hostile).status == 200
 
 
-@attack(
-    "have a mask limit cut an answer short, and present it as whole",
-    by="client",
-    defence="reaching a mask limit ends that request with an error",
-    refused=ApiError,
-    code="schema_too_costly",
-)
+@attack("have a mask limit cut an answer short, and present it as whole", "client",
+        "reaching a mask limit ends that request with an error", ApiError, code="schema_too_costly")  # fmt: skip
 async def test_limits_of_masks(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     # The second string's automaton is larger than any may be, which shows once the answer has come there.
     parts = [{"pattern": f"^(.*[ab].{{{150 + i}}}){{3}}$"} for i in range(2)]
@@ -95,13 +84,8 @@ async def test_limits_of_masks(stage: Stage, gateway: GatewayOwner, verdict: Ver
         assert (await gateway.submit(encode_request(inner(chat(stage, max_tokens=4))), max_tokens=4)).status == 200
 
 
-@attack(
-    "stall the worker with a schema whose branches multiply",
-    by="client",
-    defence="a schema's cases are counted while they are made, outside the event loop",
-    refused=ApiError,
-    code="invalid_value",
-)
+@attack("stall the worker with a schema whose branches multiply", "client",
+        "a schema's cases are counted while they are made, outside the event loop", ApiError, code="invalid_value")  # fmt: skip
 async def test_cases_multiply(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     ways = [{"properties": {f"a{i}": {"minimum": i}}, "required": [f"b{i}"], "minProperties": i} for i in range(14)]
     with engine_of(tmp_path) as engine:
@@ -111,13 +95,8 @@ async def test_cases_multiply(stage: Stage, gateway: GatewayOwner, verdict: Verd
         assert (await gateway.submit(encode_request(inner(chat(stage, max_tokens=4))), max_tokens=4)).status == 200
 
 
-@attack(
-    "stall the worker with `multipleOf` values that have thousands of remainders each",
-    by="client",
-    defence="the remainders of a request's schemas are counted together",
-    refused=ApiError,
-    code="invalid_value",
-)
+@attack("stall the worker with `multipleOf` values that have thousands of remainders each", "client",
+        "the remainders of a request's schemas are counted together", ApiError, code="invalid_value")  # fmt: skip
 async def test_remainders(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     members = {f"a{step}": {"type": "integer", "multipleOf": step} for step in (9949, 9967, 9973)}
     with engine_of(tmp_path) as engine:
@@ -128,13 +107,8 @@ async def test_remainders(stage: Stage, gateway: GatewayOwner, verdict: Verdict,
         assert (await gateway.submit(encode_request(inner(chat(stage, max_tokens=4))), max_tokens=4)).status == 200
 
 
-@attack(
-    "weaken a schema by a grammar library's own options inside it",
-    by="client",
-    defence="a keyword outside the standard is refused by name",
-    refused=ApiError,
-    code="invalid_value",
-)
+@attack("weaken a schema by a grammar library's own options inside it", "client",
+        "a keyword outside the standard is refused by name", ApiError, code="invalid_value")  # fmt: skip
 async def test_options_inside(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     schema = {"type": "object", "x-guidance": {"lenient": True}, "properties": {"a": {"type": "string"}}}
     with engine_of(tmp_path) as engine:

@@ -7,20 +7,22 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import jwt
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
+from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, inner
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
+from hostile.shapes import Test, bent, granted
 from lacre import ApiError, problems
 from lacre.errors import Expired, InvalidAudit, InvalidSignature
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.trust.manifest import Document
 from lacre.trust.signing import sign_manifest
+from lacre.wire.bhttp import encode_request
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.grants import TYP
 from parts.bent import flipped
@@ -30,22 +32,25 @@ from parts.stage import Stage
 BY_THE_GATEWAY = "a grant is signed by the gateway's key, which the manifest names"
 BOUND = "a grant is bound to the digest of one sealed request"
 INSIDE = "the sealed request repeats the outer headers, and the worker compares them with the grant"
+OTHER_KEYS = "another pool has other keys"
+INVALID = problems.INVALID_GRANT
 
 
 # The fabric's owner: no key
 
 
-async def refused(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, deliver: Callable[[Work], list[Work]]) -> None:
-    """The caller's request reaches the worker as `deliver` has it; the app never hears of it."""
-    worker = await stage.worker()
-    stage.hub.deliver = deliver  # type: ignore[attr-defined]
-    with verdict.refused():
-        await stage.client(wire, honest.token).chat(stage.prompt)
-    assert worker.calls == 0
+def delivered(name: str, defence: str, refused: problems.Problem, *changes: Callable[[Work], dict[str, Any]]) -> Test:
+    """The attack of a fabric that delivers other work than the gateway's, each with these changes: no app hears of it."""
 
+    @attack(name, "fabric", defence, refused, cases=changes, ids=range(len(changes)))
+    async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
+        workers = [await stage.worker(pool=pool) for pool in (stage.pool, OTHER_POOL)]
+        fabric.deliver = lambda work: [replace(work, **case(work))]
+        with verdict.refused():
+            await stage.client(wire, honest.token).chat(stage.prompt)
+        assert [worker.calls for worker in workers] == [0, 0]
 
-def regranted(change: Callable[[str], str]) -> Callable[[Work], list[Work]]:
-    return lambda work: [replace(work, grant=change(work.grant))]
+    return test
 
 
 def payload_of(token: str) -> dict[str, Any]:
@@ -53,73 +58,71 @@ def payload_of(token: str) -> dict[str, Any]:
     return members
 
 
-def with_members(**members: Any) -> Callable[[str], str]:
+def resigned(key: Ed25519PrivateKey | None, algorithm: str) -> Callable[[Work], dict[str, Any]]:
+    return lambda work: {"grant": jwt.encode(payload_of(work.grant), key, algorithm=algorithm, headers={"typ": TYP})}
+
+
+def rewritten(**members: Any) -> Callable[[Work], dict[str, Any]]:
     """The grant with other contents, under the old signature."""
 
-    def change(token: str) -> str:
-        header, _, signature = token.split(".")
-        return f"{header}.{b64u(json.dumps(payload_of(token) | members).encode())}.{signature}"
+    def change(work: Work) -> dict[str, Any]:
+        header, _, signature = work.grant.split(".")
+        return {"grant": f"{header}.{b64u(json.dumps(payload_of(work.grant) | members).encode())}.{signature}"}
 
     return change
 
 
-@attack("forge a grant", by="fabric", defence=BY_THE_GATEWAY, refused=problems.INVALID_GRANT)
-async def test_forge(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    own = Ed25519PrivateKey.generate()
-    forge = regranted(lambda token: jwt.encode(payload_of(token), own, algorithm="EdDSA", headers={"typ": TYP}))
-    await refused(stage, honest, wire, verdict, forge)
-
-
-@attack("sign a grant under `alg: none`", by="fabric", defence="EdDSA is the only algorithm", refused=problems.INVALID_GRANT)
-async def test_unsigned(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    forge = regranted(lambda token: jwt.encode(payload_of(token), None, algorithm="none", headers={"typ": TYP}))
-    await refused(stage, honest, wire, verdict, forge)
-
-
-@attack("omit the grant", by="fabric", defence="no request runs without a grant", refused=problems.INVALID_GRANT)
-async def test_without(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    await refused(stage, honest, wire, verdict, regranted(lambda _token: ""))
-
-
-@attack("extend a grant's life, or raise its ceilings", by="fabric", defence=BY_THE_GATEWAY, refused=problems.INVALID_GRANT)
-@pytest.mark.parametrize(
-    "members",
-    [{"exp": 9e9}, {"max_tokens": 2**31 - 1}, {"max_prompt_tokens": 10**6}, {"action": "http"}, {"features": ["all"]}],
+test_forge = delivered("forge a grant", BY_THE_GATEWAY, INVALID, resigned(Ed25519PrivateKey.generate(), "EdDSA"))
+test_unsigned = delivered(
+    "sign a grant under `alg: none`", "EdDSA is the only algorithm", INVALID, resigned(None, algorithm="none")
 )
-async def test_extend(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, members: dict[str, Any]) -> None:
-    await refused(stage, honest, wire, verdict, regranted(with_members(**members)))
+test_without = delivered("omit the grant", "no request runs without a grant", INVALID, lambda _work: {"grant": ""})
+test_extend = delivered(
+    "extend a grant's life, or raise its ceilings", BY_THE_GATEWAY, INVALID,
+    *(rewritten(**members) for members in (
+        {"exp": 9e9}, {"max_tokens": 2**31 - 1}, {"max_prompt_tokens": 10**6}, {"action": "http"}, {"features": ["all"]})),
+)  # fmt: skip
+test_another_pool = delivered(
+    "deliver a request to another pool", "a grant names its pool", INVALID, lambda _work: {"pool": OTHER_POOL}
+)
+test_another_model = delivered(
+    "deliver a request to another model", "a grant names its model", INVALID, lambda _work: {"model": OTHER_MODEL}
+)
+test_flip = delivered(
+    "flip a bit of the sealed request", "its chunks are authenticated", problems.INVALID_REQUEST,
+    lambda work: {"sealed": flipped(work.sealed)},
+)  # fmt: skip
+test_cut = delivered(
+    "cut the end off the sealed request", "its final chunk is marked", problems.INVALID_REQUEST,
+    lambda work: {"sealed": work.sealed[:-17]},
+)  # fmt: skip
 
 
-@attack("send one request's grant with another request", by="fabric", defence=BOUND, refused=problems.INVALID_GRANT)
-async def test_another_request(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def mixed(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, part: str) -> None:
+    """A second request is delivered with that part of a first one, which was answered."""
     worker = await stage.worker()
-    client = stage.client(wire, honest.token)
+    client, fabric = stage.client(wire, honest.token), stage.hub
+    assert isinstance(fabric, HostileFabric)
     await client.chat("A cheap question.", max_tokens=1)
-    fabric.deliver = regranted(lambda _token: fabric.works[0].grant)
-    with verdict.refused():
-        await client.chat(stage.prompt)
-    assert worker.calls == 1
-
-
-@attack("swap the sealed request under a good grant", by="fabric", defence=BOUND, refused=problems.INVALID_GRANT)
-async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    worker = await stage.worker()
-    client = stage.client(wire, honest.token)
-    await client.chat("A recorded question.")
-    recorded = fabric.works[0].sealed
+    recorded = {part: getattr(fabric.works[0], part)}
     fabric.forget()
-    fabric.deliver = lambda work: [replace(work, sealed=recorded)]
+    fabric.deliver = lambda work: [replace(work, **recorded)]
     with verdict.refused():
         await client.chat(stage.prompt)
     assert worker.calls == 1
 
 
-@attack(
-    "hold a request back until its grant has expired",
-    by="fabric",
-    defence="`exp` of the grant: a minute",
-    refused=problems.INVALID_GRANT,
-)
+@attack("send one request's grant with another request", "fabric", BOUND, INVALID)
+async def test_another_request(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
+    await mixed(stage, honest, wire, verdict, "grant")
+
+
+@attack("swap the sealed request under a good grant", "fabric", BOUND, INVALID)
+async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
+    await mixed(stage, honest, wire, verdict, "sealed")
+
+
+@attack("hold a request back until its grant has expired", "fabric", "`exp` of the grant: a minute", INVALID)
 async def test_late(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker(clock=lambda: time.time() + 61)
     with verdict.refused():
@@ -127,57 +130,33 @@ async def test_late(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdic
     assert worker.calls == 0
 
 
-@attack("deliver a request to another pool", by="fabric", defence="a grant names its pool", refused=problems.INVALID_GRANT)
-async def test_another_pool(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    other = await stage.worker(pool=OTHER_POOL)
-    await refused(stage, honest, wire, verdict, lambda work: [replace(work, pool=OTHER_POOL)])
-    assert other.calls == 0
-
-
-@attack("deliver a request to another model", by="fabric", defence="a grant names its model", refused=problems.INVALID_GRANT)
-async def test_another_model(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    await refused(stage, honest, wire, verdict, lambda work: [replace(work, model=OTHER_MODEL)])
-
-
-@attack(
-    "flip a bit of the sealed request", by="fabric", defence="its chunks are authenticated", refused=problems.INVALID_REQUEST
-)
-async def test_flip(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    await refused(stage, honest, wire, verdict, lambda work: [replace(work, sealed=flipped(work.sealed))])
-
-
-@attack(
-    "cut the end off the sealed request", by="fabric", defence="its final chunk is marked", refused=problems.INVALID_REQUEST
-)
-async def test_cut(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    await refused(stage, honest, wire, verdict, lambda work: [replace(work, sealed=work.sealed[:-17])])
-
-
 # The manifest in the fabric, from which workers know the gateway's key
 
 
-@attack(
-    "serve workers a manifest with a gateway key of its own",
-    by="fabric",
-    refused=InvalidSignature,
-    defence="workers verify it against the root that they pin, and keep the one they had",
-)
+@attack("serve workers a manifest with a gateway key of its own", "fabric",
+        "workers verify it against the root that they pin, and keep the one they had", InvalidSignature)  # fmt: skip
 async def test_own_gateway_key(stage: Stage, verdict: Verdict) -> None:
-    worker = await stage.worker()
     own = Ed25519PrivateKey.generate()
     forged = sign_manifest(stage.manifest(2, gateway_key=raw_public_key(own)), own)
-    stage.bucket = Document((stage.statement(),), forged).encode()
+    await not_taken(stage, verdict, Document((stage.statement(),), forged).encode())
+
+
+@attack("serve workers a manifest that has expired", "fabric", "`exp`, by the worker's own clock", Expired)
+async def test_expired_manifest(stage: Stage, verdict: Verdict) -> None:
+    await not_taken(stage, verdict, stage.document(2, lives=-1))
+
+
+async def not_taken(stage: Stage, verdict: Verdict, document: bytes) -> None:
+    """A worker that is served this keeps the manifest that it had."""
+    worker = await stage.worker()
+    stage.bucket = document
     with verdict.refused():
         await worker.feed.refresh()
-    assert worker.feed.manifest.gateway_key == raw_public_key(stage.keys.gateway)
+    assert (worker.feed.manifest.version, worker.feed.manifest.gateway_key) == (1, raw_public_key(stage.keys.gateway))
 
 
-@attack(
-    "serve workers an older manifest, whose gateway key was withdrawn",
-    by="fabric",
-    refused=problems.INVALID_GRANT,
-    defence="versions only rise; a worker remembers the newest",
-)
+@attack("serve workers an older manifest, whose gateway key was withdrawn", "fabric",
+        "versions only rise; a worker remembers the newest", INVALID)  # fmt: skip
 async def test_older_gateway_key(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     """The adversary has the withdrawn key: `GatewayOwner` goes on signing with it."""
     older, now = stage.bucket, Ed25519PrivateKey.generate()
@@ -190,94 +169,50 @@ async def test_older_gateway_key(stage: Stage, gateway: GatewayOwner, verdict: V
     assert worker.calls == 0
 
 
-@attack("serve workers a manifest that has expired", by="fabric", defence="`exp`, by the worker's own clock", refused=Expired)
-async def test_expired_manifest(stage: Stage, verdict: Verdict) -> None:
-    worker = await stage.worker()
-    stage.bucket = stage.document(2, lives=-1)
-    with verdict.refused():
-        await worker.feed.refresh()
-    assert worker.feed.manifest.version == 1
-
-
-@attack(
-    "withhold from workers that the gateway's key was withdrawn",
-    by="fabric",
-    refused=problems.INVALID_GRANT,
-    defence="`exp`: a worker takes no grant by a manifest that has expired",
-    gain="the withdrawn key, until `exp`",
-)
+@attack("withhold from workers that the gateway's key was withdrawn", "fabric",
+        "`exp`: a worker takes no grant by a manifest that has expired", INVALID,
+        gain="the withdrawn key, until `exp`")  # fmt: skip
 async def test_withheld(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    worker = await stage.worker(clock=lambda: time.time() + shift[0])
-    shift = [0.0]
+    shift = 0.0
+    worker = await stage.worker(clock=lambda: time.time() + shift)
     stage.bucket = stage.document(lives=10**6)
     await stage.client(gateway).chat(stage.prompt)
-    shift[0] = 3600.0
-    sealed = gateway.posts[-1].content
+    shift = 3600.0
     gateway.fabric.forget()
-    verdict.said((await gateway.run(sealed, iat=time.time() + 3600, exp=time.time() + 7200)).problem)
+    again = await gateway.run(gateway.posts[-1].content, iat=time.time() + shift, exp=time.time() + 2 * shift)
+    verdict.said(again.problem)
     assert worker.calls == 1
 
 
 # The gateway's owner: any grant, and anything outside
 
 
-@attack("grant another model than was asked for", by="gateway", defence=INSIDE, refused=ApiError, code="grant_mismatch")
-async def test_model(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await mismatch(stage, caller, gateway, verdict, model=OTHER_MODEL)
+mismatch: Final = partial(granted, code="grant_mismatch", status=403)
 
-
-@attack("grant another action than was asked for", by="gateway", defence=INSIDE, refused=ApiError, code="grant_mismatch")
-@pytest.mark.parametrize("action", ["complete", "http"])
-async def test_action(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, action: str) -> None:
-    await mismatch(stage, caller, gateway, verdict, action=action)
-
-
-@attack("grant more or fewer tokens than were asked for", by="gateway", defence=INSIDE, refused=ApiError, code="grant_mismatch")
-@pytest.mark.parametrize("max_tokens", [1, 511, 513, 2**31 - 1])
-async def test_max_tokens(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, max_tokens: int) -> None:
-    await mismatch(stage, caller, gateway, verdict, max_tokens=max_tokens)
-
-
-@attack(
-    "grant an answer without padding, so that its records tell their tokens",
-    by="gateway",
-    defence=INSIDE,
-    refused=ApiError,
-    code="grant_mismatch",
+test_model = mismatch("grant another model than was asked for", INSIDE, ApiError, {"model": OTHER_MODEL})
+test_action = mismatch("grant another action than was asked for", INSIDE, ApiError, {"action": "complete"}, {"action": "http"})
+test_max_tokens = mismatch(
+    "grant more or fewer tokens than were asked for", INSIDE, ApiError,
+    *({"max_tokens": granted} for granted in (1, 511, 513, 2**31 - 1)),
+)  # fmt: skip
+test_shape = mismatch(
+    "grant an answer without padding, so that its records tell their tokens", INSIDE, ApiError, {"shape": "none"}
 )
-async def test_shape(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await mismatch(stage, caller, gateway, verdict, shape="none")
-
-
-async def mismatch(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, **grant: Any) -> None:
-    worker = await stage.worker()
-    gateway.grant = grant
-    with verdict.refused() as caught:
-        await caller.chat(stage.prompt)
-    assert isinstance(caught.value, ApiError)
-    assert (caught.value.status, worker.calls) == (403, 0)
-
-
-@attack(
-    "grant a shape that does not exist",
-    by="gateway",
-    defence="a worker refuses a shape that it does not know",
-    refused=problems.INVALID_GRANT,
+test_unknown_shape = granted(
+    "grant a shape that does not exist", "a worker refuses a shape that it does not know", INVALID, {"shape": "round"}
 )
-async def test_unknown_shape(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    worker = await stage.worker()
-    gateway.grant = {"shape": "round"}
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert worker.calls == 0
+test_prompt_tokens = mismatch(
+    "grant so few prompt tokens that the request cannot run",
+    "the worker refuses inside the seal: the gateway does not learn the reason", ApiError, {"max_prompt_tokens": 3}, calls=1,
+)  # fmt: skip
+test_suite = bent(
+    "sealed", "change the suite in the header of a sealed request",
+    "the header is bound into the keys (HPKE's `info`)", problems.INVALID_REQUEST,
+    *(lambda sealed, aead=aead: sealed[:6] + bytes([aead]) + sealed[7:] for aead in (1, 3)),
+)  # fmt: skip
 
 
-@attack(
-    "send a request to another pool, under a grant for it",
-    by="gateway",
-    refused=problems.INVALID_REQUEST,
-    defence="another pool has other keys",
-)
+@attack("send a request to another pool, under a grant for it", "gateway", OTHER_KEYS, problems.INVALID_REQUEST)
 async def test_pool(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     worker = await stage.worker(pool=OTHER_POOL)
     gateway.grant = {"pool": OTHER_POOL}
@@ -286,88 +221,41 @@ async def test_pool(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict
     assert worker.calls == 0
 
 
-@attack(
-    "grant so few prompt tokens that the request cannot run",
-    by="gateway",
-    refused=ApiError,
-    code="grant_mismatch",
-    defence="the worker refuses inside the seal: the gateway does not learn the reason",
-)
-async def test_prompt_tokens(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await stage.worker()
-    gateway.grant = {"max_prompt_tokens": 3}
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-
-
-@attack("grant features that do not exist", by="gateway", defence="workers know no features", refused=None, gain="nothing")
+@attack("grant features that do not exist", "gateway", "workers know no features")
 async def test_features(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     await stage.worker()
     gateway.grant = {"features": ("debug", "log_prompts")}
     assert (await caller.chat(stage.prompt)).text == stage.prompt
 
 
-@attack(
-    "change an outer header on its way to an honest gateway",
-    by="gateway",
-    refused=InvalidAudit,
-    defence="the gateway's proof names the headers that it received; the worker compares them with the sealed copy, and "
-    "calls no app",
-)
-@pytest.mark.parametrize(
-    ("header", "value"),
-    [("model", OTHER_MODEL), ("action", "complete"), ("max-tokens", "64"), ("max-tokens", "2048"), ("shape", "none")],
-)
-async def test_outside(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, header: str, value: str) -> None:
+async def meddled(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, header: str, value: str) -> None:
     """Somebody between TLS and the gateway: a proxy, or a load balancer."""
-    worker = await stage.worker()
+    workers = [await stage.worker(pool=pool) for pool in (stage.pool, OTHER_POOL)]
     changed = f"lacre-{header}".encode()
     wire.meddle = lambda headers: [(name, value.encode() if name == changed else old) for name, old in headers]
     with verdict.refused():
         await stage.client(wire, honest.token).chat(stage.prompt)
-    assert worker.calls == 0
+    assert [worker.calls for worker in workers] == [0, 0]
 
 
-@attack(
-    "change the outer pool on its way to an honest gateway",
-    by="gateway",
-    defence="another pool has other keys",
-    refused=problems.INVALID_REQUEST,
-)
+OUTSIDE = [("model", OTHER_MODEL), ("action", "complete"), ("max-tokens", "64"), ("max-tokens", "2048"), ("shape", "none")]
+
+
+@attack("change an outer header on its way to an honest gateway", "gateway",
+        "the gateway's proof names the headers that it received; the worker compares them with the sealed copy, and calls no "
+        "app", InvalidAudit, cases=OUTSIDE)  # fmt: skip
+async def test_outside(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, case: tuple[str, str]) -> None:
+    await meddled(stage, honest, wire, verdict, *case)
+
+
+@attack("change the outer pool on its way to an honest gateway", "gateway", OTHER_KEYS, problems.INVALID_REQUEST)
 async def test_outside_pool(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    worker = await stage.worker(pool=OTHER_POOL)
-    wire.meddle = lambda headers: [(name, b"other" if name == b"lacre-pool" else value) for name, value in headers]
-    with verdict.refused():
-        await stage.client(wire, honest.token).chat(stage.prompt)
-    assert worker.calls == 0
+    await meddled(stage, honest, wire, verdict, "pool", OTHER_POOL)
 
 
-@attack(
-    "change the suite in the header of a sealed request",
-    by="gateway",
-    refused=problems.INVALID_REQUEST,
-    defence="the header is bound into the keys (HPKE's `info`)",
-)
-@pytest.mark.parametrize("aead", [1, 3])
-async def test_suite(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, aead: int) -> None:
-    worker = await stage.worker()
-    gateway.sealed = lambda sealed: sealed[:6] + bytes([aead]) + sealed[7:]
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert worker.calls == 0
-
-
-@attack(
-    "seal a request of its own to the pool, and grant it to itself",
-    by="gateway",
-    refused=None,
-    gain="answers to its own questions, on the pool's machines",
-    defence="nothing: it signs the grants",
-)
+@attack("seal a request of its own to the pool, and grant it to itself", "gateway", "nothing: it signs the grants",
+        gain="answers to its own questions, on the pool's machines")  # fmt: skip
 async def test_own_request(stage: Stage, gateway: GatewayOwner) -> None:
-    from hostile.adversary import inner  # noqa: PLC0415
-    from lacre.wire.bhttp import encode_request  # noqa: PLC0415
-
     await stage.worker()
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Mine."}]}).encode()
     answer = await gateway.submit(encode_request(inner(body)))

@@ -104,12 +104,7 @@ async def refused(port: Port, verdict: Verdict, said: bytes, status: int) -> Non
     assert caught.value.status == status  # type: ignore[attr-defined]
 
 
-@attack(
-    "send a request's head without an end",
-    by="stranger",
-    defence="a head has 64 KiB, counted before it is kept",
-    refused=UnreadableRequest,
-)
+@attack("send a request's head without an end", "stranger", "a head has 64 KiB, counted before it is kept", UnreadableRequest)
 @pytest.mark.parametrize(
     "begun", [POST + b"a: ", b"GET /", POST, b"\r\n"], ids=["a field", "a target", "fields", "empty lines"]
 )
@@ -119,23 +114,14 @@ async def test_endless(port: Port, verdict: Verdict, begun: bytes) -> None:
     assert port.held == 0
 
 
-@attack(
-    "send a head of thousands of fields",
-    by="stranger",
-    defence="a head has 100 fields",
-    refused=UnreadableRequest,
-)
+@attack("send a head of thousands of fields", "stranger", "a head has 100 fields", UnreadableRequest)
 async def test_fields(port: Port, verdict: Verdict) -> None:
     await refused(port, verdict, POST + b"a:b\r\n" * 10_000 + b"\r\n", 431)
 
 
-@attack(
-    "send many incomplete heads at once",
-    by="stranger",
-    defence="bytes that no app asked for are bounded over all connections; the longest holder is cut off",
-    refused=None,
-    gain="that its own older connections end",
-)
+@attack("send many incomplete heads at once", "stranger",
+        "bytes that no app asked for are bounded over all connections; the longest holder is cut off",
+        gain="that its own older connections end")  # fmt: skip
 async def test_held(honest: Stage) -> None:
     async with opened(honest, held_bytes=2**20) as port:
         crowd = [await port.dial(POST + b"a: " + b"x" * 60_000) for _ in range(40)]
@@ -151,13 +137,9 @@ async def test_held(honest: Stage) -> None:
             writer.close()
 
 
-@attack(
-    "hold all connections from one address",
-    by="stranger",
-    defence="an address has a bounded number of connections, and its own oldest idle one makes room",
-    refused=None,
-    gain="that its own older connections end",
-)
+@attack("hold all connections from one address", "stranger",
+        "an address has a bounded number of connections, and its own oldest idle one makes room",
+        gain="that its own older connections end")  # fmt: skip
 async def test_one_address(honest: Stage) -> None:
     async with opened(honest, connections_per_address=3) as port:
         crowd = [await port.dial(b"GET /") for _ in range(6)]
@@ -168,13 +150,9 @@ async def test_one_address(honest: Stage) -> None:
             writer.close()
 
 
-@attack(
-    "hold connections whose TLS handshake never ends",
-    by="stranger",
-    defence="a handshake counts as a connection, in total and for its address; the oldest makes room",
-    refused=None,
-    gain="that its own older connections end",
-)
+@attack("hold connections whose TLS handshake never ends", "stranger",
+        "a handshake counts as a connection, in total and for its address; the oldest makes room",
+        gain="that its own older connections end")  # fmt: skip
 @pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
 async def test_handshakes(honest: Stage, limit: str) -> None:
     async with opened(honest, context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **{limit: 3}) as port:
@@ -188,12 +166,8 @@ async def test_handshakes(honest: Stage, limit: str) -> None:
             writer.close()
 
 
-@attack(
-    "authenticate with a token in the trailers, behind the body",
-    by="stranger",
-    defence="a request's fields are those of its head; trailers are dropped",
-    refused=problems.INVALID_TOKEN,
-)
+@attack("authenticate with a token in the trailers, behind the body", "stranger",
+        "a request's fields are those of its head; trailers are dropped", problems.INVALID_TOKEN)  # fmt: skip
 async def test_trailer(stage: Stage, honest: Stage, port: Port, verdict: Verdict) -> None:
     worker = await stage.worker()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
@@ -202,47 +176,29 @@ async def test_trailer(stage: Stage, honest: Stage, port: Port, verdict: Verdict
     assert worker.calls == 0
 
 
-@attack(
-    "hide a second request in the body of a first, by an ambiguous length",
-    by="stranger",
-    defence="a request with both a transfer coding and a length is refused",
-    refused=UnreadableRequest,
-)
+@attack("hide a second request in the body of a first, by an ambiguous length", "stranger",
+        "a request with both a transfer coding and a length is refused", UnreadableRequest)  # fmt: skip
 async def test_smuggle(port: Port, verdict: Verdict) -> None:
     hidden = b"0\r\n\r\nGET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
     said = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % len(hidden)
     await refused(port, verdict, said + hidden, 400)
 
 
-@attack(
-    "hide a second request in the body of a first, by a coding that another server decodes",
-    by="stranger",
-    defence="chunked is the only transfer coding",
-    refused=UnreadableRequest,
-)
+@attack("hide a second request in the body of a first, by a coding that another server decodes", "stranger",
+        "chunked is the only transfer coding", UnreadableRequest)  # fmt: skip
 async def test_coding(port: Port, verdict: Verdict) -> None:
     said = b"GET /healthz HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
     await refused(port, verdict, said, 501)
 
 
-@attack(
-    "reach a path that a proxy filters out",
-    by="stranger",
-    defence="a path that is not in normal form is refused",
-    refused=UnreadableRequest,
-)
+@attack("reach a path that a proxy filters out", "stranger", "a path that is not in normal form is refused", UnreadableRequest)
 @pytest.mark.parametrize("path", ["/v1/se%61led", "/healthz/../v1/sealed", "//v1/sealed", "/v1/./sealed"])
 async def test_path(port: Port, verdict: Verdict, path: str) -> None:
     await refused(port, verdict, POST.replace(b"/v1/sealed", path.encode()) + b"Content-Length: 0\r\n\r\n", 400)
 
 
-@attack(
-    "send thousands of requests ahead on one connection",
-    by="stranger",
-    defence="one request is read at a time; the others wait in the network",
-    refused=None,
-    gain="answers, one after the other",
-)
+@attack("send thousands of requests ahead on one connection", "stranger",
+        "one request is read at a time; the others wait in the network", gain="answers, one after the other")  # fmt: skip
 async def test_ahead(honest: Stage) -> None:
     running = most = 0
 

@@ -22,25 +22,17 @@ KEY = {"kty": "OKP", "crv": "Ed25519", "kid": "a", "alg": "EdDSA", "x": b64u(raw
 ODD = [{"kid": ["a"]}, {"crv": ["Ed25519"]}, {"alg": {"a": 1}}, {"x": 7}, {"kty": ["OKP"]}, {"use": ["sig"]}]
 
 
-@attack(
-    "publish a key whose members are lists, numbers or objects, to stop the reading of keys",
-    by="issuer",
-    defence="text members of a key must be text",
-    refused=Unusable,
-)
+@attack("publish a key whose members are lists, numbers or objects, to stop the reading of keys", "issuer",
+        "text members of a key must be text", Unusable)  # fmt: skip
 @pytest.mark.parametrize("odd", ODD, ids=repr)
 async def test_odd_members(odd: dict[str, Any], verdict: Verdict) -> None:
     with verdict.refused():
         KeySet.parse({"keys": [{**KEY, **odd}]}, ["EdDSA"], "issuers.0")
 
 
-@attack(
-    "answer with bytes that break client libraries, so that the gateway never looks again and accepts a withdrawn key",
-    by="issuer",
-    defence="any exception is a failed look: the next one follows, and old keys expire",
-    refused=None,
-    gain="the delay of one retry",
-)
+@attack("answer with bytes that break client libraries, so that the gateway never looks again and accepts a withdrawn key",
+        "issuer", "any exception is a failed look: the next one follows, and old keys expire",
+        gain="the delay of one retry")  # fmt: skip
 @pytest.mark.parametrize(
     "answer",
     [

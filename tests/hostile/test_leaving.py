@@ -43,12 +43,7 @@ class Flood:
             self.ended += 1
 
 
-@attack(
-    "ask a sealed service for streams again and again, read nothing and hang up",
-    by="client",
-    defence=BY_LIMITS,
-    refused=None,
-)
+@attack("ask a sealed service for streams again and again, read nothing and hang up", "client", BY_LIMITS)
 async def test_stalled_at_a_service() -> None:
     app, key = Flood(), PrivateKey.generate(1)
     sealed = Sealed(app, keys=key)
@@ -82,12 +77,7 @@ async def test_stalled_at_a_service() -> None:
     assert app.begun == app.ended == TIMES
 
 
-@attack(
-    "ask a worker for streams again and again, read one frame and leave, until its slots are gone",
-    by="client",
-    defence=BY_LIMITS,
-    refused=None,
-)
+@attack("ask a worker for streams again and again, read one frame and leave, until its slots are gone", "client", BY_LIMITS)
 @pytest.mark.parametrize("ends", ["the reader leaves", "the worker drains"])
 async def test_stalled_at_a_worker(ends: str) -> None:
     flood, app = Flood(), App()

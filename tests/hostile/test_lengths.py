@@ -17,13 +17,8 @@ async def record_lengths(stage: Stage, gateway: GatewayOwner, text: str, **optio
     return [len(chunk) for chunk in answer.chunks]
 
 
-@attack(
-    "tell the tokens of a streamed answer by the lengths of its records",
-    by="gateway",
-    defence="shape `pad`: each record is as long as the others",
-    refused=None,
-    gain="the number of records, and when each leaves",
-)
+@attack("tell the tokens of a streamed answer by the lengths of its records", "gateway",
+        "shape `pad`: each record is as long as the others", gain="the number of records, and when each leaves")  # fmt: skip
 async def test_records(stage: Stage, gateway: GatewayOwner) -> None:
     await stage.worker()
     padded = {length for text in TEXTS for length in await record_lengths(stage, gateway, text)}
@@ -32,13 +27,8 @@ async def test_records(stage: Stage, gateway: GatewayOwner) -> None:
     assert len(bare) > 2  # the attack itself works
 
 
-@attack(
-    "tell a whole answer by its length",
-    by="gateway",
-    defence="shape `pad`: an answer falls into a bucket",
-    refused=None,
-    gain="the bucket: steps of 12 % above 4 KiB, one bucket below",
-)
+@attack("tell a whole answer by its length", "gateway", "shape `pad`: an answer falls into a bucket",
+        gain="the bucket: steps of 12 % above 4 KiB, one bucket below")  # fmt: skip
 async def test_whole(stage: Stage, gateway: GatewayOwner) -> None:
     await stage.worker()
     client, lengths = stage.client(gateway), set()
@@ -48,13 +38,8 @@ async def test_whole(stage: Stage, gateway: GatewayOwner) -> None:
     assert len(lengths) == 1
 
 
-@attack(
-    "tell a prompt by the length of its sealed request",
-    by="gateway",
-    defence="shape `pad`: a request falls into a bucket",
-    refused=None,
-    gain="the bucket: steps of 12 % above 4 KiB, one bucket below",
-)
+@attack("tell a prompt by the length of its sealed request", "gateway", "shape `pad`: a request falls into a bucket",
+        gain="the bucket: steps of 12 % above 4 KiB, one bucket below")  # fmt: skip
 async def test_requests(stage: Stage, gateway: GatewayOwner) -> None:
     await stage.worker()
     client, lengths = stage.client(gateway), set()

@@ -15,13 +15,9 @@ from lacre_fabric.work.frames import Frame
 from parts.stage import Stage
 
 
-@attack(
-    "crash one worker after another with one call",
-    by="client",
-    defence="a redelivered request does not begin again, and the SDK counts the workers that a call lost",
-    refused=problems.UNCLAIMED,
-    gain="two workers for each SDK call, one for each sealed request",
-)
+@attack("crash one worker after another with one call", "client",
+        "a redelivered request does not begin again, and the SDK counts the workers that a call lost", problems.UNCLAIMED,
+        gain="two workers for each SDK call, one for each sealed request")  # fmt: skip
 async def test_one_after_another(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     worker = await stage.worker()
     fabric.lost = 1  # each request has ended a worker already when this one gets it
@@ -30,13 +26,9 @@ async def test_one_after_another(stage: Stage, honest: Stage, wire: AsgiWire, fa
     assert (len(fabric.works), worker.calls) == (2, 0)
 
 
-@attack(
-    "crash one worker after another during its answer",
-    by="client",
-    defence="the gateway ends an answer in order if its worker may be lost, and the SDK counts that over all parts of a call",
-    refused=StreamBroken,
-    gain="two workers for each SDK call, one for each sealed request",
-)
+@attack("crash one worker after another during its answer", "client",
+        "the gateway ends an answer in order if its worker may be lost, and the SDK counts that over all parts of a call",
+        StreamBroken, gain="two workers for each SDK call, one for each sealed request")  # fmt: skip
 async def test_in_mid_answer(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     await stage.worker()
 
@@ -52,13 +44,9 @@ async def test_in_mid_answer(stage: Stage, honest: Stage, wire: AsgiWire, fabric
     assert len(fabric.works) == 2
 
 
-@attack(
-    "break each answer like a dying gateway, so that the caller counts no worker",
-    by="gateway",
-    defence="the SDK counts every broken answer of a call",
-    refused=StreamBroken,
-    gain=f"{DEFAULT_RESUMES} more sealed requests for each answer, with their sizes and token ceilings",
-)
+@attack("break each answer like a dying gateway, so that the caller counts no worker", "gateway",
+        "the SDK counts every broken answer of a call", StreamBroken,
+        gain=f"{DEFAULT_RESUMES} more sealed requests for each answer, with their sizes and token ceilings")  # fmt: skip
 async def test_as_if_it_had_died(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     worker = await stage.worker()
 

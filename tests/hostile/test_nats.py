@@ -100,13 +100,8 @@ async def site(server: LiveFabric) -> AsyncIterator[Site]:
         yield site
 
 
-@attack(
-    "publish under a subject that is not text, so that the gateway's connection stops reading",
-    by="worker",
-    refused=None,
-    gain="nothing; the message is dropped and counted",
-    defence=OWN_LOOP,
-)
+@attack("publish under a subject that is not text, so that the gateway's connection stops reading", "worker",
+        OWN_LOOP, gain="nothing; the message is dropped and counted")  # fmt: skip
 async def test_subject(site: Site) -> None:
     thief = await site.thief()
     for tail in (b"\xff\xfe", b"\x00", b"x\ry", b"x" * 3000):
@@ -116,13 +111,8 @@ async def test_subject(site: Site) -> None:
     assert site.client("a").unusable == 1
 
 
-@attack(
-    "publish headers that a client library cannot read, so that the gateway loses every pool",
-    by="worker",
-    refused=None,
-    gain="nothing; such a frame is ignored",
-    defence=OWN_LOOP,
-)
+@attack("publish headers that a client library cannot read, so that the gateway loses every pool", "worker",
+        OWN_LOOP, gain="nothing; such a frame is ignored")  # fmt: skip
 async def test_headers_to_the_gateway(site: Site) -> None:
     thief = await site.thief()
     for headers in ODD_HEADERS:
@@ -133,13 +123,9 @@ async def test_headers_to_the_gateway(site: Site) -> None:
     assert site.client("a").unusable == 0  # read by the gateway's own rules, and nothing raised
 
 
-@attack(
-    "name another subscription of the gateway in a subject, behind a form feed",
-    by="worker",
-    refused=None,
-    gain="nothing; the message goes only where its permission allows",
-    defence="the server's lines are split at spaces, which no subject has",
-)
+@attack("name another subscription of the gateway in a subject, behind a form feed", "worker",
+        "the server's lines are split at spaces, which no subject has",
+        gain="nothing; the message goes only where its permission allows")  # fmt: skip
 async def test_other_subscription(site: Site) -> None:
     thief, misled = await site.thief(), list[str]()
 
@@ -155,13 +141,8 @@ async def test_other_subscription(site: Site) -> None:
     assert misled == []
 
 
-@attack(
-    "queue work with headers that a client library cannot read, so that workers take no more work",
-    by="gateway",
-    refused=None,
-    gain="a pull for each message, which the worker acks as unanswerable",
-    defence=OWN_LOOP,
-)
+@attack("queue work with headers that a client library cannot read, so that workers take no more work", "gateway",
+        OWN_LOOP, gain="a pull for each message, which the worker acks as unanswerable")  # fmt: skip
 async def test_headers(site: Site) -> None:
     thief = await site.thief("gateway-g2")
     for headers in ODD_HEADERS * 2:
@@ -171,13 +152,8 @@ async def test_headers(site: Site) -> None:
     assert site.workers["a"].connection.client.stats["reconnects"] == 0
 
 
-@attack(
-    "announce a number of slots with 400 digits, so that metrics fail",
-    by="worker",
-    refused=None,
-    gain="nothing; such a sign of presence is ignored",
-    defence=BOUNDED,
-)
+@attack("announce a number of slots with 400 digits, so that metrics fail", "worker",
+        BOUNDED, gain="nothing; such a sign of presence is ignored")  # fmt: skip
 async def test_count(site: Site) -> None:
     thief = await site.thief()
     for count in (b"1" * 400, b"%d" % (MAX_SLOTS + 1), b"-1", b"1e999"):
@@ -188,13 +164,9 @@ async def test_count(site: Site) -> None:
     assert site.gateway.capacity()["a", "lacre"].workers == 1
 
 
-@attack(
-    "answer thousands of unknown requests, each of which the gateway would cancel",
-    by="worker",
-    refused=None,
-    gain="a few hundred messages a second from the gateway to its own pool",
-    defence="the number of such cancels is limited",
-)
+@attack("answer thousands of unknown requests, each of which the gateway would cancel", "worker",
+        "the number of such cancels is limited",
+        gain="a few hundred messages a second from the gateway to its own pool")  # fmt: skip
 async def test_to_nobody(site: Site) -> None:
     thief, said = await site.thief(), site.gateway.connection.client.stats["out_msgs"]
     for _ in range(2000):
@@ -205,13 +177,8 @@ async def test_to_nobody(site: Site) -> None:
     assert site.gateway.connection.client.stats["out_msgs"] - said < 4 * MAX_STRAY
 
 
-@attack(
-    "send messages longer than any frame, which the gateway would have to buffer whole",
-    by="worker",
-    refused=None,
-    gain="nothing; they are dropped as they arrive",
-    defence="a length is checked before the buffer for it exists",
-)
+@attack("send messages longer than any frame, which the gateway would have to buffer whole", "worker",
+        "a length is checked before the buffer for it exists", gain="nothing; they are dropped as they arrive")  # fmt: skip
 async def test_too_long(site: Site) -> None:
     thief = await site.thief()
     for _ in range(4):
@@ -221,12 +188,9 @@ async def test_too_long(site: Site) -> None:
     assert site.client("a").unusable == 4
 
 
-@attack(
-    "cut a connection during an answer, so that the caller waits until the queue limit",
-    by="fabric",
-    refused=WorkerLost,
-    defence="on each new connection the gateway checks whether requests that have not begun are still queued",
-)
+@attack("cut a connection during an answer, so that the caller waits until the queue limit", "fabric",
+        "on each new connection the gateway checks whether requests that have not begun are still queued",
+        WorkerLost)  # fmt: skip
 async def test_cut(site: Site, verdict: Verdict) -> None:
     dispatch = await site.gateway.dispatch(new_work("a"))
     delivery = await site.workers["a"].pull()
@@ -242,13 +206,8 @@ async def test_cut(site: Site, verdict: Verdict) -> None:
             await anext(dispatch.frames())
 
 
-@attack(
-    "stall a connection without closing it",
-    by="fabric",
-    refused=None,
-    gain="a few seconds, in which the gateway is not ready",
-    defence="a connection that stays silent, even to a ping, counts as lost",
-)
+@attack("stall a connection without closing it", "fabric", "a connection that stays silent, even to a ping, counts as lost",
+        gain="a few seconds, in which the gateway is not ready")  # fmt: skip
 async def test_still(site: Site) -> None:
     client, credential = DirectClient(look=0.05), site.nats.credentials["gateway-g1"]
     await client.connect(site.way.url, user=credential.name, password=credential.password, max_reconnect_attempts=-1)
@@ -259,13 +218,9 @@ async def test_still(site: Site) -> None:
             await asyncio.sleep(0.01)
 
 
-@attack(
-    "have JetStream's answers sent to other gateways as the presence of unknown pools",
-    by="gateway",
-    refused=None,
-    gain="nothing; the answers stay in its account, and none is valid as a sign of presence",
-    defence="each gateway has an account of its own",
-)
+@attack("have JetStream's answers sent to other gateways as the presence of unknown pools", "gateway",
+        "each gateway has an account of its own",
+        gain="nothing; the answers stay in its account, and none is valid as a sign of presence")  # fmt: skip
 async def test_pools_of_nobody(site: Site) -> None:
     thief = await site.thief("gateway-g2")
     for number in range(50):
@@ -275,13 +230,8 @@ async def test_pools_of_nobody(site: Site) -> None:
     assert site.gateway._sides.keys() == {"a", "b"}
 
 
-@attack(
-    "announce so many workers that the gateway's memory grows",
-    by="worker",
-    refused=None,
-    gain="nothing in other pools; its own pool has no room for new workers for 3 s",
-    defence=BOUNDED,
-)
+@attack("announce so many workers that the gateway's memory grows", "worker",
+        BOUNDED, gain="nothing in other pools; its own pool has no room for new workers for 3 s")  # fmt: skip
 async def test_crowd(site: Site) -> None:
     thief, present = await site.thief("worker-a-n1"), b'{"models":["m1"],"busy":0,"free":1,"keys":[]}'
     # A credential that a pool's replicas share may say so of every node; here the roster itself is asked.

@@ -33,23 +33,15 @@ def headers_of(honest: Stage, **changes: str) -> list[tuple[str, str]]:
             ("authorization", f"Bearer {honest.token}")]  # fmt: skip
 
 
-@attack(
-    "send a request in the clear",
-    by="client",
-    defence="there is one media type, and no other endpoint",
-    refused=problems.UNSUPPORTED_MEDIA_TYPE,
-)
+@attack("send a request in the clear", "client",
+        "there is one media type, and no other endpoint", problems.UNSUPPORTED_MEDIA_TYPE)  # fmt: skip
 @pytest.mark.parametrize("media_type", ["application/json", "message/ohttp-req", "message/bhttp"])
 async def test_clear(honest: Stage, wire: AsgiWire, verdict: Verdict, media_type: str) -> None:
     await refused_outside(wire, verdict, b'{"messages":[]}', headers_of(honest, content_type=media_type))
 
 
-@attack(
-    "say one thing to policy and another to the worker, by an outer header given twice",
-    by="client",
-    refused=problems.INVALID_HEADERS,
-    defence="each outer header appears once",
-)
+@attack("say one thing to policy and another to the worker, by an outer header given twice", "client",
+        "each outer header appears once", problems.INVALID_HEADERS)  # fmt: skip
 @pytest.mark.parametrize("name", ["lacre-model", "lacre-pool", "lacre-action", "lacre-max-tokens", "lacre-shape"])
 async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, name: str) -> None:
     worker = await stage.worker()
@@ -58,32 +50,21 @@ async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdi
     assert worker.calls == 0
 
 
-@attack(
-    "send the gateway a request that is cut short",
-    by="client",
-    defence="the gateway walks the chunks to the final one",
-    refused=problems.INVALID_REQUEST,
-)
+@attack("send the gateway a request that is cut short", "client",
+        "the gateway walks the chunks to the final one", problems.INVALID_REQUEST)  # fmt: skip
 async def test_cut_outside(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Any, verdict: Verdict) -> None:
     sealed, *_ = seal_request(stage.keys.pool.config, bytes(20_000))
     await refused_outside(wire, verdict, sealed[:8000], headers_of(honest))
     assert not fabric.works
 
 
-@attack(
-    "send the gateway more than 7 MiB", by="client", defence="a limit, counted while it is read", refused=problems.TOO_LARGE
-)
+@attack("send the gateway more than 7 MiB", "client", "a limit, counted while it is read", problems.TOO_LARGE)
 async def test_too_large(honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     headers = [pair for pair in headers_of(honest) if pair[0] != "content-length"]
     await refused_outside(wire, verdict, bytes(MAX_SEALED_REQUEST + 1), headers)
 
 
-@attack(
-    "use an action that policy does not grant",
-    by="client",
-    defence="Cedar policies, default deny",
-    refused=problems.PATH_NOT_ALLOWED,
-)
+@attack("use an action that policy does not grant", "client", "Cedar policies, default deny", problems.PATH_NOT_ALLOWED)
 async def test_policy(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner(path="/admin")))
@@ -91,12 +72,7 @@ async def test_policy(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verd
     assert worker.calls == 0
 
 
-@attack(
-    "seal to an older generation's key",
-    by="client",
-    defence="the gateway knows each key's `not_after`",
-    refused=problems.UNKNOWN_KEY,
-)
+@attack("seal to an older generation's key", "client", "the gateway knows each key's `not_after`", problems.UNKNOWN_KEY)
 @pytest.mark.parametrize("taken_out", [True, False])
 async def test_old_generation(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, taken_out: bool) -> None:
     worker = await stage.worker()

@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jwt
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import GatewayOwner
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
+from hostile.shapes import bent, recorded
 from lacre.errors import InvalidAudit
 from parts.keys import OTHER_MODEL
 from parts.stage import Stage
 
 PROVED = "the caller accepts an answer only with a proof that the gateway recorded the request"
+OTHERS = (
+    {"enc": "A" * 43}, {"model": OTHER_MODEL}, {"action": "embed"}, {"max_tokens": 1}, {"pool": "other"}, {"shape": "none"},
+    {"kem": "X25519"}, {"decision": "deny"}, {"kind": "outcome"},
+)  # fmt: skip
 
-Entry = dict[str, Any]
-
-
-async def unproved(
-    stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, recorded: Callable[[Entry], Entry | None]
-) -> None:
-    await stage.worker()
-    gateway.recorded = recorded
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-
-
-@attack("answer without recording it", by="gateway", defence=PROVED, refused=InvalidAudit)
-async def test_none(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await unproved(stage, caller, gateway, verdict, lambda _entry: None)
-
-
-@attack("record another request than was sent", by="gateway", defence=PROVED, refused=InvalidAudit)
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"enc": "A" * 43},
-        {"model": OTHER_MODEL},
-        {"action": "embed"},
-        {"max_tokens": 1},
-        {"pool": "other"},
-        {"shape": "none"},
-        {"kem": "X25519"},
-        {"decision": "deny"},
-        {"kind": "outcome"},
-    ],
-    ids=lambda other: next(iter(other)),
+test_none = recorded("answer without recording it", PROVED, InvalidAudit, lambda _entry: None)
+test_another = recorded(
+    "record another request than was sent",
+    PROVED,
+    InvalidAudit,
+    *(lambda entry, other=other: entry | other for other in OTHERS),
 )
-async def test_another(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, other: Entry) -> None:
-    await unproved(stage, caller, gateway, verdict, lambda entry: entry | other)
+test_key = bent(
+    "log_key", "sign the log's checkpoint with a key that the manifest does not name", PROVED, InvalidAudit,
+    Ed25519PrivateKey.generate(), calls=1,
+)  # fmt: skip
 
 
-@attack("record a request under another caller's name", by="gateway", defence=PROVED, refused=InvalidAudit)
+@attack("record a request under another caller's name", "gateway", PROVED, InvalidAudit)
 async def test_name(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     await stage.worker()
     token = jwt.encode({"sub": "alice", "iss": "https://issuer.example"}, "k" * 32)
@@ -64,23 +41,11 @@ async def test_name(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> No
         await stage.client(gateway, token).chat(stage.prompt)
 
 
-@attack(
-    "sign the log's checkpoint with a key that the manifest does not name", by="gateway", defence=PROVED, refused=InvalidAudit
-)
-async def test_key(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.log_key = Ed25519PrivateKey.generate()
-    await unproved(stage, caller, gateway, verdict, lambda entry: entry)
-
-
-@attack(
-    "show its callers one log, and its auditors another",
-    by="gateway",
-    defence="nothing at once: two signed checkpoints prove it to anyone who compares them",
-    refused=None,
-    gain="a second log, until somebody compares",
-)
+@attack("show its callers one log, and its auditors another", "gateway",
+        "nothing at once: two signed checkpoints prove it to anyone who compares them",
+        gain="a second log, until somebody compares")  # fmt: skip
 async def test_two_logs(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     """Each caller of these tests is shown a log that holds nothing but its own request."""
     await stage.worker()
-    assert (await caller.chat(stage.prompt)).text == stage.prompt
-    assert (await caller.chat(stage.prompt)).text == stage.prompt
+    for _ in range(2):
+        assert (await caller.chat(stage.prompt)).text == stage.prompt

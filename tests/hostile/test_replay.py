@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import Any
 
 import httpx2
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, SealedAnswer, inner, opened, response
+from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, Respond, SealedAnswer, inner, opened, response
 from hostile.attacks import Verdict, attack
 from lacre import ApiError, OpenError, problems
 from lacre.asgi import Sealed
@@ -24,27 +25,43 @@ from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOW
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_fabric.work.contract import CLAIM_TTL
-from parts.stage import Stage
+from parts.stage import Stage, Worker
 
 NOW = 1_800_000_000.0
 ONCE = "a worker remembers each opened digest for longer than its date is valid"
 CLAIM = "a worker claims a request in the whole pool before it sends any part of an answer"
 DATE = "the sealed `date` bounds the window: 300 s"
 AGAIN = "one more sealed answer"
+NO_MORE = "nothing; the second copy ends without an answer"
 
 
 async def recorded(stage: Stage, gateway: GatewayOwner) -> bytes:
-    """A caller's sealed request, which has had its answer."""
+    """A caller's sealed request, which has had its answer. The fabric has forgotten it."""
     await stage.client(gateway).chat(stage.prompt)
+    gateway.fabric.forget()
     return gateway.posts[-1].content
 
 
-@attack(
-    "send a recorded request to the gateway again, with another token",
-    by="client",
-    refused=problems.REPLAYED,
-    defence="the queue takes a digest once, from all gateways together",
-)
+async def restarted(stage: Stage, gateway: GatewayOwner, **options: Any) -> tuple[bytes, Worker]:
+    """A recorded request, and another worker in the place of the one that answered it. options: of its own."""
+    before = await stage.worker()
+    sealed = await recorded(stage, gateway)
+    await before.stop()
+    assert before.calls == 1
+    return sealed, await stage.worker(**options)
+
+
+async def copied(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, copies: int, workers: int) -> list[Worker]:
+    """A request is delivered so often to so many workers, and its caller answered."""
+    running = [await stage.worker(slots=1) for _ in range(workers)]
+    fabric.deliver = lambda work: [work] * copies
+    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
+    await settled(fabric, copies)
+    return running
+
+
+@attack("send a recorded request to the gateway again, with another token", "client",
+        "the queue takes a digest once, from all gateways together", problems.REPLAYED)  # fmt: skip
 async def test_at_the_gateway(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker()
     await stage.client(wire, honest.token).chat(stage.prompt)
@@ -55,14 +72,9 @@ async def test_at_the_gateway(stage: Stage, honest: Stage, wire: AsgiWire, verdi
     assert (answer.status_code, worker.calls) == (409, 1)
 
 
-@attack(
-    "deliver a request twice", by="fabric", defence=CLAIM, refused=None, gain="nothing; the second copy ends without an answer"
-)
+@attack("deliver a request twice", "fabric", CLAIM, gain=NO_MORE)
 async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    worker = await stage.worker()
-    fabric.deliver = lambda work: [work, work]
-    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
-    await settled(fabric, 2)
+    [worker] = await copied(stage, honest, wire, fabric, 2, 1)
     assert worker.calls == 1
 
 
@@ -72,60 +84,32 @@ async def settled(fabric: HostileFabric, ended: int) -> None:
             await asyncio.sleep(0.001)
 
 
-@attack(
-    "deliver a request to two workers at once",
-    by="fabric",
-    defence=CLAIM,
-    refused=None,
-    gain="nothing; the second copy ends without an answer",
-)
+@attack("deliver a request to two workers at once", "fabric", CLAIM, gain=NO_MORE)
 async def test_two_workers(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    workers = [await stage.worker(slots=1), await stage.worker(slots=1)]
-    fabric.deliver = lambda work: [work, work]
-    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
-    await settled(fabric, 2)
+    workers = await copied(stage, honest, wire, fabric, 2, 2)
     assert sum(worker.calls for worker in workers) == 1
     assert sorted(outcome for _, outcome in fabric.eyes.outcomes) == ["answered", "replayed"]
 
 
-@attack(
-    "send a request to the same worker again, under a fresh grant",
-    by="gateway",
-    defence=f"{CLAIM}; {ONCE}",
-    refused=None,
-    gain="nothing; the second copy ends without an answer",
-)
+@attack("send a request to the same worker again, under a fresh grant", "gateway", f"{CLAIM}; {ONCE}", gain=NO_MORE)
 async def test_same_worker(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
     worker = await stage.worker()
-    sealed = await recorded(stage, gateway)
+    await stage.client(gateway).chat(stage.prompt)
     fabric.published.clear()
-    assert (await gateway.run(sealed)).outcome == "replayed"
+    assert (await gateway.run(gateway.posts[-1].content)).outcome == "replayed"
     assert worker.calls == 1
 
 
-@attack(
-    "wipe the fabric's memory, and send a request to the same worker again",
-    by="fabric",
-    defence=ONCE,
-    refused=None,
-    gain="nothing; the second copy ends without an answer",
-)
+@attack("wipe the fabric's memory, and send a request to the same worker again", "fabric", ONCE, gain=NO_MORE)
 async def test_same_worker_wiped(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
     worker = await stage.worker()
     sealed = await recorded(stage, gateway)
-    fabric.forget()
-    token = fabric.works[0].grant
-    assert (await gateway.run(sealed, token=token)).outcome == "replayed"
+    assert (await gateway.run(sealed, token=fabric.works[0].grant)).outcome == "replayed"
     assert worker.calls == 1
 
 
-@attack(
-    "fill a worker's replay memory with requests, until it forgets",
-    by="gateway",
-    refused=None,
-    gain="nothing; a full memory refuses requests",
-    defence="a digest that could still be replayed is never forgotten",
-)
+@attack("fill a worker's replay memory with requests, until it forgets", "gateway",
+        "a digest that could still be replayed is never forgotten", gain="nothing; a full memory refuses requests")  # fmt: skip
 async def test_flood() -> None:
     now = time.time()
     seen = ReplayMemory(limit=1000)
@@ -136,13 +120,8 @@ async def test_flood() -> None:
     assert seen.add(b"another", now + CLAIM_TTL + 2)
 
 
-@attack(
-    "send endless requests with wrong dates, until an app behind `Sealed` has no replay memory left",
-    by="client",
-    refused=None,
-    gain="a sealed refusal for each of them",
-    defence="a request that is refused for its date is not remembered",
-)
+@attack("send endless requests with wrong dates, until an app behind `Sealed` has no replay memory left", "client",
+        "a request that is refused for its date is not remembered", gain="a sealed refusal for each of them")  # fmt: skip
 async def test_stale_requests() -> None:
     """Seen by one of them: once its date has come it runs, and then it is remembered."""
     now = NOW
@@ -163,13 +142,9 @@ async def empty_app(_scope: object, _receive: object, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-@attack(
-    "fill a worker's replay memory with requests of every valid date, until it refuses everyone",
-    by="client",
-    refused=None,
-    gain="fewer dates are accepted; callers with a correct clock continue, and nothing runs twice",
-    defence="a full memory refuses the oldest dates first, and future dates get a quarter of it",
-)
+@attack("fill a worker's replay memory with requests of every valid date, until it refuses everyone", "client",
+        "a full memory refuses the oldest dates first, and future dates get a quarter of it",
+        gain="fewer dates are accepted; callers with a correct clock continue, and nothing runs twice")  # fmt: skip
 async def test_flood_of_dates() -> None:
     now, seen = NOW, ReplayMemory(limit=1000)
     honest = [number.to_bytes(2) for number in range(500)]
@@ -182,29 +157,16 @@ async def test_flood_of_dates() -> None:
         assert seen.takes(now, now) and seen.add(digest, now, now)
         assert not seen.add(digest, now, now)
         now += number % 2
-    recorded = [date_refused_or_known(seen, digest, now, number) for number, digest in enumerate(honest)]
-    assert all(recorded)
+    for number, digest in enumerate(honest):  # replays of the flood's honest requests, each sent at a date of its own
+        sent = NOW + number // 2
+        assert abs(sent - now) > DATE_WINDOW or not seen.takes(sent, now) or not seen.add(digest, now, sent)
 
 
-def date_refused_or_known(seen: ReplayMemory, digest: bytes, now: float, number: int) -> bool:
-    """A replay of the flood's honest requests: each was sent at a date of its own."""
-    sent = NOW + number // 2
-    return abs(sent - now) > DATE_WINDOW or not seen.takes(sent, now) or not seen.add(digest, now, sent)
-
-
-@attack(
-    "lie about claims, and send a request to every worker of the pool",
-    by="fabric",
-    refused=None,
-    gain=f"{AGAIN} from each other worker process of the pool, all unreadable",
-    defence="nothing: the fabric keeps the claims",
-)
+@attack("lie about claims, and send a request to every worker of the pool", "fabric", "nothing: the fabric keeps the claims",
+        gain=f"{AGAIN} from each other worker process of the pool, all unreadable")  # fmt: skip
 async def test_every_worker(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    workers = [await stage.worker(slots=1) for _ in range(3)]
     fabric.lie_about_claims()
-    fabric.deliver = lambda work: [work, work, work]
-    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
-    await settled(fabric, 3)
+    workers = await copied(stage, honest, wire, fabric, 3, 3)
     assert [worker.calls for worker in workers] == [1, 1, 1]
     fabric.deliver = lambda work: [work]
     await fabric.enqueue(fabric.works[0], 2)  # nor more often than that
@@ -212,47 +174,26 @@ async def test_every_worker(stage: Stage, honest: Stage, wire: AsgiWire, fabric:
     assert [worker.calls for worker in workers] == [1, 1, 1]
 
 
-@attack(
-    "wipe the fabric's memory, and send a request again after its worker restarted",
-    by="fabric",
-    refused=None,
-    gain=f"{AGAIN} within the date window and the grant's minute, which it cannot read",
-    defence="nothing: both memories are new",
-)
+@attack("wipe the fabric's memory, and send a request again after its worker restarted", "fabric",
+        "nothing: both memories are new",
+        gain=f"{AGAIN} within the date window and the grant's minute, which it cannot read")  # fmt: skip
 async def test_restarted(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
-    before = await stage.worker()
-    sealed = await recorded(stage, gateway)
-    await before.stop()
-    fabric.forget()
-    after = await stage.worker()
+    sealed, after = await restarted(stage, gateway)
     ran = await gateway.run(sealed, token=fabric.works[0].grant)
-    assert (ran.outcome, before.calls, after.calls) == ("answered", 1, 1)
+    assert (ran.outcome, after.calls) == ("answered", 1)
     assert ran.sealed != gateway.answers[0]
 
 
-@attack(
-    "send a request again to a restarted worker, after its grant has expired",
-    by="fabric",
-    defence="a grant is good for a minute",
-    refused=problems.INVALID_GRANT,
-)
+@attack("send a request again to a restarted worker, after its grant has expired", "fabric", "a grant is good for a minute",
+        problems.INVALID_GRANT)  # fmt: skip
 async def test_restarted_late(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
-    before = await stage.worker()
-    sealed = await recorded(stage, gateway)
-    await before.stop()
-    fabric.forget()
-    after = await stage.worker(clock=lambda: time.time() + 61)
+    sealed, after = await restarted(stage, gateway, clock=lambda: time.time() + 61)
     verdict.said((await gateway.run(sealed, token=fabric.works[0].grant)).problem)
     assert after.calls == 0
 
 
-@attack(
-    "send a request again to a restarted worker, after the date window, under a fresh grant",
-    by="gateway",
-    defence=DATE,
-    refused=ApiError,
-    code=problems.DATE.type,
-)
+@attack("send a request again to a restarted worker, after the date window, under a fresh grant", "gateway", DATE, ApiError,
+        code=problems.DATE.type)  # fmt: skip
 async def test_restarted_too_late(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
     before = await stage.worker()
     sealed, _, opener = seal_request(stage.keys.pool.config, encode_request(inner(stage.prompt.encode())))
@@ -265,59 +206,44 @@ async def test_restarted_too_late(stage: Stage, gateway: GatewayOwner, fabric: H
     assert (answer.outcome, after.calls) == ("refused-inside", 0)
 
 
-async def two_answers(stage: Stage, gateway: GatewayOwner, request: httpx2.Request) -> list[SealedAnswer]:
-    """Has one request run in two workers, and says nothing of it to the caller."""
-    answers = []
-    for _ in range(2):
-        worker = await stage.worker()
-        gateway.fabric.forget()
-        answers.append(SealedAnswer.parse((await gateway.run(request.content, gateway.outer(request))).sealed))
-        assert worker.calls == 1
-        await worker.stop()
-    return answers
+def in_two_workers(stage: Stage, gateway: GatewayOwner, chosen: Callable[..., SealedAnswer]) -> Respond:
+    """Has one request run in two workers, and gives the caller what is `chosen` of the two answers."""
 
-
-@attack(
-    "have a request run in two workers, and choose which answer the caller gets",
-    by="gateway",
-    refused=None,
-    gain="the choice between two true answers, neither of which it can read",
-    defence="nothing: both are answers to this request",
-)
-async def test_choose(stage: Stage, gateway: GatewayOwner) -> None:
     async def respond(request: httpx2.Request) -> httpx2.Response:
-        _, second = await two_answers(stage, gateway, request)
-        return response(200, second.encode(), MEDIA_TYPE_RESPONSE)
+        answers = []
+        for _ in range(2):
+            worker = await stage.worker()
+            gateway.fabric.forget()
+            answers.append(SealedAnswer.parse((await gateway.run(request.content, gateway.outer(request))).sealed))
+            assert worker.calls == 1
+            await worker.stop()
+        return response(200, chosen(*answers).encode(), MEDIA_TYPE_RESPONSE)
 
-    gateway.respond = respond
+    return respond
+
+
+@attack("have a request run in two workers, and choose which answer the caller gets", "gateway",
+        "nothing: both are answers to this request",
+        gain="the choice between two true answers, neither of which it can read")  # fmt: skip
+async def test_choose(stage: Stage, gateway: GatewayOwner) -> None:
+    gateway.respond = in_two_workers(stage, gateway, lambda _first, second: second)
     reply = await stage.client(gateway).chat(stage.prompt)
     assert (reply.text, reply.attempts) == (stage.prompt, 1)
 
 
-@attack(
-    "have a request run in two workers, and splice the two answers",
-    by="gateway",
-    refused=OpenError,
-    defence="each answer has a key of its own, from its worker's nonce",
-)
+@attack("have a request run in two workers, and splice the two answers", "gateway",
+        "each answer has a key of its own, from its worker's nonce", OpenError)  # fmt: skip
 async def test_splice(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    async def respond(request: httpx2.Request) -> httpx2.Response:
-        first, second = await two_answers(stage, gateway, request)
-        spliced = SealedAnswer(first.nonce, [*first.chunks[:5], *second.chunks[5:]], second.final)
-        return response(200, spliced.encode(), MEDIA_TYPE_RESPONSE)
-
-    gateway.respond = respond
+    gateway.respond = in_two_workers(
+        stage, gateway, lambda first, second: SealedAnswer(first.nonce, [*first.chunks[:5], *second.chunks[5:]], second.final)
+    )
     with verdict.refused():
         [piece async for piece in stage.client(gateway).chat_stream(stage.prompt)]
 
 
-@attack(
-    "have a request run, and then claim that its key is unknown",
-    by="gateway",
-    refused=None,
-    gain="a second run of the same question, under a second seal; the caller sees `attempts` = 2",
-    defence="advice before the seal is followed once, and counted",
-)
+@attack("have a request run, and then claim that its key is unknown", "gateway",
+        "advice before the seal is followed once, and counted",
+        gain="a second run of the same question, under a second seal; the caller sees `attempts` = 2")  # fmt: skip
 async def test_run_and_deny(stage: Stage, gateway: GatewayOwner) -> None:
     worker = await stage.worker()
 
@@ -332,19 +258,11 @@ async def test_run_and_deny(stage: Stage, gateway: GatewayOwner) -> None:
     assert (reply.attempts, worker.calls) == (2, 2)
 
 
-@attack(
-    "hand the answer to a recorded request to the caller's next one",
-    by="gateway",
-    refused=OpenError,
-    defence="the answer's key is exported from this one request's context",
-)
+@attack("hand the answer to a recorded request to the caller's next one", "gateway",
+        "the answer's key is exported from this one request's context", OpenError)  # fmt: skip
 async def test_recorded_answer(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
     """Even where the same question was asked, and the recorded request was answered anew."""
-    before = await stage.worker()
-    sealed = await recorded(stage, gateway)
-    await before.stop()
-    fabric.forget()
-    await stage.worker()
+    sealed, _ = await restarted(stage, gateway)
     anew = await gateway.run(sealed)
     gateway.change = lambda _answer: anew.sealed
     with verdict.refused():

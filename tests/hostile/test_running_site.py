@@ -99,13 +99,9 @@ def memory(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stolen", ["worker-a-n1", "gateway-g2", "inspector"])
-@attack(
-    "send everything that one credential may send, in odd forms, sizes and rates",
-    by="credential",
-    defence="each pool has its own connection at the gateway; every buffer is bounded; floods are cut off",
-    refused=None,
-    gain="its own pools' time",
-)
+@attack("send everything that one credential may send, in odd forms, sizes and rates", "credential",
+        "each pool has its own connection at the gateway; every buffer is bounded; floods are cut off",
+        gain="its own pools' time")  # fmt: skip
 async def test_a_stolen_credential(two: TwoPools, stolen: str) -> None:
     assert two.process is not None
     assert two.nats is not None

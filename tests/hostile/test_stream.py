@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx2
-import pytest
 
 from hostile.adversary import Change, GatewayOwner, SealedAnswer, framed
 from hostile.attacks import Verdict, attack
-from hostile.callers import Caller
+from hostile.callers import AsyncCaller, Caller
+from hostile.shapes import changed, flooded
 from lacre import OpenError
 from lacre.errors import InvalidMessage, MessageTooLarge, TruncatedStream
 from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from parts.bent import flipped, replaced, swapped
 from parts.stage import Stage
-from parts.wires import Pieces
 
 COUNTED = "a record's nonce counts it: only the next record opens"
 FINAL = "only the final chunk is sealed under the AAD `final`"
 WHOLE = "an answer is whole only when its final chunk has opened"
 LENGTHS = "a length is checked before anything is buffered"
+ONE_REQUEST = "the answer's key is exported from this one request's context"
 NONCE = "the answer's key is derived from its nonce"
-
-
-async def asked(stage: Stage, caller: Caller, *, calls: int = 1) -> None:
-    """Somebody asks, and gets an answer that the adversary has changed. calls: how often the worker's app was called."""
-    worker = await stage.worker()
-    try:
-        await caller.stream(stage.prompt)
-    finally:
-        assert worker.calls == calls
-
-
-def changed(name: str, defence: str, refused: type[Exception], *changes: Change) -> Callable[..., Awaitable[None]]:
-    """The attack of a gateway that changes an answer so; with several `changes`, each has a test of its own."""
-
-    @attack(name, by="gateway", defence=defence, refused=refused)
-    @pytest.mark.parametrize("change", changes, ids=map(str, range(len(changes))))
-    async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, change: Change) -> None:
-        gateway.change = change
-        with verdict.refused():
-            await asked(stage, caller)
-
-    return test
 
 
 def records(change: Callable[[list[bytes]], list[bytes]]) -> Change:
@@ -143,13 +121,8 @@ test_empty = changed(
 # Lengths
 
 
-@attack(
-    "write a record's length in eight bytes where one is enough",
-    by="gateway",
-    refused=None,
-    defence="nothing: lengths are not authenticated, and longer forms are legal",
-    gain="nothing; the same text",
-)
+@attack("write a record's length in eight bytes where one is enough", "gateway",
+        "nothing: lengths are not authenticated, and longer forms are legal", gain="nothing; the same text")  # fmt: skip
 async def test_long_lengths(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     def long_form(answer: SealedAnswer) -> bytes:
         prefixed = [(len(chunk) | 0xC000_0000_0000_0000).to_bytes(8, "big") + chunk for chunk in answer.chunks]
@@ -166,76 +139,42 @@ test_huge_length = changed(
 )  # fmt: skip
 
 
-def flood(prefix: bytes) -> tuple[Pieces, Callable[[httpx2.Request], httpx2.Response]]:
-    """100 MB of a body that begins with `prefix`."""
-
-    def pieces() -> Iterator[bytes]:
-        yield bytes(32) + prefix
-        for _ in range(1600):
-            yield bytes(65536)
-
-    body = Pieces(pieces())
-    headers = {"content-type": MEDIA_TYPE_RESPONSE}
-    return body, lambda _request: httpx2.Response(200, headers=headers, stream=body)
-
-
-@attack("send a first record of 100 MB", by="gateway", defence=LENGTHS, refused=MessageTooLarge)
-async def test_huge_first_record(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    body, gateway.respond = flood((100_000_000 | 0xC000_0000_0000_0000).to_bytes(8, "big"))
-    with verdict.refused():
-        await asked(stage, caller, calls=0)
-    assert body.pulled < 100
-
-
-@attack("send a final chunk of 100 MB", by="gateway", defence=LENGTHS, refused=MessageTooLarge)
-async def test_huge_final_chunk(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    body, gateway.respond = flood(b"\x00")
-    with verdict.refused():
-        await asked(stage, caller, calls=0)
-    assert body.pulled < 2 * 65536 + MAX_CHUNK
+test_huge_first_record = flooded(
+    "send a first record of 100 MB", LENGTHS, MessageTooLarge, MEDIA_TYPE_RESPONSE,
+    start=bytes(32) + (100_000_000 | 0xC000_0000_0000_0000).to_bytes(8, "big"), below=100,
+)  # fmt: skip
+test_huge_final_chunk = flooded(
+    "send a final chunk of 100 MB", LENGTHS, MessageTooLarge, MEDIA_TYPE_RESPONSE, start=bytes(32) + b"\x00",
+    below=2 * 65536 + MAX_CHUNK,
+)  # fmt: skip
 
 
 # Other answers
 
 
-@attack(
-    "answer with bytes sealed for an earlier request of the same caller",
-    by="gateway",
-    refused=OpenError,
-    defence="the answer's key is exported from this one request's context",
-)
+@attack("answer with bytes sealed for an earlier request of the same caller", "gateway", ONE_REQUEST, OpenError)
 async def test_an_earlier_answer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    await the_first_again(stage, caller, gateway, verdict, caller)
+
+
+@attack("hand one caller's answer to another", "gateway", ONE_REQUEST, OpenError)
+async def test_another_callers_answer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    await the_first_again(stage, caller, gateway, verdict, AsyncCaller(stage.client(gateway)))
+
+
+async def the_first_again(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, first: Caller) -> None:
     await stage.worker()
-    await caller.stream(stage.prompt)
+    assert await first.stream("two seas") == "two seas"
     gateway.change = lambda _answer: gateway.answers[0]
     with verdict.refused():
         await caller.stream(stage.prompt)
 
 
-@attack(
-    "hand one caller's answer to another",
-    by="gateway",
-    refused=OpenError,
-    defence="the answer's key is exported from this one request's context",
-)
-async def test_another_callers_answer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await stage.worker()
-    assert "two seas" in (await stage.client(gateway).chat("two seas")).text
-    gateway.change = lambda _answer: gateway.answers[0]
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-
-
 # Time
 
 
-@attack(
-    "drip an answer byte by byte",
-    by="gateway",
-    defence="nothing: anyone who carries an answer can be slow",
-    refused=None,
-    gain="delay; every record opens as soon as it is there",
-)
+@attack("drip an answer byte by byte", "gateway", "nothing: anyone who carries an answer can be slow",
+        gain="delay; every record opens as soon as it is there")  # fmt: skip
 async def test_drip(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     await stage.worker()
     gateway.change = lambda answer: [bytes([byte]) for byte in answer.encode()]

@@ -45,25 +45,15 @@ async def ask(stage: Stage, gateway: GatewayOwner, verdict: Verdict, engine: Lla
     assert engine.tokenizer.pid == process, "the vocabulary was not loaded anew"
 
 
-@attack(
-    "crash the worker with a run of characters on which its tokenizer recurses",
-    by="client",
-    defence=DEFENCE,
-    refused=ApiError,
-    code="text_not_tokenizable",
-)
+@attack("crash the worker with a run of characters on which its tokenizer recurses", "client",
+        DEFENCE, ApiError, code="text_not_tokenizable")  # fmt: skip
 async def test_recursion(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     with engine_of(tmp_path, "falcon") as engine:
         await ask(stage, gateway, verdict, engine, "!" * 1_000_000)
 
 
-@attack(
-    "stall a worker with a run of digits on which its tokenizer takes quadratic time",
-    by="client",
-    defence=DEFENCE,
-    refused=ApiError,
-    code="text_not_tokenizable",
-)
+@attack("stall a worker with a run of digits on which its tokenizer takes quadratic time", "client",
+        DEFENCE, ApiError, code="text_not_tokenizable")  # fmt: skip
 async def test_square(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
     with engine_of(tmp_path, "superbpe") as engine:
         await ask(stage, gateway, verdict, engine, "1" * 60_000)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import httpx2
 import jwt
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
 from hostile.adversary import GatewayOwner, response
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
-from lacre import errors
+from hostile.shapes import Test
+from lacre import errors, problems
 from lacre.errors import (
     Expired,
     InvalidMessage,
@@ -46,332 +46,217 @@ from parts.wires import Pieces
 SIGNED = "the manifest is signed by the signer, whom the pinned root names"
 PIN = raw_public_key(ROOTS[0])
 PINNED = "trust begins at the pinned root, and passes on by its signature only"
+ONE_ALGORITHM = "EdDSA is the only algorithm"
+OWN: Final = PrivateKey.generate(1)
 
 
-async def refused(caller: Caller, stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    """The caller raises, and nothing that is sealed has left."""
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert not gateway.posts
+def served(
+    name: str, defence: str, refused: type[errors.LacreError], *manifests: Callable[[Stage], bytes | httpx2.Response]
+) -> Test:
+    """The attack of a gateway that serves these in place of the manifest: the caller raises, and nothing sealed has left."""
+
+    @attack(name, "gateway", defence, refused, cases=manifests, ids=range(len(manifests)))
+    async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: Any) -> None:
+        gateway.manifest = lambda: case(stage)
+        with verdict.refused():
+            await caller.chat(stage.prompt)
+        assert not gateway.posts
+        assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
+
+    return test
 
 
-def parts(document: bytes) -> tuple[list[list[str]], dict[str, Any], str]:
-    """The roots, and the manifest's payload and token."""
-    served = json.loads(document)
-    payload = served["manifest"].split(".")[1]
-    return served["roots"], json.loads(base64.urlsafe_b64decode(payload + "==")), served["manifest"]
-
-
-def with_payload(document: bytes, change: Callable[[dict[str, Any]], object], header: str | None = None) -> bytes:
+def rewritten(change: Callable[[dict[str, Any]], object], header: str = "") -> Callable[[Stage], bytes]:
     """The manifest with other contents, under the old signature. header: in place of the old one."""
-    roots, payload, token = parts(document)
-    change(payload)
-    old, _, signature = token.split(".")
-    header = header or old
-    return json.dumps({"roots": roots, "manifest": f"{header}.{b64u(json.dumps(payload).encode())}.{signature}"}).encode()
+
+    def document(stage: Stage) -> bytes:
+        served = json.loads(stage.bucket or b"")
+        old, contents, signature = served["manifest"].split(".")
+        payload = json.loads(base64.urlsafe_b64decode(contents + "=="))
+        change(payload["pools"][POOL])
+        return json.dumps(served | {"manifest": f"{header or old}.{b64u(json.dumps(payload).encode())}.{signature}"}).encode()
+
+    return document
 
 
-@attack("substitute its own pool key in the manifest", by="gateway", defence=SIGNED, refused=InvalidSignature)
-async def test_own_pool_key(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    own = b64u(PrivateKey.generate(1).config.encode())
-    bent = with_payload(stage.bucket, lambda payload: payload["pools"][POOL]["keys"][0].update(config=own))
-    gateway.manifest = lambda: bent
-    await refused(caller, stage, gateway, verdict)
+def with_own_key(pool: dict[str, Any]) -> None:
+    pool["keys"][0]["config"] = b64u(OWN.config.encode())
 
 
-@attack("do so under a header that says the same in another form", by="gateway", defence=SIGNED, refused=InvalidSignature)
-async def test_other_words(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    own = b64u(PrivateKey.generate(1).config.encode())
-    header = b64u(json.dumps({"typ": MANIFEST_TYP, "alg": ALGORITHM}).encode())
-    bent = with_payload(stage.bucket, lambda payload: payload["pools"][POOL]["keys"][0].update(config=own), header)
-    gateway.manifest = lambda: bent
-    await refused(caller, stage, gateway, verdict)
+def forged(sign: Callable[[Stage, Any], str]) -> Callable[[Stage], bytes]:
+    """A manifest with its own pool key, under the true statement, signed like this."""
+    return lambda stage: Document((stage.statement(),), sign(stage, stage.manifest(2, pools=stage.pools(OWN)))).encode()
 
 
-@attack("sign a manifest with a key of its own", by="gateway", defence=SIGNED, refused=InvalidSignature)
-async def test_own_manifest(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    forged = stage.manifest(2, pools=stage.pools(PrivateKey.generate(1)))
-    document = Document((stage.statement(),), sign_manifest(forged, Ed25519PrivateKey.generate())).encode()
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
+def encoded(stage: Stage, manifest: Any, algorithm: str) -> str:
+    secret = None if algorithm == "none" else raw_public_key(stage.keys.signer)
+    return jwt.encode(manifest.members(), secret, algorithm=algorithm, headers={"typ": MANIFEST_TYP})
 
 
-@attack(
-    "sign a manifest with the gateway's key, which the manifest names",
-    by="gateway",
-    refused=InvalidSignature,
-    defence="the gateway's key certifies grants and nothing else",
-)
-async def test_the_gateways_key(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    forged = stage.manifest(2, pools=stage.pools(PrivateKey.generate(1)))
-    document = Document((stage.statement(),), sign_manifest(forged, stage.keys.gateway)).encode()
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack("serve a manifest under `alg: none`", by="gateway", defence="EdDSA is the only algorithm", refused=InvalidSignature)
-async def test_no_algorithm(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    payload = stage.manifest(2, pools=stage.pools(PrivateKey.generate(1))).members()
-    token = jwt.encode(payload, None, algorithm="none", headers={"typ": MANIFEST_TYP})
-    document = Document((stage.statement(),), token).encode()
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "sign a manifest by HMAC, with the signer's public key as the secret",
-    by="gateway",
-    refused=InvalidSignature,
-    defence="EdDSA is the only algorithm",
-)
-async def test_hmac(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    payload = stage.manifest(2, pools=stage.pools(PrivateKey.generate(1))).members()
-    token = jwt.encode(payload, raw_public_key(stage.keys.signer), algorithm="HS256", headers={"typ": MANIFEST_TYP})
-    document = Document((stage.statement(),), token).encode()
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack("serve its own chain, signer and manifest", by="gateway", defence=PINNED, refused=UntrustedRoot)
-async def test_own_root(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    document = Stage(gateway.fabric, replace(stage.keys, root=Ed25519PrivateKey.generate())).bucket
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-def appointing(stage: Stage, own: Ed25519PrivateKey, *signed_by: Ed25519PrivateKey) -> bytes:
+def appointing(own: Ed25519PrivateKey, *signers: Callable[[Stage], Ed25519PrivateKey]) -> Callable[[Stage], bytes]:
     """A chain that goes on, after the true statement, with one that makes `own` root and signer."""
-    statement = RootStatement(raw_public_key(own), time.time() + 3600, raw_public_key(own))
-    entry = tuple(sign_bytes(statement.payload(), key, ROOT_TYP) for key in signed_by)
-    manifest = stage.manifest(2, pools=stage.pools(PrivateKey.generate(1)))
-    return Document((stage.statement(), entry), sign_manifest(manifest, own)).encode()
+
+    def document(stage: Stage) -> bytes:
+        statement = RootStatement(raw_public_key(own), time.time() + 3600, raw_public_key(own))
+        entry = tuple(sign_bytes(statement.payload(), signer(stage), ROOT_TYP) for signer in signers)
+        manifest = stage.manifest(2, pools=stage.pools(OWN))
+        return Document((stage.statement(), entry), sign_manifest(manifest, own)).encode()
+
+    return document
 
 
-@attack("appoint itself as the next root", by="gateway", defence=PINNED, refused=UntrustedRoot)
-async def test_own_next_root(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    own = Ed25519PrivateKey.generate()
-    document = appointing(stage, own, own)
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
+THIEF: Final = Ed25519PrivateKey.generate()
 
-
-@attack(
+test_own_pool_key = served("substitute its own pool key in the manifest", SIGNED, InvalidSignature, rewritten(with_own_key))
+test_other_words = served(
+    "do so under a header that says the same in another form", SIGNED, InvalidSignature,
+    rewritten(with_own_key, b64u(json.dumps({"typ": MANIFEST_TYP, "alg": ALGORITHM}).encode())),
+)  # fmt: skip
+test_own_manifest = served(
+    "sign a manifest with a key of its own", SIGNED, InvalidSignature, forged(lambda _stage, said: sign_manifest(said, THIEF))
+)
+test_the_gateways_key = served(
+    "sign a manifest with the gateway's key, which the manifest names", "the gateway's key certifies grants and nothing else",
+    InvalidSignature, forged(lambda stage, said: sign_manifest(said, stage.keys.gateway)),
+)  # fmt: skip
+test_no_algorithm = served(
+    "serve a manifest under `alg: none`", ONE_ALGORITHM, InvalidSignature,
+    forged(lambda stage, said: encoded(stage, said, "none")),
+)  # fmt: skip
+test_hmac = served(
+    "sign a manifest by HMAC, with the signer's public key as the secret", ONE_ALGORITHM, InvalidSignature,
+    forged(lambda stage, said: encoded(stage, said, "HS256")),
+)  # fmt: skip
+test_own_root = served(
+    "serve its own chain, signer and manifest", PINNED, UntrustedRoot,
+    lambda stage: Stage(stage.hub, replace(stage.keys, root=THIEF)).document(),
+)  # fmt: skip
+test_own_next_root = served("appoint itself as the next root", PINNED, UntrustedRoot, appointing(THIEF, lambda _stage: THIEF))
+test_next_root_that_never_agreed = served(
     "let a stolen old root appoint a key whose holder never agreed",
-    by="gateway",
-    refused=UntrustedRoot,
-    defence="a change of root is signed by the old root and by the new one",
-)
-async def test_next_root_that_never_agreed(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    document = appointing(stage, Ed25519PrivateKey.generate(), stage.keys.root)
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "appoint itself as the next root with the stolen key of the signer", by="gateway", defence=PINNED, refused=UntrustedRoot
-)
-async def test_next_root_by_the_signer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    own = Ed25519PrivateKey.generate()
-    document = appointing(stage, own, stage.keys.signer, own)
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
+    "a change of root is signed by the old root and by the new one",
+    UntrustedRoot, appointing(THIEF, lambda stage: stage.keys.root),
+)  # fmt: skip
+test_next_root_by_the_signer = served(
+    "appoint itself as the next root with the stolen key of the signer", PINNED, UntrustedRoot,
+    appointing(THIEF, lambda stage: stage.keys.signer, lambda _stage: THIEF),
+)  # fmt: skip
+# The signer signed something else with these very contents.
+test_another_type = served(
     "present another statement of the signer as a manifest",
-    by="gateway",
-    defence="each kind of statement has its own `typ`, which the verifier requires",
-    refused=InvalidSignature,
-)
-async def test_another_type(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    """The signer signed something else with these very contents."""
-    payload = json.dumps(stage.manifest(2, pools=stage.pools(PrivateKey.generate(1))).members()).encode()
-    document = Document((stage.statement(),), sign_bytes(payload, stage.keys.signer, "lacre-grant+jwt")).encode()
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "keep serving the manifests of a signer whose time is over",
-    by="gateway",
-    refused=Expired,
-    defence="the root's statement limits the signer's time",
-)
-async def test_signer_past_its_time(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    document = Document((stage.statement(lives=-1),), sign_manifest(stage.manifest(2), stage.keys.signer)).encode()
-    gateway.manifest = lambda: document
-    await refused(caller, stage, gateway, verdict)
+    "each kind of statement has its own `typ`, which the verifier requires", InvalidSignature,
+    forged(lambda stage, said: sign_bytes(json.dumps(said.members()).encode(), stage.keys.signer, "lacre-grant+jwt")),
+)  # fmt: skip
+test_signer_past_its_time = served(
+    "keep serving the manifests of a signer whose time is over", "the root's statement limits the signer's time", Expired,
+    lambda stage: Document((stage.statement(lives=-1),), sign_manifest(stage.manifest(2), stage.keys.signer)).encode(),
+)  # fmt: skip
 
 
 # Time
 
 
-@attack("serve an expired manifest", by="gateway", defence="`exp`, by the caller's own clock", refused=Expired)
-async def test_expired(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    stage.bucket = stage.document(lives=-1)
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "serve an older manifest to a caller who has seen a newer one",
-    by="gateway",
-    refused=None,
-    defence="the newest manifest seen is remembered, and used while it lasts",
-    gain="nothing; the newer keys are used",
+test_expired = served(
+    "serve an expired manifest", "`exp`, by the caller's own clock", Expired, lambda stage: stage.document(lives=-1)
 )
+
+
+@attack("serve an older manifest to a caller who has seen a newer one", "gateway",
+        "the newest manifest seen is remembered, and used while it lasts", gain="nothing; the newer keys are used")  # fmt: skip
 async def test_older(stage: Stage, gateway: GatewayOwner) -> None:
-    older = stage.bucket
-    newer_key = PrivateKey.generate(7)
-    worker = await stage.worker(keys={7: newer_key, **stage.held})
-    stage.bucket = stage.document(2, pools=stage.pools(newer_key))
+    newer = PrivateKey.generate(7)
+    worker = await stage.worker(keys={7: newer, **stage.held})
+    await chat_twice(stage, gateway, stage.document(2, pools=stage.pools(newer)), stage.bucket)
+    assert (used(gateway), worker.calls) == ([7, 7], 2)
+
+
+async def chat_twice(stage: Stage, gateway: GatewayOwner, *served: bytes | None) -> None:
+    """Two clients with one memory, each of which is served one of these."""
     memory = lacre.VersionMemory()
-    await stage.client(gateway, memory=memory).chat(stage.prompt)
-    stage.bucket = older
-    await stage.client(gateway, memory=memory).chat(stage.prompt)
-    assert [SealedHeader.parse(post.content).key_id for post in gateway.posts] == [7, 7]
-    assert worker.calls == 2
+    for stage.bucket in served:
+        await stage.client(gateway, memory=memory).chat(stage.prompt)
 
 
-@attack(
-    "serve an older manifest once the newer one has expired",
-    by="gateway",
-    refused=Rollback,
-    defence="versions only rise, and the newest seen is remembered",
-)
+def used(gateway: GatewayOwner) -> list[int]:
+    """The keys that were sealed to."""
+    return [SealedHeader.parse(post.content).key_id for post in gateway.posts]
+
+
+@attack("serve an older manifest once the newer one has expired", "gateway",
+        "versions only rise, and the newest seen is remembered", Rollback)  # fmt: skip
 async def test_rollback(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+    older, stage.bucket = stage.bucket, stage.document(2, lives=60)
+    await later(stage, gateway, verdict, older, 61)
+
+
+@attack("serve the same manifest forever, while newer ones are published", "gateway", "`exp`: hours to days", Expired)
+async def test_freeze(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+    await later(stage, gateway, verdict, stage.bucket, 3601)
+
+
+async def later(stage: Stage, gateway: GatewayOwner, verdict: Verdict, served: bytes | None, seconds: float) -> None:
+    """A client asks, and asks again so much later, when it is served this. A clock that the test turns is the transport's."""
     await stage.worker()
-    older, now = stage.bucket, [time.time()]
-    stage.bucket = stage.document(2, lives=60)
-    memory = lacre.VersionMemory()
-    client = clocked(stage, gateway, memory, now)
-    await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": stage.prompt}]})
-    stage.bucket = older
-    now[0] += 61
-    posts = len(gateway.posts)
-    with verdict.refused():
-        await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": stage.prompt}]})
-    assert len(gateway.posts) == posts
-    await client.aclose()
-
-
-def clocked(stage: Stage, gateway: GatewayOwner, memory: lacre.VersionMemory, now: list[float]) -> httpx2.AsyncClient:
-    """The SDK's transport under a clock that the test turns."""
-    sealing = Sealing(raw_public_key(stage.keys.root), memory, clock=lambda: now[0])
+    now = [time.time()]
+    sealing = Sealing(raw_public_key(stage.keys.root), lacre.VersionMemory(), clock=lambda: now[0])
     outer = PerLoop(lambda: httpx2.AsyncClient(base_url="http://127.0.0.1:9", transport=gateway))
-    return httpx2.AsyncClient(transport=AsyncSealedTransport(sealing, outer, "t0ken"), base_url="https://lacre.invalid")
+    transport = AsyncSealedTransport(sealing, outer, "t0ken")
+    body = {"messages": [{"role": "user", "content": stage.prompt}]}
+    async with httpx2.AsyncClient(transport=transport, base_url="https://lacre.invalid") as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        stage.bucket = served
+        now[0] += seconds
+        with verdict.refused():
+            await client.post("/v1/chat/completions", json=body)
+    assert len(gateway.posts) == 1
 
 
-@attack(
-    "serve an older manifest to a caller without a memory",
-    by="gateway",
-    refused=None,
-    gain="use of an older key, until `exp`",
-    defence="nothing but `exp`: a fresh container has seen nothing",
-)
+@attack("serve an older manifest to a caller without a memory", "gateway",
+        "nothing but `exp`: a fresh container has seen nothing", gain="use of an older key, until `exp`")  # fmt: skip
 async def test_older_to_a_newcomer(stage: Stage, gateway: GatewayOwner) -> None:
     worker = await stage.worker()
     gateway.manifest = lambda older=stage.bucket: older  # type: ignore[misc]
     stage.bucket = stage.document(2, pools=stage.pools(PrivateKey.generate(7)))
     await stage.client(gateway).chat(stage.prompt)
-    assert (SealedHeader.parse(gateway.posts[0].content).key_id, worker.calls) == (1, 1)
+    assert (used(gateway), worker.calls) == ([1], 1)
 
 
-@attack(
-    "serve the same manifest forever, while newer ones are published",
-    by="gateway",
-    refused=Expired,
-    defence="`exp`: hours to days",
-)
-async def test_freeze(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await stage.worker()
-    now = [time.time()]
-    client = clocked(stage, gateway, lacre.VersionMemory(), now)
-    body = {"messages": [{"role": "user", "content": stage.prompt}]}
-    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-    now[0] += 3601
-    with verdict.refused():
-        await client.post("/v1/chat/completions", json=body)
-    assert len(gateway.posts) == 1
-    await client.aclose()
-
-
-@attack(
-    "take a newer statement of the root out of the chain",
-    by="gateway",
-    refused=None,
-    gain="nothing; the newer chain is used",
-    defence="statements are only added: a chain without the newest one seen counts as older",
-)
+@attack("take a newer statement of the root out of the chain", "gateway",
+        "statements are only added: a chain without the newest one seen counts as older",
+        gain="nothing; the newer chain is used")  # fmt: skip
 async def test_a_statement_less(stage: Stage, gateway: GatewayOwner) -> None:
     """The signer was replaced, its key stolen. It signs a manifest of a higher version, under the chain of before."""
     worker = await stage.worker()
-    stolen, own = stage.keys.signer, PrivateKey.generate(9)
-    fresh = Ed25519PrivateKey.generate()
-    before = stage.statement()
+    fresh, before = Ed25519PrivateKey.generate(), stage.statement()
     after = sign_statement(RootStatement(raw_public_key(fresh), time.time() + 7200), stage.keys.root)
-    stage.bucket = Document((before, after), sign_manifest(stage.manifest(2), fresh)).encode()
-    memory = lacre.VersionMemory()
-    await stage.client(gateway, memory=memory).chat(stage.prompt)
-    stage.bucket = Document((before,), sign_manifest(stage.manifest(3, pools=stage.pools(own)), stolen)).encode()
-    await stage.client(gateway, memory=memory).chat(stage.prompt)
-    assert [SealedHeader.parse(post.content).key_id for post in gateway.posts] == [1, 1]
-    assert worker.calls == 2
-
-
-@attack(
-    "spell the manifest's signature in another way, so that the honest one looks like a second manifest of its version",
-    by="gateway",
-    defence="a signed statement has one spelling (canonical base64url)",
-    refused=InvalidMessage,
-)
-async def test_respelt(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    roots, _, token = parts(stage.bucket)
-    gateway.manifest = lambda: json.dumps({"roots": roots, "manifest": token + "=="}).encode()
-    await refused(caller, stage, gateway, verdict)
+    stolen = sign_manifest(stage.manifest(3, pools=stage.pools(PrivateKey.generate(9))), stage.keys.signer)
+    newer = Document((before, after), sign_manifest(stage.manifest(2), fresh)).encode()
+    await chat_twice(stage, gateway, newer, Document((before,), stolen).encode())
+    assert (used(gateway), worker.calls) == ([1, 1], 2)
 
 
 # Suites and keys
 
 
-@attack("strip the post-quantum key from the manifest", by="gateway", defence=SIGNED, refused=InvalidSignature)
-async def test_strip(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    bent = with_payload(stage.bucket, lambda payload: payload["pools"][POOL]["keys"].pop(0))
-    gateway.manifest = lambda: bent
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "serve a signed manifest without post-quantum keys",
-    by="gateway",
-    refused=UnsupportedSuite,
-    defence="the caller's own choice of KEM; there is no fallback",
+test_strip = served(
+    "strip the post-quantum key from the manifest", SIGNED, InvalidSignature, rewritten(lambda pool: pool["keys"].pop(0))
 )
-async def test_classic_only(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    stage.bucket = stage.document(pools=stage.pools(stage.keys.classic))
-    await refused(caller, stage, gateway, verdict)
+test_classic_only = served(
+    "serve a signed manifest without post-quantum keys", "the caller's own choice of KEM; there is no fallback",
+    UnsupportedSuite, lambda stage: stage.document(pools=stage.pools(stage.keys.classic)),
+)  # fmt: skip
+test_old_generation = served(
+    "have requests sealed to an older generation's key", "`not_after` of each key", UnsupportedSuite,
+    lambda stage: stage.document(pools=stage.pools(stage.keys.pool, lives=-1)),
+)  # fmt: skip
 
 
-@attack(
-    "have requests sealed to an older generation's key",
-    by="gateway",
-    defence="`not_after` of each key",
-    refused=UnsupportedSuite,
-)
-async def test_old_generation(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    stage.bucket = stage.document(pools=stage.pools(stage.keys.pool, lives=-1))
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "claim that the key is unknown, so that another one is used",
-    by="gateway",
-    refused=errors.RefusedError,
-    defence="the advice leads to a verified manifest and one fresh seal, never to another suite",
-    gain="a second seal of the same request, to the same key, counted in `attempts`",
-)
+@attack("claim that the key is unknown, so that another one is used", "gateway",
+        "the advice leads to a verified manifest and one fresh seal, never to another suite", errors.RefusedError,
+        gain="a second seal of the same request, to the same key, counted in `attempts`")  # fmt: skip
 async def test_unknown_key(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    problem = lacre.problems.UNKNOWN_KEY
-    gateway.respond = lambda _request: response(problem.status, problem.body(), lacre.problems.MEDIA_TYPE)
+    problem = problems.UNKNOWN_KEY
+    gateway.respond = lambda _request: response(problem.status, problem.body(), problems.MEDIA_TYPE)
     with verdict.refused() as caught:
         await caller.chat(stage.prompt)
     assert caught.value.problem == problem.type  # type: ignore[attr-defined]
@@ -383,52 +268,37 @@ async def test_unknown_key(stage: Stage, caller: Caller, gateway: GatewayOwner, 
 # Form
 
 
-@attack(
-    "serve a manifest document of 100 MB",
-    by="gateway",
-    defence="a limit, beyond which nothing is read",
-    refused=MessageTooLarge,
-)
-async def test_huge(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    def pieces() -> Iterator[bytes]:
-        for _ in range(1600):
-            yield b"[" * 65536
+test_respelt = served(
+    "spell the manifest's signature in another way, so that the honest one looks like a second manifest of its version",
+    "a signed statement has one spelling (canonical base64url)", InvalidMessage,
+    lambda stage: (stage.bucket or b"").removesuffix(b'"}') + b'=="}',
+)  # fmt: skip
+test_nested = served(
+    "serve JSON that is nested a hundred thousand deep", "parsing ends in a typed error", InvalidMessage,
+    lambda _stage: b'{"roots":' + b"[" * 100_000,
+)  # fmt: skip
+ELSEWHERE = {"location": "http://evil.example/v1/manifest"}
+test_no_manifest = served(
+    "refuse the manifest, to be asked in the clear", "there is no plaintext fallback", Unavailable,
+    *(lambda _stage, status=status: httpx2.Response(status, headers=ELSEWHERE, stream=Pieces([b""]))
+      for status in (500, 503, 301)),
+)  # fmt: skip
 
-    body = Pieces(pieces())
+
+@attack("serve a manifest document of 100 MB", "gateway", "a limit, beyond which nothing is read", MessageTooLarge)
+async def test_huge(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    body = Pieces(b"[" * 65536 for _ in range(1600))
     gateway.manifest = lambda: httpx2.Response(200, stream=body)
-    await refused(caller, stage, gateway, verdict)
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+    assert not gateway.posts
     assert body.pulled < 2**21
 
 
-@attack(
-    "serve JSON that is nested a hundred thousand deep",
-    by="gateway",
-    defence="parsing ends in a typed error",
-    refused=InvalidMessage,
-)
-async def test_nested(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.manifest = lambda: b'{"roots":' + b"[" * 100_000
-    await refused(caller, stage, gateway, verdict)
-
-
-@attack(
-    "refuse the manifest, to be asked in the clear", by="gateway", defence="there is no plaintext fallback", refused=Unavailable
-)
-@pytest.mark.parametrize("status", [500, 503, 301])
-async def test_no_manifest(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, status: int) -> None:
-    elsewhere = {"location": "http://evil.example/v1/manifest"}
-    gateway.manifest = lambda: httpx2.Response(status, headers=elsewhere, stream=Pieces([b""]))
-    await refused(caller, stage, gateway, verdict)
-    assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
-
-
-@attack(
-    "put a thousand statements of its own before the pinned root's, to be verified for each root ever seen",
-    by="gateway",
-    refused=None,
-    gain="nothing; a dozen signature checks, plus one or two for each root ever seen if the pinned root is a later one",
-    defence="the search looks first where the chain itself points, and is otherwise bounded",
-)
+@attack("put a thousand statements of its own before the pinned root's, to be verified for each root ever seen", "gateway",
+        "the search looks first where the chain itself points, and is otherwise bounded",
+        gain="nothing; a dozen signature checks, plus one or two for each root ever seen if the pinned root is a later "
+        "one")  # fmt: skip
 async def test_foreign_statements() -> None:
     memory = remembering(20)
     served = document(*foreign(999), statement(ROOTS[0]))
@@ -437,13 +307,8 @@ async def test_foreign_statements() -> None:
     assert signature_checks(lambda: accept(served, later, memory, NOW)) < 120
 
 
-@attack(
-    "forge a history of a thousand roots that lead to the pinned one, each with a valid signature",
-    by="gateway",
-    refused=None,
-    gain="a hundred signature checks in a thread, once",
-    defence="a limited number of root changes is followed back",
-)
+@attack("forge a history of a thousand roots that lead to the pinned one, each with a valid signature", "gateway",
+        "a limited number of root changes is followed back", gain="a hundred signature checks in a thread, once")  # fmt: skip
 async def test_endless_history() -> None:
     others = [Ed25519PrivateKey.generate() for _ in range(500)]
     served, memory = document(*changes([*others, ROOTS[0]])), remembering(20)

@@ -42,13 +42,9 @@ def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
     engine.close()
 
 
-@attack(
-    "send many requests at once, each with its own salt, to be served first",
-    by="client",
-    refused=None,
-    gain="nothing; another caller's single request is served next",
-    defence="only the grant's pseudonyms of tenant and caller decide the order",
-)
+@attack("send many requests at once, each with its own salt, to be served first", "client",
+        "only the grant's pseudonyms of tenant and caller decide the order",
+        gain="nothing; another caller's single request is served next")  # fmt: skip
 @pytest.mark.parametrize("choices", [1, 4])
 async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, choices: int) -> None:
     await stage.worker(create_app([engine]), models=[MODEL], slots=4 * FLOOD)
@@ -87,13 +83,9 @@ async def flooding(stage: Stage, honest: Stage, wire: AsgiWire, engine: EchoEngi
     return flood
 
 
-@attack(
-    "flood one model, so that a worker has no slot left for another",
-    by="client",
-    refused=None,
-    gain="nothing; the other model is served at once",
-    defence="a worker pulls for each model by that model's own slots",
-)
+@attack("flood one model, so that a worker has no slot left for another", "client",
+        "a worker pulls for each model by that model's own slots",
+        gain="nothing; the other model is served at once")  # fmt: skip
 async def test_other_model(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer) -> None:
     slow, other = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS), EchoEngine(name=OTHER_MODEL)
     await stage.worker(create_app([slow, other]), slots=4, each={MODEL: 2, OTHER_MODEL: 2})
@@ -107,13 +99,9 @@ async def test_other_model(stage: Stage, honest: Stage, wire: AsgiWire, issuer: 
     other.close()
 
 
-@attack(
-    "ask for 16 choices at a time, which would count as one request",
-    by="client",
-    refused=None,
-    gain="nothing; requests that the worker cannot begin stay in the queue for others",
-    defence="a request takes a slot for each choice, and the worker pulls no more until it knows their number",
-)
+@attack("ask for 16 choices at a time, which would count as one request", "client",
+        "a request takes a slot for each choice, and the worker pulls no more until it knows their number",
+        gain="nothing; requests that the worker cannot begin stay in the queue for others")  # fmt: skip
 async def test_choices(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
     slow = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS)
     await stage.worker(create_app([slow]), models=[MODEL], slots=4, weighs=WEIGHED)
@@ -164,12 +152,8 @@ async def test_linked_outside(stage: Stage, honest: Stage, wire: AsgiWire, issue
     await pseudonyms(stage, honest, wire, issuer, fabric)
 
 
-@attack(
-    "grant invalid pseudonyms: a name, or kilobytes",
-    by="gateway",
-    defence="a grant has two pseudonyms of 22 characters",
-    refused=problems.INVALID_GRANT,
-)
+@attack("grant invalid pseudonyms: a name, or kilobytes", "gateway",
+        "a grant has two pseudonyms of 22 characters", problems.INVALID_GRANT)  # fmt: skip
 @pytest.mark.parametrize("pair", [("alice", "acme"), ("A" * 22, "B" * 4000), ("A" * 22,), ()])
 async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdict, pair: tuple[str, ...]) -> None:
     worker = await stage.worker()
@@ -179,13 +163,9 @@ async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdi
     assert worker.calls == 0
 
 
-@attack(
-    "send many long prompts at once that begin alike, so that every stream waits for their comparison",
-    by="client",
-    refused=None,
-    gain="nothing; its own prompts wait",
-    defence="one step compares a limited number of prompts, and leaves the others to later steps",
-)
+@attack("send many long prompts at once that begin alike, so that every stream waits for their comparison", "client",
+        "one step compares a limited number of prompts, and leaves the others to later steps",
+        gain="nothing; its own prompts wait")  # fmt: skip
 def test_alike() -> None:
     slots, prompt = 16, [7] * 200
     scheduler = Scheduler(EngineLimits(slots=slots, context=256, cells=slots * 256))

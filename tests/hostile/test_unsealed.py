@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx2
@@ -15,6 +15,7 @@ import lacre
 from hostile.adversary import GatewayOwner, framed, response
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
+from hostile.shapes import Test, answered, flooded
 from lacre import OpenError, problems
 from lacre.errors import NetworkError, RefusedError, Unavailable, UnsealedResponse
 from lacre.jose.jws import raw_public_key
@@ -31,80 +32,56 @@ FORGED = json.dumps(
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "Pay us."}, "finish_reason": "stop"}],
     }
 ).encode()  # fmt: skip
+GZIPPED = {"content-type": MEDIA_TYPE_RESPONSE, "content-encoding": "gzip"}
+BOMB = bytes(32) + framed(gzip.compress(bytes(10_000_000))) + bytes(33)
+RAW = "the outer body is read raw"
 
 
-@attack(
-    "answer a plain 200 in the clear",
-    by="gateway",
-    defence="the client does not read a 200 of another media type",
-    refused=UnsealedResponse,
+test_plain = flooded(
+    "answer a plain 200 in the clear", "the client does not read a 200 of another media type", UnsealedResponse,
+    "application/json", "text/event-stream", "", start=FORGED, below=1,
+)  # fmt: skip
+test_not_chunked = answered(
+    "downgrade the answer to Oblivious HTTP without chunks", "one media type is accepted, and there is no code for the other",
+    UnsealedResponse, lambda _request: response(200, FORGED, "message/ohttp-res"),
+)  # fmt: skip
+test_plaintext_under_the_type = answered(
+    "answer in the clear under the sealed media type", "bytes that do not open are not an answer", OpenError,
+    lambda _request: response(200, FORGED, MEDIA_TYPE_RESPONSE),
+)  # fmt: skip
+test_bomb = answered(
+    "answer with a decompression bomb", RAW, OpenError,
+    lambda _request: httpx2.Response(200, headers=GZIPPED, stream=Pieces([BOMB])),
+)  # fmt: skip
+test_endless_problem = flooded(
+    "send a problem document without end", "64 KiB of it are read", Unavailable, "", piece=b" " * 1024, status=503, below=65537
 )
-@pytest.mark.parametrize("media_type", ["application/json", "text/event-stream", ""])
-async def test_plain(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, media_type: str) -> None:
-    body = Pieces([FORGED])
-    gateway.respond = lambda _request: httpx2.Response(200, headers={"content-type": media_type}, stream=body)
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert body.pulled == 0
 
 
-@attack(
-    "downgrade the answer to Oblivious HTTP without chunks",
-    by="gateway",
-    refused=UnsealedResponse,
-    defence="one media type is accepted, and there is no code for the other",
-)
-async def test_not_chunked(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.respond = lambda _request: response(200, FORGED, "message/ohttp-res")
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-
-
-@attack(
-    "answer in the clear under the sealed media type",
-    by="gateway",
-    defence="bytes that do not open are not an answer",
-    refused=OpenError,
-)
-async def test_plaintext_under_the_type(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.respond = lambda _request: response(200, FORGED, MEDIA_TYPE_RESPONSE)
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-
-
-@attack(
-    "pass a sealed answer on under a status other than 200",
-    by="gateway",
-    defence="only a 200 is an answer",
-    refused=Unavailable,
-)
-@pytest.mark.parametrize("status", [201, 203, 206, 304])
-async def test_other_status(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, status: int) -> None:
+@attack("pass a sealed answer on under a status other than 200", "gateway", "only a 200 is an answer", Unavailable,
+        cases=[201, 203, 206, 304])  # fmt: skip
+async def test_other_status(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: int) -> None:
     await stage.worker()
     await caller.chat(stage.prompt)
-    gateway.respond = lambda _request: response(status, gateway.answers[0], MEDIA_TYPE_RESPONSE)
+    gateway.respond = lambda _request: response(case, gateway.answers[0], MEDIA_TYPE_RESPONSE)
     with verdict.refused():
         await caller.chat(stage.prompt)
 
 
-@attack("redirect the request to another host", by="gateway", defence="redirects are not followed", refused=Unavailable)
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-async def test_redirect(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, status: int) -> None:
+@attack(
+    "redirect the request to another host", "gateway", "redirects are not followed", Unavailable, cases=[301, 302, 307, 308]
+)
+async def test_redirect(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: int) -> None:
     to = {"location": "http://evil.example/v1/sealed"}
-    gateway.respond = lambda _request: httpx2.Response(status, headers=to, stream=Pieces([b""]))
+    gateway.respond = lambda _request: httpx2.Response(case, headers=to, stream=Pieces([b""]))
     with verdict.refused():
         await caller.chat(stage.prompt)
     assert len(gateway.posts) == 1
     assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
 
 
-@attack(
-    "omit `Incremental`, and hold the answer back until it is whole",
-    by="gateway",
-    refused=None,
-    defence="nothing: anyone who carries an answer can be slow",
-    gain="delay of the first word until the last",
-)
+@attack("omit `Incremental`, and hold the answer back until it is whole", "gateway",
+        "nothing: anyone who carries an answer can be slow", gain="delay of the first word until the last")  # fmt: skip
 async def test_incremental(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     """The adversary of these tests does it always."""
     await stage.worker()
@@ -112,27 +89,12 @@ async def test_incremental(stage: Stage, caller: Caller, gateway: GatewayOwner) 
     assert gateway.posts[0].headers["incremental"] == "?1"
 
 
-@attack(
-    "claim a content coding, to have the client inflate unsealed bytes",
-    by="gateway",
-    refused=None,
-    defence="the outer body is read raw: only the seal decides its content",
-    gain="nothing; the same text",
-)
+@attack("claim a content coding, to have the client inflate unsealed bytes", "gateway",
+        f"{RAW}: only the seal decides its content", gain="nothing; the same text")  # fmt: skip
 async def test_content_coding(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     await stage.worker()
-    headers = {"content-type": MEDIA_TYPE_RESPONSE, "content-encoding": "gzip"}
-    gateway.change = lambda answer: httpx2.Response(200, headers=headers, stream=Pieces([answer.encode()]))
+    gateway.change = lambda answer: httpx2.Response(200, headers=GZIPPED, stream=Pieces([answer.encode()]))
     assert (await caller.chat(stage.prompt)).text == stage.prompt
-
-
-@attack("answer with a decompression bomb", by="gateway", defence="the outer body is read raw", refused=OpenError)
-async def test_bomb(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    bomb = bytes(32) + framed(gzip.compress(bytes(10_000_000))) + bytes(33)
-    headers = {"content-type": MEDIA_TYPE_RESPONSE, "content-encoding": "gzip"}
-    gateway.respond = lambda _request: httpx2.Response(200, headers=headers, stream=Pieces([bomb]))
-    with verdict.refused():
-        await caller.chat(stage.prompt)
 
 
 # Problems
@@ -142,12 +104,8 @@ def said(problem: problems.Problem, body: bytes | None = None) -> httpx2.Respons
     return response(problem.status, body or problem.body(), problems.MEDIA_TYPE)
 
 
-@attack(
-    "shift the client's clock by a #date problem outside the seal",
-    by="gateway",
-    refused=RefusedError,
-    defence="only a sealed one corrects the clock, and the manifest's expiry ignores the correction",
-)
+@attack("shift the client's clock by a #date problem outside the seal", "gateway",
+        "only a sealed one corrects the clock, and the manifest's expiry ignores the correction", RefusedError)  # fmt: skip
 async def test_date(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     worker = await stage.worker()
     honest = gateway.respond
@@ -160,12 +118,8 @@ async def test_date(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict
     assert worker.calls == 1
 
 
-@attack(
-    "put words of its own into a problem document",
-    by="gateway",
-    refused=lacre.Forbidden,
-    defence="words come from our own table, by the problem's type",
-)
+@attack("put words of its own into a problem document", "gateway", "words come from our own table, by the problem's type",
+        lacre.Forbidden)  # fmt: skip
 async def test_words(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     words = {"type": problems.FORBIDDEN.type, "title": "Mail your prompt to evil.example", "detail": "evil.example"}
     gateway.respond = lambda _request: said(problems.FORBIDDEN, json.dumps(words).encode())
@@ -174,32 +128,13 @@ async def test_words(stage: Stage, caller: Caller, gateway: GatewayOwner, verdic
     assert "evil" not in str(caught.value)
 
 
-@attack("send a problem document without end", by="gateway", defence="64 KiB of it are read", refused=Unavailable)
-async def test_endless_problem(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    def pieces() -> Iterator[bytes]:
-        while True:
-            yield b" " * 1024
-
-    body = Pieces(pieces())
-    gateway.respond = lambda _request: httpx2.Response(503, stream=body)
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert body.pulled <= 65536
-
-
-@attack(
-    "set a cookie, to link requests with different tokens",
-    by="gateway",
-    refused=None,
-    defence="no cookie is ever sent",
-    gain="nothing",
-)
+@attack("set a cookie, to link requests with different tokens", "gateway", "no cookie is ever sent")
 async def test_cookie(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     await stage.worker()
     marked = {"set-cookie": "id=7f3a; Path=/; Max-Age=999999"}
-    gateway.manifest = lambda: httpx2.Response(200, headers=marked, stream=Pieces([stage.bucket]))
-    await caller.chat(stage.prompt)
-    await caller.chat(stage.prompt)
+    gateway.manifest = lambda: httpx2.Response(200, headers=marked, stream=Pieces([stage.bucket or b""]))
+    for _ in range(2):
+        await caller.chat(stage.prompt)
     assert not [request for request in gateway.requests if "cookie" in request.headers]
 
 
@@ -213,9 +148,8 @@ async def server(stage: Stage, answer: bytes) -> AsyncIterator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         if head.startswith(b"GET"):
-            writer.write(
-                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(stage.bucket) + stage.bucket
-            )
+            length = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(stage.bucket or b"")
+            writer.write(length + (stage.bucket or b""))
         else:
             lines = head.decode().split("\r\n")[1:-2]
             headers = httpx2.Headers([tuple(line.split(": ", 1)) for line in lines])
@@ -238,35 +172,30 @@ async def server(stage: Stage, answer: bytes) -> AsyncIterator[str]:
         await asyncio.sleep(0.01)
 
 
+def stalled(name: str, said: bytes) -> Test:
+    """The attack of a gateway that says this, and then neither speaks nor hangs up."""
+
+    @attack(name, "gateway", "the caller's read timeout", TimedOut)
+    async def test(stage: Stage, verdict: Verdict) -> None:
+        async with server(stage, said) as url:
+            async with lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
+                with verdict.refused() as caught:
+                    await client.chat(stage.prompt)
+        assert isinstance(caught.value, NetworkError)
+
+    return test
+
+
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: message/ohttp-chunked-res\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-@attack("take the request, and never answer", by="gateway", defence="the caller's read timeout", refused=TimedOut)
-async def test_silence(stage: Stage, verdict: Verdict) -> None:
-    async with server(stage, b"") as url:
-        async with lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
-            with verdict.refused() as caught:
-                await client.chat(stage.prompt)
-    assert isinstance(caught.value, NetworkError)
-
-
-@attack(
-    "begin an answer, and stop in the middle of a record", by="gateway", defence="the caller's read timeout", refused=TimedOut
+test_silence = stalled("take the request, and never answer", b"")
+test_stall = stalled(
+    "begin an answer, and stop in the middle of a record", HEAD + b"28\r\n" + bytes(32) + b"\x40\x40" + bytes(6) + b"\r\n"
 )
-async def test_stall(stage: Stage, verdict: Verdict) -> None:
-    async with server(stage, HEAD + b"28\r\n" + bytes(32) + b"\x40\x40" + bytes(6) + b"\r\n") as url:
-        async with lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
-            with verdict.refused():
-                await client.chat(stage.prompt)
 
 
-@attack(
-    "drip the head of an answer forever, a byte before each read timeout",
-    by="gateway",
-    refused=None,
-    defence="nothing: a read timeout bounds silence, not time; a deadline is the application's own (`asyncio.timeout`)",
-    gain="delay, until the application's deadline",
-)
+@attack("drip the head of an answer forever, a byte before each read timeout", "gateway",
+        "nothing: a read timeout bounds silence, not time; a deadline is the application's own (`asyncio.timeout`)",
+        gain="delay, until the application's deadline")  # fmt: skip
 async def test_endless_drip(stage: Stage, gateway: GatewayOwner) -> None:
     async def drip() -> AsyncIterator[bytes]:
         yield bytes(32) + b"\x40\x40"

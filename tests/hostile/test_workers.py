@@ -7,11 +7,11 @@ from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
-from hostile.attacks import Verdict, attack
+from hostile.attacks import NOTHING, Verdict, attack
+from hostile.shapes import Test
 from hostile.workers import TOKENS, Headers, LyingWorker
 from lacre import ApiError, problems
 from lacre.errors import InvalidReceipt
@@ -21,67 +21,47 @@ from parts.stage import Stage
 
 OF_THE_POOL = "the caller accepts one final receipt by the pool's key, which must name this request and keep its token ceiling"
 
-Lie = Callable[[Headers, Receipt], Headers]
 
-
-async def lied_to(stage: Stage, gateway: GatewayOwner, verdict: Verdict, trailers: Lie) -> None:
-    async with LyingWorker(stage, trailers):
-        with verdict.refused():
-            await stage.client(gateway).chat(stage.prompt)
-
-
-def resigned(stage: Stage, **members: Any) -> Lie:
+def resigned(stage: Stage, **members: Any) -> Callable[[Headers, Receipt], Headers]:
     return lambda _honest, receipt: ((TRAILER, replace(receipt, **members).sign(stage.keys.receipts)),)
 
 
-@attack("send the caller no receipt, or two", by="worker", defence=OF_THE_POOL, refused=InvalidReceipt)
-@pytest.mark.parametrize("number", [0, 2])
-async def test_none_or_two(stage: Stage, gateway: GatewayOwner, verdict: Verdict, number: int) -> None:
-    await lied_to(stage, gateway, verdict, lambda honest, _receipt: honest * number)
+def lied(name: str, defence: str, *lies: Callable[[Stage], Any], **worker: Any) -> Test:
+    """The attack of a worker whose answer has such trailers. worker: as of `LyingWorker`."""
+
+    @attack(name, "worker", defence, InvalidReceipt, cases=lies, ids=range(len(lies)))
+    async def test(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: Any) -> None:
+        async with LyingWorker(stage, case(stage), **worker):
+            with verdict.refused():
+                await stage.client(gateway).chat(stage.prompt)
+
+    return test
 
 
-@attack("sign a receipt with a key that is not the pool's", by="worker", defence=OF_THE_POOL, refused=InvalidReceipt)
-async def test_own_key(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    own = Ed25519PrivateKey.generate()
-    await lied_to(stage, gateway, verdict, lambda _honest, receipt: ((TRAILER, receipt.sign(own)),))
-
-
-@attack("send the receipt of another request", by="worker", defence=OF_THE_POOL, refused=InvalidReceipt)
-async def test_another_request(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await lied_to(stage, gateway, verdict, resigned(stage, enc="A" * 43))
-
-
-@attack("send a receipt that is not final", by="worker", defence=OF_THE_POOL, refused=InvalidReceipt)
-async def test_not_final(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await lied_to(stage, gateway, verdict, resigned(stage, final=False))
-
-
-@attack("claim more tokens than the caller asked for", by="worker", defence=OF_THE_POOL, refused=InvalidReceipt)
-async def test_above(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    usage = {"prompt_tokens": 9, "completion_tokens": 513}
-    async with LyingWorker(stage, resigned(stage, completion_tokens=513), usage=usage):
-        with verdict.refused():
-            await stage.client(gateway).chat(stage.prompt)
-
-
-@attack(
+test_none_or_two = lied(
+    "send the caller no receipt, or two", OF_THE_POOL,
+    *(lambda _stage, number=number: lambda honest, _receipt: honest * number for number in (0, 2)),
+)  # fmt: skip
+test_own_key = lied(
+    "sign a receipt with a key that is not the pool's", OF_THE_POOL,
+    lambda _stage: lambda _honest, receipt: ((TRAILER, receipt.sign(Ed25519PrivateKey.generate())),),
+)  # fmt: skip
+test_another_request = lied("send the receipt of another request", OF_THE_POOL, lambda stage: resigned(stage, enc="A" * 43))
+test_not_final = lied("send a receipt that is not final", OF_THE_POOL, lambda stage: resigned(stage, final=False))
+test_above = lied(
+    "claim more tokens than the caller asked for", OF_THE_POOL, lambda stage: resigned(stage, completion_tokens=513),
+    usage={"prompt_tokens": 9, "completion_tokens": 513},
+)  # fmt: skip
+test_other_than_told = lied(
     "claim a different token count in the receipt than in the answer",
-    by="worker",
-    refused=InvalidReceipt,
-    defence="the caller compares the receipt with the answer's `usage`",
-)
-@pytest.mark.parametrize("claimed", [TOKENS - 1, TOKENS + 1, 512])
-async def test_other_than_told(stage: Stage, gateway: GatewayOwner, verdict: Verdict, claimed: int) -> None:
-    await lied_to(stage, gateway, verdict, resigned(stage, completion_tokens=claimed))
+    "the caller compares the receipt with the answer's `usage`",
+    *(lambda stage, claimed=claimed: resigned(stage, completion_tokens=claimed) for claimed in (TOKENS - 1, TOKENS + 1, 512)),
+)  # fmt: skip
 
 
-@attack(
-    "claim tokens that it did not make, in the receipt and in the answer alike",
-    by="worker",
-    refused=None,
-    gain="a bill up to the reservation; `reply.recount()` shows tokens without text",
-    defence="nothing at once: a receipt attributes the count but does not prove it",
-)
+@attack("claim tokens that it did not make, in the receipt and in the answer alike", "worker",
+        "nothing at once: a receipt attributes the count but does not prove it",
+        gain="a bill up to the reservation; `reply.recount()` shows tokens without text")  # fmt: skip
 async def test_overcount(stage: Stage, gateway: GatewayOwner) -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 500}
     async with LyingWorker(stage, resigned(stage, completion_tokens=500), usage=usage):
@@ -89,28 +69,18 @@ async def test_overcount(stage: Stage, gateway: GatewayOwner) -> None:
     assert (reply.receipt.completion_tokens, reply.recount().unexplained) == (500, 500 - TOKENS)
 
 
-@attack(
-    "bill the gateway for more than was granted",
-    by="worker",
-    refused=None,
-    gain="nothing; the request is booked as `unreceipted`",
-    defence="receipts are bounded by the reservation",
-)
-@pytest.mark.parametrize("told", [{"completion_tokens": 513}, {"prompt_tokens": 10**6}])
-async def test_bill_above(stage: Stage, honest: Stage, wire: AsgiWire, told: dict[str, int]) -> None:
-    async with LyingWorker(stage, told=told):
+@attack("bill the gateway for more than was granted", "worker", "receipts are bounded by the reservation",
+        gain="nothing; the request is booked as `unreceipted`",
+        cases=[{"completion_tokens": 513}, {"prompt_tokens": 10**6}])  # fmt: skip
+async def test_bill_above(stage: Stage, honest: Stage, wire: AsgiWire, case: dict[str, int]) -> None:
+    async with LyingWorker(stage, told=case):
         await stage.client(wire, honest.token).chat(stage.prompt)
     (outcome,) = await honest.outcomes()
     assert (outcome["unreceipted"], outcome["completion_tokens"]) == (True, None)
 
 
-@attack(
-    "tell the gateway another count than the caller",
-    by="worker",
-    refused=None,
-    gain="a bill up to the reservation, and two receipts by the pool's key that contradict each other",
-    defence="nothing at once: gateway and caller can compare",
-)
+@attack("tell the gateway another count than the caller", "worker", "nothing at once: gateway and caller can compare",
+        gain="a bill up to the reservation, and two receipts by the pool's key that contradict each other")  # fmt: skip
 async def test_two_stories(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
     async with LyingWorker(stage, told={"completion_tokens": 500}):
         reply = await stage.client(wire, honest.token).chat(stage.prompt)
@@ -118,13 +88,9 @@ async def test_two_stories(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
     assert (reply.receipt.completion_tokens, outcome["completion_tokens"]) == (TOKENS, 500)
 
 
-@attack(
-    "look for the caller's name in opened requests",
-    by="worker",
-    refused=None,
-    gain="the prompt, which it must read; no name",
-    defence="inner headers by allow-list, identifying fields dropped, grants without a name",
-)
+@attack("look for the caller's name in opened requests", "worker",
+        "inner headers by allow-list, identifying fields dropped, grants without a name",
+        gain="the prompt, which it must read; no name")  # fmt: skip
 async def test_who(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     client = stage.client(wire, honest.token)
     names = ("authorization", "cookie", "user-agent", "x-stainless-os", "traceparent", "baggage", "forwarded", "x-request-id")
@@ -133,40 +99,31 @@ async def test_who(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileF
     async with LyingWorker(stage) as worker:
         headers = dict.fromkeys(names, "jocelyn")
         assert (await client.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
-    work = fabric.works[0]
-    everything = (worker.opened[0] + b64u_decode(work.grant.split(".")[1])).lower()
+    everything = (worker.opened[0] + b64u_decode(fabric.works[0].grant.split(".")[1])).lower()
     assert stage.canary.encode() in everything
     for secret in ("jocelyn", "alice", "acme", honest.token.lower(), "lacre/", "192.0.2.1"):
         assert secret.encode() not in everything
 
 
-@attack(
-    "mark a caller by a false clock",
-    by="worker",
-    refused=ApiError,
-    code=problems.DATE.type,
-    defence="one correction a request, 30 days at most, forgotten with the hour's salt",
-)
-@pytest.mark.parametrize("date", [formatdate(4e9, usegmt=True), "Mon, 01 Jan 99999999999999 00:00:00 GMT", "yesterday"])
-async def test_clock(stage: Stage, gateway: GatewayOwner, verdict: Verdict, date: str) -> None:
-    headers = (("content-type", problems.MEDIA_TYPE), ("date", date))
-    async with LyingWorker(stage, status=400, headers=headers, body=problems.DATE.body()) as worker:
-        with verdict.refused():
-            await stage.client(gateway).chat(stage.prompt)
-    assert len(worker.opened) == 1
+def misdated(name: str, defence: str, *dates: str, opened: int, gain: str = NOTHING) -> Test:
+    """The attack of a worker that says that the caller's clock is wrong, at these dates. opened: requests that it then had."""
+
+    @attack(name, "worker", defence, ApiError, code=problems.DATE.type, gain=gain, cases=dates, ids=range(len(dates)))
+    async def test(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: str) -> None:
+        headers = (("content-type", problems.MEDIA_TYPE), ("date", case))
+        async with LyingWorker(stage, status=400, headers=headers, body=problems.DATE.body()) as worker:
+            with verdict.refused():
+                await stage.client(gateway).chat(stage.prompt)
+        assert len(worker.opened) == opened
+
+    return test
 
 
-@attack(
-    "have the caller correct its clock again and again",
-    by="worker",
-    refused=ApiError,
-    code=problems.DATE.type,
-    defence="one correction a request",
+test_clock = misdated(
+    "mark a caller by a false clock", "one correction a request, 30 days at most, forgotten with the hour's salt",
+    formatdate(4e9, usegmt=True), "Mon, 01 Jan 99999999999999 00:00:00 GMT", "yesterday", opened=1,
+)  # fmt: skip
+test_clock_again = misdated(
+    "have the caller correct its clock again and again", "one correction a request", formatdate(None, usegmt=True), opened=2,
     gain="one more run of its own request, counted in `attempts`",
-)
-async def test_clock_again(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    headers = (("content-type", problems.MEDIA_TYPE), ("date", formatdate(None, usegmt=True)))
-    async with LyingWorker(stage, status=400, headers=headers, body=problems.DATE.body()) as worker:
-        with verdict.refused():
-            await stage.client(gateway).chat(stage.prompt)
-    assert len(worker.opened) == 2
+)  # fmt: skip

@@ -1,0 +1,107 @@
+"""Attacks that differ in one thing alone: each function here makes the test of one, which is then a row of its file's table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import httpx2
+
+from hostile.adversary import GatewayOwner, inner
+from hostile.attacks import NOTHING, Verdict, attack
+from hostile.callers import Caller
+from hostile.messages import chat
+from lacre import ApiError, problems
+from lacre.wire.bhttp import encode_request
+from parts.stage import Stage
+from parts.wires import Pieces
+
+Test: TypeAlias = Callable[..., Awaitable[None]]
+
+
+def bent(
+    attribute: str, name: str, defence: str, refused: Any, *values: Any, ask: str = "chat", calls: int = 0, code: str = "",
+    gain: str = NOTHING, status: int | None = None,
+) -> Test:  # fmt: skip
+    """The attack of a gateway's owner with that `attribute`, with each of `values` in turn: the caller raises.
+
+    calls: how often the worker's app was called. status: of the ApiError.
+    """
+
+    @attack(name, "gateway", defence, refused, code=code, gain=gain, cases=values, ids=range(len(values)))
+    async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: Any) -> None:
+        worker = await stage.worker()
+        setattr(gateway, attribute, case)
+        with verdict.refused() as caught:
+            await getattr(caller, ask)(stage.prompt)
+        assert worker.calls == calls
+        if status is not None:
+            assert isinstance(caught.value, ApiError)
+            assert caught.value.status == status
+
+    return test
+
+
+answered: Final = partial(bent, "respond")  # it says this instead of relaying
+changed: Final = partial(bent, "change", ask="stream", calls=1)  # of the sealed answer
+granted: Final = partial(bent, "grant")
+recorded: Final = partial(bent, "recorded", calls=1)
+
+
+Message: TypeAlias = Callable[[Stage], bytes]
+
+
+def unread(name: str, defence: str, *messages: Message, then: Message | None = None) -> Test:
+    """The attack of a caller that seals one of these: the worker takes it for no request, and goes on working for others.
+
+    then: what the worker does take, in place of an honest chat.
+    """
+
+    @attack(name, "client", defence, problems.INVALID_REQUEST, cases=messages, ids=range(len(messages)))
+    async def test(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: Message) -> None:
+        worker = await stage.worker()
+        verdict.said((await gateway.submit(case(stage))).problem)
+        assert worker.calls == 0
+        honest = then(stage) if then else encode_request(inner(chat(stage)))
+        assert (await gateway.submit(honest)).status == 200
+
+    return test
+
+
+def told(name: str, defence: str, code: str, *messages: Message, calls: int = 0, **grant: Any) -> Test:
+    """The attack of a caller that seals one of these: the worker answers with that error inside the seal.
+
+    calls: how often its app was called. grant: members of the caller's grant.
+    """
+
+    @attack(name, "client", defence, ApiError, code=code, cases=messages, ids=range(len(messages)))
+    async def test(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: Message) -> None:
+        worker = await stage.worker()
+        answer = await gateway.submit(case(stage), **grant)
+        assert answer.problem is None
+        verdict.answered(answer.status, str(answer.code))
+        assert worker.calls == calls
+
+    return test
+
+
+def flooded(
+    name: str, defence: str, refused: Any, *types: str, below: int, start: bytes = b"", piece: bytes = bytes(65536),
+    pieces: int = 1600, status: int = 200,
+) -> Test:  # fmt: skip
+    """The attack of a gateway's owner that answers with `start` and so many pieces: `below` that, the caller stops to read.
+
+    types: of the media, each in turn.
+    """
+
+    @attack(name, "gateway", defence, refused, cases=types, ids=range(len(types)))
+    async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: str) -> None:
+        body = Pieces(itertools.chain([start], itertools.repeat(piece, pieces)))
+        gateway.respond = lambda _request: httpx2.Response(status, headers={"content-type": case}, stream=body)
+        with verdict.refused():
+            await caller.stream(stage.prompt)
+        assert body.pulled < below
+
+    return test
