@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 ROOMS: Final = ("sdk", "fabric", "gateway", "backend")
 ROOTS: Final = (*ROOMS, "tests")  # a fake of the tests may hold a defence too
@@ -27,17 +27,28 @@ class NotFound(Exception):
 class Mutation:
     """One defence taken away.
 
+    by: the attack that must then succeed, as the threat model names it: `heads: path` is `test_heads.py::test_path`.
     defence: in the words of the threat model. place: `package.module:Class.method`, or `package.module` for its top level.
     old: stands once in `place` itself, functions and classes inside it not counted. It is a statement, an expression, a keyword
     argument (`name=value`), or the header of a compound statement with its colon (`if x:`, `except E as e:`, `class C(B):`).
-    new: the same form; "" deletes a statement or an argument. test: the attack that must then succeed, under `tests/hostile/`.
+    new: the same form; "" deletes a statement or an argument.
     """
 
+    by: str
     defence: str
     place: str
     old: str
-    new: str
-    test: str
+    new: str = "if False:"
+
+    @classmethod
+    def of(cls, *rows: tuple[str, ...]) -> tuple[Self, ...]:
+        """One for each row of its fields."""
+        return tuple(cls(*row) for row in rows)
+
+    @property
+    def test(self) -> str:
+        """Under `tests/hostile/`."""
+        return "test_{}.py::test_{}".format(*self.by.split(": "))
 
     def __str__(self) -> str:
         return self.defence

@@ -47,16 +47,12 @@ test_path_traversal = told(
         "/..", "/v1/%0d%0a")),
     action="http",
 )  # fmt: skip
-test_escaped_path = told(
-    "reach the chat by an escaped path, under a grant for another action", "the path is compared as the app will read it",
-    MISMATCH,
+test_escaped_path = told("reach the chat by an escaped path, under a grant for another action",
+    "the path is compared as the app will read it", MISMATCH,
     *(sent(path=path) for path in ("/v1/%63hat/completions", "/v1/chat%2Fcompletions", "/v1/chat/completions?x=1")),
-    action="http",
-)  # fmt: skip
-test_authority = told(
-    "name an authority other than ours", "a sealed request is for the pool, and for no host", MISMATCH,
-    *(sent(authority=name) for name in ("169.254.169.254", "", "lacre.invalid:22")), sent(scheme="http"),
-)  # fmt: skip
+    action="http")  # fmt: skip
+test_authority = told("name an authority other than ours", "a sealed request is for the pool, and for no host", MISMATCH,
+    *(sent(authority=name) for name in ("169.254.169.254", "", "lacre.invalid:22")), sent(scheme="http"))  # fmt: skip
 test_connect = unread(
     "tunnel through the worker", FORM,
     *(lambda _stage, control=control: b"\x00" + b"".join(map(part, control.split(b"|"))) + b"\x00\x00\x00"
@@ -92,24 +88,18 @@ test_dates = told(
 
 
 read: Final = partial(told, calls=1)
-test_nesting = read(
-    "nest JSON a hundred thousand deep", "the API's parser has a depth", "None",
-    *map(sent, (b"[" * 100_000, b'{"a":' * 100_000, b'{"messages":' + b"[" * 50_000 + b"]" * 50_000 + b"}")),
-)  # fmt: skip
+test_nesting = read("nest JSON a hundred thousand deep", "the API's parser has a depth", "None",
+    *map(sent, (b"[" * 100_000, b'{"a":' * 100_000, b'{"messages":' + b"[" * 50_000 + b"]" * 50_000 + b"}")))  # fmt: skip
 test_many_values = read(
     "send JSON of millions of values, to delay all other answers", "a limit on values", "request_too_large",
     *(sent(b"{%b}" % member) for member in (
         b'"stop":[' + b'"",' * 300_000 + b'""]', b",".join(b'"%x":1' % number for number in range(100_000)))),
 )  # fmt: skip
-test_bomb = read(
-    "send a decompression bomb", "nothing inside the seal is inflated", "None",
-    sent(gzip.compress(b'{"messages":[' + b" " * 50_000_000), (("content-encoding", "gzip"),)),
-)  # fmt: skip
-test_salts = read(
-    "share another caller's prefix cache by sending two salts, or an endless one",
+test_bomb = read("send a decompression bomb", "nothing inside the seal is inflated", "None",
+    sent(gzip.compress(b'{"messages":[' + b" " * 50_000_000), (("content-encoding", "gzip"),)))  # fmt: skip
+test_salts = read("share another caller's prefix cache by sending two salts, or an endless one",
     "one salt of at most 256 bytes, which no other caller knows", "None",
-    *(sent(more=tuple(("lacre-cache-salt", salt) for salt in salts)) for salts in (("a", "b"), ("a" * 257,))),
-)  # fmt: skip
+    *(sent(more=tuple(("lacre-cache-salt", salt) for salt in salts)) for salts in (("a", "b"), ("a" * 257,))))  # fmt: skip
 
 
 @attack("make the app fail, and read the prompt in the worker's log", "gateway",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +33,7 @@ from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
 
 CLAIMS = BucketLimits(32 * 1024, 50, 512)  # so little room that it is quickly full
+PRESENT = b'{"models":["m1"],"busy":0,"free":9,"keys":[]}'
 FULL = "its own pool can claim nothing for 15 minutes, the life of a claim"
 
 
@@ -40,31 +41,27 @@ class Site:
     """A running message server of two pools, and who is connected to it."""
 
     def __init__(self, live: LiveFabric, stack: AsyncExitStack) -> None:
-        self.live = live
-        self._stack = stack
+        self.live, self._stack = live, stack
+
+    async def _kept(self, opening: Awaitable[Any], end: str = "close") -> Any:
+        opened = await opening
+        self._stack.push_async_callback(getattr(opened, end))
+        return opened
 
     async def stolen(self, role: str) -> StolenNats:
-        raw = await StolenNats.open(self.live.server.port, self.live.credentials[role])
-        self._stack.push_async_callback(raw.close)
-        return raw
+        return await self._kept(StolenNats.open(self.live.server.port, self.live.credentials[role]))
 
     async def connect(self, role: str) -> Connection:
-        connection = await self.live.connect(role)
-        self._stack.push_async_callback(connection.close)
-        return connection
+        return await self._kept(self.live.connect(role))
 
     async def gateway(self, name: str) -> NatsGateway:
-        gateway = await self.live.gateway(name)
-        self._stack.push_async_callback(gateway.close)
-        return gateway
+        return await self._kept(self.live.gateway(name))
 
     async def running(self, gateway: NatsGateway, pool: str = "a") -> NatsDelivery:
         """A request of the pool's whose worker has spent its credit."""
-        worker = await self.live.worker(pool)
-        self._stack.push_async_callback(worker.close)
+        worker = await self._kept(self.live.worker(pool))
         await gateway.dispatch(new_work(pool))
-        delivery = await worker.pull()
-        self._stack.push_async_callback(delivery.drop)
+        delivery = await self._kept(worker.pull(), "drop")
         assert await delivery.claim()
         await delivery.send(FrameKind.DATA, bytes(CREDIT))
         return delivery
@@ -100,8 +97,8 @@ async def test_claims_fill(site: Site) -> None:
         assert "error" in await thief.ask("$KV.claims_a.x", b"x", headers)
     told = [await thief.ask(f"$KV.claims_a.fill{number}", bytes(200)) for number in range(CLAIMS.messages + 3)]
     assert ["error" in answer for answer in told] == [False] * CLAIMS.messages + [True] * 3
-    assert "error" not in await (await site.stolen("gateway-g1")).ask("$KV.budgets.gateway-g1.x", b"x")
-    assert "error" not in await (await site.stolen("gateway-g1")).ask(subjects.revocation("gateway-g1"), b"x")
+    for subject in ("$KV.budgets.gateway-g1.x", subjects.revocation("gateway-g1")):
+        assert "error" not in await (await site.stolen("gateway-g1")).ask(subject, b"x")
     await answers(site)
 
 
@@ -153,9 +150,8 @@ async def test_deputy(site: Site) -> None:
         "JetStream answers only the account that asked", gain="nothing; a node may say anything about itself")  # fmt: skip
 async def test_presence(site: Site) -> None:
     gateway, thief = await site.gateway("g1"), await site.stolen("worker-a-n2")
-    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": []}).encode()
-    await thief.ask("$KV.claims_a.presence", said)
-    thief.publish("presence.a.lacre.n1", said)
+    await thief.ask("$KV.claims_a.presence", PRESENT)
+    thief.publish("presence.a.lacre.n1", PRESENT)
     thief.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.presence", reply="presence.a.lacre.n1")
     await thief.settle()
     await asyncio.sleep(0.3)
@@ -167,28 +163,23 @@ async def test_presence(site: Site) -> None:
         "pools rotate independently, and the log names the worker", NotTakenUp,
         gain="its own pool keeps its keys until an operator ends that worker")  # fmt: skip
 async def test_no_new_keys(site: Site, tmp_path: Path, verdict: Verdict) -> None:
-    state, connection, thief = (
-        StateFolder(tmp_path / "state", POOLS),
-        await site.connect("provisioner"),
-        await site.stolen("worker-a-n1"),
-    )
+    state, thief = StateFolder(tmp_path / "state", POOLS), await site.stolen("worker-a-n1")
     state.create()
-    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": []}).encode()
 
     async def announce() -> None:
         while True:
-            thief.publish("presence.a.lacre.n1", said)
+            thief.publish("presence.a.lacre.n1", PRESENT)
             await thief.settle()
             await asyncio.sleep(0.5)
 
     announcing = asyncio.create_task(announce())
     try:
         with verdict.refused():
-            await tend(state, connection, Schedule(every=0, grace=0), wait=3.5)
+            await tend(state, await site.connect("provisioner"), Schedule(every=0, grace=0), wait=3.5)
     finally:
         announcing.cancel()
-    assert [path.name for path in sorted(state.keys_folder("a").iterdir())] == ["1.key", "2.key", "3.key", "4.key"]
-    assert [path.name for path in sorted(state.keys_folder("b").iterdir())] == ["3.key", "4.key"]
+    kept = {pool: sorted(path.stem for path in state.keys_folder(pool).iterdir()) for pool in POOLS}
+    assert kept == {"a": ["1", "2", "3", "4"], "b": ["3", "4"]}
 
 
 @attack("erase or change other gateways' draws on the budgets", "credential",
@@ -221,8 +212,8 @@ async def test_revocations(site: Site) -> None:
     assert len(thief.errors) == 3
 
 
-@attack("take the message server's memory by subscriptions and connections", "credential",
-        "each account has limits of both", gain="the connections of its own pool")  # fmt: skip
+@attack("take the message server's memory by subscriptions and connections", "credential", "each account has limits of both",
+        gain="the connections of its own pool")  # fmt: skip
 async def test_subscriptions(site: Site) -> None:
     thief = await site.stolen("worker-a-n1")
     for number in range(WORKER_SUBSCRIPTIONS + 50):

@@ -107,20 +107,14 @@ INJECTED = framed(secrets.token_bytes(64))
 # Whole in all that a gateway can see.
 FORGED = bytes(32) + framed(bytes(64)) + b"\x00" + bytes(64)
 
-test_inject = passed(
-    "put a record of its own between two of the worker's", UNREAD, OpenError,
-    at(3, lambda frame: [replace(frame, payload=INJECTED), frame]),
-)  # fmt: skip
-test_another_attempt = passed(
-    "send frames under an attempt of its own beside the worker's",
+test_inject = passed("put a record of its own between two of the worker's", UNREAD, OpenError,
+    at(3, lambda frame: [replace(frame, payload=INJECTED), frame]))  # fmt: skip
+test_another_attempt = passed("send frames under an attempt of its own beside the worker's",
     "a gateway is bound to the first attempt that sends a frame", None,
     lambda: each(lambda frame: [frame, own(FrameKind.DATA, framed(bytes(64))), own(FrameKind.ERROR, b"x")]),
-    gain="nothing; they are dropped",
-)  # fmt: skip
-test_first = passed(
-    "answer before the worker does", UNREAD, OpenError,
-    at(0, lambda frame: [own(FrameKind.DATA, FORGED), own(FrameKind.USAGE, b""), frame], only=True),
-)  # fmt: skip
+    gain="nothing; they are dropped")  # fmt: skip
+test_first = passed("answer before the worker does", UNREAD, OpenError,
+    at(0, lambda frame: [own(FrameKind.DATA, FORGED), own(FrameKind.USAGE, b""), frame], only=True))  # fmt: skip
 test_swap = passed("swap two frames", COUNTED, TruncatedStream, swapping)
 test_drop = passed(
     "leave out a frame, or send one twice", COUNTED, TruncatedStream,
@@ -128,14 +122,10 @@ test_drop = passed(
       for times in (0, 2)),
 )  # fmt: skip
 # As hard as it can try: the gateway finds nothing wrong, and the caller does.
-test_renumber = passed(
-    "renumber the frames, so that none seems to be missing", UNREAD, OpenError,
-    *(at(4, lambda frame, times=times: [frame] * times, only=True) for times in (0, 2)),
-)  # fmt: skip
-test_early_end = passed(
-    "tell the gateway early that the answer has ended", WHOLE, TruncatedStream,
-    at(4, lambda frame: [replace(frame, kind=FrameKind.USAGE, payload=b"")]),
-)  # fmt: skip
+test_renumber = passed("renumber the frames, so that none seems to be missing", UNREAD, OpenError,
+    *(at(4, lambda frame, times=times: [frame] * times, only=True) for times in (0, 2)))  # fmt: skip
+test_early_end = passed("tell the gateway early that the answer has ended", WHOLE, TruncatedStream,
+    at(4, lambda frame: [replace(frame, kind=FrameKind.USAGE, payload=b"")]))  # fmt: skip
 test_problem = passed(
     "have the gateway tell the caller that its token is invalid",
     "the gateway passes on only the problems that a worker may report", problems.WORKER_LOST,
@@ -248,15 +238,9 @@ def claim(key: Ed25519PrivateKey, enc: str = "A" * 43) -> bytes:
     return Receipt(enc, "sha256:00", 1, 0, 500, 0.0, 1.0, final=True).sign(key).encode()
 
 
-test_forged_receipt = booked(
-    "claim usage under a receipt of its own", OF_THE_POOL, BOOKED_LOW,
-    lambda stage, _beats: claim(THIEF, b64u(SealedHeader.parse(stage.hub.works[0].sealed).digest)), None, 0,
-)  # fmt: skip
-test_another_receipt = booked(
-    "settle one request with another's receipt", "a receipt names the digest of its request", BOOKED_LOW,
-    lambda stage, _beats: claim(stage.keys.receipts), None, 0,
-)  # fmt: skip
-test_first_receipt = booked(
-    "settle a request with its first receipt in place of its last", "nothing: the pool signed both",
-    "a lower bill for one caller; never a higher one than the pool signed", lambda _stage, beats: beats[0], 0,
-)  # fmt: skip
+test_forged_receipt = booked("claim usage under a receipt of its own", OF_THE_POOL, BOOKED_LOW,
+    lambda stage, _beats: claim(THIEF, b64u(SealedHeader.parse(stage.hub.works[0].sealed).digest)), None, 0)  # fmt: skip
+test_another_receipt = booked("settle one request with another's receipt", "a receipt names the digest of its request",
+    BOOKED_LOW, lambda stage, _beats: claim(stage.keys.receipts), None, 0)  # fmt: skip
+test_first_receipt = booked("settle a request with its first receipt in place of its last", "nothing: the pool signed both",
+    "a lower bill for one caller; never a higher one than the pool signed", lambda _stage, beats: beats[0], 0)  # fmt: skip

@@ -88,14 +88,10 @@ test_another_pool = delivered(
 test_another_model = delivered(
     "deliver a request to another model", "a grant names its model", INVALID, lambda _work: {"model": OTHER_MODEL}
 )
-test_flip = delivered(
-    "flip a bit of the sealed request", "its chunks are authenticated", problems.INVALID_REQUEST,
-    lambda work: {"sealed": flipped(work.sealed)},
-)  # fmt: skip
-test_cut = delivered(
-    "cut the end off the sealed request", "its final chunk is marked", problems.INVALID_REQUEST,
-    lambda work: {"sealed": work.sealed[:-17]},
-)  # fmt: skip
+test_flip = delivered("flip a bit of the sealed request", "its chunks are authenticated", problems.INVALID_REQUEST,
+    lambda work: {"sealed": flipped(work.sealed)})  # fmt: skip
+test_cut = delivered("cut the end off the sealed request", "its final chunk is marked", problems.INVALID_REQUEST,
+    lambda work: {"sealed": work.sealed[:-17]})  # fmt: skip
 
 
 async def mixed(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, part: str) -> None:
@@ -191,25 +187,20 @@ mismatch: Final = partial(granted, code="grant_mismatch", status=403)
 
 test_model = mismatch("grant another model than was asked for", INSIDE, ApiError, {"model": OTHER_MODEL})
 test_action = mismatch("grant another action than was asked for", INSIDE, ApiError, {"action": "complete"}, {"action": "http"})
-test_max_tokens = mismatch(
-    "grant more or fewer tokens than were asked for", INSIDE, ApiError,
-    *({"max_tokens": granted} for granted in (1, 511, 513, 2**31 - 1)),
-)  # fmt: skip
+test_max_tokens = mismatch("grant more or fewer tokens than were asked for", INSIDE, ApiError,
+    *({"max_tokens": granted} for granted in (1, 511, 513, 2**31 - 1)))  # fmt: skip
 test_shape = mismatch(
     "grant an answer without padding, so that its records tell their tokens", INSIDE, ApiError, {"shape": "none"}
 )
 test_unknown_shape = granted(
     "grant a shape that does not exist", "a worker refuses a shape that it does not know", INVALID, {"shape": "round"}
 )
-test_prompt_tokens = mismatch(
-    "grant so few prompt tokens that the request cannot run",
-    "the worker refuses inside the seal: the gateway does not learn the reason", ApiError, {"max_prompt_tokens": 3}, calls=1,
-)  # fmt: skip
-test_suite = bent(
-    "sealed", "change the suite in the header of a sealed request",
+test_prompt_tokens = mismatch("grant so few prompt tokens that the request cannot run",
+    "the worker refuses inside the seal: the gateway does not learn the reason", ApiError, {"max_prompt_tokens": 3},
+    calls=1)  # fmt: skip
+test_suite = bent("sealed", "change the suite in the header of a sealed request",
     "the header is bound into the keys (HPKE's `info`)", problems.INVALID_REQUEST,
-    *(lambda sealed, aead=aead: sealed[:6] + bytes([aead]) + sealed[7:] for aead in (1, 3)),
-)  # fmt: skip
+    *(lambda sealed, aead=aead: sealed[:6] + bytes([aead]) + sealed[7:] for aead in (1, 3)))  # fmt: skip
 
 
 @attack("send a request to another pool, under a grant for it", "gateway", OTHER_KEYS, problems.INVALID_REQUEST)

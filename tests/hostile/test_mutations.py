@@ -57,7 +57,7 @@ LOST = {
 
 @pytest.mark.parametrize("place", DOOR, ids=" ".join)
 def test_finds_a_statement_by_its_meaning(place: tuple[str, str, str]) -> None:
-    changed = Mutation("a door", *place, "test_door").applied(SOURCE)
+    changed = Mutation("doors: door", "a door", *place).applied(SOURCE)
     assert DOOR[place] in changed
     assert len(ast.parse(changed).body) == 2
 
@@ -65,7 +65,7 @@ def test_finds_a_statement_by_its_meaning(place: tuple[str, str, str]) -> None:
 @pytest.mark.parametrize("place", LOST.values(), ids=LOST)
 def test_a_place_that_is_gone_or_doubled_is_an_error(place: tuple[str, str, str]) -> None:
     with pytest.raises(NotFound):
-        Mutation("a door", *place, "test_door").applied(SOURCE)
+        Mutation("doors: door", "a door", *place).applied(SOURCE)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)

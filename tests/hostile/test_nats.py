@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS, Presence
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
-from parts.stolen_nats import StolenNats
+from parts.stolen_nats import StolenNats, published
 
 THIEF = "worker-a-n2"
 BOUNDED = "the parser limits everything that a worker announces"
@@ -50,18 +51,13 @@ class Site:
         for pool in self.workers:
             await self.side(pool).connect()
 
-    async def _kept(self, end: object) -> object:
-        self.stack.push_async_callback(end.close)  # type: ignore[attr-defined]
+    async def _kept(self, end: Any) -> Any:
+        self.stack.push_async_callback(end.close)
         return end
 
     async def _open(self, pool: str) -> Connection:
         url = self.way.url if pool == "a" else self.nats.server.url
         return await Connection.open(url, self.nats.credentials["gateway-g1"], keep=KEEP)
-
-    async def thief(self, name: str = THIEF) -> StolenNats:
-        thief = await StolenNats.open(self.nats.server.port, self.nats.credentials[name])
-        self.stack.push_async_callback(thief.close)
-        return thief
 
     def side(self, pool: str) -> PoolSide:
         return self.gateway._side(pool)
@@ -70,6 +66,16 @@ class Site:
         connection = self.side(pool)._connection
         assert connection is not None
         return connection.client
+
+    async def hears(self, *messages: bytes, of: str = THIEF) -> None:
+        """The thief publishes these, and nobody minds."""
+        await self.said(*messages, of=of)
+        await self.goes_on()
+
+    async def said(self, *messages: bytes, of: str) -> None:
+        thief = await self._kept(await StolenNats.open(self.nats.server.port, self.nats.credentials[of]))
+        thief.say(b"".join(messages))
+        await thief.settle()
 
     async def goes_on(self) -> None:
         """A question of each pool is answered, and no connection of the gateway's broke."""
@@ -100,26 +106,18 @@ async def site(server: LiveFabric) -> AsyncIterator[Site]:
         yield site
 
 
-@attack("publish under a subject that is not text, so that the gateway's connection stops reading", "worker",
-        OWN_LOOP, gain="nothing; the message is dropped and counted")  # fmt: skip
+@attack("publish under a subject that is not text, so that the gateway's connection stops reading", "worker", OWN_LOOP,
+        gain="nothing; the message is dropped and counted")  # fmt: skip
 async def test_subject(site: Site) -> None:
-    thief = await site.thief()
-    for tail in (b"\xff\xfe", b"\x00", b"x\ry", b"x" * 3000):
-        thief.publish(b"reply.a.g1." + tail, b"x")
-    await thief.settle()
-    await site.goes_on()
+    await site.hears(*(published(b"reply.a.g1." + tail, b"x") for tail in (b"\xff\xfe", b"\x00", b"x\ry", b"x" * 3000)))
     assert site.client("a").unusable == 1
 
 
-@attack("publish headers that a client library cannot read, so that the gateway loses every pool", "worker",
-        OWN_LOOP, gain="nothing; such a frame is ignored")  # fmt: skip
+@attack("publish headers that a client library cannot read, so that the gateway loses every pool", "worker", OWN_LOOP,
+        gain="nothing; such a frame is ignored")  # fmt: skip
 async def test_headers_to_the_gateway(site: Site) -> None:
-    thief = await site.thief()
-    for headers in ODD_HEADERS:
-        thief.publish(subjects.presence("a", "lacre", "n2"), b"{}", headers=headers)
-        thief.publish(subjects.reply("a", "g1", "0" * 32), b"x", headers=headers)
-    await thief.settle()
-    await site.goes_on()
+    said = ((subjects.presence("a", "lacre", "n2"), b"{}"), (subjects.reply("a", "g1", "0" * 32), b"x"))
+    await site.hears(*(published(*message, headers=headers) for headers in ODD_HEADERS for message in said))
     assert site.client("a").unusable == 0  # read by the gateway's own rules, and nothing raised
 
 
@@ -127,39 +125,31 @@ async def test_headers_to_the_gateway(site: Site) -> None:
         "the server's lines are split at spaces, which no subject has",
         gain="nothing; the message goes only where its permission allows")  # fmt: skip
 async def test_other_subscription(site: Site) -> None:
-    thief, misled = await site.thief(), list[str]()
+    misled: list[str] = []
 
     def take(subject: str, _block: bytes, _payload: bytes) -> bool:
         misled.append(subject)
         return True
 
     other = await site.client("a").subscribe_directly(f"{subjects.inbox('gateway-g1')}.other", take)
-    for space in (b"\x0c", b"\x0b", b"\r"):
-        thief.publish(b"reply.a.g1.x%b%d" % (space, other._id))
-    await thief.settle()
-    await site.goes_on()
+    await site.hears(*(published(b"reply.a.g1.x%b%d" % (space, other._id)) for space in (b"\x0c", b"\x0b", b"\r")))
     assert misled == []
 
 
-@attack("queue work with headers that a client library cannot read, so that workers take no more work", "gateway",
-        OWN_LOOP, gain="a pull for each message, which the worker acks as unanswerable")  # fmt: skip
+@attack("queue work with headers that a client library cannot read, so that workers take no more work", "gateway", OWN_LOOP,
+        gain="a pull for each message, which the worker acks as unanswerable")  # fmt: skip
 async def test_headers(site: Site) -> None:
-    thief = await site.thief("gateway-g2")
-    for headers in ODD_HEADERS * 2:
-        thief.publish(subjects.work("a", subjects.DEFAULT_REGION, "m1"), b"x", headers=headers)
-    await thief.settle()
-    await site.goes_on()
+    work = subjects.work("a", subjects.DEFAULT_REGION, "m1")
+    await site.hears(*(published(work, b"x", headers=headers) for headers in ODD_HEADERS * 2), of="gateway-g2")
     assert site.workers["a"].connection.client.stats["reconnects"] == 0
 
 
-@attack("announce a number of slots with 400 digits, so that metrics fail", "worker",
-        BOUNDED, gain="nothing; such a sign of presence is ignored")  # fmt: skip
+@attack("announce a number of slots with 400 digits, so that metrics fail", "worker", BOUNDED,
+        gain="nothing; such a sign of presence is ignored")  # fmt: skip
 async def test_count(site: Site) -> None:
-    thief = await site.thief()
-    for count in (b"1" * 400, b"%d" % (MAX_SLOTS + 1), b"-1", b"1e999"):
-        thief.publish(subjects.presence("a", "lacre", "n2"), b'{"models":["m1"],"busy":%b,"free":1,"keys":[]}' % count)
-    await thief.settle()
-    await site.goes_on()
+    said = (b'{"models":["m1"],"busy":%b,"free":1,"keys":[]}' % count
+            for count in (b"1" * 400, b"%d" % (MAX_SLOTS + 1), b"-1", b"1e999"))  # fmt: skip
+    await site.hears(*(published(subjects.presence("a", "lacre", "n2"), each) for each in said))
     assert all(math.isfinite(float(at.busy)) for at in site.gateway.capacity().values())
     assert site.gateway.capacity()["a", "lacre"].workers == 1
 
@@ -168,23 +158,16 @@ async def test_count(site: Site) -> None:
         "the number of such cancels is limited",
         gain="a few hundred messages a second from the gateway to its own pool")  # fmt: skip
 async def test_to_nobody(site: Site) -> None:
-    thief, said = await site.thief(), site.gateway.connection.client.stats["out_msgs"]
-    for _ in range(2000):
-        frame = Frame(secrets.token_hex(16), 0, FrameKind.BEAT, b"")
-        thief.publish(f"reply.a.g1.{secrets.token_hex(16)}", headers=frame.headers())
-    await thief.settle()
-    await site.goes_on()
+    said = site.gateway.connection.client.stats["out_msgs"]
+    frames = [Frame(secrets.token_hex(16), 0, FrameKind.BEAT, b"") for _ in range(2000)]
+    await site.hears(*(published(f"reply.a.g1.{secrets.token_hex(16)}", headers=frame.headers()) for frame in frames))
     assert site.gateway.connection.client.stats["out_msgs"] - said < 4 * MAX_STRAY
 
 
 @attack("send messages longer than any frame, which the gateway would have to buffer whole", "worker",
         "a length is checked before the buffer for it exists", gain="nothing; they are dropped as they arrive")  # fmt: skip
 async def test_too_long(site: Site) -> None:
-    thief = await site.thief()
-    for _ in range(4):
-        thief.publish(b"reply.a.g1." + b"0" * 32, bytes(KEEP + 1))
-    await thief.settle()
-    await site.goes_on()
+    await site.hears(*[published(b"reply.a.g1." + b"0" * 32, bytes(KEEP + 1))] * 4)
     assert site.client("a").unusable == 4
 
 
@@ -222,23 +205,19 @@ async def test_still(site: Site) -> None:
         "each gateway has an account of its own",
         gain="nothing; the answers stay in its account, and none is valid as a sign of presence")  # fmt: skip
 async def test_pools_of_nobody(site: Site) -> None:
-    thief = await site.thief("gateway-g2")
-    for number in range(50):
-        thief.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"x"}', reply=f"presence.none{number}.lacre.n1")
-    await thief.settle()
-    await site.goes_on()
+    replies = (f"presence.none{number}.lacre.n1" for number in range(50))
+    said = (published(subjects.READ_BUDGETS, b'{"last_by_subj":"x"}', reply=reply) for reply in replies)
+    await site.hears(*said, of="gateway-g2")
     assert site.gateway._sides.keys() == {"a", "b"}
 
 
-@attack("announce so many workers that the gateway's memory grows", "worker",
-        BOUNDED, gain="nothing in other pools; its own pool has no room for new workers for 3 s")  # fmt: skip
+@attack("announce so many workers that the gateway's memory grows", "worker", BOUNDED,
+        gain="nothing in other pools; its own pool has no room for new workers for 3 s")  # fmt: skip
 async def test_crowd(site: Site) -> None:
-    thief, present = await site.thief("worker-a-n1"), b'{"models":["m1"],"busy":0,"free":1,"keys":[]}'
+    present = b'{"models":["m1"],"busy":0,"free":1,"keys":[]}'
     # A credential that a pool's replicas share may say so of every node; here the roster itself is asked.
-    roster = site.side("a").roster
     for number in range(MAX_NODES + 100):
         site.side("a").hear("lacre", f"x{number}", Presence.parse(present))
-    thief.publish(subjects.presence("a", "lacre", "n1"), present)
-    await thief.settle()
-    assert len(roster.live()) == MAX_NODES
+    await site.said(published(subjects.presence("a", "lacre", "n1"), present), of="worker-a-n1")
+    assert len(site.side("a").roster.live()) == MAX_NODES
     await site.goes_on()

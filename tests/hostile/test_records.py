@@ -20,16 +20,10 @@ OTHERS = (
 )  # fmt: skip
 
 test_none = recorded("answer without recording it", PROVED, InvalidAudit, lambda _entry: None)
-test_another = recorded(
-    "record another request than was sent",
-    PROVED,
-    InvalidAudit,
-    *(lambda entry, other=other: entry | other for other in OTHERS),
-)
-test_key = bent(
-    "log_key", "sign the log's checkpoint with a key that the manifest does not name", PROVED, InvalidAudit,
-    Ed25519PrivateKey.generate(), calls=1,
-)  # fmt: skip
+test_another = recorded("record another request than was sent", PROVED, InvalidAudit,
+    *(lambda entry, other=other: entry | other for other in OTHERS))  # fmt: skip
+test_key = bent("log_key", "sign the log's checkpoint with a key that the manifest does not name", PROVED, InvalidAudit,
+    Ed25519PrivateKey.generate(), calls=1)  # fmt: skip
 
 
 @attack("record a request under another caller's name", "gateway", PROVED, InvalidAudit)

@@ -57,23 +57,17 @@ TO_THE_END = "the final chunk reaches to the end of the body"
 test_swap = changed("swap two records", COUNTED, OpenError, records(lambda chunks: swapped(chunks, 2, 3)))
 test_duplicate = changed("send a record twice", COUNTED, OpenError, at(3, lambda chunk: [chunk, chunk]))
 test_drop = changed("leave out a record", COUNTED, OpenError, *(at(number, lambda _chunk: []) for number in (0, 3, -1)))
-test_flip = changed(
-    "flip one bit of a record", ONE, OpenError,
-    *(at(1, lambda chunk, place=place: [flipped(chunk, place, secrets.randbelow(8))]) for place in (0, 7, -1)),
-)  # fmt: skip
-test_nonce = changed(
-    "flip one bit of the answer's nonce", NONCE, OpenError,
-    lambda answer: SealedAnswer(flipped(answer.nonce, 0), answer.chunks, answer.final),
-)  # fmt: skip
+test_flip = changed("flip one bit of a record", ONE, OpenError,
+    *(at(1, lambda chunk, place=place: [flipped(chunk, place, secrets.randbelow(8))]) for place in (0, 7, -1)))  # fmt: skip
+test_nonce = changed("flip one bit of the answer's nonce", NONCE, OpenError,
+    lambda answer: SealedAnswer(flipped(answer.nonce, 0), answer.chunks, answer.final))  # fmt: skip
 test_extend_a_record = changed("make a record longer", ONE, OpenError, at(2, lambda chunk: [chunk + b"\x00"]))
 test_join = changed(
     "join two records into one", ONE, OpenError, records(lambda chunks: [*chunks[:2], chunks[2] + chunks[3], *chunks[4:]])
 )
 test_insert = changed("put in a record of its own", NO_KEY, OpenError, at(2, lambda chunk: [secrets.token_bytes(64), chunk]))
-test_empty_record = changed(
-    "put in an empty record", HOLDS, InvalidMessage,
-    *(at(2, lambda chunk, length=length: [bytes(length), chunk]) for length in (1, 16)),
-)  # fmt: skip
+test_empty_record = changed("put in an empty record", HOLDS, InvalidMessage,
+    *(at(2, lambda chunk, length=length: [bytes(length), chunk]) for length in (1, 16)))  # fmt: skip
 
 
 # The end
@@ -89,33 +83,21 @@ async def breaking(answer: SealedAnswer) -> AsyncIterator[bytes]:
     raise httpx2.ReadError("reset by peer")
 
 
-test_truncate = changed(
-    "end an answer early, between two records", WHOLE, TruncatedStream,
-    lambda answer: answer.nonce + b"".join(map(framed, answer.chunks[:5])),
-)  # fmt: skip
-test_without_the_final_chunk = changed(
-    "end an answer after all of its text, before its final chunk", WHOLE, TruncatedStream,
-    lambda answer: answer.nonce + b"".join(map(framed, answer.chunks)),
-)  # fmt: skip
-test_truncate_inside = changed(
-    "end an answer inside a record", WHOLE, TruncatedStream,
-    lambda answer: answer.encode()[: 32 + len(framed(answer.chunks[0])) + 9],
-)  # fmt: skip
-test_early_final = changed(
-    "present an earlier record as the final one", FINAL, OpenError,
-    lambda answer: SealedAnswer(answer.nonce, answer.chunks[:5], answer.chunks[5]),
-)  # fmt: skip
+test_truncate = changed("end an answer early, between two records", WHOLE, TruncatedStream,
+    lambda answer: answer.nonce + b"".join(map(framed, answer.chunks[:5])))  # fmt: skip
+test_without_the_final_chunk = changed("end an answer after all of its text, before its final chunk", WHOLE, TruncatedStream,
+    lambda answer: answer.nonce + b"".join(map(framed, answer.chunks)))  # fmt: skip
+test_truncate_inside = changed("end an answer inside a record", WHOLE, TruncatedStream,
+    lambda answer: answer.encode()[: 32 + len(framed(answer.chunks[0])) + 9])  # fmt: skip
+test_early_final = changed("present an earlier record as the final one", FINAL, OpenError,
+    lambda answer: SealedAnswer(answer.nonce, answer.chunks[:5], answer.chunks[5]))  # fmt: skip
 test_final_as_another = changed("present the final chunk as one that others follow", FINAL, OpenError, relabelled)
 test_append = changed("append bytes after the final chunk", TO_THE_END, OpenError, lambda answer: answer.encode() + b"\x00")
-test_append_an_answer = changed(
-    "append a second whole answer", TO_THE_END, OpenError,
-    lambda answer: answer.encode() + framed(answer.chunks[0]) + b"\x00" + answer.final,
-)  # fmt: skip
+test_append_an_answer = changed("append a second whole answer", TO_THE_END, OpenError,
+    lambda answer: answer.encode() + framed(answer.chunks[0]) + b"\x00" + answer.final)  # fmt: skip
 test_break = changed("break the connection during the answer", WHOLE, TruncatedStream, breaking)
-test_empty = changed(
-    "answer with an empty body of the right type", WHOLE, TruncatedStream,
-    *(lambda _answer, body=bytes(length): body for length in (0, 31, 32)),
-)  # fmt: skip
+test_empty = changed("answer with an empty body of the right type", WHOLE, TruncatedStream,
+    *(lambda _answer, body=bytes(length): body for length in (0, 31, 32)))  # fmt: skip
 
 
 # Lengths
@@ -133,20 +115,14 @@ async def test_long_lengths(stage: Stage, caller: Caller, gateway: GatewayOwner)
     assert await caller.stream(stage.prompt) == stage.prompt
 
 
-test_huge_length = changed(
-    "announce a record of 2^62 - 1 bytes", LENGTHS, MessageTooLarge,
-    lambda answer: answer.nonce + b"\xff" * 8 + b"".join(answer.chunks),
-)  # fmt: skip
+test_huge_length = changed("announce a record of 2^62 - 1 bytes", LENGTHS, MessageTooLarge,
+    lambda answer: answer.nonce + b"\xff" * 8 + b"".join(answer.chunks))  # fmt: skip
 
 
-test_huge_first_record = flooded(
-    "send a first record of 100 MB", LENGTHS, MessageTooLarge, MEDIA_TYPE_RESPONSE,
-    start=bytes(32) + (100_000_000 | 0xC000_0000_0000_0000).to_bytes(8, "big"), below=100,
-)  # fmt: skip
-test_huge_final_chunk = flooded(
-    "send a final chunk of 100 MB", LENGTHS, MessageTooLarge, MEDIA_TYPE_RESPONSE, start=bytes(32) + b"\x00",
-    below=2 * 65536 + MAX_CHUNK,
-)  # fmt: skip
+test_huge_first_record = flooded("send a first record of 100 MB", LENGTHS, MessageTooLarge, MEDIA_TYPE_RESPONSE,
+    start=bytes(32) + (100_000_000 | 0xC000_0000_0000_0000).to_bytes(8, "big"), below=100)  # fmt: skip
+test_huge_final_chunk = flooded("send a final chunk of 100 MB", LENGTHS, MessageTooLarge, MEDIA_TYPE_RESPONSE,
+    start=bytes(32) + b"\x00", below=2 * 65536 + MAX_CHUNK)  # fmt: skip
 
 
 # Other answers

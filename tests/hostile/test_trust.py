@@ -108,39 +108,26 @@ def appointing(own: Ed25519PrivateKey, *signers: Callable[[Stage], Ed25519Privat
 THIEF: Final = Ed25519PrivateKey.generate()
 
 test_own_pool_key = served("substitute its own pool key in the manifest", SIGNED, InvalidSignature, rewritten(with_own_key))
-test_other_words = served(
-    "do so under a header that says the same in another form", SIGNED, InvalidSignature,
-    rewritten(with_own_key, b64u(json.dumps({"typ": MANIFEST_TYP, "alg": ALGORITHM}).encode())),
-)  # fmt: skip
+test_other_words = served("do so under a header that says the same in another form", SIGNED, InvalidSignature,
+    rewritten(with_own_key, b64u(json.dumps({"typ": MANIFEST_TYP, "alg": ALGORITHM}).encode())))  # fmt: skip
 test_own_manifest = served(
     "sign a manifest with a key of its own", SIGNED, InvalidSignature, forged(lambda _stage, said: sign_manifest(said, THIEF))
 )
-test_the_gateways_key = served(
-    "sign a manifest with the gateway's key, which the manifest names", "the gateway's key certifies grants and nothing else",
-    InvalidSignature, forged(lambda stage, said: sign_manifest(said, stage.keys.gateway)),
-)  # fmt: skip
-test_no_algorithm = served(
-    "serve a manifest under `alg: none`", ONE_ALGORITHM, InvalidSignature,
-    forged(lambda stage, said: encoded(stage, said, "none")),
-)  # fmt: skip
-test_hmac = served(
-    "sign a manifest by HMAC, with the signer's public key as the secret", ONE_ALGORITHM, InvalidSignature,
-    forged(lambda stage, said: encoded(stage, said, "HS256")),
-)  # fmt: skip
-test_own_root = served(
-    "serve its own chain, signer and manifest", PINNED, UntrustedRoot,
-    lambda stage: Stage(stage.hub, replace(stage.keys, root=THIEF)).document(),
-)  # fmt: skip
+test_the_gateways_key = served("sign a manifest with the gateway's key, which the manifest names",
+    "the gateway's key certifies grants and nothing else", InvalidSignature,
+    forged(lambda stage, said: sign_manifest(said, stage.keys.gateway)))  # fmt: skip
+test_no_algorithm = served("serve a manifest under `alg: none`", ONE_ALGORITHM, InvalidSignature,
+    forged(lambda stage, said: encoded(stage, said, "none")))  # fmt: skip
+test_hmac = served("sign a manifest by HMAC, with the signer's public key as the secret", ONE_ALGORITHM, InvalidSignature,
+    forged(lambda stage, said: encoded(stage, said, "HS256")))  # fmt: skip
+test_own_root = served("serve its own chain, signer and manifest", PINNED, UntrustedRoot,
+    lambda stage: Stage(stage.hub, replace(stage.keys, root=THIEF)).document())  # fmt: skip
 test_own_next_root = served("appoint itself as the next root", PINNED, UntrustedRoot, appointing(THIEF, lambda _stage: THIEF))
-test_next_root_that_never_agreed = served(
-    "let a stolen old root appoint a key whose holder never agreed",
-    "a change of root is signed by the old root and by the new one",
-    UntrustedRoot, appointing(THIEF, lambda stage: stage.keys.root),
-)  # fmt: skip
-test_next_root_by_the_signer = served(
-    "appoint itself as the next root with the stolen key of the signer", PINNED, UntrustedRoot,
-    appointing(THIEF, lambda stage: stage.keys.signer, lambda _stage: THIEF),
-)  # fmt: skip
+test_next_root_that_never_agreed = served("let a stolen old root appoint a key whose holder never agreed",
+    "a change of root is signed by the old root and by the new one", UntrustedRoot,
+    appointing(THIEF, lambda stage: stage.keys.root))  # fmt: skip
+test_next_root_by_the_signer = served("appoint itself as the next root with the stolen key of the signer", PINNED,
+    UntrustedRoot, appointing(THIEF, lambda stage: stage.keys.signer, lambda _stage: THIEF))  # fmt: skip
 # The signer signed something else with these very contents.
 test_another_type = served(
     "present another statement of the signer as a manifest",
@@ -241,14 +228,11 @@ async def test_a_statement_less(stage: Stage, gateway: GatewayOwner) -> None:
 test_strip = served(
     "strip the post-quantum key from the manifest", SIGNED, InvalidSignature, rewritten(lambda pool: pool["keys"].pop(0))
 )
-test_classic_only = served(
-    "serve a signed manifest without post-quantum keys", "the caller's own choice of KEM; there is no fallback",
-    UnsupportedSuite, lambda stage: stage.document(pools=stage.pools(stage.keys.classic)),
-)  # fmt: skip
-test_old_generation = served(
-    "have requests sealed to an older generation's key", "`not_after` of each key", UnsupportedSuite,
-    lambda stage: stage.document(pools=stage.pools(stage.keys.pool, lives=-1)),
-)  # fmt: skip
+test_classic_only = served("serve a signed manifest without post-quantum keys",
+    "the caller's own choice of KEM; there is no fallback", UnsupportedSuite,
+    lambda stage: stage.document(pools=stage.pools(stage.keys.classic)))  # fmt: skip
+test_old_generation = served("have requests sealed to an older generation's key", "`not_after` of each key", UnsupportedSuite,
+    lambda stage: stage.document(pools=stage.pools(stage.keys.pool, lives=-1)))  # fmt: skip
 
 
 @attack("claim that the key is unknown, so that another one is used", "gateway",
@@ -271,12 +255,9 @@ async def test_unknown_key(stage: Stage, caller: Caller, gateway: GatewayOwner, 
 test_respelt = served(
     "spell the manifest's signature in another way, so that the honest one looks like a second manifest of its version",
     "a signed statement has one spelling (canonical base64url)", InvalidMessage,
-    lambda stage: (stage.bucket or b"").removesuffix(b'"}') + b'=="}',
-)  # fmt: skip
-test_nested = served(
-    "serve JSON that is nested a hundred thousand deep", "parsing ends in a typed error", InvalidMessage,
-    lambda _stage: b'{"roots":' + b"[" * 100_000,
-)  # fmt: skip
+    lambda stage: (stage.bucket or b"").removesuffix(b'"}') + b'=="}')  # fmt: skip
+test_nested = served("serve JSON that is nested a hundred thousand deep", "parsing ends in a typed error", InvalidMessage,
+    lambda _stage: b'{"roots":' + b"[" * 100_000)  # fmt: skip
 ELSEWHERE = {"location": "http://evil.example/v1/manifest"}
 test_no_manifest = served(
     "refuse the manifest, to be asked in the clear", "there is no plaintext fallback", Unavailable,

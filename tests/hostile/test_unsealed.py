@@ -37,22 +37,16 @@ BOMB = bytes(32) + framed(gzip.compress(bytes(10_000_000))) + bytes(33)
 RAW = "the outer body is read raw"
 
 
-test_plain = flooded(
-    "answer a plain 200 in the clear", "the client does not read a 200 of another media type", UnsealedResponse,
-    "application/json", "text/event-stream", "", start=FORGED, below=1,
-)  # fmt: skip
-test_not_chunked = answered(
-    "downgrade the answer to Oblivious HTTP without chunks", "one media type is accepted, and there is no code for the other",
-    UnsealedResponse, lambda _request: response(200, FORGED, "message/ohttp-res"),
-)  # fmt: skip
-test_plaintext_under_the_type = answered(
-    "answer in the clear under the sealed media type", "bytes that do not open are not an answer", OpenError,
-    lambda _request: response(200, FORGED, MEDIA_TYPE_RESPONSE),
-)  # fmt: skip
-test_bomb = answered(
-    "answer with a decompression bomb", RAW, OpenError,
-    lambda _request: httpx2.Response(200, headers=GZIPPED, stream=Pieces([BOMB])),
-)  # fmt: skip
+test_plain = flooded("answer a plain 200 in the clear", "the client does not read a 200 of another media type",
+    UnsealedResponse, "application/json", "text/event-stream", "", start=FORGED, below=1)  # fmt: skip
+test_not_chunked = answered("downgrade the answer to Oblivious HTTP without chunks",
+    "one media type is accepted, and there is no code for the other", UnsealedResponse,
+    lambda _request: response(200, FORGED, "message/ohttp-res"))  # fmt: skip
+test_plaintext_under_the_type = answered("answer in the clear under the sealed media type",
+    "bytes that do not open are not an answer", OpenError,
+    lambda _request: response(200, FORGED, MEDIA_TYPE_RESPONSE))  # fmt: skip
+test_bomb = answered("answer with a decompression bomb", RAW, OpenError,
+    lambda _request: httpx2.Response(200, headers=GZIPPED, stream=Pieces([BOMB])))  # fmt: skip
 test_endless_problem = flooded(
     "send a problem document without end", "64 KiB of it are read", Unavailable, "", piece=b" " * 1024, status=503, below=65537
 )

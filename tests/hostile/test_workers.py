@@ -38,20 +38,14 @@ def lied(name: str, defence: str, *lies: Callable[[Stage], Any], **worker: Any) 
     return test
 
 
-test_none_or_two = lied(
-    "send the caller no receipt, or two", OF_THE_POOL,
-    *(lambda _stage, number=number: lambda honest, _receipt: honest * number for number in (0, 2)),
-)  # fmt: skip
-test_own_key = lied(
-    "sign a receipt with a key that is not the pool's", OF_THE_POOL,
-    lambda _stage: lambda _honest, receipt: ((TRAILER, receipt.sign(Ed25519PrivateKey.generate())),),
-)  # fmt: skip
+test_none_or_two = lied("send the caller no receipt, or two", OF_THE_POOL,
+    *(lambda _stage, number=number: lambda honest, _receipt: honest * number for number in (0, 2)))  # fmt: skip
+test_own_key = lied("sign a receipt with a key that is not the pool's", OF_THE_POOL,
+    lambda _stage: lambda _honest, receipt: ((TRAILER, receipt.sign(Ed25519PrivateKey.generate())),))  # fmt: skip
 test_another_request = lied("send the receipt of another request", OF_THE_POOL, lambda stage: resigned(stage, enc="A" * 43))
 test_not_final = lied("send a receipt that is not final", OF_THE_POOL, lambda stage: resigned(stage, final=False))
-test_above = lied(
-    "claim more tokens than the caller asked for", OF_THE_POOL, lambda stage: resigned(stage, completion_tokens=513),
-    usage={"prompt_tokens": 9, "completion_tokens": 513},
-)  # fmt: skip
+test_above = lied("claim more tokens than the caller asked for", OF_THE_POOL,
+    lambda stage: resigned(stage, completion_tokens=513), usage={"prompt_tokens": 9, "completion_tokens": 513})  # fmt: skip
 test_other_than_told = lied(
     "claim a different token count in the receipt than in the answer",
     "the caller compares the receipt with the answer's `usage`",
@@ -119,11 +113,8 @@ def misdated(name: str, defence: str, *dates: str, opened: int, gain: str = NOTH
     return test
 
 
-test_clock = misdated(
-    "mark a caller by a false clock", "one correction a request, 30 days at most, forgotten with the hour's salt",
-    formatdate(4e9, usegmt=True), "Mon, 01 Jan 99999999999999 00:00:00 GMT", "yesterday", opened=1,
-)  # fmt: skip
-test_clock_again = misdated(
-    "have the caller correct its clock again and again", "one correction a request", formatdate(None, usegmt=True), opened=2,
-    gain="one more run of its own request, counted in `attempts`",
-)  # fmt: skip
+test_clock = misdated("mark a caller by a false clock",
+    "one correction a request, 30 days at most, forgotten with the hour's salt", formatdate(4e9, usegmt=True),
+    "Mon, 01 Jan 99999999999999 00:00:00 GMT", "yesterday", opened=1)  # fmt: skip
+test_clock_again = misdated("have the caller correct its clock again and again", "one correction a request",
+    formatdate(None, usegmt=True), opened=2, gain="one more run of its own request, counted in `attempts`")  # fmt: skip
