@@ -149,7 +149,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> object:
-    """Imports what stands in `_LATER`. `OpenAI` and `AsyncOpenAI` need an extra."""
+    """Imports the names of `_LATER`. `OpenAI` and `AsyncOpenAI` need an extra."""
     if name in _LATER:
         value: object = getattr(import_module(_LATER[name]), name)
         globals()[name] = value

@@ -5,6 +5,7 @@ Rules: every command has `--json`, whose members are those of the job's answer. 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from lacre.cli.output import AsJson, say_json, say_table
+from lacre.errors import SettingsError
 
 if TYPE_CHECKING:
+    from lacre_backend.models.signatures import Signed
     from lacre_backend.workshop.child import Job, Report
     from lacre_backend.workshop.inspection import Inspected
 
@@ -70,6 +73,52 @@ def inspect(file: ModelPath, as_json: AsJson = False) -> None:
     found = answer(INSPECT, InspectAsked(file), as_json)
     if not as_json:
         say_table(("", ""), _rows(found))
+
+
+@commands.command("sign")
+def sign(
+    file: ModelPath,
+    key: Annotated[Path, typer.Option(help="The private key (PEM, on P-256, P-384 or P-521).")],
+    as_json: AsJson = False,
+) -> None:
+    """Sign a model: writes FILE.sig, an OpenSSF Model Signing bundle."""
+    from lacre.runtime.private_files import replace
+    from lacre_backend.models import signatures
+
+    path, private = signatures.signature_path(file), signatures.private_key(key, _passphrase)
+    digests = signatures.FileDigests.read(file)
+    replace(path, signatures.sign(digests, file.name, private))
+    path.chmod(0o644)  # a signature is public
+    _say_signed(signatures.Signed(signatures.signer_id(private.public_key()), "sha256:" + digests.model), path, as_json)
+
+
+@commands.command("verify")
+def verify(
+    file: ModelPath,
+    key: Annotated[Path, typer.Option(help="The signer's public key (PEM).")],
+    as_json: AsJson = False,
+) -> None:
+    """Verify FILE.sig: that this key signed this model, and that no byte changed since."""
+    from lacre_backend.models import signatures
+
+    path, public = signatures.signature_path(file), signatures.public_key(key)
+    if not path.is_file():
+        raise signatures.UntrustedModel(f"{file} has no signature: {path} does not exist")
+    signed = signatures.verify(signatures.FileDigests.read(file), signatures.read_bundle(path), [public])
+    _say_signed(signed, path, as_json)
+
+
+def _passphrase() -> bytes:
+    if not sys.stdin.isatty():
+        raise SettingsError("The key has a passphrase, and there is no terminal to ask for it. Run the command at a terminal.")
+    return str(typer.prompt("Passphrase of the key", hide_input=True, err=True)).encode()
+
+
+def _say_signed(signed: Signed, path: Path, as_json: bool) -> None:
+    if as_json:
+        say_json({"signature": str(path), "signer": signed.signer, "digest": signed.digest}, indent=2)
+    else:
+        say_table(("", ""), (("signature", str(path)), ("signer", signed.signer), ("digest", signed.digest)))
 
 
 def _rows(found: Inspected) -> Iterable[tuple[str, str]]:

