@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from backend.posting import post
 from lacre.asgi import Usage
 from lacre_backend.api.app import create_app
 from lacre_backend.api.run import GenerationRuns
@@ -24,7 +25,6 @@ PROMPT = tuple(itertools.islice(itertools.cycle(range(3, 250)), 150))
 END = 2  # what ends an answer
 NEVER_ENDS = {END: -1000.0}
 _ids = itertools.count()
-Post = Callable[..., Any]
 
 
 @pytest.fixture(scope="module", params=["split", "unified", "recurrent"])
@@ -163,7 +163,7 @@ async def test_choices_of_another_prompt_are_refused(engine: LlamaEngine) -> Non
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_usage_is_what_was_computed(engine: LlamaEngine, post: Post, path: str) -> None:
+async def test_usage_is_what_was_computed(engine: LlamaEngine, path: str) -> None:
     said = {"prompt": "x" * 120} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x" * 120}]}
     before = engine.computed_tokens
     body = {"model": "m", "n": 3 * SLOTS, "max_tokens": 2, "logit_bias": {str(END): -100}, **said}

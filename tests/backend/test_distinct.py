@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backend.generating import make_task, run
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.engine.distinct import Watch, split
 from lacre_backend.engine.generate import LlamaEngine
-from lacre_backend.engine.protocol import Sampling, Task
+from lacre_backend.engine.protocol import Sampling
 from parts.drawing import drawn
 
-MakeTask = Callable[..., Task]
-Run = Callable[..., Any]
 TEXTS = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
 NUMBERS = {"type": "array", "items": {"type": "number"}, "uniqueItems": True}
 
@@ -156,7 +154,7 @@ def test_a_list_in_its_place_that_must_repeat_is_refused(items: dict[str, Any]) 
             grammar(schema)
 
 
-async def test_a_model_that_repeats_itself_does_not(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+async def test_a_model_that_repeats_itself_does_not(llama: LlamaEngine) -> None:
     prompt = 'Write JSON. {"tags": ["sea", "sea", "sea", "sea", "sea"]}\n{"tags": ["sea", "sea", "sea", "sea", "sea"]}\n'
 
     async def tags(unique: bool, before: str = "") -> list[str]:

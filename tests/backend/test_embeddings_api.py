@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from backend.posting import post
 from lacre.asgi import App, Call
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
@@ -17,7 +17,6 @@ from lacre_backend.engine.sizing import LlamaSettings
 from parts.echo_engine import EchoEngine
 from parts.minilm import NAME, minilm, published
 
-Post = Callable[..., Any]
 PATH = "/v1/embeddings"
 TEXT = "A cat sits on the mat."
 
@@ -35,7 +34,7 @@ def values(reply: Any) -> np.ndarray[Any, Any]:
     return np.array([entry["embedding"] for entry in reply.json()["data"]])
 
 
-async def test_one_text(both: App, post: Post) -> None:
+async def test_one_text(both: App) -> None:
     call = Call("r", model=NAME, action="embed", max_tokens=1, max_prompt_tokens=100)
     reply = await post(both, PATH, body(), call=call)
     answer = reply.json()
@@ -49,7 +48,7 @@ async def test_one_text(both: App, post: Post) -> None:
     assert values(reply)[0] @ published().embed(ids) > 0.9999
 
 
-async def test_several_texts_in_their_order(both: App, post: Post) -> None:
+async def test_several_texts_in_their_order(both: App) -> None:
     texts = [f"{TEXT} {'more ' * (i % 7)}{i}" for i in range(50)]
     reply = await post(both, PATH, body(texts))
     assert [entry["index"] for entry in reply.json()["data"]] == list(range(50))
@@ -58,7 +57,7 @@ async def test_several_texts_in_their_order(both: App, post: Post) -> None:
         assert found[i] @ published().embed(published().ids(texts[i])) > 0.9999
 
 
-async def test_tokens_are_taken_as_they_are_told(both: App, post: Post) -> None:
+async def test_tokens_are_taken_as_they_are_told(both: App) -> None:
     told = (await post(both, "/v1/tokenize", {"model": NAME, "prompt": TEXT})).json()["tokens"]
     assert told == published().ids(TEXT)
     text = values(await post(both, PATH, body()))
@@ -67,13 +66,13 @@ async def test_tokens_are_taken_as_they_are_told(both: App, post: Post) -> None:
             assert found @ text[0] > 0.99999
 
 
-async def test_ids_of_another_vocabulary_are_refused_with_what_to_do(both: App, post: Post) -> None:
+async def test_ids_of_another_vocabulary_are_refused_with_what_to_do(both: App) -> None:
     for given in ([15339, 1917], [[15339, 1917], [1]]):
         told = (await post(both, PATH, body(given))).error(400)["message"]
         assert "check_embedding_ctx_length=False" in told and "own_token_ids" in told and "15339" not in told
 
 
-async def test_base64(both: App, post: Post) -> None:
+async def test_base64(both: App) -> None:
     plain = values(await post(both, PATH, body(encoding_format="float")))
     (entry,) = (await post(both, PATH, body(encoding_format="base64"))).json()["data"]
     assert np.abs(np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") - plain[0]).max() < 1e-6
@@ -110,17 +109,17 @@ async def test_base64(both: App, post: Post) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-async def test_refusals(both: App, post: Post, change: dict[str, Any], status: int, param: str, code: str | None) -> None:
+async def test_refusals(both: App, change: dict[str, Any], status: int, param: str, code: str | None) -> None:
     fields = {name: value for name, value in {**body(), **change}.items() if value is not None}
     error = (await post(both, PATH, fields)).error(status)
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
-async def test_the_models_own_dimensions_may_be_named(both: App, post: Post) -> None:
+async def test_the_models_own_dimensions_may_be_named(both: App) -> None:
     assert values(await post(both, PATH, body(dimensions=384, user="ana"))).shape == (1, 384)
 
 
-async def test_more_than_granted(both: App, post: Post) -> None:
+async def test_more_than_granted(both: App) -> None:
     for call, param in (
         (Call("r", model=NAME, action="chat"), "action"),
         (Call("r", model="echo", action="embed"), "model"),
@@ -134,7 +133,7 @@ async def test_more_than_granted(both: App, post: Post) -> None:
     assert enough.usage.prompt_tokens == 18
 
 
-async def test_each_model_does_what_it_is_for(both: App, post: Post) -> None:
+async def test_each_model_does_what_it_is_for(both: App) -> None:
     for path, fields in (
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
         ("/v1/completions", {"prompt": "x"}),
@@ -145,7 +144,7 @@ async def test_each_model_does_what_it_is_for(both: App, post: Post) -> None:
     assert [entry["id"] for entry in listed] == ["echo", NAME]
 
 
-async def test_an_engine_that_closes(post: Post) -> None:
+async def test_an_engine_that_closes() -> None:
     engine = LlamaEmbedder(minilm(), name=NAME, digest="sha256:0", settings=LlamaSettings(threads=1))
     app = create_app([engine])
     engine.close()

@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from backend.generating import made, make_task, run
 from lacre_backend.api.schema import grammar as schema
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
 from lacre_backend.engine.plan import StepPlan
 from lacre_backend.engine.protocol import Event, Finish, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token
 from parts.tiny_model import tiny_model
-
-MakeTask = Callable[..., Task]
-Run = Callable[..., Any]
 
 
 @pytest.fixture
@@ -56,14 +53,12 @@ def held(small: LlamaEngine) -> Iterator[threading.Event]:
     let_go.set()
 
 
-async def test_a_late_mask_holds_up_its_own_answer_alone(
-    small: LlamaEngine, make_task: MakeTask, run: Run, held: threading.Event
-) -> None:
+async def test_a_late_mask_holds_up_its_own_answer_alone(small: LlamaEngine, held: threading.Event) -> None:
     late: list[Event] = []
     sampling = Sampling(temperature=0, grammar='start: "abcabc"')
     waiting = asyncio.create_task(drain(small, make_task(small, "x", 20, sampling=sampling, endless=False), late))
     for _ in range(3):
-        _, finish = await run(small, make_task(small, "y", 10))
+        _, finish = await made(small, "y", 10)
         assert finish.completion_tokens == 10
     assert [type(event) for event in late] == [Token], "the first mask was there already"
     held.set()
@@ -119,9 +114,7 @@ async def test_what_waits_for_its_mask_and_is_read_again_says_each_token_once(tm
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "length"])
-async def test_an_answer_that_waits_for_its_mask_still_ends(
-    reason: str, small: LlamaEngine, make_task: MakeTask, held: threading.Event
-) -> None:
+async def test_an_answer_that_waits_for_its_mask_still_ends(reason: str, small: LlamaEngine, held: threading.Event) -> None:
     late: list[Event] = []
     limit = 0.3 if reason == "length" else None
     task = make_task(small, "x", 20, sampling=Sampling(grammar='start: "abcabc"'), endless=False, time_limit=limit)
@@ -135,13 +128,13 @@ async def test_an_answer_that_waits_for_its_mask_still_ends(
     assert (small.held[0], len(small._parked)) == (0, 0)
 
 
-async def test_the_grammar_goes_on_through_all_ways_to_stop(small: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+async def test_the_grammar_goes_on_through_all_ways_to_stop(small: LlamaEngine) -> None:
     sampling = Sampling(temperature=0, grammar="start: /[a-f]{40}/")
     task = make_task(small, "x", 60, sampling=sampling, endless=False)
     tokens, finish = await run(small, task)
     text = "".join(token.text for token in tokens) + finish.text
     assert (len(text), set(text) <= set("abcdef"), finish.reason) == (40, True, "stop")
-    tokens, finish = await run(small, make_task(small, "x", 60, sampling=sampling, endless=False, stop=(text[5:8],)))
+    tokens, finish = await made(small, "x", 60, sampling=sampling, endless=False, stop=(text[5:8],))
     assert finish.reason == "stop"
     assert len("".join(token.text for token in tokens) + finish.text) <= 5
 
@@ -168,7 +161,7 @@ def test_what_an_engine_does_not_follow_is_refused(small: LlamaEngine) -> None:
         small.grammar("start: " + '"a" ' * 600_000)
 
 
-async def test_a_grammar_is_for_its_own_beginning(small: LlamaEngine, make_task: MakeTask) -> None:
+async def test_a_grammar_is_for_its_own_beginning(small: LlamaEngine) -> None:
     begun = tuple(small.tokenize("ab"))
     grammar = small.grammar('start: "abab"', begun)
     with pytest.raises(TaskRefused) as caught:

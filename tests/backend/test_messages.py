@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion
 from openai.types.chat.parsed_chat_completion import ParsedChatCompletion
 
+from backend.posting import post
 from lacre.asgi import App
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.messages import BOOKKEEPING
@@ -17,7 +17,6 @@ from lacre_backend.api.requests import parse_chat
 from lacre_backend.upstream.bodies import ready
 from parts.upstream import granted
 
-Post = Callable[..., Any]
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Weather in Oslo?"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
@@ -79,7 +78,7 @@ def test_a_clients_own_message_is_taken_back(name: str) -> None:
     assert not written.keys() & BOOKKEEPING
 
 
-async def test_a_refusal_is_what_its_message_says(app: App, post: Post) -> None:
+async def test_a_refusal_is_what_its_message_says(app: App) -> None:
     for message in (
         {"role": "assistant", "content": None, "refusal": "No."},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
@@ -147,7 +146,7 @@ ALSO = {"array": "string", "number": "integer"}
 
 
 @pytest.mark.parametrize(("path", "member"), [(path, member) for path, members in MEMBERS.items() for member in members])
-async def test_a_member_of_a_wrong_type_is_named(app: App, post: Post, path: str, member: str) -> None:
+async def test_a_member_of_a_wrong_type_is_named(app: App, path: str, member: str) -> None:
     kind = MEMBERS[path][member]
     right = {kind, ALSO.get(kind or "")} if member in ("stop", "prompt", "input") or kind == "number" else {kind}
     wrong = [
@@ -175,7 +174,7 @@ async def test_a_member_of_a_wrong_type_is_named(app: App, post: Post, path: str
         ("/v1/embeddings", '"input": [1e999]'),
     ],
 )  # fmt: skip
-async def test_a_number_beyond_all_bounds_is_refused(app: App, post: Post, path: str, body: str) -> None:
+async def test_a_number_beyond_all_bounds_is_refused(app: App, path: str, body: str) -> None:
     """Readers of JSON make it Infinity, which no answer and no prompt may hold."""
     error = (await post(app, path, f'{{"model": "echo", {body}}}'.encode())).error(400)
     assert error["param"] in ("temperature", "tools", "response_format", "input")

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import problems
@@ -26,13 +27,11 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SMALLEST, UNIT
 from lacre.wire.records import END
-from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import FrameKind
 from parts.bent import flipped
 from parts.by_hand import CHAT, Answer, Sealed
-from parts.echo_engine import EchoEngine
 from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage, running, until
@@ -44,6 +43,26 @@ def app() -> App:
     return App()
 
 
+HEAD: dict[str, Any] = {"type": "http.response.start", "status": 200, "headers": STREAM}
+
+
+def piece(content: bytes = b"data: x\n\n", *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+def sends(*messages: dict[str, Any] | Exception) -> Any:
+    """An answer of these messages; it raises where an exception stands."""
+
+    async def answer(receive: Receive, send: Send, call: Call) -> None:
+        await receive()
+        for message in messages:
+            if isinstance(message, Exception):
+                raise message
+            await send(message)
+
+    return answer
+
+
 @pytest.fixture
 async def stage(app: App) -> AsyncIterator[Stage]:
     """A node that runs."""
@@ -53,9 +72,8 @@ async def stage(app: App) -> AsyncIterator[Stage]:
 
 
 class TestAnswers:
-    async def test_a_good_request(self, stage: Stage, app: App) -> None:
-        sealed = stage.seal()
-        answer = await stage.ask(sealed)
+    async def test_a_good_request(self, stage: Stage) -> None:
+        answer = await stage.ask()
         head, content, trailers = answer.opened()
         assert (head.status, content) == (200, b'{"said":"aloud"}')
         assert trailers.keys() == {TRAILER}
@@ -68,27 +86,20 @@ class TestAnswers:
         await stage.ask(sealed, stage.grant(sealed.header, features=("tools",), fair=fair))
         [call], [scope] = app.calls, app.scopes
         assert (call.model, call.action, call.max_tokens, call.max_prompt_tokens) == (MODEL, "chat", 9, 100)
-        assert call.features == {"tools"}
-        assert call.fair == fair
+        assert (call.features, call.fair) == ({"tools"}, fair)
         assert scope["client"] is None
         assert dict(scope["headers"])[b"lacre-cache-salt"] == b"ab"
 
     async def test_a_stream_has_records_of_one_size(self, stage: Stage, app: App) -> None:
-        async def stream(receive: Receive, send: Send, call: Call) -> None:
-            await receive()
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
-            for word in ("a", "medium", "word" * 40):
-                await send({"type": "http.response.body", "body": f"data: {word}\n\n".encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-        app.answer = stream
+        words = ["a", "medium", "word" * 40, "[DONE]"]
+        app.answer = sends(HEAD, *(piece(f"data: {word}\n\n".encode(), more=word != "[DONE]") for word in words))
         answer = await stage.ask()
         assert answer.sizes() == [32 + 2 + UNIT + 16, *[2 + UNIT + 16] * 3, 1 + END + 16]
         _, content, _ = answer.opened()
         response = httpx2.Response(
             200, headers={"content-type": "text/event-stream"}, content=content, request=httpx2.Request("GET", "x:")
         )
-        assert [event.data for event in httpx2.EventSource(response)] == ["a", "medium", "word" * 40, "[DONE]"]
+        assert [event.data for event in httpx2.EventSource(response)] == words
 
     async def test_without_padding_where_the_grant_says_so(self, stage: Stage) -> None:
         sealed = stage.seal({"lacre-shape": "none"})
@@ -99,12 +110,7 @@ class TestAnswers:
     async def test_an_answer_larger_than_a_frame_may_be(self, stage: Stage, app: App) -> None:
         content = secrets.token_bytes(600_000)
 
-        async def large(receive: Receive, send: Send, call: Call) -> None:
-            await receive()
-            await send({"type": "http.response.start", "status": 200, "headers": JSON})
-            await send({"type": "http.response.body", "body": content})
-
-        app.answer = large
+        app.answer = sends({**HEAD, "headers": JSON}, piece(content, more=False))
         for shape in ("pad", "none"):
             sealed = stage.seal({"lacre-shape": shape})
             answer = await stage.ask(sealed, stage.grant(sealed.header, shape=shape))
@@ -115,17 +121,14 @@ class TestAnswers:
         answers = await asyncio.gather(*(stage.ask(stage.seal(content=b"%d" % number)) for number in range(6)))
         assert [answer.opened()[1] for answer in answers] == [b"%d" % number for number in range(6)]
 
-    async def test_with_the_real_api(self, app: App) -> None:
-        engine = EchoEngine(name=MODEL, n_ctx=512)
-        stage = Stage(now=NOW)
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "sea"}], "max_tokens": 9, "stream": True}
-        async with running(stage.node(create_app([engine]))):
-            answer = await stage.ask(stage.seal(content=json.dumps(body).encode()))
-        _, content, trailers = answer.opened()
-        assert content.count(b"chat.completion.chunk") == 5 and b"data: [DONE]" in content
-        receipt = stage.receipt(trailers[TRAILER])
-        assert (receipt.completion_tokens, receipt.model) == (3, engine.model.digest)
-        engine.close()
+
+async def refused(stage: Stage, app: App, problem: Problem, sealed: Sealed, grant: str | None = None) -> None:
+    """Without a call of the app."""
+    assert ((await stage.ask(sealed, grant)).problem, app.calls) == (problem.type, [])
+
+
+# Signed by the very key that signs grants, and of another type.
+RECEIPT = Receipt("a", "m", prompt_tokens=1, cached_tokens=0, completion_tokens=1, start=1.0, end=1.0, final=True)
 
 
 class TestGrants:
@@ -138,46 +141,21 @@ class TestGrants:
             {"exp": NOW - 1},
             {"iat": NOW + 61},
             {"pool": "other"},
-            {"model": "other"},
-            {"enc": b64u(bytes(32))},
+            {"model": "other"},  # the fabric put it into another model's queue
+            {"enc": b64u(bytes(32))},  # of another request
             {"shape": "paced"},
+            {"key": Ed25519PrivateKey.generate()},
         ],
         ids=str,
     )
     async def test_members(self, stage: Stage, app: App, members: dict[str, Any]) -> None:
         sealed = stage.seal()
-        answer = await stage.ask(sealed, stage.grant(sealed.header, **members))
-        assert answer.problem == problems.INVALID_GRANT.type
-        assert not app.calls
+        await refused(stage, app, problems.INVALID_GRANT, sealed, stage.grant(sealed.header, **members))
 
-    async def test_by_another_key(self, stage: Stage, app: App) -> None:
-        sealed = stage.seal()
-        answer = await stage.ask(sealed, stage.grant(sealed.header, Ed25519PrivateKey.generate()))
-        assert (answer.problem, app.calls) == (problems.INVALID_GRANT.type, [])
-
-    @pytest.mark.parametrize("grant", ["", "a.b.c", "x" * 100_000])
+    @pytest.mark.parametrize("grant", [" ", "a.b.c", "x" * 100_000, "a receipt"])
     async def test_what_is_no_grant(self, stage: Stage, app: App, grant: str) -> None:
-        sealed = stage.seal()
-        dispatch = await stage.dispatch(sealed, grant or " ")
-        frames = [frame async for frame in dispatch.frames()]
-        assert (Answer(frames, sealed.opener).problem, app.calls) == (problems.INVALID_GRANT.type, [])
-
-    async def test_a_receipt_is_no_grant(self, stage: Stage, app: App) -> None:
-        """Signed by the very key that signs grants, and of another type."""
-        sealed = stage.seal()
-        members = json.loads('{"enc":"a","model":"m","prompt_tokens":1,"cached_tokens":0,"completion_tokens":1}')
-        forged = Receipt(**members, start=1.0, end=1.0, final=True).sign(stage.keys.gateway)
-        assert ((await stage.ask(sealed, forged)).problem, app.calls) == (problems.INVALID_GRANT.type, [])
-
-    async def test_of_another_request(self, stage: Stage, app: App) -> None:
-        first, second = stage.seal(), stage.seal()
-        assert (await stage.ask(second, stage.grant(first.header))).problem == problems.INVALID_GRANT.type
-        assert not app.calls
-
-    async def test_for_a_model_that_the_queue_does_not_name(self, stage: Stage, app: App) -> None:
-        """The fabric put it into another model's queue."""
-        sealed = stage.seal()
-        assert (await stage.ask(sealed, stage.grant(sealed.header, model="big"))).problem == problems.INVALID_GRANT.type
+        grant = RECEIPT.sign(stage.keys.gateway) if grant == "a receipt" else grant
+        await refused(stage, app, problems.INVALID_GRANT, stage.seal(), grant)
 
     async def test_nothing_is_pulled_before_there_is_a_manifest(self, app: App) -> None:
         stage = Stage(now=NOW)
@@ -221,13 +199,13 @@ class TestSealing:
     )
     async def test_altered_on_the_way(self, stage: Stage, app: App, bend: Callable[[bytes], bytes], problem: Problem) -> None:
         sealed = stage.seal()
-        altered = sealed._replace(body=bend(sealed.body))
-        answer = await stage.ask(altered)
-        assert (answer.problem, app.calls) == (problem.type, [])
+        await refused(stage, app, problem, sealed._replace(body=bend(sealed.body)))
+
+    async def test_something_that_is_no_http(self, stage: Stage, app: App) -> None:
+        await refused(stage, app, problems.INVALID_REQUEST, Sealed(*seal_request(stage.held[1].config, b"\x07 not BHTTP")))
 
     async def test_to_a_key_that_is_not_here(self, stage: Stage, app: App) -> None:
-        answer = await stage.ask(stage.seal(key=PrivateKey.generate(7)))
-        assert (answer.problem, app.calls) == (problems.UNKNOWN_KEY.type, [])
+        await refused(stage, app, problems.UNKNOWN_KEY, stage.seal(key=PrivateKey.generate(7)))
 
     async def test_a_key_that_came_since_the_last_look(self, stage: Stage) -> None:
         """A client learned of it before this worker did."""
@@ -243,13 +221,8 @@ class TestSealing:
     async def test_a_look_that_brings_another_key_is_the_only_one(self, stage: Stage, app: App) -> None:
         looks: list[int] = []
         stage.look_for_keys = lambda: looks.append(1) is None
-        answer = await stage.ask(stage.seal(key=PrivateKey.generate(2)))
-        assert (answer.problem, app.calls, looks) == (problems.UNKNOWN_KEY.type, [], [1])
-
-    async def test_something_that_is_no_http(self, stage: Stage, app: App) -> None:
-        body, header, opener = seal_request(stage.held[1].config, b"\x07 not BHTTP")
-        assert (await stage.ask(Sealed(body, header, opener))).problem == problems.INVALID_REQUEST.type
-        assert not app.calls
+        await refused(stage, app, problems.UNKNOWN_KEY, stage.seal(key=PrivateKey.generate(2)))
+        assert looks == [1]
 
 
 class Leaderless(MemoryFabric):
@@ -315,49 +288,50 @@ class TestReplay:
             head, _, _ = (await stage.ask(sealed)).opened()
         assert (head.status, len(app.calls)) == (400, 1)
 
-    def test_memory_holds_as_long_as_a_claim(self) -> None:
-        seen = ReplayMemory()
-        assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
-        assert seen.add(b"a", 0.0) and not seen.add(b"a", CLAIM_TTL - 1)
-        assert seen.add(b"a", CLAIM_TTL)
-
-    def test_memory_that_is_full_forgets_nothing(self) -> None:
+    def test_memory_holds_as_long_as_a_claim_and_forgets_nothing_when_full(self) -> None:
         seen = ReplayMemory(limit=2)
+        assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
         assert seen.add(b"a", 0.0) and seen.add(b"b", 1.0)
-        assert not seen.add(b"c", 2.0) and not seen.add(b"a", 2.0)
+        assert not seen.add(b"c", 2.0) and not seen.add(b"a", CLAIM_TTL - 1)
         assert seen.add(b"c", CLAIM_TTL)
+
+
+def dated(seconds: float) -> str:
+    return email.utils.formatdate(NOW + seconds, usegmt=True)
 
 
 class TestInside:
     """What differs from the grant is refused inside the seal, with a receipt for nothing, and padded like any answer."""
 
-    def check(self, stage: Stage, answer: Answer, status: int) -> bytes:
+    def check(self, stage: Stage, answer: Answer, status: int) -> tuple[Any, bytes]:
         head, content, trailers = answer.opened()
         receipt = stage.receipt(trailers[TRAILER])
         assert head.status == status
         assert (receipt.final, receipt.prompt_tokens, receipt.completion_tokens) == (True, 0, 0)
         assert [frame.kind for frame in answer.frames] == [FrameKind.DATA, FrameKind.USAGE]
         assert sum(answer.sizes()) == 32 + 1 + SMALLEST + 16
-        return content
+        return dict(head.headers), content
 
-    @pytest.mark.parametrize("seconds", [DATE_WINDOW + 1, -DATE_WINDOW - 1, 86400 * 365])
-    async def test_date(self, stage: Stage, app: App, seconds: float) -> None:
-        date = email.utils.formatdate(NOW + seconds, usegmt=True)
-        head, content, _ = (await stage.ask(stage.seal({"date": date}))).opened()
-        assert (head.status, Problem.type_in(content)) == (400, problems.DATE.type)
-        assert dict(head.headers)["date"] == email.utils.formatdate(NOW, usegmt=True)
-        assert not app.calls
+    @pytest.mark.parametrize(
+        "date",
+        [None, "", "yesterday", "Thu, 99 Foo 2026 00:00:00 GMT", "0",
+         *map(dated, (DATE_WINDOW + 1, -DATE_WINDOW - 1, 86400 * 365))],
+    )  # fmt: skip
+    async def test_date(self, stage: Stage, app: App, date: str | None) -> None:
+        headers, content = self.check(stage, await stage.ask(stage.seal({"date": date})), 400)
+        assert (Problem.type_in(content), headers["date"], app.calls) == (problems.DATE.type, dated(0), [])
 
-    @pytest.mark.parametrize("date", [None, "", "yesterday", "Thu, 99 Foo 2026 00:00:00 GMT", "0"])
-    async def test_what_is_no_date(self, stage: Stage, app: App, date: str | None) -> None:
-        content = self.check(stage, await stage.ask(stage.seal({"date": date})), 400)
-        assert Problem.type_in(content) == problems.DATE.type
-        assert not app.calls
-
-    @pytest.mark.parametrize("seconds", [DATE_WINDOW - 1, 1 - DATE_WINDOW])
-    async def test_a_date_inside_the_window(self, stage: Stage, seconds: float) -> None:
-        date = email.utils.formatdate(NOW + seconds, usegmt=True)
-        assert (await stage.ask(stage.seal({"date": date}))).opened()[0].status == 200
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"date": dated(DATE_WINDOW - 1)},
+            {"date": dated(1 - DATE_WINDOW)},
+            {f"lacre-{name}": None for name in ("pool", "model", "action", "max-tokens", "shape")},
+        ],
+        ids=["ahead", "behind", "no copies"],
+    )
+    async def test_what_may_differ(self, stage: Stage, headers: dict[str, str | None]) -> None:
+        assert (await stage.ask(stage.seal(headers))).opened()[0].status == 200
 
     @pytest.mark.parametrize(
         ("sealed", "param"),
@@ -374,15 +348,9 @@ class TestInside:
         ],
     )
     async def test_what_differs_from_the_grant(self, stage: Stage, app: App, sealed: dict[str, Any], param: str) -> None:
-        content = self.check(stage, await stage.ask(stage.seal(**sealed)), 403)
+        _, content = self.check(stage, await stage.ask(stage.seal(**sealed)), 403)
         error = json.loads(content)["error"]
-        assert (error["code"], error["param"]) == ("grant_mismatch", param)
-        assert not app.calls
-
-    async def test_copies_may_be_left_out(self, stage: Stage) -> None:
-        names = ("pool", "model", "action", "max-tokens", "shape")
-        answer = await stage.ask(stage.seal({f"lacre-{name}": None for name in names}))
-        assert answer.opened()[0].status == 200
+        assert (error["code"], error["param"], app.calls) == ("grant_mismatch", param, [])
 
     @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
     async def test_http_is_no_way_around_the_actions(self, stage: Stage, app: App, path: str) -> None:
@@ -417,34 +385,20 @@ class TestReceipts:
 
 
 class TestAppsThatFail:
-    async def gone(self, receive: Receive, send: Send, call: Call) -> None:
-        await receive()
-        call.usage.completion_tokens = 1
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
-        await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
-
-    async def raises(self, receive: Receive, send: Send, call: Call) -> None:
-        await self.gone(receive, send, call)
-        raise ValueError("secret detail")
-
-    async def silent(self, receive: Receive, send: Send, call: Call) -> None:
-        await receive()
-
-    async def headless(self, receive: Receive, send: Send, call: Call) -> None:
-        await send({"type": "http.response.body", "body": b"x"})
-
-    async def twice(self, receive: Receive, send: Send, call: Call) -> None:
-        await App().echo(receive, send, call)
-        await send({"type": "http.response.body", "body": b"more"})
-
-    async def odd_header(self, receive: Receive, send: Send, call: Call) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x y", b"\n")]})
-        await send({"type": "http.response.body", "body": b"x"})
-
-    @pytest.mark.parametrize("how", ["gone", "raises", "silent", "headless", "twice", "odd_header"])
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            pytest.param([HEAD, piece()], id="gone"),
+            pytest.param([HEAD, piece(), ValueError("secret detail")], id="raises"),
+            pytest.param([], id="silent"),
+            pytest.param([piece(more=False)], id="headless"),
+            pytest.param([HEAD, piece(more=False), piece(b"more", more=False)], id="twice"),
+            pytest.param([{**HEAD, "headers": [(b"x y", b"\n")]}, piece(more=False)], id="odd header"),
+        ],
+    )
     @pytest.mark.parametrize("shape", ["pad", "none"])
-    async def test_is_never_passed_off_as_whole(self, stage: Stage, app: App, how: str, shape: str) -> None:
-        app.answer = getattr(self, how)
+    async def test_is_never_passed_off_as_whole(self, stage: Stage, app: App, messages: list[Any], shape: str) -> None:
+        app.answer = sends(*messages)
         sealed = stage.seal({"lacre-shape": shape})
         answer = await stage.ask(sealed, stage.grant(sealed.header, shape=shape))
         assert answer.problem == problems.INTERNAL.type
@@ -453,6 +407,21 @@ class TestAppsThatFail:
         assert b"secret" not in b"".join(frame.payload for frame in answer.frames)
         app.answer = app.echo
         assert (await stage.ask()).opened()[0].status == 200  # its slot is free, and the next one is served
+
+    async def test_logs_ids_and_places_and_nothing_of_the_prompt(
+        self, stage: Stage, app: App, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        async def breaks(receive: Receive, send: Send, call: Call) -> None:
+            raise KeyError((await receive())["body"])
+
+        structlog.reset_defaults()  # its renderer shows local variables; the node must not give it any
+        app.answer = breaks
+        answer = await stage.ask(stage.seal(content=b"canary-7f3a91"), request_id="of-this-request")
+        assert answer.problem == problems.INTERNAL.type
+        logged = "".join(capfd.readouterr())
+        assert "of-this-request" in logged
+        assert "KeyError" in logged
+        assert "canary" not in logged
 
 
 class TestCancelling:
@@ -485,58 +454,3 @@ class TestCancelling:
         assert (last.kind, last.payload.decode()) == (FrameKind.ERROR, problems.WORKER_LOST.type)  # told, not left to find out
         assert not stage.hub.outbound
         assert stage.hub.gateway().workers(POOL, MODEL) == 0
-
-
-class Together:
-    """An app around another one: how many calls were under way at once, at most."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        self.now = self.most = 0
-
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        self.now += 1
-        self.most = max(self.most, self.now)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self.now -= 1
-
-
-class TestSequences:
-    """A request of `n` choices is `n` sequences at the engine: the node (of two slots) pulls accordingly."""
-
-    @pytest.mark.parametrize(("choices", "together"), [(1, 2), (2, 1), (8, 1)])
-    async def test_a_burst_is_pulled_by_what_it_weighs(self, app: App, choices: int, together: int) -> None:
-        stage, engine = Stage(now=NOW), EchoEngine(name=MODEL, delay=0.01)
-        stage.queue_limit = 20.0
-        counted = Together(create_app([engine]))
-        body = {"model": MODEL, "n": choices, "max_tokens": 4, "messages": [{"role": "user", "content": "four"}]}
-        async with running(stage.node(counted, slots=2, repeatable=REPEATABLE, weighs=WEIGHED)):
-            answers = await asyncio.gather(*(stage.ask(*self.sealed(stage, body)) for _ in range(6)))
-        assert [answer.opened()[0].status for answer in answers] == [200] * 6
-        assert counted.most == together
-        engine.close()
-
-    async def test_a_request_that_the_app_refuses_holds_nothing(self, app: App) -> None:
-        stage, engine = Stage(now=NOW), EchoEngine(name=MODEL)
-        async with running(stage.node(create_app([engine]), repeatable=REPEATABLE, weighs=WEIGHED)):
-            for body in ({"model": MODEL, "n": 10**6}, {"model": MODEL, "messages": []}, [], {"model": "other"}):
-                answer = await stage.ask(*self.sealed(stage, body))
-                assert answer.opened()[0].status >= 400
-        engine.close()
-
-    async def test_what_is_no_generation_counts_as_one_at_once(self, app: App) -> None:
-        """Though the app says nothing of it."""
-        stage = Stage(now=NOW)
-        app.answer = app.slowly
-        async with running(stage.node(app, slots=2, weighs=WEIGHED)):
-            for _ in range(2):
-                sealed = stage.seal({"lacre-action": "http"}, path="/predict")
-                await stage.dispatch(sealed, stage.grant(sealed.header, action="http"))
-            await until(lambda: len(app.calls) == 2)
-
-    @staticmethod
-    def sealed(stage: Stage, body: Any) -> tuple[Sealed, str]:
-        sealed = stage.seal({"lacre-max-tokens": "32"}, content=json.dumps(body).encode())
-        return sealed, stage.grant(sealed.header, max_tokens=32, max_prompt_tokens=1000)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from backend.generating import made, make_task, run
 from lacre.exchange.resume_marks import Mark
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.generate import LlamaEngine
@@ -137,7 +138,7 @@ async def test_a_json_schema_goes_on_where_it_was(llama: LlamaEngine) -> None:
             assert answer.keys() == {"name", "seas"}
 
 
-async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine, make_task: Any) -> None:
+async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine) -> None:
     """Refused before anything runs."""
     begun = tuple(llama.tokenize("no JSON"))
     task = make_task(llama, sampling=Sampling(temperature=0, grammar='start: "{" /[a-z]+/ "}"'), endless=False, begun=begun)
@@ -147,9 +148,9 @@ async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine, make_tas
     assert llama.held[0] == 0
 
 
-async def test_penalties_know_what_was_begun(llama: LlamaEngine, make_task: Any, run: Any) -> None:
+async def test_penalties_know_what_was_begun(llama: LlamaEngine) -> None:
     sampling = Sampling(temperature=0, repeat_penalty=1.6)
-    whole, _ = await run(llama, make_task(llama, "one two one two one two", max_tokens=24, sampling=sampling))
+    whole, _ = await made(llama, "one two one two one two", max_tokens=24, sampling=sampling)
     ids = [token.id for token in whole]
     task = make_task(llama, "one two one two one two", max_tokens=12, sampling=sampling, begun=tuple(ids[:12]))
     rest, _ = await run(llama, task)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from lacre.errors import UsageError
 from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
@@ -27,7 +27,7 @@ WHOLE = dataclasses.replace(SPLIT, cuttable=False)
 
 
 class Memory:
-    """What llama.cpp's cache would hold: for each slot its cells, each with a token and the scope that computed it.
+    """What llama.cpp's cache would hold: for each slot its cells, each with a token and the owner for whom it was computed.
 
     Cells are objects: those that slots of a unified cache share are the same object.
     """
@@ -36,8 +36,8 @@ class Memory:
         self.limits = limits
         self.slots: list[list[list[object]]] = [[] for _ in range(limits.slots)]
 
-    def execute(self, plan: StepPlan, scopes: dict[str, tuple[object, ...]]) -> None:
-        """scopes: of each task: what its cells belong to, which is what it may attend to."""
+    def execute(self, plan: StepPlan, owners: dict[str, object]) -> None:
+        """owners: of each task: whose cells it may attend to."""
         for step in plan.memory:
             if isinstance(step, Trim):
                 assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
@@ -48,15 +48,13 @@ class Memory:
         assert plan.size <= self.limits.step
         assert [s.slot for s in plan.segments] == sorted({s.slot for s in plan.segments}), "once each, ascending"
         for segment in plan.segments:
-            cells = self.slots[segment.slot]
+            cells, owner = self.slots[segment.slot], None if segment.task is None else owners[segment.task]
             assert len(cells) == segment.start, "positions go on where they were"
             assert segment.tokens
-            owner = () if segment.task is None else scopes[segment.task]
-            if segment.task is not None:
-                assert all(cell[1] in owner for cell in cells), (
-                    "what is attended to came from this very scope, or from a sibling"
-                )
-            cells += [[token, owner[0] if owner else None] for token in segment.tokens]
+            assert segment.task is None or all(cell[1] == owner for cell in cells), (
+                "attended to by its owner or a sibling alone"
+            )
+            cells += [[token, owner] for token in segment.tokens]
             assert len(cells) <= self.limits.context
         assert self.used <= self.limits.cells
         assert self.limits.cuttable or not plan.after
@@ -75,226 +73,190 @@ class Memory:
         return len({id(cell) for cells in self.slots for cell in cells})
 
 
+class Driver:
+    """Runs a scheduler beside the model of its memory; every task generates `output` tokens."""
+
+    def __init__(self, limits: EngineLimits = SPLIT) -> None:
+        self.scheduler = Scheduler(limits)
+        self.memory = Memory(limits)
+        self.plans: list[StepPlan] = []
+        self.left: dict[str, int] = {}  # tokens that each task has yet to generate
+        self.wanted: dict[str, list[int]] = {}  # of tasks that did not end: the prompt and what was generated
+        self.owners: dict[str, object] = {}  # its scope, or its request where it has none
+        self.found: dict[str, int] = {}  # tokens that were cached for each task
+
+    def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY,
+               begun: Sequence[int] = (), group: str | None = None) -> None:  # fmt: skip
+        self.scheduler.submit(name, prompt, scope, begun, fair, group=group)
+        self.wanted[name] = [*prompt, *begun]
+        self.owners[name] = scope or group or name
+        self.left[name] = min(output, self.scheduler.limits.context - len(self.wanted[name]))
+
+    def submit_many(
+        self, prompts: Iterable[list[int]], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY
+    ) -> None:
+        """Tasks t0, t1 and so on."""
+        for i, prompt in enumerate(prompts):
+            self.submit(f"t{i}", prompt, scope, output, fair)
+
+    def submit_choices(self, n: int, prompt: list[int], fair: Fair = NOBODY) -> None:
+        """n0, n1 and so on, of one request without a scope."""
+        for i in range(n):
+            self.submit(f"n{i}", prompt, fair=fair, group="g")
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.plan()
+        self.memory.execute(plan, self.owners)
+        assert self.scheduler.free_cells == self.memory.limits.cells - self.memory.used, (
+            "the counts are those of the real cells"
+        )
+        self.plans.append(plan)
+        self.found |= {name: self.scheduler.cached(name) for name in plan.admitted}
+        for name in plan.copied:
+            slot = self.scheduler._tasks[name].slot
+            assert slot is not None
+            assert self.held(slot.index) == self.wanted[name], "the whole prompt is there"
+            assert name not in [segment.task for segment in plan.segments]
+            self.result(name)
+        for segment in plan.segments:
+            if segment.task is not None:
+                held, wanted = self.held(segment.slot), self.wanted[segment.task]
+                assert held == wanted[: len(held)], "the slot holds a beginning of its task's tokens"
+                assert segment.output == (len(held) == len(wanted))
+                if segment.output:
+                    self.result(segment.task)
+        return plan
+
+    def held(self, slot: int) -> list[object]:
+        return [cell[0] for cell in self.memory.slots[slot]]
+
+    def result(self, name: str) -> None:
+        self.left[name] -= 1
+        if self.left[name] <= 0:
+            self.end(name)
+        else:
+            self.wanted[name].append(7)
+            self.scheduler.advance(name, 7)
+
+    def end(self, name: str, *, keep: bool = True) -> None:
+        self.scheduler.end(name, keep=keep)
+        del self.wanted[name]
+
+    def run(self, until: str | None = None) -> None:
+        """To the end of a task, or of all."""
+        while until in self.wanted if until else self.scheduler.busy:
+            plan = self.step()
+            assert plan.copied or any(segment.task for segment in plan.segments), "no step goes by without work"
+        assert until or not self.wanted, "every task ended, once"
+
+    @property
+    def admitted(self) -> list[str]:
+        return [name for plan in self.plans for name in plan.admitted]
+
+    def computed(self, length: int, *names: str) -> int:
+        """How many tokens of prompts of this length were computed, of these tasks or of all."""
+        segments = [segment for plan in self.plans for segment in plan.segments if segment.task is not None]
+        return sum(len(s.tokens) for s in segments if s.start < length and (not names or s.task in names))
+
+
+fairs = st.sampled_from([("t", "a"), ("t", "b"), ("u", "c")])
+prompts = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
 class Machine(RuleBasedStateMachine):
     limits = SPLIT
     tasks = Bundle("tasks")
 
     @initialize()
     def begin(self) -> None:
-        self.scheduler = Scheduler(self.limits)
-        self.memory = Memory(self.limits)
-        self.wanted: dict[str, list[int]] = {}  # of tasks that did not end: the prompt and what was generated
-        self.scopes: dict[str, tuple[object, ...]] = {}
-        self.owners: dict[bytes | None, object] = {}
-        self.steps_left: dict[str, int] = {}
-        self.count = 0
+        self.driver = Driver(self.limits)
 
     @rule(
         target=tasks,
         scope=st.sampled_from([None, b"a", b"a", b"b"]),
         common=st.integers(0, len(PREFIX)),
-        own=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        own=prompts,
         begun=st.lists(st.integers(0, 3), max_size=8),
         output=st.integers(1, 12),
-        fair=st.sampled_from([("t", "a"), ("t", "b"), ("u", "c")]),
+        fair=fairs,
     )
     def submit(self, scope: bytes | None, common: int, own: list[int], begun: list[int], output: int, fair: Fair) -> str:
-        self.count += 1
-        name = f"t{self.count}"
-        self.scheduler.submit(name, PREFIX[:common] + own, scope, begun, fair)
-        self.know(name, PREFIX[:common] + own + begun, scope, output)
+        name = f"t{len(self.driver.left)}"
+        self.driver.submit(name, PREFIX[:common] + own, scope, output, fair, begun)
         return name
 
     @rule(
         target=tasks,
         scope=st.sampled_from([None, None, b"a", b"b"]),
-        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        prompt=prompts,
         outputs=st.lists(st.integers(1, 12), min_size=2, max_size=8),
-        fair=st.sampled_from([("t", "a"), ("t", "b"), ("u", "c")]),
+        fair=fairs,
         reuse=st.booleans(),
     )
-    def submit_choices(
-        self, scope: bytes | None, prompt: list[int], outputs: list[int], fair: Fair, reuse: bool
-    ) -> MultipleResults[str]:
-        prompt = PREFIX[: 40 * reuse] + prompt
-        self.count += 1
-        group, own = f"g{self.count}", object()
+    def submit_choices(self, scope: bytes | None, prompt: list[int], outputs: list[int], fair: Fair, reuse: bool) -> Any:
+        group = f"g{len(self.driver.left)}"
         names = [f"{group}.{i}" for i in range(len(outputs))]
         for name, output in zip(names, outputs, strict=True):
-            self.scheduler.submit(name, prompt, scope, (), fair, group=group)
-            self.know(name, prompt, scope, output, own)
+            self.driver.submit(name, PREFIX[: 40 * reuse] + prompt, scope, output, fair, group=group)
         return multiple(*names)
-
-    def know(self, name: str, prompt: list[int], scope: bytes | None, output: int, own: object | None = None) -> None:
-        self.wanted[name] = list(prompt)
-        self.scopes[name] = (own or object(),) if scope is None else (self.owners.setdefault(scope, object()),)
-        self.steps_left[name] = min(output, self.limits.context - len(prompt))
 
     @rule(task=consumes(tasks), keep=st.booleans())
     def cancel(self, task: str, keep: bool) -> None:
-        if task in self.wanted:
-            self.finish(task, keep=keep)
+        if task in self.driver.wanted:
+            self.driver.end(task, keep=keep)
 
     @rule(scope=st.sampled_from([b"a", b"b"]))
     def expire(self, scope: bytes) -> None:
-        self.scheduler.forget(scope)
+        self.driver.scheduler.forget(scope)
 
-    @rule()
-    def one_step(self) -> None:
-        self.step()
-
-    def step(self) -> int:
-        """How many tasks it advanced."""
-        plan = self.scheduler.plan()
-        self.memory.execute(plan, self.scopes)
-        assert self.scheduler.free_cells == self.limits.cells - self.memory.used, "the counts are those of the real cells"
-        seen = len(plan.copied)
-        for name in plan.copied:
-            slot = self.scheduler._tasks[name].slot
-            assert slot is not None
-            assert [cell[0] for cell in self.memory.slots[slot.index]] == self.wanted[name], "the whole prompt is there"
-            assert name not in [segment.task for segment in plan.segments]
-            self.result(name)
-        for segment in plan.segments:
-            if segment.task is None:
-                continue
-            seen += 1
-            held = [cell[0] for cell in self.memory.slots[segment.slot]]
-            wanted = self.wanted[segment.task]
-            assert held == wanted[: len(held)], "the slot holds a beginning of its task's tokens"
-            assert segment.output == (len(held) == len(wanted))
-            if segment.output:
-                self.result(segment.task)
-        return seen
-
-    def result(self, task: str) -> None:
-        self.steps_left[task] -= 1
-        if self.steps_left[task] <= 0:
-            self.finish(task, keep=True)
-        else:
-            self.wanted[task].append(7)
-            self.scheduler.advance(task, 7)
-
-    def finish(self, task: str, *, keep: bool) -> None:
-        self.scheduler.end(task, keep=keep)
-        del self.wanted[task]
-
-    @rule()
-    def several_steps(self) -> None:
-        for _ in range(5):
-            self.step()
+    @rule(times=st.sampled_from([1, 5]))
+    def steps(self, times: int) -> None:
+        for _ in range(times):
+            self.driver.step()
 
     @invariant()
     def every_task_is_in_one_place(self) -> None:
-        known = [*self.scheduler.running, *self.scheduler.waiting]
-        assert sorted(known) == sorted(self.wanted)
-        assert len(self.scheduler.running) <= self.limits.slots
+        scheduler = self.driver.scheduler
+        assert sorted([*scheduler.running, *scheduler.waiting]) == sorted(self.driver.wanted)
+        assert len(scheduler.running) <= self.limits.slots
 
     def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        for _ in range(100_000):
-            if not self.scheduler.busy:
-                break
-            assert self.step() > 0, "no step goes by without work while there is some"
-        assert not self.wanted, "every task ended, once"
-        self.scheduler.forget(b"a")
-        self.scheduler.forget(b"b")
-        self.memory.execute(self.scheduler.plan(), self.scopes)
-        assert self.memory.used == 0
-        assert self.scheduler.free_cells == self.limits.cells
+        if hasattr(self, "driver"):
+            self.driver.run()
+            self.expire(b"a")
+            self.expire(b"b")
+            self.driver.step()
+            assert self.driver.memory.used == 0
 
 
-class TightMachine(Machine):
-    """A unified cache that four long tasks do not fit into: with sharing, eviction and preemption."""
-
-    limits = TIGHT
-
-
-class WholeMachine(Machine):
-    """A model that keeps one state for each sequence."""
-
-    limits = WHOLE
+def machine(limits: EngineLimits) -> Any:
+    case = type("Limited", (Machine,), {"limits": limits}).TestCase  # type: ignore[attr-defined]
+    case.settings = settings(deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+    return case
 
 
-calm = settings(deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck))
-TestSplit = Machine.TestCase
-TestSplit.settings = calm
-TestTight = TightMachine.TestCase
-TestTight.settings = calm
-TestWhole = WholeMachine.TestCase
-TestWhole.settings = calm
+TestSplit = machine(SPLIT)
+TestTight = machine(TIGHT)  # a unified cache that four long tasks do not fit into: sharing, eviction and preemption
+TestWhole = machine(WHOLE)  # a model that keeps one state for each sequence
 
 
 # The promises, one by one
 
 
-class Driver:
-    """Runs a scheduler; every task generates `output` tokens."""
-
-    def __init__(self, limits: EngineLimits = SPLIT) -> None:
-        self.scheduler = Scheduler(limits)
-        self.memory = Memory(limits)
-        self.plans: list[StepPlan] = []
-        self.left: dict[str, int] = {}
-        self.owners: dict[bytes, object] = {}
-        self.scopes: dict[str, tuple[object, ...]] = {}
-
-    def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY) -> None:
-        self.scheduler.submit(name, prompt, scope, fair=fair)
-        self.scopes[name] = (object() if scope is None else self.owners.setdefault(scope, object()),)
-        self.left[name] = output
-
-    def submit_choices(self, n: int, prompt: list[int], output: int = 4, fair: Fair = NOBODY) -> list[str]:
-        """Of one request without a scope."""
-        own, names = object(), [f"n{i}" for i in range(n)]
-        for name in names:
-            self.scheduler.submit(name, prompt, None, fair=fair, group="g")
-            self.scopes[name], self.left[name] = (own,), output
-        return names
-
-    def step(self) -> StepPlan:
-        plan = self.scheduler.plan()
-        self.memory.execute(plan, self.scopes)
-        self.plans.append(plan)
-        for name in [*plan.copied, *(segment.task for segment in plan.segments if segment.output)]:
-            if name is not None:
-                self.left[name] -= 1
-                if self.left[name]:
-                    self.scheduler.advance(name, 7)
-                else:
-                    self.scheduler.end(name)
-        return plan
-
-    def run(self) -> None:
-        while self.scheduler.busy:
-            self.step()
-
-    def cached(self, name: str, prompt: list[int], scope: bytes | None) -> tuple[int, int]:
-        """Tokens found in the cache, and tokens computed, for a new task."""
-        self.submit(name, prompt, scope, output=1)
-        found = computed = 0
-        while self.scheduler.busy:
-            plan = self.scheduler.plan()
-            self.memory.execute(plan, self.scopes)
-            found = self.scheduler.cached(name)
-            computed += sum(len(s.tokens) for s in plan.segments if s.task == name)
-            if any(s.output and s.task == name for s in plan.segments):
-                self.scheduler.end(name)
-        return found, computed
+TWO = EngineLimits(slots=2, context=512, cells=1024)
+FOUR = EngineLimits(slots=4, context=1024, cells=4096)
 
 
 def test_generation_goes_into_every_step_and_a_long_prompt_gets_its_share() -> None:
     driver = Driver()
-    for name in ("a", "b"):
-        driver.submit(name, [1, 2, 3], output=30)
+    driver.submit_many([[1, 2, 3]] * 2, output=30)
     driver.step()
     driver.submit("long", [5] * 100)
     for _ in range(10):
         plan = driver.step()
         assert plan.generating == 2
         assert plan.size <= 2 + SPLIT.share
-        assert {s.task for s in plan.segments} == {"a", "b", "long"}
+        assert {s.task for s in plan.segments} == {"t0", "t1", "long"}
 
 
 def test_an_answer_is_read_again_in_pieces_of_its_own() -> None:
@@ -305,74 +267,48 @@ def test_an_answer_is_read_again_in_pieces_of_its_own() -> None:
     assert [segment.output for segment in read] == [False, False, True]
 
 
-def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
-    driver = Driver()
-    driver.submit("long", [5] * 120)
-    driver.step()
-    driver.submit("short", [6] * 10)
-    assert any(segment.task == "short" and segment.output for segment in driver.step().segments)
-
-
-def test_short_prompts_do_not_starve_a_long_one() -> None:
+def test_short_and_long_prompts_do_not_wait_for_each_other() -> None:
     driver = Driver()
     driver.submit("long", [5] * 120, output=1)
+    driver.step()
     for i in range(40):
         driver.submit(f"s{i}", [6] * 16, output=1)
-        driver.step()
+        assert any(segment.task == f"s{i}" and segment.output for segment in driver.step().segments)
     assert driver.left["long"] == 0
-
-
-def test_a_cache_that_cannot_be_cut_is_not_reused() -> None:
-    driver = Driver(WHOLE)
-    prompt = [*PREFIX, 1, 2, 3]
-    for name in ("first", "same"):
-        assert driver.cached(name, prompt, b"a") == (0, len(prompt))
 
 
 # The choices of one request
 
-
-def prompt_tokens(driver: Driver, length: int) -> int:
-    """How many tokens of prompts of this length were computed, over all tasks and steps."""
-    segments = [segment for plan in driver.plans for segment in plan.segments if segment.task is not None]
-    return sum(len(segment.tokens) for segment in segments if segment.start < length)
+ALL = pytest.mark.parametrize("limits", [SPLIT, TIGHT, WHOLE], ids=["split", "unified", "recurrent"])
 
 
+@ALL
 @pytest.mark.parametrize("length", [1, MIN_REUSE - 1, 60])
-@pytest.mark.parametrize("limits", [SPLIT, TIGHT, WHOLE], ids=["split", "unified", "recurrent"])
 def test_choices_read_their_prompt_once(limits: EngineLimits, length: int) -> None:
     driver = Driver(limits)
     driver.submit_choices(4, list(range(length)))
     driver.run()
-    assert prompt_tokens(driver, length) == length
+    assert driver.computed(length) == length
     assert driver.scheduler.free_cells == limits.cells, "what has no scope is gone with the last of them"
 
 
-@pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
+@ALL
 def test_more_choices_than_slots_read_their_prompt_once(limits: EngineLimits) -> None:
-    """Also those that begin when the one that read it has long ended."""
+    """Also those that begin when the one that read it has long ended. A state that cannot be cut is read once a round."""
     driver = Driver(limits)
-    driver.submit_choices(14, [*PREFIX])
+    driver.submit_choices(3 * limits.slots, PREFIX)
     driver.run()
-    assert prompt_tokens(driver, len(PREFIX)) == len(PREFIX)
-
-
-def test_what_cannot_be_cut_is_read_once_for_as_many_choices_as_there_are_slots() -> None:
-    driver = Driver(WHOLE)
-    driver.submit_choices(3 * WHOLE.slots, [*PREFIX])
-    driver.run()
-    assert prompt_tokens(driver, len(PREFIX)) == 3 * len(PREFIX)
+    assert driver.computed(len(PREFIX)) == (1 if limits.cuttable else 3) * len(PREFIX)
 
 
 def test_choices_go_on_where_the_one_that_read_left() -> None:
     driver = Driver()
-    names = driver.submit_choices(3, [*PREFIX])
+    driver.submit_choices(3, PREFIX)
     driver.step()
-    reading = driver.scheduler.running
-    assert reading == (names[0],)
-    driver.scheduler.end(names[0])
+    assert driver.scheduler.running == ("n0",)
+    driver.end("n0")
     driver.run()
-    assert prompt_tokens(driver, len(PREFIX)) == len(PREFIX)
+    assert driver.computed(len(PREFIX)) == len(PREFIX)
 
 
 def test_choices_that_wait_for_their_prompt_hold_no_slot_of_anothers() -> None:
@@ -387,144 +323,135 @@ def test_a_callers_later_request_comes_after_the_choices_of_an_earlier_one() -> 
     driver.submit_choices(4, [5] * 10, fair=("t", "a"))
     driver.submit("later", [6] * 10, fair=("t", "a"))
     driver.run()
-    assert [name for plan in driver.plans for name in plan.admitted][-1] == "later"
+    assert driver.admitted[-1] == "later"
 
 
-def first_served(tasks: list[tuple[str, bytes | None, Fair]], limits: EngineLimits) -> list[str]:
-    """The names, in the order in which the tasks are admitted."""
-    driver = Driver(limits)
-    for name, scope, fair in tasks:
-        driver.submit(name, list(range(20)), scope, output=2, fair=fair)
-    driver.run()
-    return [name for plan in driver.plans for name in plan.admitted]
+# Whose turn it is
 
-
-TWO = EngineLimits(slots=2, context=512, cells=1024)
 FLOODS: dict[str, list[tuple[bytes | None, Fair]]] = {
     "one salt": [(b"attacker", ("a", "a"))] * 100,
     "a salt each": [(b"%d" % i, ("a", "a")) for i in range(100)],
     "no salt": [(None, ("a", "a"))] * 100,
     "a caller each": [(b"%d" % i, ("a", str(i))) for i in range(100)],
     "the victim's salt": [(b"victim", ("a", "a"))] * 100,
+    "the victim's tenant": [(b"attacker", ("v", "a"))] * 100,
+    "the victim's tenant, a salt each": [(b"%d" % i, ("v", "a")) for i in range(100)],
 }
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_many_tasks_of_one_tenant_do_not_starve_anothers_one(flood: str) -> None:
+def test_many_tasks_of_one_tenant_or_caller_do_not_starve_anothers_one(flood: str) -> None:
     """Served second: the first slot was free before the victim came, as far as the order of arrival tells."""
-    tasks = [(f"f{i}", scope, fair) for i, (scope, fair) in enumerate(FLOODS[flood])]
-    order = first_served([*tasks, ("victim", b"victim", ("v", "v"))], TWO)
-    assert order.index("victim") == 1
-    assert len(order) == 101
-
-
-@pytest.mark.parametrize("salts", ["one", "each"])
-def test_callers_of_a_tenant_share_what_it_gets(salts: str) -> None:
-    tasks = [(f"f{i}", b"f" if salts == "one" else b"%d" % i, ("t", "many")) for i in range(100)]
-    assert first_served([*tasks, ("one", None, ("t", "one"))], TWO).index("one") == 1
+    driver = Driver(TWO)
+    for i, (scope, fair) in enumerate(FLOODS[flood]):
+        driver.submit(f"f{i}", list(range(20)), scope, output=2, fair=fair)
+    driver.submit("victim", list(range(20)), b"victim", output=2, fair=("v", "v"))
+    driver.run()
+    assert driver.admitted.index("victim") == 1
+    assert len(driver.admitted) == 101
 
 
 def test_choices_of_one_call_count_as_its_callers() -> None:
     """`n` choices are tasks of one caller: with all slots taken by them, the next slot is another's."""
     driver = Driver(TWO)
-    for i in range(8):
-        driver.submit(f"n{i}", [1] * 5, b"a", output=3, fair=("t", "a"))
+    driver.submit_many([[1] * 5] * 8, b"a", output=3, fair=("t", "a"))
     driver.step()
     driver.submit("other", [2] * 5, b"a", output=3, fair=("t", "b"))
     driver.run()
-    assert [name for plan in driver.plans for name in plan.admitted][2] == "other"
+    assert driver.admitted[2] == "other"
 
 
 def test_long_prompts_of_one_do_not_hold_up_anothers() -> None:
     """What a step has for long prompts goes to the caller for whom the least was computed."""
-    driver = Driver(EngineLimits(slots=4, context=1024, cells=4096))
+    driver = Driver(FOUR)
     driver.submit("streaming", [1], output=200, fair=("s", "s"))
-    for i in range(2):
-        driver.submit(f"long{i}", [5] * 900, output=1, fair=("a", "a"))
+    driver.submit_many([[5] * 900] * 2, output=1, fair=("a", "a"))
     driver.step()
     driver.step()
     driver.submit("victim", [6] * 300, output=1, fair=("v", "v"))
-    steps = 0
-    while driver.left["victim"]:
-        driver.step()
-        steps += 1
-    assert steps <= 2 * -(-300 // driver.scheduler.share) + 2, "at worst it has every other step's share"
-    assert driver.left["long1"]
+    driver.run("victim")
+    assert len(driver.plans) - 2 <= 2 * -(-300 // driver.scheduler.share) + 2, "at worst it has every other step's share"
+    assert driver.left["t1"]
 
 
 def test_whoever_holds_the_most_cells_gives_way() -> None:
     """The victim came last, and is not sent back for another's growth."""
     driver = Driver(EngineLimits(slots=4, context=128, cells=256, unified=True, step=64, chunk=32, burst=16, share=8))
-    for i in range(3):
-        driver.submit(f"a{i}", [i] * 30, output=90, fair=("a", "a"))
+    driver.submit_many([[i] * 30 for i in range(3)], output=90, fair=("a", "a"))
     driver.step()
     driver.submit("victim", [7] * 10, output=60, fair=("v", "v"))
     sent_back: set[str] = set()
-    while driver.left["victim"]:
+    while "victim" in driver.wanted:
         driver.step()
         sent_back |= {*driver.scheduler.waiting}
     assert sent_back
     assert "victim" not in sent_back
     driver.run()
-    assert not any(driver.left.values())
 
 
 def test_first_come_first_served_for_one_caller() -> None:
     driver = Driver(dataclasses.replace(SPLIT, slots=1, cells=128))
-    for i in range(5):
-        driver.submit(f"t{i}", [1], b"a", output=1)
+    driver.submit_many([[1]] * 5, b"a", output=1)
     driver.run()
     assert [s.task for plan in driver.plans for s in plan.segments] == [f"t{i}" for i in range(5)]
 
 
 def test_a_cancelled_tasks_slot_is_used_in_the_next_step() -> None:
     driver = Driver()
-    for i in range(6):
-        driver.submit(f"t{i}", [1, 2], output=50)
+    driver.submit_many([[1, 2]] * 6, output=50)
     driver.step()
     assert driver.scheduler.waiting == ("t5",)
-    driver.scheduler.end("t2")
+    driver.end("t2")
     assert driver.step().admitted == ("t5",)
 
 
-@pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
+# The cache
+
+
+@ALL
 def test_reuse_within_a_scope_only(limits: EngineLimits) -> None:
-    driver = Driver(limits)
-    prompt = [*PREFIX, 1, 2, 3]
-    assert driver.cached("first", prompt, b"a") == (0, len(prompt))
-    assert driver.cached("same", prompt, b"a") == (len(prompt) - 1, 1)
-    assert driver.cached("begins alike", [*PREFIX, 9, 9], b"a") == (len(PREFIX), 2)
-    assert driver.cached("another's", prompt, b"b") == (0, len(prompt))
-    assert driver.cached("nobody's", prompt, None) == (0, len(prompt))
-    assert driver.cached("nobody's again", prompt, None) == (0, len(prompt))
-    driver.scheduler.forget(b"a")
-    assert driver.cached("forgotten", prompt, b"a") == (0, len(prompt))
+    """And none of a state that cannot be cut."""
+    driver, prompt = Driver(limits), [*PREFIX, 1, 2, 3]
+    for name, scope, after, cached in (
+        ("first", b"a", [1, 2, 3], 0),
+        ("same", b"a", [1, 2, 3], len(prompt) - 1),
+        ("begins alike", b"a", [9, 9], len(PREFIX)),
+        ("another's", b"b", [1, 2, 3], 0),
+        ("nobody's", None, [1, 2, 3], 0),
+        ("nobody's again", None, [1, 2, 3], 0),
+        ("forgotten", b"a", [1, 2, 3], 0),
+    ):
+        if name == "forgotten":
+            driver.scheduler.forget(b"a")
+        found = cached if limits.cuttable else 0
+        driver.submit(name, [*PREFIX, *after], scope, output=1)
+        driver.run()
+        length = len(PREFIX) + len(after)
+        assert (driver.found[name], driver.computed(length, name)) == (found, length - found), name
 
 
 @pytest.mark.parametrize("unified", [False, True])
 def test_a_running_tasks_prefix_is_copied(unified: bool) -> None:
-    limits = EngineLimits(slots=3, context=512, cells=1536, unified=unified)
-    driver = Driver(limits)
-    shared = list(range(200))
+    driver, shared = Driver(EngineLimits(slots=3, context=512, cells=1536, unified=unified)), list(range(200))
     driver.submit("first", [*shared, 1], b"a", output=30)
     driver.step()
     driver.step()
     driver.submit("stranger", [*shared, 3], b"b", output=3)
     driver.submit("second", [*shared, 2], b"a", output=3)
-    plan = driver.step()
-    (copy,) = [step for step in plan.memory if isinstance(step, Copy)]
+    (copy,) = [step for step in driver.step().memory if isinstance(step, Copy)]
     assert (copy.source, copy.keep) == (0, 200)
-    assert driver.scheduler.cached("second") == 200
-    assert driver.scheduler.cached("stranger") == 0
+    assert (driver.found["second"], driver.found["stranger"]) == (200, 0)
     driver.run()
 
 
+# Gaps
+
+
 def test_gaps_are_filled_where_that_lengthens_nothing() -> None:
-    driver = Driver(EngineLimits(slots=4, context=1024, cells=4096))
+    driver = Driver(FOUR)
     for i in range(4):
         driver.submit(f"t{i}", [i, 2, 3], output=4 if i == 1 else 30)
-    while driver.left["t1"]:
-        driver.step()
+    driver.run("t1")
     plan = driver.step()
     assert [(s.slot, s.task is None) for s in plan.segments] == [(0, False), (1, True), (2, False), (3, False)]
     assert plan.after == (Trim(1, 0),)
@@ -534,56 +461,46 @@ def test_neighbours_run_whatever_is_cached_elsewhere() -> None:
     """Each client leaves a cache behind; the next eight run side by side all the same, and nothing is computed for gaps."""
     driver = Driver(EngineLimits(slots=16, context=256, cells=4096, multiple=4))
     for client in range(5):
-        driver.submit(f"first{client}", [client, 7], b"%d" % client, output=1)
+        driver.submit("first", [client, 7], b"%d" % client, output=1)
         driver.run()
-        for i in range(8):
-            driver.submit(f"t{client}.{i}", [client, i, 3], b"%d" % client, output=3)
+        driver.submit_many([[client, i, 3] for i in range(8)], b"%d" % client, output=3)
         driver.step()
-        plan = driver.step()
-        slots = [segment.slot for segment in plan.segments]
-        assert len(slots) == 8
-        assert slots[-1] - slots[0] == 7
+        slots = [segment.slot for segment in driver.step().segments]
+        assert (len(slots), slots[-1] - slots[0]) == (8, 7)
         driver.run()
 
 
 def test_a_long_idle_cache_is_not_filled() -> None:
     """Its length would show in the neighbours' timing."""
-    driver = Driver(EngineLimits(slots=4, context=1024, cells=4096))
+    driver = Driver(FOUR)
     driver.submit("t0", [0, 2, 3], output=30)
     driver.submit("t1", [1] * 400, b"a", output=2)
     driver.submit("t2", [2, 2, 3], output=30)
-    while driver.left["t1"]:
-        driver.step()
+    driver.run("t1")
     assert [s.slot for s in driver.step().segments] == [0, 2]
 
 
 @pytest.mark.parametrize(("running", "computed"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (7, 8), (8, 8), (9, 9)])
 def test_sequences_are_made_a_round_number_where_that_is_cheaper(running: int, computed: int) -> None:
     driver = Driver(EngineLimits(slots=12, context=64, cells=12 * 64, multiple=4))
-    for i in range(running):
-        driver.submit(f"t{i}", [i], output=9)
+    driver.submit_many([[i] for i in range(running)], output=9)
     driver.step()
     plan = driver.step()
-    assert (len(plan.segments), plan.generating) == (computed, running)
+    assert plan.generating == running
     assert [s.slot for s in plan.segments] == list(range(computed))
 
 
 def test_no_filler_where_the_cells_are_all_taken() -> None:
     driver = Driver(EngineLimits(slots=8, context=16, cells=32, unified=True, multiple=4))
-    for i in range(6):
-        driver.submit(f"t{i}", [i], output=12)
+    driver.submit_many([[i] for i in range(6)], output=12)
     driver.run()
-    assert not any(driver.left.values())
 
 
 def test_preempted_tasks_come_back_with_what_they_generated() -> None:
     driver = Driver(TIGHT)
-    for i in range(4):
-        driver.submit(f"t{i}", [i] * 10, output=100)
+    driver.submit_many([[i] * 10 for i in range(4)], output=100)
     driver.run()
-    assert not any(driver.left.values())
-    recomputed = sum(len(s.tokens) for plan in driver.plans for s in plan.segments) - 4 * (10 + 99)
-    assert recomputed > 0, "the test needs a preemption"
+    assert driver.computed(TIGHT.context) > 4 * (10 + 99), "the test needs a preemption"
 
 
 @pytest.mark.parametrize(
@@ -594,14 +511,12 @@ def test_limits_that_contradict_each_other(change: dict[str, int]) -> None:
         dataclasses.replace(SPLIT, **change)
 
 
-def test_what_is_not_a_task() -> None:
+@pytest.mark.parametrize(("name", "prompt"), [("u", []), ("u", [1] * 128), ("t", [1])], ids=["empty", "too long", "known"])
+def test_what_is_not_a_task(name: str, prompt: list[int]) -> None:
     scheduler = Scheduler(SPLIT)
     scheduler.submit("t", [1], None)
-    for prompt in ([], [1] * 128):
-        with pytest.raises(UsageError):
-            scheduler.submit("u", prompt, None)
     with pytest.raises(UsageError):
-        scheduler.submit("t", [1], None)
+        scheduler.submit(name, prompt, None)
 
 
 # What planning costs
@@ -626,17 +541,14 @@ class Full:
     """A scheduler whose 16 slots hold `length` tokens each, of one scope and with one beginning. Two of them run."""
 
     def __init__(self, length: int, *, unified: bool) -> None:
-        self.length = length
-        context = length + 4096
-        cells = 16 * context
-        self.scheduler = Scheduler(
-            EngineLimits(
-                16, context, cells, unified=unified, step=2 * length, chunk=length, burst=128, share=length, multiple=4
-            )
+        self.length, context = length, length + 4096
+        limits = EngineLimits(
+            16, context, 16 * context, unified=unified, step=2 * length, chunk=length, share=length, multiple=4
         )
+        self.scheduler = Scheduler(limits)
         for i in range(16):
             self.scheduler.submit(f"t{i}", self.prompt(i), b"s", fair=("t", str(i)))
-        while self.scheduler.waiting or len(self.scheduler.running) < 16 or self.reading:
+        while self.scheduler.waiting or not all(slot.generating for slot in self.scheduler._slots):
             self.step()
         for i in range(2, 16):
             self.scheduler.end(f"t{i}")
@@ -647,10 +559,6 @@ class Full:
     def prompt(self, i: int) -> list[int]:
         """Its own from the middle on: the dearest case for whoever looks for a common beginning."""
         return [7] * (self.length // 2) + [100 + i] * (self.length // 2)
-
-    @property
-    def reading(self) -> bool:
-        return any(not self.scheduler._slots[i].generating for i in range(16))
 
     def step(self) -> None:
         for segment in self.scheduler.plan().segments:

@@ -13,16 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.generating import made, make_task, run
 from lacre_backend.api.compiling import compiled
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatCompletionRequest, ResponseFormat, parse_chat
 from lacre_backend.api.schema import grammar as schema
 from lacre_backend.api.tools.format import HERMES
 from lacre_backend.engine.generate import LlamaEngine
-from lacre_backend.engine.protocol import EngineError, Sampling, Task, TaskRefused
-
-MakeTask = Callable[..., Task]
-Run = Callable[..., Any]
+from lacre_backend.engine.protocol import EngineError, Sampling, TaskRefused
 
 PERSON = {
     "$defs": {"colour": {"enum": ["red", 'a "quoted" \\ é\n', None, 3]}},
@@ -80,12 +78,12 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_answers_are_valid(name: str, llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+async def test_answers_are_valid(name: str, llama: LlamaEngine) -> None:
     source, valid = CASES[name]
     grammar, whole = llama.grammar(schema.grammar(source)), 0
     for seed in range(6):
         sampling = Sampling(temperature=1.3, top_p=0.9, seed=seed, grammar=grammar)
-        tokens, finish = await run(llama, make_task(llama, "JSON: ", max_tokens=60, sampling=sampling, endless=False))
+        tokens, finish = await made(llama, "JSON: ", max_tokens=60, sampling=sampling, endless=False)
         if finish.reason == "stop":
             whole += 1
             assert valid(json.loads("".join(token.text for token in tokens) + finish.text))
@@ -102,9 +100,7 @@ async def test_answers_are_valid(name: str, llama: LlamaEngine, make_task: MakeT
     ],
     ids=["greedy", "drawn", "penalised", "seeded"],
 )
-async def test_every_way_to_choose_keeps_the_grammar(
-    sampling: Sampling, llama: LlamaEngine, make_task: MakeTask, run: Run
-) -> None:
+async def test_every_way_to_choose_keeps_the_grammar(sampling: Sampling, llama: LlamaEngine) -> None:
     """A bias towards what the grammar forbids changes nothing, and logprobs are still the model's own."""
     (letter,) = llama.tokenize("x")
     sampling = dataclasses.replace(sampling, logit_bias={letter: 100.0}, grammar=schema.grammar({"enum": ["yes", "no"]}))
@@ -130,9 +126,9 @@ def test_a_schema_that_refers_to_itself(llama: LlamaEngine) -> None:
                 llama.grammar(schema.grammar(source), tuple(llama.tokenize(text)))
 
 
-async def test_json_object(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+async def test_json_object(llama: LlamaEngine) -> None:
     sampling = Sampling(temperature=0, grammar=schema.any_object(), logit_bias={llama.tokenize("}")[0]: 8.0})
-    tokens, finish = await run(llama, make_task(llama, "A JSON object: ", max_tokens=80, sampling=sampling, endless=False))
+    tokens, finish = await made(llama, "A JSON object: ", max_tokens=80, sampling=sampling, endless=False)
     assert finish.reason == "stop"
     assert isinstance(json.loads("".join(token.text for token in tokens) + finish.text), dict)
 
@@ -238,11 +234,11 @@ COSTLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", COSTLY)
-async def test_large_schemas_are_within_their_budget(name: str, llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+async def test_large_schemas_are_within_their_budget(name: str, llama: LlamaEngine) -> None:
     """With a bias that would have sent every token the slow way."""
     (letter,) = llama.tokenize("x")
     sampling = Sampling(temperature=0, logit_bias={letter: 100.0}, grammar=schema.grammar(COSTLY[name]))
-    _, finish = await run(llama, make_task(llama, max_tokens=24, sampling=sampling, endless=False))
+    _, finish = await made(llama, max_tokens=24, sampling=sampling, endless=False)
     assert finish.reason in ("stop", "length")
 
 
@@ -365,7 +361,7 @@ def test_every_grammar_is_compiled_or_its_schema_refused(source: dict[str, Any],
     llama.grammar(text)
 
 
-async def test_a_grammar_without_a_way_on(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+async def test_a_grammar_without_a_way_on(llama: LlamaEngine) -> None:
     # The whole answer is one letter: after it only the end is left.
     task = make_task(llama, max_tokens=5, sampling=Sampling(temperature=0, grammar='start: "x"'), endless=False)
     tokens, finish = await run(llama, task)
@@ -375,5 +371,5 @@ async def test_a_grammar_without_a_way_on(llama: LlamaEngine, make_task: MakeTas
     never = {letter: -math.inf}
     with pytest.raises(EngineError, match="grammar"):
         await run(llama, dataclasses.replace(task, sampling=dataclasses.replace(task.sampling, logit_bias=never)))
-    _, finish = await run(llama, make_task(llama, max_tokens=2))
+    _, finish = await made(llama, max_tokens=2)
     assert finish.completion_tokens == 2, "the engine goes on"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from backend.posting import post
 from lacre.asgi import App
 from lacre_backend.api.app import create_app
 from lacre_backend.api.errors import RequestRefused
@@ -19,7 +19,6 @@ from lacre_backend.api.tools.format import HERMES, LLAMA
 from lacre_backend.engine.generate import LlamaEngine
 from parts.echo_engine import EchoEngine
 
-Post = Callable[..., Any]
 CHAT = "/v1/chat/completions"
 TIDE: dict[str, Any] = {
     "type": "function",
@@ -189,13 +188,13 @@ async def test_no_text_becomes_the_token_that_marks_a_call(template: str) -> Non
     ],
     ids=str,
 )  # fmt: skip
-async def test_refusals(app: App, post: Post, change: dict[str, Any], param: str) -> None:
+async def test_refusals(app: App, change: dict[str, Any], param: str) -> None:
     error = (await post(app, CHAT, {**body(), **change})).error(400)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
 
 
 @pytest.mark.parametrize("choice", ["none", "auto", None])
-async def test_no_tools_are_nothing(app: App, post: Post, choice: str | None) -> None:
+async def test_no_tools_are_nothing(app: App, choice: str | None) -> None:
     fields = body(tools=[], tool_choice=choice, parallel_tool_calls=True)
     assert (await post(app, CHAT, fields)).json()["choices"][0]["finish_reason"] == "stop"
 
@@ -204,7 +203,7 @@ async def test_no_tools_are_nothing(app: App, post: Post, choice: str | None) ->
 
 
 @pytest.mark.slow
-async def test_required_calls_are_whole_and_valid(llama: LlamaEngine, post: Post) -> None:
+async def test_required_calls_are_whole_and_valid(llama: LlamaEngine) -> None:
     app = create_app([llama])
     fields = body(
         ASK, CALLED, RESULT, ASK, model=llama.model.name, tool_choice="required", parallel_tool_calls=False, max_tokens=100
@@ -253,7 +252,7 @@ async def test_a_call_without_arguments_has_an_empty_object(template: str, argum
     assert HERMES.written("get_tide", "{}") in await prompt(template, ASK, {**CALLED, "tool_calls": [call]}, RESULT)
 
 
-async def test_half_a_pair_in_arguments_is_answered(post: Post) -> None:
+async def test_half_a_pair_in_arguments_is_answered() -> None:
     call = {**CALL, "function": {"name": "get_tide", "arguments": '{"a": "\\ud83d"}'}}
     for template in (NATIVE, EchoEngine().model.chat_template or ""):
         app = create_app([served(template).engine])
