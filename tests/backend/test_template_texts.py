@@ -184,9 +184,7 @@ class TestOfEachRequest:
             pytest.param(FIRST_ALONE, [USER, ANSWER, SYSTEM, USER], NOT_FIRST, id="a later system message"),
             pytest.param(FIRST_ALONE, [SYSTEM, SYSTEM, USER], NOT_FIRST, id="a second one"),
             pytest.param(FIRST_ALONE, [USER, SYSTEM], NOT_FIRST, id="the last message"),
-            pytest.param(
-                FIRST_ALONE, [said("system", "Olá"), USER, said("system", "Olá")], NOT_FIRST, id="a text elsewhere"
-            ),
+            pytest.param(FIRST_ALONE, [said("system", "Olá"), USER, said("system", "Olá")], NOT_FIRST, id="a text elsewhere"),
             pytest.param(CALL_OR_TEXT, [USER, CALLS], "an assistant's text beside a call", id="what is said beside a call"),
             pytest.param(PLAIN, [USER, CALLS], "or the call", id="a call"),
             pytest.param(ONE_CALL, [USER, {**CALLS, "tool_calls": [CALL, CALL]}], "or the call", id="a second call"),

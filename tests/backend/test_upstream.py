@@ -6,13 +6,14 @@ import asyncio
 import json
 import re
 import tomllib
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lacre.asgi import App, AppFailed, Send
+from lacre.asgi import App, AppFailed, Call, Send
 from lacre.errors import SettingsError
 from lacre.evidence.receipts import UNIT
 from lacre.jose.jws import b64u
@@ -23,8 +24,18 @@ from lacre_backend.settings import Upstream, WorkerSettings
 from lacre_backend.upstream.app import create_app
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import parse, validated
-from parts.behind import Respond, answering, ask, opened, serving
+from parts.behind import Answered, Respond, Server, answering, ask, opened, serving
 from parts.upstream import CHAT, JSON, PREDICT, code, granted, settings, used
+
+
+async def passed(
+    respond: Respond, call: Call | None = None, path: str = PREDICT, content: bytes = b"", headers: Any = (), *,
+    method: str = "POST", more: str = "",
+) -> tuple[Answered, Server]:  # fmt: skip
+    """What came of a call, and what the other program saw of it."""
+    async with serving(respond) as server:
+        return await ask(create_app(settings(server.url, more)), call or granted(), method, path, content, headers), server
+
 
 # What goes on
 
@@ -35,9 +46,8 @@ async def test_a_request_goes_on_without_what_says_who_asks() -> None:
         ("te", "trailers"), ("traceparent", "00-1-2-00"), ("x-forwarded-for", "192.0.2.7"), ("lacre-cache-salt", "5a17"),
         ("date", "then"), ("x-mine", "1"),
     ]  # fmt: skip
-    async with serving(answering(200, JSON, b'{"predictions":[]}')) as server:
-        app = create_app(settings(server.url, 'headers = ["x-mine"]'))
-        answered = await ask(app, granted(), "POST", PREDICT + "?v=1", b'{"instances":[]}', headers)
+    respond = answering(200, JSON, b'{"predictions":[]}')
+    answered, server = await passed(respond, None, PREDICT + "?v=1", b'{"instances":[]}', headers, more='headers = ["x-mine"]')
     assert (answered.status, answered.content) == (200, b'{"predictions":[]}')
     assert server.bodies == [b'{"instances":[]}']
     assert (server.seen[0]["raw_path"], server.seen[0]["query_string"]) == (PREDICT.encode(), b"v=1")
@@ -47,53 +57,56 @@ async def test_a_request_goes_on_without_what_says_who_asks() -> None:
     }  # fmt: skip
 
 
+GZIP = [("content-encoding", "gzip")]
+BIG = b"x" * (2 * UNIT + 1)
+
+
 @pytest.mark.parametrize(
-    ("model", "method", "path", "told"),
+    ("call", "method", "path", "content", "told"),
     [
-        ("encoder", "POST", "/v1/models/other:predict", (404, "unknown_url")),
-        ("encoder", "POST", "/admin", (404, "unknown_url")),
-        ("encoder", "GET", PREDICT, (405, "method_not_supported")),
-        ("encoder", "POST", CHAT, (404, "unknown_url")),  # another model's
-        ("encoder", "POST", "/v1/models/encoder%3Apredict", (404, "unknown_url")),
-        ("encoder", "GET", "/v2/models/%2e%2e/ready", (404, "unknown_url")),
-        ("encoder", "GET", "/v2/models/a%2Fb/ready", (404, "unknown_url")),
-        ("encoder", "GET", "/v2/models/../ready", (404, "unknown_url")),
-        ("encoder", "GET", "/v2/models//ready", (404, "unknown_url")),
-        ("encoder", "GET", "/v2/models/a/b/ready", (404, "unknown_url")),
-        ("encoder", "DELETE", "/v2/A", (404, "unknown_url")),
-        ("writer", "POST", PREDICT, (404, "unknown_url")),
-        ("nobody", "POST", PREDICT, (404, "model_not_found")),
+        *(
+            (granted(model=model), method, path, b"", (404, "unknown_url"))
+            for model, method, path in (
+                ("encoder", "POST", "/v1/models/other:predict"),
+                ("encoder", "POST", "/admin"),
+                ("encoder", "POST", CHAT),  # another model's
+                ("encoder", "POST", "/v1/models/encoder%3Apredict"),
+                ("encoder", "GET", "/v2/models/%2e%2e/ready"),
+                ("encoder", "GET", "/v2/models/a%2Fb/ready"),
+                ("encoder", "GET", "/v2/models/../ready"),
+                ("encoder", "GET", "/v2/models//ready"),
+                ("encoder", "GET", "/v2/models/a/b/ready"),
+                ("encoder", "DELETE", "/v2/A"),
+                ("writer", "POST", PREDICT),
+            )
+        ),
+        (granted(), "GET", PREDICT, b"", (405, "method_not_supported")),
+        (granted(model="nobody"), "POST", PREDICT, b"", (404, "model_not_found")),
+        (granted(), "POST", PREDICT, b"coded", (415, "content_encoding")),
+        (granted(max_prompt_tokens=2), "POST", PREDICT, BIG, (403, "grant_mismatch")),
     ],
+    ids=lambda value: str(value)[:30],
 )
-async def test_what_is_not_on_the_models_own_list_goes_nowhere(
-    model: str, method: str, path: str, told: tuple[int, str]
+async def test_what_the_model_or_the_grant_does_not_allow_goes_nowhere(
+    call: Call, method: str, path: str, content: bytes, told: tuple[int, str]
 ) -> None:
-    async with serving(answering(200, JSON, b"{}")) as server:
-        answered = await ask(create_app(settings(server.url)), granted(model=model), method, path)
+    headers = GZIP if content == b"coded" else ()
+    answered, server = await passed(answering(200, JSON, b"{}"), call, path, content, headers, method=method)
     assert code(answered) == told
-    assert not server.seen
+    assert (server.seen, used(call)) == ([], (0, 0, 0))
 
 
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/v2/models/any-1.5:x/ready"), ("HEAD", "/v2"), ("DELETE", "/v2/%41"), ("POST", PREDICT)]
 )
-async def test_what_is_on_it_does(method: str, path: str) -> None:
-    async with serving(answering(200, JSON, b"")) as server:
-        answered = await ask(create_app(settings(server.url)), granted(), method, path)
+async def test_what_is_on_its_list_goes_on(method: str, path: str) -> None:
+    answered, server = await passed(answering(200, JSON, b""), path=path, method=method)
     assert answered.status == 200
     assert [(seen["method"], seen["raw_path"].decode()) for seen in server.seen] == [(method, path)]
 
 
-async def test_a_coded_body_is_refused() -> None:
-    async with serving(answering(200, JSON, b"{}")) as server:
-        answered = await ask(create_app(settings(server.url)), granted(), "POST", PREDICT, b"x", [("content-encoding", "gzip")])
-    assert code(answered) == (415, "content_encoding")
-    assert not server.seen
-
-
 async def test_models_are_told_by_the_worker() -> None:
-    async with serving(answering(500, JSON, b"")) as server:
-        answered = await ask(create_app(settings(server.url)), granted("inspect"), "GET", "/v1/models")
+    answered, server = await passed(answering(500, JSON, b""), granted("inspect"), "/v1/models", method="GET")
     assert [model["id"] for model in json.loads(answered.content)["data"]] == ["writer", "encoder"]
     assert not server.seen
 
@@ -107,8 +120,7 @@ async def test_what_belongs_to_the_connection_stays_on_it() -> None:
         ("proxy-authenticate", "Basic"), ("set-cookie", "id=7"), ("lacre-receipt", "forged"),
         ("lacre-model-digest", "forged"), ("server", "secret/1.0"), ("x-public", "2"),
     ]  # fmt: skip
-    async with serving(answering(201, headers, b"{}")) as server:
-        answered = await ask(create_app(settings(server.url)), granted(), "POST", PREDICT)
+    answered, _ = await passed(answering(201, headers, b"{}"))
     assert (answered.status, answered.headers) == (201, {"content-type": "application/json", "x-public": "2"})
 
 
@@ -118,21 +130,19 @@ async def test_what_belongs_to_the_connection_stays_on_it() -> None:
         (307, [("location", "http://127.0.0.1:1/")]),
         (301, [("location", "/v2")]),
         (304, []),
-        (200, [("content-encoding", "gzip")]),
+        (200, GZIP),
         (200, [("content-encoding", "identity, br")]),
     ],
 )
 async def test_what_clients_could_not_use_is_not_passed_on(status: int, headers: list[tuple[str, str]]) -> None:
-    async with serving(answering(status, headers)) as server:
-        answered = await ask(create_app(settings(server.url)), granted(), "POST", PREDICT, b"x")
+    answered, server = await passed(answering(status, headers), content=b"x")
     assert code(answered) == (502, "upstream_unusable")
     assert len(server.seen) == 1
     assert b"127.0.0.1" not in answered.content
 
 
 async def test_its_errors_are_passed_on() -> None:
-    async with serving(answering(422, JSON, b'{"error":"no such tensor"}')) as server:
-        answered = await ask(create_app(settings(server.url)), granted(), "POST", PREDICT, b"x")
+    answered, _ = await passed(answering(422, JSON, b'{"error":"no such tensor"}'), content=b"x")
     assert (answered.status, answered.content) == (422, b'{"error":"no such tensor"}')
 
 
@@ -161,31 +171,18 @@ async def test_pieces_come_as_they_are_made() -> None:
 @pytest.mark.parametrize(("sent", "answer", "counted"), [(0, 0, (0, 0, 0)), (1, 1, (1, 0, 1)), (UNIT, UNIT + 1, (1, 0, 2))])
 async def test_bytes_are_counted(sent: int, answer: int, counted: tuple[int, int, int]) -> None:
     call = granted()
-    async with serving(answering(200, [], b"a" * answer)) as server:
-        await ask(create_app(settings(server.url)), call, "POST", PREDICT, b"x" * sent)
+    await passed(answering(200, [], b"a" * answer), call, content=b"x" * sent)
     assert used(call) == counted
-
-
-async def test_a_request_above_its_grant_goes_nowhere() -> None:
-    async with serving(answering(200, [], b"")) as server:
-        call = granted(max_prompt_tokens=2)
-        answered = await ask(create_app(settings(server.url)), call, "POST", PREDICT, b"x" * (2 * UNIT + 1))
-    assert code(answered) == (403, "grant_mismatch")
-    assert not server.seen and used(call) == (0, 0, 0)
 
 
 async def test_an_announced_answer_above_its_grant_is_refused() -> None:
     call = granted(max_tokens=2)
-    async with serving(answering(200, [("content-length", str(2 * UNIT + 1))], b"a" * (2 * UNIT + 1))) as server:
-        answered = await ask(create_app(settings(server.url)), call, "POST", PREDICT)
-    assert code(answered) == (413, "answer_too_large")
-    assert used(call) == (0, 0, 0)
+    answered, _ = await passed(answering(200, [("content-length", str(len(BIG)))], BIG), call)
+    assert (code(answered), used(call)) == ((413, "answer_too_large"), (0, 0, 0))
 
 
-@pytest.mark.parametrize("head", [(200, [(b"content-length", b"3000")]), (307, [(b"location", b"/")])])
-async def test_what_is_refused_is_not_waited_for(head: tuple[int, list[tuple[bytes, bytes]]]) -> None:
-    status, headers = head
-
+@pytest.mark.parametrize(("status", "headers"), [(200, [(b"content-length", b"3000")]), (307, [(b"location", b"/")])])
+async def test_what_is_refused_is_not_waited_for(status: int, headers: list[tuple[bytes, bytes]]) -> None:
     async def respond(_scope: Any, _body: bytes, send: Send) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"a", "more_body": True})
@@ -213,28 +210,26 @@ async def test_an_upstream_that_is_not_there() -> None:
     assert "Try again" in json.loads(answered.content)["error"]["message"]
 
 
-async def test_an_upstream_that_hangs_up() -> None:
+@asynccontextmanager
+async def breaking(answer: bytes) -> AsyncIterator[App]:
+    """In front of a program that says so much and hangs up."""
+
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.close()
-
-    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as listener:
-        origin = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        answered = await ask(create_app(settings(origin)), granted(), "POST", PREDICT)
-    assert code(answered) == (502, "upstream_broken")
-
-
-async def test_an_answer_that_breaks_off_is_not_passed_for_whole() -> None:
-    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
+        writer.write(answer)
         await writer.drain()
         writer.close()
 
-    async with await asyncio.start_server(half, "127.0.0.1", 0) as listener:
-        origin = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        with pytest.raises(AppFailed):
-            await ask(create_app(settings(origin)), granted(), "POST", PREDICT)
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as listener:
+        yield create_app(settings(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
+
+
+async def test_an_upstream_that_hangs_up() -> None:
+    async with breaking(b"") as app:
+        assert code(await ask(app, granted(), "POST", PREDICT)) == (502, "upstream_broken")
+    async with breaking(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf") as app:
+        with pytest.raises(AppFailed):  # not passed for whole
+            await ask(app, granted(), "POST", PREDICT)
 
 
 async def silence(_scope: Any, _body: bytes, _send: Send) -> None:
@@ -296,55 +291,50 @@ _WORKER = f"""
     receipt_key = "receipt.pem"
     nats = {{url = "nats://127.0.0.1:4222", credentials = "worker"}}
 """
+_UPSTREAM = f"""
+    [upstream]
+    origin = "http://127.0.0.1:8080"
+    [[upstream.models]]
+    name = "encoder"
+    allow = ["POST {PREDICT}"]
+"""
 
 
 async def test_nothing_is_begun_before_its_claim(tmp_path: Path) -> None:
-    text = f"""{_WORKER}
-        [upstream]
-        origin = "http://127.0.0.1:8080"
-        [[upstream.models]]
-        name = "encoder"
-        allow = ["POST {PREDICT}"]
-    """
     async with AsyncExitStack() as stack:
-        serving = served(parse(WorkerSettings, text, tmp_path / "worker.toml"), stack)
+        serving = served(parse(WorkerSettings, _WORKER + _UPSTREAM, tmp_path / "worker.toml"), stack)
         assert (serving.names, serving.slots, serving.repeatable) == (["encoder"], 8, frozenset())
 
 
-def test_a_worker_has_models_or_an_upstream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [_WORKER, f"{_WORKER}\n[[models]]\n{_UPSTREAM}"], ids=["neither", "both"])
+def test_a_worker_has_models_or_an_upstream(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingsError, match="or a table"):
-        parse(WorkerSettings, _WORKER, tmp_path / "worker.toml")
-    both = (
-        f'{_WORKER}\n[[models]]\n[upstream]\norigin = "http://127.0.0.1:1"\n[[upstream.models]]\nname = "m"\nallow = ["GET /"]'
-    )
-    with pytest.raises(SettingsError, match="or a table"):
-        parse(WorkerSettings, both, tmp_path / "worker.toml")
+        parse(WorkerSettings, text, tmp_path / "worker.toml")
+
+
+LOCAL = 'origin = "http://127.0.0.1:8080"'
+ROUTE = "write a method and a path"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "route", "said"),
     [
-        ('origin = "http://192.0.2.7:8080"', "not on this host"),
-        ('origin = "http://example.com"', "not on this host"),
-        ('origin = "http://127.0.0.1:8080/v1"', "scheme, host and port"),
-        ('origin = "http://me:secret@127.0.0.1"', "scheme, host and port"),
-        ('origin = "127.0.0.1:8080"', "scheme, host and port"),
-        ('origin = "http://127.0.0.1:8080"\nheaders = ["authorization"]', "must not be forwarded"),
-        ('origin = "http://127.0.0.1:8080"\nheaders = ["te"]', "must not be forwarded"),
-        ('origin = "http://127.0.0.1:8080"\nheaders = ["lacre-model"]', "must not be forwarded"),
+        ('origin = "http://192.0.2.7:8080"', "GET /", "not on this host"),
+        ('origin = "http://example.com"', "GET /", "not on this host"),
+        ('origin = "http://127.0.0.1:8080/v1"', "GET /", "scheme, host and port"),
+        ('origin = "http://me:secret@127.0.0.1"', "GET /", "scheme, host and port"),
+        ('origin = "127.0.0.1:8080"', "GET /", "scheme, host and port"),
+        *(
+            (f'{LOCAL}\nheaders = ["{name}"]', "GET /", "must not be forwarded")
+            for name in ("authorization", "te", "lacre-model")
+        ),
+        *((LOCAL, route, ROUTE) for route in ("/v1", "get /v1", "CONNECT /v1", "POST v1", "POST /v1//a", "POST /v1?a=b")),
+        *((LOCAL, route, ROUTE) for route in ("POST /v1#a", "POST /a b")),
     ],
 )
-def test_settings_that_are_refused(text: str, said: str) -> None:
+def test_settings_that_are_refused(text: str, route: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        parse(Upstream, f'{text}\n[[models]]\nname = "m"\nallow = ["GET /"]', Path("worker.toml"))
-
-
-@pytest.mark.parametrize(
-    "route", ["/v1", "get /v1", "CONNECT /v1", "POST v1", "POST /v1//a", "POST /v1?a=b", "POST /v1#a", "POST /a b"]
-)
-def test_routes_that_are_none(route: str) -> None:
-    with pytest.raises(SettingsError, match="write a method and a path"):
-        parse(Upstream, f'origin = "http://127.0.0.1:8080"\n[[models]]\nname = "m"\nallow = ["{route}"]', Path("worker.toml"))
+        parse(Upstream, f'{text}\n[[models]]\nname = "m"\nallow = ["{route}"]', Path("worker.toml"))
 
 
 def test_the_settings_in_the_guide() -> None:

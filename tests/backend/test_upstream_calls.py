@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -26,8 +25,13 @@ def chat(**members: Any) -> bytes:
     return json.dumps({"model": "writer", "messages": MESSAGES, **members}).encode()
 
 
-async def asked(server: Server, content: bytes, call: Call, path: str = CHAT, **more: str) -> Answered:
-    return await ask(create_app(settings(server.url, **more)), call, "POST", path, content, JSON)
+async def asked(
+    respond: Respond, content: bytes, call: Call | None = None, path: str = CHAT, **more: str
+) -> tuple[Answered, Server]:
+    """What came of a call, and what the other program saw of it."""
+    async with serving(respond) as server:
+        app = create_app(settings(server.url, **more))
+        return await ask(app, call or granted("chat", "writer"), "POST", path, content, JSON), server
 
 
 def whole(**members: Any) -> Respond:
@@ -49,8 +53,7 @@ def whole(**members: Any) -> Respond:
 )
 async def test_the_grant_s_ceiling_is_in_the_body(members: dict[str, Any], sent: dict[str, Any]) -> None:
     call = granted("chat", "writer")
-    async with serving(whole()) as server:
-        answered = await asked(server, chat(**members), call, of_chat=SEVERAL)
+    answered, server = await asked(whole(), chat(**members), call, of_chat=SEVERAL)
     assert json.loads(server.bodies[0]) == {"model": "/models/writer.gguf", "messages": MESSAGES, **sent}
     assert json.loads(answered.content)["model"] == "writer"
     assert used(call) == (7, 3, 2)
@@ -78,35 +81,36 @@ async def test_the_grant_s_ceiling_is_in_the_body(members: dict[str, Any], sent:
 )
 async def test_what_the_grant_does_not_cover_goes_nowhere(members: dict[str, Any], told: tuple[int, str]) -> None:
     call = granted("chat", "writer")
-    async with serving(whole()) as server:
-        assert code(await asked(server, chat(**members), call, of_chat=SEVERAL)) == told
+    answered, server = await asked(whole(), chat(**members), call, of_chat=SEVERAL)
+    assert code(answered) == told
     assert not server.bodies and used(call) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10_000])
 async def test_what_is_no_object_goes_nowhere(content: bytes) -> None:
-    async with serving(whole()) as server:
-        assert code(await asked(server, content, granted("chat", "writer"))) == (400, "invalid_json")
-    assert not server.bodies
+    answered, server = await asked(whole(), content)
+    assert (code(answered), server.bodies) == ((400, "invalid_json"), [])
 
 
-async def test_each_of_several_prompts_is_bounded() -> None:
-    async with serving(whole()) as server:
-        for prompt, each in ((["a", "b"], 4), ([[1, 2], [3], [4], [5]], 2), ([1, 2, 3], 8), ("a", 8)):
-            body = json.dumps({"model": "writer", "prompt": prompt}).encode()
-            await asked(server, body, granted("complete", "writer"), "/v1/completions", of_chat=SEVERAL)
-            assert json.loads(server.bodies[-1])["max_tokens"] == each
-        body = json.dumps({"model": "writer", "prompt": ["a", "b"], "max_tokens": 5}).encode()
-        answered = await asked(server, body, granted("complete", "writer"), "/v1/completions", of_chat=SEVERAL)
-        assert code(answered) == (403, "grant_mismatch")
+TEXT = "/v1/completions"
 
 
-@pytest.mark.parametrize(("action", "members"), [("chat", {"n": 2}), ("complete", {"prompt": ["a", "b"]})])
-async def test_several_choices_need_an_upstream_that_counts_them(action: str, members: dict[str, Any]) -> None:
-    call, path = granted(action, "writer"), CHAT if action == "chat" else "/v1/completions"
-    async with serving(whole()) as server:
-        answered = await asked(server, json.dumps({"model": "writer", **members}).encode(), call, path)
-    assert code(answered) == (400, "unsupported_parameter") and not server.bodies
+def text(prompt: Any, **members: Any) -> bytes:
+    return json.dumps({"model": "writer", "prompt": prompt, **members}).encode()
+
+
+@pytest.mark.parametrize(("prompt", "each"), [(["a", "b"], 4), ([[1, 2], [3], [4], [5]], 2), ([1, 2, 3], 8), ("a", 8)])
+async def test_each_of_several_prompts_is_bounded(prompt: Any, each: int) -> None:
+    _, server = await asked(whole(), text(prompt), granted("complete", "writer"), TEXT, of_chat=SEVERAL)
+    assert json.loads(server.bodies[0])["max_tokens"] == each
+    answered, _ = await asked(whole(), text(prompt, max_tokens=each + 1), granted("complete", "writer"), TEXT, of_chat=SEVERAL)
+    assert code(answered) == (403, "grant_mismatch")
+
+
+@pytest.mark.parametrize(("action", "path", "content"), [("chat", CHAT, chat(n=2)), ("complete", TEXT, text(["a", "b"]))])
+async def test_several_choices_need_an_upstream_that_counts_them(action: str, path: str, content: bytes) -> None:
+    answered, server = await asked(whole(), content, granted(action, "writer"), path)
+    assert (code(answered), server.bodies) == ((400, "unsupported_parameter"), [])
 
 
 async def test_the_operator_has_the_last_word() -> None:
@@ -138,8 +142,7 @@ async def test_the_operator_has_the_last_word() -> None:
 )
 async def test_an_answer_is_counted_within_its_grant_or_not_passed_on(usage: Any, told: tuple[int, str] | None) -> None:
     call = granted("chat", "writer")
-    async with serving(whole(usage=usage)) as server:
-        answered = await asked(server, chat(), call)
+    answered, _ = await asked(whole(usage=usage), chat(), call)
     if told is None:
         assert answered.status == 200
     else:
@@ -155,25 +158,22 @@ async def test_an_answer_is_counted_within_its_grant_or_not_passed_on(usage: Any
 )
 async def test_what_makes_no_tokens(action: str, path: str, body: Any, usage: Any, counted: tuple[int, int, int]) -> None:
     call = granted(action, "writer", max_tokens=1)
-    async with serving(whole(usage=usage)) as server:
-        answered = await asked(server, json.dumps({"model": "writer", **body}).encode(), call, path)
+    answered, server = await asked(whole(usage=usage), json.dumps({"model": "writer", **body}).encode(), call, path)
     assert answered.status == 200 and used(call) == counted
     assert json.loads(server.bodies[0]) == {"model": "/models/writer.gguf", **body}
 
 
 async def test_its_refusals_are_its_own() -> None:
     call = granted("chat", "writer")
-    async with serving(answering(400, JSON, b'{"error":{"message":"Too long.","code":400}}')) as server:
-        answered = await asked(server, chat(), call)
+    answered, _ = await asked(answering(400, JSON, b'{"error":{"message":"Too long.","code":400}}'), chat(), call)
     assert (answered.status, json.loads(answered.content)["error"]["message"]) == (400, "Too long.")
     assert used(call) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("length", [[], [("content-length", "3000")]])
 async def test_no_answer_is_larger_than_the_worker_passes_on(length: list[tuple[str, str]]) -> None:
-    call = granted("chat", "writer")
-    async with serving(answering(200, JSON + length, b"{", b" " * 2998, b"}")) as server:
-        answered = await asked(server, chat(), call, more="largest_answer = 2999")
+    respond = answering(200, JSON + length, b"{", b" " * 2998, b"}")
+    answered, _ = await asked(respond, chat(), more="largest_answer = 2999")
     assert code(answered) == (502, "answer_too_large")
 
 
@@ -189,20 +189,15 @@ SPENT = event(usage=USAGE)
 DONE = b"data: [DONE]\n\n"
 
 
-@pytest.fixture
-async def stream() -> AsyncIterator[Any]:
-    async def run(call: Call, *pieces: bytes, tell_usage: bool = True) -> tuple[Answered, list[Any]]:
-        options = {"stream_options": {"include_usage": True}} if tell_usage else {}
-        async with serving(answering(200, EVENTS, *pieces)) as server:
-            answered = await asked(server, chat(stream=True, **options), call)
-            assert json.loads(server.bodies[0])["stream_options"] == {"include_usage": True}
-        assert all(piece.endswith(b"\n\n") for piece in answered.pieces), "an event, a record"
-        return answered, [piece.removeprefix(b"data: ").strip() for piece in answered.pieces]
-
-    yield run
+async def stream(call: Call, *pieces: bytes, tell_usage: bool = True) -> tuple[Answered, list[Any]]:
+    options = {"stream_options": {"include_usage": True}} if tell_usage else {}
+    answered, server = await asked(answering(200, EVENTS, *pieces), chat(stream=True, **options), call)
+    assert json.loads(server.bodies[0])["stream_options"] == {"include_usage": True}
+    assert all(piece.endswith(b"\n\n") for piece in answered.pieces), "an event, a record"
+    return answered, [piece.removeprefix(b"data: ").strip() for piece in answered.pieces]
 
 
-async def test_a_stream_is_told_event_by_event(stream: Any) -> None:
+async def test_a_stream_is_told_event_by_event() -> None:
     call = granted("chat", "writer")
     answered, events = await stream(call, event("a"), b": still here\n\n", event("b"), SPENT, DONE)
     assert answered.headers["content-type"].startswith("text/event-stream")
@@ -213,19 +208,19 @@ async def test_a_stream_is_told_event_by_event(stream: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-async def test_however_its_bytes_come(stream: Any, size: int) -> None:
+async def test_however_its_bytes_come(size: int) -> None:
     sent = (event("a") + event("b") + SPENT + DONE).replace(b"\n", b"\r\n")
     _, events = await stream(granted("chat", "writer"), *(sent[at : at + size] for at in range(0, len(sent), size)))
     assert len(events) == 4 and events[-1] == b"[DONE]"
 
 
-async def test_half_a_surrogate_pair_stays_an_escape(stream: Any) -> None:
+async def test_half_a_surrogate_pair_stays_an_escape() -> None:
     half = event("a").replace(b'"a"', b'"\\ud83d"')
     _, events = await stream(granted("chat", "writer"), half, SPENT, DONE)
     assert b'"\\ud83d"' in events[0] and events[-1] == b"[DONE]"
 
 
-async def test_usage_that_nobody_asked_for_is_taken_out(stream: Any) -> None:
+async def test_usage_that_nobody_asked_for_is_taken_out() -> None:
     call = granted("chat", "writer")
     _, events = await stream(call, event("a"), event("b", usage=USAGE), SPENT, DONE, tell_usage=False)
     assert len(events) == 3 and not any(b"usage" in each for each in events)
@@ -245,7 +240,7 @@ async def test_usage_that_nobody_asked_for_is_taken_out(stream: Any) -> None:
         ((*[event("a")] * 80, SPENT, DONE), "upstream_unusable"),
     ],
 )
-async def test_a_stream_that_is_not_whole_or_not_counted_says_so(stream: Any, pieces: tuple[bytes, ...], told: str) -> None:
+async def test_a_stream_that_is_not_whole_or_not_counted_says_so(pieces: tuple[bytes, ...], told: str) -> None:
     call = granted("chat", "writer")
     _, events = await stream(call, *pieces)
     assert json.loads(events[-1])["error"]["code"] == told
