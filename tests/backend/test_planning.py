@@ -1,4 +1,4 @@
-"""What planning costs the scheduler, where contexts are long and requests are many."""
+"""What limits are none; and what planning costs, where contexts are long and requests are many."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from typing import Any
 
 import pytest
 
+from lacre.errors import UsageError
 from lacre_backend.engine.plan import EngineLimits
 from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.tokens import BLOCK, Tokens
+
+
+@pytest.mark.parametrize(
+    "change", [{"slots": 0}, {"cells": 1000}, {"cells": 100}, {"share": 0}, {"slots": 60, "cells": 600}, {"chunk": 100}]
+)
+def test_limits_that_contradict_each_other(change: dict[str, int]) -> None:
+    limits = EngineLimits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8)
+    with pytest.raises(UsageError):
+        dataclasses.replace(limits, **change)
 
 
 @pytest.mark.parametrize("at", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7, None])
