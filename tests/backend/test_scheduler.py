@@ -477,8 +477,8 @@ def test_sequences_are_made_a_round_number_where_that_is_cheaper(running: int, c
 
 
 def test_no_filler_where_the_cells_are_all_taken() -> None:
-    driver = Driver(EngineLimits(slots=8, context=64, cells=72, unified=True, multiple=4))
-    driver.submit_many([[i] for i in range(6)], output=12)
+    driver = Driver(EngineLimits(slots=8, context=32, cells=181, unified=True, multiple=4))  # two more would not fit at the end
+    driver.submit_many([[i] * 5 for i in range(6)], output=29)
     driver.run()
 
 
