@@ -134,24 +134,8 @@ def admits(llama: LlamaEngine, source: str, text: str) -> bool:
 
 TIDE_CALL = HERMES.written("get_tide", '{"port": "Porto", "unit": "m"}')
 NOW_CALL = HERMES.written("now", "{}")
+TWICE = f"{NOW_CALL}\n{NOW_CALL}"
 NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
-
-
-@pytest.mark.parametrize(
-    ("choice", "several"),
-    [
-        (NOW, False),
-        ("required", True),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NOW]}}, True),
-    ],
-    ids=["by name", "required", "allowed"],
-)
-def test_a_function_by_name_is_called_once(choice: Any, several: bool, llama: LlamaEngine) -> None:
-    source = grammar(choice)
-    assert admits(llama, source, NOW_CALL)
-    assert admits(llama, source, f"{NOW_CALL}\n{NOW_CALL}") == several
-
-
 SPOKEN = ["", "Hello <b>you</b>.", "x < y", "a <tool_cal", "<<tool_cal l>", "é\n東京", "tool_call>"]
 BAD = [
     HERMES.written("get_tide", "{}"),
@@ -163,74 +147,6 @@ BAD = [
     TIDE_CALL + " and more",
     TIDE_CALL[:-3],
 ]
-
-
-def test_auto_admits_text_or_calls(llama: LlamaEngine) -> None:
-    source = grammar()
-    for text in (*SPOKEN, TIDE_CALL, f"Let me see.\n{NOW_CALL}", f"{TIDE_CALL}\n{NOW_CALL}"):
-        assert admits(llama, source, text), text
-    for text in (*BAD, f"Hm {BAD[0]}"):
-        assert not admits(llama, source, text), text
-
-
-def test_required_admits_calls_alone(llama: LlamaEngine) -> None:
-    source = grammar("required")
-    for text in (TIDE_CALL, NOW_CALL, f"{NOW_CALL}\n{NOW_CALL}"):
-        assert admits(llama, source, text), text
-    for text in (*SPOKEN, *BAD, f"Hm {TIDE_CALL}"):
-        assert not admits(llama, source, text), text
-
-
-def test_one_call_where_several_are_not_wanted(llama: LlamaEngine) -> None:
-    for choice in (None, "required"):
-        source = grammar(choice, many=False)
-        assert admits(llama, source, NOW_CALL)
-        assert not admits(llama, source, f"{NOW_CALL}\n{NOW_CALL}")
-
-
-NOW = {"type": "function", "function": {"name": "now"}}
-
-
-@pytest.mark.parametrize(
-    ("choice", "named"),
-    [
-        (NOW, True),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NOW]}}, True),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NOW]}}, False),
-    ],
-)
-def test_a_named_function(llama: LlamaEngine, choice: Any, named: bool) -> None:
-    source = grammar(choice)
-    assert admits(llama, source, NOW_CALL)
-    assert not admits(llama, source, TIDE_CALL)
-    assert admits(llama, source, "Hello.") is not named
-
-
-def test_json_or_a_call(llama: LlamaEngine) -> None:
-    source = grammar(json_text=True)
-    assert admits(llama, source, '{"a": 1}')
-    assert admits(llama, source, NOW_CALL)
-    assert not admits(llama, source, "Hello.")
-
-
-def test_a_format_without_a_marker_does_not_go_with_json() -> None:
-    with pytest.raises(RequestRefused) as caught:
-        grammar(json_text=True, form=LLAMA)
-    assert caught.value.param == "response_format"
-    assert grammar("required", json_text=True, form=LLAMA)
-
-
-def test_another_format(llama: LlamaEngine) -> None:
-    source = grammar(form=LLAMA)
-    for text in ("", "It rises.", LLAMA.written("get_tide", '{"port": "Porto", "unit": "m"}')):
-        assert admits(llama, source, text), text
-    for text in ("{oh", LLAMA.written("get_tide", "{}"), LLAMA.written("now", "{}") * 2):
-        assert not admits(llama, source, text), text
-
-
-# Schemas of functions
-
-
 LOOSE: dict[str, Any] = {
     "type": "object",
     "title": "Args",
@@ -248,24 +164,59 @@ LOOSE: dict[str, Any] = {
 }
 
 
-def test_what_cannot_be_enforced_is_refused_where_strict_and_left_to_the_model_where_not(llama: LlamaEngine) -> None:
-    source = grammar("required", tools=[tool("f", LOOSE)])
-    for sent in (
-        '{"url": "https://x", "undeclared": 1}',
-        '{"url": "https://x", "n": 9, "many": ["a", null], "when": "", "long": "y", "node": {"next": null}, "undeclared": []}',
-    ):
-        assert admits(llama, source, HERMES.written("f", sent)), sent
-    for sent in ("{}", '{"url": 1}', '{"url": "https:x", "undeclared": 1, "n": "1"}', '{"url": "https:x", "many": [1]}'):
-        assert not admits(llama, source, HERMES.written("f", sent)), sent
-    with pytest.raises(RequestRefused) as caught:
-        grammar("required", tools=[tool("g"), tool("f", LOOSE, strict=True)])
-    assert caught.value.param == "tools[1].function.parameters"
+def allowed(mode: str) -> Any:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [NOW]}}
 
 
-@pytest.mark.parametrize("parameters", [{"type": "string"}, {"type": ["string", "null"]}, {"type": 1}])
-def test_arguments_are_an_object(parameters: dict[str, Any]) -> None:
-    with pytest.raises(RequestRefused, match="object"):
-        grammar(tools=[tool("f", parameters)])
+# What is asked for, what the grammar admits then, and what it does not.
+GRAMMARS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "auto": ({}, [*SPOKEN, TIDE_CALL, f"Let me see.\n{NOW_CALL}", f"{TIDE_CALL}\n{NOW_CALL}"], [*BAD, f"Hm {BAD[0]}"]),
+    "auto, one call": ({"many": False}, [NOW_CALL], [TWICE]),
+    "required": ({"choice": "required"}, [TIDE_CALL, NOW_CALL, TWICE], [*SPOKEN, *BAD, f"Hm {TIDE_CALL}"]),
+    "required, one call": ({"choice": "required", "many": False}, [NOW_CALL], [TWICE]),
+    "a function by name is called once": ({"choice": NOW}, [NOW_CALL], [TWICE, TIDE_CALL, "Hello."]),
+    "allowed and required": ({"choice": allowed("required")}, [NOW_CALL, TWICE], [TIDE_CALL, "Hello."]),
+    "allowed": ({"choice": allowed("auto")}, [NOW_CALL, "Hello."], [TIDE_CALL]),
+    "JSON or a call": ({"json_text": True}, ['{"a": 1}', NOW_CALL], ["Hello."]),
+    "another format": (
+        {"form": LLAMA}, ["", "It rises.", LLAMA.written("get_tide", '{"port": "Porto", "unit": "m"}')],
+        ["{oh", LLAMA.written("get_tide", "{}"), LLAMA.written("now", "{}") * 2],
+    ),
+    "what cannot be enforced is left to the model": (
+        {"choice": "required", "tools": [tool("f", LOOSE)]},
+        [HERMES.written("f", sent) for sent in (
+            '{"url": "https://x", "undeclared": 1}',
+            '{"url": "https://x", "n": 9, "many": ["a", null], "when": "", "long": "y", "node": {"next": null}, '
+            '"undeclared": []}',
+        )],
+        [HERMES.written("f", sent) for sent in (
+            "{}", '{"url": 1}', '{"url": "https:x", "undeclared": 1, "n": "1"}', '{"url": "https:x", "many": [1]}')],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_what_a_grammar_admits(name: str, llama: LlamaEngine) -> None:
+    asked, admitted, others = GRAMMARS[name]
+    source = grammar(**asked)
+    assert [text for text in admitted if not admits(llama, source, text)] == []
+    assert [text for text in others if admits(llama, source, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"json_text": True, "form": LLAMA}, "response_format"),  # a format without a marker
+        ({"choice": "required", "tools": [tool("g"), tool("f", LOOSE, strict=True)]}, "tools[1].function.parameters"),
+        ({"tools": [tool("f", {"type": "string"})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", {"type": ["string", "null"]})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", {"type": 1})]}, "tools[0].function.parameters"),
+    ],
+)
+def test_what_has_no_grammar(asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestRefused, check=lambda refused: refused.param == param):
+        grammar(**asked)
+    assert grammar("required", json_text=True, form=LLAMA)
 
 
 @unhurried

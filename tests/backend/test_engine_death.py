@@ -1,4 +1,4 @@
-"""A thread of an engine or of an app that dies: nobody waits for it, and the process ends at once, with the traceback."""
+"""Threads of engines and apps. If one dies, nobody waits for it, and the process ends at once, with the traceback."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from lacre.asgi import App
 from lacre.runtime import tasks
 from lacre.runtime.tasks import TaskDied
-from lacre_backend.app_thread import Elsewhere
+from lacre_backend.app_thread import AHEAD, Elsewhere
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, EngineHealth, Event, Finish, Task, TaskKind
 from lacre_backend.engine.tokens import Tokens
 from lacre_backend.node.readiness import alive
+from parts.stage import until
 from parts.tiny_model import tiny_model
 
 Threaded = LlamaEngine | LlamaEmbedder
@@ -66,26 +69,20 @@ async def kill_at_work(engine: Threaded, thread: str) -> None:
         except EngineError as exc:
             failed += str(exc) == DIED
     assert failed
-    deadline = time.monotonic() + 5
-    while not engine.died and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
+    await until(lambda: engine.died)
 
 
-@pytest.fixture(params=["engine", "embedder"])
+@pytest.fixture(params=[LlamaEngine, LlamaEmbedder])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Threaded]:
-    embeds = request.param == "embedder"
-    path = tiny_model(tmp_path / "tiny.gguf", embeds=embeds)
-    settings = LlamaSettings(n_ctx=512, slots=2, threads=1)
-    found = (LlamaEmbedder if embeds else LlamaEngine)(path, name="tiny", digest="", settings=settings)
-    yield found
-    found.close()
+    path = tiny_model(tmp_path / "tiny.gguf", embeds=request.param is LlamaEmbedder)
+    with closing(request.param(path, name="tiny", digest="", settings=LlamaSettings(n_ctx=512, slots=2, threads=1))) as found:
+        yield found
 
 
 async def test_who_waits_for_a_dead_thread_is_told(engine: Threaded) -> None:
     look = alive(engine)
     assert (engine.died, look()) == (False, None)
     await kill_at_work(engine, f"{'embed' if isinstance(engine, LlamaEmbedder) else 'decode'} tiny")
-    assert engine.died
     assert look() is not None
     with pytest.raises(EngineError, match="has died"):
         engine.submit(task(engine, "late"))
@@ -108,21 +105,17 @@ async def outcome(engine: LlamaEngine, name: str) -> str:
         return str(exc)
 
 
-async def test_an_engine_whose_every_step_fails_is_dead(tmp_path: Path) -> None:
+async def test_an_engine_whose_every_step_fails_is_dead(tiny: Path) -> None:
     """Otherwise it would take all of a pool's requests, and fail them. One that works now and then goes on."""
     settings = LlamaSettings(n_ctx=512, slots=2, threads=1)
-    engine = Unchecked(tiny_model(tmp_path / "tiny.gguf"), name="tiny", digest="", settings=settings)
-    for name in ("bad", "good"):
-        for number in range(FAILED_STEPS - 1):
-            assert "could not decode" in await outcome(engine, f"bad {name} {number}")
-        assert (await outcome(engine, "good"), engine.died) == ("Finish", False)
-    for number in range(FAILED_STEPS):
-        assert "could not decode" in await outcome(engine, f"bad {number}")
-    deadline = time.monotonic() + 5
-    while not engine.died and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
-    assert engine.died
-    engine.close()
+    with closing(Unchecked(tiny, name="tiny", digest="", settings=settings)) as engine:
+        for name in ("bad", "good"):
+            for number in range(FAILED_STEPS - 1):
+                assert "could not decode" in await outcome(engine, f"bad {name} {number}")
+            assert (await outcome(engine, "good"), engine.died) == ("Finish", False)
+        for number in range(FAILED_STEPS):
+            assert "could not decode" in await outcome(engine, f"bad {number}")
+        await until(lambda: engine.died)
 
 
 def test_a_step_that_does_not_end_is_noticed() -> None:
@@ -150,14 +143,11 @@ async def stops_its_loop(_scope: object, _receive: object, _send: object) -> Non
 
 async def test_an_app_whose_thread_has_died_answers_nobody() -> None:
     app = Elsewhere(stops_its_loop, "api")
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://app.test") as http:
-        asked = tasks.spawn("asked", http.get("/"))
-        deadline = time.monotonic() + 5
-        while not app.died and time.monotonic() < deadline:
-            await tasks.settle(asked, limit=0.01)
-        assert app.died
+    async with http(app) as client:
+        asked = tasks.spawn("asked", client.get("/"))
+        await until(lambda: app.died)
         with pytest.raises(TaskDied):
-            await http.get("/")
+            await client.get("/")
         with pytest.raises(RuntimeError, match="thread ended"):
             await asked
 
@@ -202,3 +192,103 @@ def test_the_process_ends_at_once_and_says_why(tmp_path: Path, who: str, dead: s
     assert "background work died" in done.stderr
     assert f'"{dead}"' in done.stderr
     assert '"traceback"' in done.stderr
+
+
+# An app on a loop of its own: whatever it does, the node goes on beating
+
+
+@pytest.fixture
+def running() -> Iterator[Any]:
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(closing(Elsewhere(app)))
+
+
+def http(app: App) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://app.test")
+
+
+async def asked() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    body = (await receive())["body"]
+    headers = [(b"x-thread", threading.current_thread().name.encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for _ in range(3 * AHEAD):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": b"."})
+
+
+async def test_it_answers_as_before(running: Any) -> None:
+    async with http(running(hello)) as client:
+        responses = await asyncio.gather(*(client.post("/", content=f"{number},") for number in range(20)))
+    assert [response.text for response in responses] == [f"{number}," * 3 * AHEAD + "." for number in range(20)]
+    assert {response.headers["x-thread"] for response in responses} == {"app"}
+
+
+async def test_what_blocks_its_loop_does_not_block_this_one(running: Any) -> None:
+    async def blocking(scope: Any, receive: Any, send: Any) -> None:
+        time.sleep(1.0)  # noqa: ASYNC251 - as a parser would
+        await hello(scope, receive, send)
+
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.02)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    async with http(running(blocking)) as client:
+        await client.post("/", content="x")
+    ticking.cancel()
+    assert ticks > 5
+
+
+async def test_its_error_is_the_callers(running: Any) -> None:
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("as it said")
+
+    with pytest.raises(ValueError, match="as it said"):
+        await running(failing)({"type": "http"}, asked, None)
+
+
+async def test_cancelled_here_is_cancelled_there(running: Any) -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def waiting(scope: Any, receive: Any, send: Any) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    call = asyncio.create_task(running(waiting)({"type": "http"}, asked, None))
+    assert await asyncio.to_thread(began.wait, 5)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert await asyncio.to_thread(ended.wait, 5)
+
+
+async def test_a_reader_that_waits_makes_the_app_wait(running: Any) -> None:
+    sent = 0
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        while True:
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            sent += 1
+
+    stalled = asyncio.Event()
+
+    async def slow(message: Any) -> None:
+        await stalled.wait()
+
+    call = asyncio.create_task(running(endless)({"type": "http"}, asked, slow))
+    await asyncio.sleep(0.3)
+    assert sent <= 2 * AHEAD
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)

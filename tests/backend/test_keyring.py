@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,10 @@ def ring(folder: Path) -> KeyRing:
     return KeyRing(folder)
 
 
-def test_holds_what_is_there(folder: Path, ring: KeyRing) -> None:
+def test_holds_what_is_there_and_takes_up_what_appears(folder: Path, ring: KeyRing) -> None:
     assert {key.config for key in ring.keys.values()} == set(public_parts(folder))
     assert set(ring.fingerprints()) == {fingerprint(config) for config in public_parts(folder)}
     assert not ring.reload()
-
-
-def test_takes_up_what_appears(folder: Path, ring: KeyRing) -> None:
     (config,) = make(folder, (3,), (Kem.XWING,))
     assert ring.reload()
     assert ring.keys[3].config == config
@@ -46,20 +44,18 @@ def test_takes_up_what_appears(folder: Path, ring: KeyRing) -> None:
     assert not ring.reload()
 
 
-def test_destroys_what_disappears(folder: Path, ring: KeyRing) -> None:
-    old = ring.keys[1]
+def test_destroys_what_disappears_or_is_replaced(folder: Path, ring: KeyRing) -> None:
+    old, gone = ring.keys[2], ring.keys[1]
     keep_only(folder, [2])
     assert not ring.reload()
     assert set(ring.keys) == {2}
-    assert bytes(old._secret) == bytes(32)
-
-
-def test_another_key_under_the_same_name(folder: Path, ring: KeyRing) -> None:
-    old = ring.keys[1]
-    (config,) = make(folder, (1,), (Kem.XWING,))
+    (config,) = make(folder, (2,), (Kem.XWING,))  # another key under the same name
     assert ring.reload()
-    assert ring.keys[1].config == config != old.config
-    assert bytes(old._secret) == bytes(32)
+    assert ring.keys[2].config == config != old.config
+    now = ring.keys[2]
+    ring.close()
+    assert {bytes(key._secret) for key in (old, gone, now)} == {bytes(32)}
+    assert not ring.keys
 
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "gone"])
@@ -85,19 +81,15 @@ def test_a_file_that_cannot_be_used_keeps_nothing_else_back(folder: Path, ring: 
     make(folder, (3, 4), (Kem.XWING, Kem.X25519))
     path = folder / "3.key"
     whole = path.read_bytes()
-    if harm == "open to others":
-        path.chmod(0o644)
-    else:
-        path.write_bytes(b"nothing" if harm == "not a key" else whole[:30])
+    path.write_bytes({"not a key": b"nothing", "half a key": whole[:30]}.get(harm, whole))
+    path.chmod(0o644 if harm == "open to others" else 0o600)
     with capture_logs() as logs:
         assert ring.reload()
         assert not ring.reload()
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["key.unreadable"]
     assert set(ring.keys) == {1, 2, 4}
-    if harm == "open to others":
-        path.chmod(0o600)
-    else:
-        path.write_bytes(whole)
+    path.write_bytes(whole)
+    path.chmod(0o600)
     assert ring.reload()
     assert set(ring.keys) == {1, 2, 3, 4}
 
@@ -108,13 +100,6 @@ def test_nothing_is_served_without_keys(tmp_path: Path, folder: Path) -> None:
     (folder / "1.key").chmod(0o644)
     with pytest.raises(SettingsError, match="chmod 600"):
         KeyRing(folder)
-
-
-def test_an_end_destroys_them_all(ring: KeyRing) -> None:
-    keys = list(ring.keys.values())
-    ring.close()
-    assert {bytes(key._secret) for key in keys} == {bytes(32)}
-    assert not ring.keys
 
 
 class Transit:
@@ -138,33 +123,32 @@ class Transit:
 async def test_a_service_that_is_away_is_asked_again_and_told_of_once(tmp_path: Path) -> None:
     token, folder, transit = tmp_path / "token", tmp_path / "keys", Transit()
     write_secret(token, b"t")
-    server = Loopback(transit)
-    try:
-        with keeping(f"vault://127.0.0.1:{server.port}/transit/lacre?token-file={token}", "default") as kept:
-            make(folder, (1,), (Kem.XWING,), kept)
-            ring = KeyRing(folder, kept)
-            make(folder, (2,), (Kem.XWING,), kept)
-            transit.away, asked = True, transit.asked
-            with capture_logs() as logs:
-                for _ in range(3):
-                    await ring.look()
-            assert [(entry["event"], entry["kind"]) for entry in logs] == [("key.unreadable", "KmsUnreachable")]
-            assert transit.asked == asked + 3
-            assert set(ring.keys) == {1}, "what is held stays held"
-            transit.away = False
-            await ring.look()
-            assert set(ring.keys) == {1, 2}
-            await ring.look()
-            assert transit.asked == asked + 4, "a key that is held is not asked for again"
-            make(folder, (3,), (Kem.XWING,), kept)
-            transit.delay, looking, ticks = 0.5, asyncio.create_task(ring.look()), 0
-            while not looking.done():
-                await asyncio.sleep(0.01)
-                ticks += 1
-            assert set(ring.keys) == {1, 2, 3}
-            assert ticks > 10, "answers under way go on meanwhile"
-    finally:
-        server.close()
+    with (
+        closing(Loopback(transit)) as server,
+        keeping(f"vault://127.0.0.1:{server.port}/transit/lacre?token-file={token}", "default") as kept,
+    ):
+        make(folder, (1,), (Kem.XWING,), kept)
+        ring = KeyRing(folder, kept)
+        make(folder, (2,), (Kem.XWING,), kept)
+        transit.away, asked = True, transit.asked
+        with capture_logs() as logs:
+            for _ in range(3):
+                await ring.look()
+        assert [(entry["event"], entry["kind"]) for entry in logs] == [("key.unreadable", "KmsUnreachable")]
+        assert transit.asked == asked + 3
+        assert set(ring.keys) == {1}, "what is held stays held"
+        transit.away = False
+        await ring.look()
+        await ring.look()
+        assert set(ring.keys) == {1, 2}
+        assert transit.asked == asked + 4, "a key that is held is not asked for again"
+        make(folder, (3,), (Kem.XWING,), kept)
+        transit.delay, looking, ticks = 0.5, asyncio.create_task(ring.look()), 0
+        while not looking.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert set(ring.keys) == {1, 2, 3}
+        assert ticks > 10, "answers under way go on meanwhile"
 
 
 async def test_a_key_that_the_service_withholds_keeps_nothing_else_back(tmp_path: Path) -> None:

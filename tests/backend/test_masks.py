@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from backend.generating import made, make_task, run
+from lacre_backend.api.compiling import Compiler
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.schema import grammar as schema
+from lacre_backend.api.tools.format import HERMES
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
 from lacre_backend.engine.plan import StepPlan
-from lacre_backend.engine.protocol import Event, Finish, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token
-from parts.tiny_model import tiny_model
+from lacre_backend.engine.protocol import (
+    Event,
+    Finish,
+    Grammar,
+    GrammarTooCostly,
+    GrammarTooLarge,
+    Sampling,
+    Task,
+    TaskRefused,
+    Token,
+)
+from lacre_backend.engine.turns import Fair
+from parts.echo_engine import EchoEngine
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[LlamaEngine]:
-    path = tiny_model(tmp_path / "m.gguf")
-    engine = LlamaEngine(path, name="tiny", digest="sha256:0", settings=LlamaSettings(n_ctx=512, slots=4, threads=1))
-    yield engine
-    engine.close()
+def small(tiny: Path) -> Iterator[LlamaEngine]:
+    settings = LlamaSettings(n_ctx=512, slots=4, threads=1)
+    with closing(LlamaEngine(tiny, name="tiny", digest="sha256:0", settings=settings)) as engine:
+        yield engine
 
 
 class Held(Constraint):
@@ -85,10 +101,10 @@ class LetGoMidway(LlamaEngine):
                 time.sleep(0.001)
 
 
-async def test_what_waits_for_its_mask_and_is_read_again_says_each_token_once(tmp_path: Path) -> None:
+async def test_what_waits_for_its_mask_and_is_read_again_says_each_token_once(tiny: Path) -> None:
     """Two that outgrow the cells send it back to its queue while it waits; its mask comes with the step that reads it again."""
     settings = LlamaSettings(n_ctx=256, threads=1, slots=3, unified=True, cells=512)
-    engine = LetGoMidway(tiny_model(tmp_path / "m.gguf"), name="tiny", digest="sha256:0", settings=settings)
+    engine = LetGoMidway(tiny, name="tiny", digest="sha256:0", settings=settings)
 
     async def said(name: str, prompt: range, max_tokens: int, sampling: Sampling) -> list[int]:
         return [
@@ -179,3 +195,65 @@ def test_a_callers_text_never_reaches_the_tokenizer(small: LlamaEngine) -> None:
     """llguidance would tokenize what a grammar forces; its tokenizer here raises."""
     forced = {"type": "object", "properties": {"x" * 5000: {"const": "y" * 5000}}, "required": ["x" * 5000]}
     small.grammar(schema.grammar(forced))
+
+
+# Whose schema is compiled next: one caller's, however many and dear, leave room for the others'
+
+MANY, HONEST, ANOTHER = ("a", "1"), ("b", "1"), ("c", "1")
+
+
+class Slow(EchoEngine):
+    """Compiles nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+        self.begun = 0
+
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
+        self.begun += 1
+        self.let_go.wait()
+        return super().grammar(source, begun)
+
+
+def request() -> ChatCompletionRequest:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}
+    return parse_chat(json.dumps(body).encode())
+
+
+async def asked(compiler: Compiler, engine: EchoEngine, fair: Fair) -> str:
+    """What came of it."""
+    try:
+        return "compiled" if await compiler.grammar(engine, request(), HERMES, fair) else "nothing"
+    except RequestRefused as refused:  # an echo takes no grammar
+        return str(refused)
+
+
+async def test_one_callers_schemas_leave_a_thread_to_the_others() -> None:
+    compiler, slow, quick = Compiler(), Slow(), EchoEngine()
+    greedy = [asyncio.create_task(asked(compiler, slow, MANY)) for _ in range(10)]
+    try:
+        async with asyncio.timeout(15):
+            for _ in range(3):
+                assert await asked(compiler, quick, HONEST) == await asked(compiler, quick, ANOTHER)
+        assert slow.begun == 1 and not any(task.done() for task in greedy)
+    finally:
+        slow.let_go.set()
+    assert len(set(await asyncio.gather(*greedy))) == 1
+    assert slow.begun == 10
+
+
+async def test_nothing_is_compiled_for_who_left() -> None:
+    compiler, slow = Compiler(), Slow()
+    tasks = [asyncio.create_task(asked(compiler, slow, MANY)) for _ in range(5)]
+    while not slow.begun:
+        await asyncio.sleep(0.01)
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    slow.let_go.set()
+    async with asyncio.timeout(15):
+        assert await asked(compiler, slow, MANY) == await asked(compiler, EchoEngine(), HONEST)
+    assert slow.begun == 2

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from backend.generating import made, make_task, run
+from backend.generating import made, make_task
 from lacre.exchange.resume_marks import Mark
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.generate import LlamaEngine
@@ -23,18 +23,17 @@ def client(engine: Engine) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(transport=transport, base_url="http://worker.test/v1")
 
 
-def events(response: httpx2.Response) -> list[tuple[str | None, dict[str, Any]]]:
+Event = tuple[str | None, dict[str, Any]]
+
+
+def events(response: httpx2.Response) -> list[Event]:
     """Mark and object of each event but `[DONE]`."""
-    found = []
-    for block in response.text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines())
-        if fields.get("data", "[DONE]") != "[DONE]":
-            found.append((fields.get("id"), json.loads(fields["data"])))
-    return found
+    blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in response.text.split("\n\n")]
+    return [(fields.get("id"), json.loads(fields["data"])) for fields in blocks if fields.get("data", "[DONE]") != "[DONE]"]
 
 
-def text_of(chunks: list[dict[str, Any]]) -> str:
-    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+def text_of(found: list[Event]) -> str:
+    return "".join(choice["delta"].get("content") or "" for _, chunk in found for choice in chunk["choices"])
 
 
 async def ask(http: httpx2.AsyncClient, engine: Engine, headers: dict[str, str] = ASK, **fields: Any) -> httpx2.Response:
@@ -77,16 +76,14 @@ async def test_no_marks(echo: Engine, headers: dict[str, str], fields: dict[str,
 async def test_going_on_from_every_mark(engine: Engine) -> None:
     async with client(engine) as http:
         got = events(await ask(http, engine))
-        whole, tokens, before = text_of([chunk for _, chunk in got]), [], ""
+        tokens: list[int] = []
         used = got[-1][1]["usage"]
-        for mark, chunk in got:
+        for at, (mark, _) in enumerate(got):
             if mark is None:
                 continue
             tokens += Mark.parse(mark).tokens
-            before += text_of([chunk])
-            resume = {"digest": engine.model.digest, "tokens": tokens}
-            rest = events(await ask(http, engine, resume=resume))
-            assert before + text_of([chunk for _, chunk in rest]) == whole
+            rest = events(await ask(http, engine, resume={"digest": engine.model.digest, "tokens": tokens}))
+            assert text_of([*got[: at + 1], *rest]) == text_of(got)
             again = rest[-1][1]["usage"]
             assert again["prompt_tokens"] == used["prompt_tokens"] + len(tokens)
             assert again["completion_tokens"] == used["completion_tokens"] - len(tokens)
@@ -114,47 +111,36 @@ async def test_refusals(echo: Engine, fields: dict[str, Any], status: int, param
 
 
 SCHEMA = {
-    "type": "object",
+    "type": "object", "required": ["name", "seas"], "additionalProperties": False,
     "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "seas": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+        "name": {"type": "string", "maxLength": 12}, "seas": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
     },
-    "required": ["name", "seas"],
-    "additionalProperties": False,
-}
+}  # fmt: skip
 FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
 
 
 async def test_a_json_schema_goes_on_where_it_was(llama: LlamaEngine) -> None:
     async with client(llama) as http:
-        got = events(await ask(http, llama, response_format=FORMAT, max_tokens=60))
-        marks = [(Mark.parse(mark), chunk) for mark, chunk in got if mark is not None]
-        for cut in range(1, len(marks), 5):
-            tokens = [token for mark, _ in marks[:cut] for token in mark.tokens]
-            before = text_of([chunk for _, chunk in marks[:cut]])
+        got = [event for event in events(await ask(http, llama, response_format=FORMAT, max_tokens=60)) if event[0]]
+        for cut in range(1, len(got), 5):
+            tokens = [token for mark, _ in got[:cut] for token in Mark.parse(str(mark)).tokens]
             resume = {"digest": llama.model.digest, "tokens": tokens}
             rest = events(await ask(http, llama, response_format=FORMAT, max_tokens=60, resume=resume))
-            answer = json.loads(before + text_of([chunk for _, chunk in rest]))
-            assert answer.keys() == {"name", "seas"}
+            assert json.loads(text_of([*got[:cut], *rest])).keys() == {"name", "seas"}
 
 
 async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine) -> None:
     """Refused before anything runs."""
     begun = tuple(llama.tokenize("no JSON"))
     task = make_task(llama, sampling=Sampling(temperature=0, grammar='start: "{" /[a-z]+/ "}"'), endless=False, begun=begun)
-    with pytest.raises(TaskRefused) as caught:
+    with pytest.raises(TaskRefused, check=lambda refused: refused.field == "begun"):
         llama.submit(task)
-    assert caught.value.field == "begun"
     assert llama.held[0] == 0
 
 
 async def test_penalties_know_what_was_begun(llama: LlamaEngine) -> None:
-    sampling = Sampling(temperature=0, repeat_penalty=1.6)
-    whole, _ = await made(llama, "one two one two one two", max_tokens=24, sampling=sampling)
-    ids = [token.id for token in whole]
-    task = make_task(llama, "one two one two one two", max_tokens=12, sampling=sampling, begun=tuple(ids[:12]))
-    rest, _ = await run(llama, task)
-    forgetful = make_task(llama, prompt=(*task.prompt, *ids[:12]), max_tokens=12, sampling=sampling)
-    without, _ = await run(llama, forgetful)
-    assert [token.id for token in rest] == ids[12:]
-    assert [token.id for token in without] != ids[12:]
+    text, sampling = "one two one two one two", Sampling(temperature=0, repeat_penalty=1.6)
+    ids = (await made(llama, text, 24, sampling=sampling)).ids
+    rest = await made(llama, text, 12, sampling=sampling, begun=tuple(ids[:12]))
+    forgetful = await made(llama, prompt=(*llama.tokenize(text), *ids[:12]), max_tokens=12, sampling=sampling)
+    assert rest.ids == ids[12:] != forgetful.ids

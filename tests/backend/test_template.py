@@ -100,35 +100,14 @@ def test_a_mark_shows_nothing_to_the_caller() -> None:
     assert str(caught.value) == "no <|end|>here"
 
 
-FAILING = ["{{ messages[9].content.x }}", "{{ 1 + messages[0].content }}", "{{ 1 // 0 }}"]
-
-
-@pytest.mark.parametrize("source", FAILING)
-def test_a_failing_template_refuses(source: str) -> None:
+@pytest.mark.parametrize("source", ["{{ messages[9].content.x }}", "{{ 1 + messages[0].content }}", "{{ 1 // 0 }}"])
+def test_a_failing_template_refuses_or_is_not_loaded(source: str) -> None:
     with pytest.raises(TemplateRefused, match="fails on them"):
         loaded("{% if messages | length > 4 %}" + source + "{% endif %}" + SPELLED).render(
             [{"role": "user", "content": "x"}] * 5
         )
-
-
-@pytest.mark.parametrize("source", FAILING)
-def test_one_that_always_fails_is_not_loaded(source: str) -> None:
     with pytest.raises(SettingsError, match="does not take a single message"):
         loaded(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception.__globals__ }}", "{{ cycler.__init__ }}"],
-)
-def test_the_sandbox_holds(source: str) -> None:
-    messages = [{"role": "user", "content": "x"}] * 5
-    try:
-        pieces = loaded("{% if messages | length > 4 %}" + source + "{% endif %}" + SPELLED).render(messages)
-    except TemplateRefused as refused:
-        assert str(refused) == "it fails on them"
-    else:
-        assert pieces == loaded(SPELLED).render(messages)
 
 
 def test_a_template_that_does_not_compile() -> None:

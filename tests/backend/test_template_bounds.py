@@ -1,16 +1,17 @@
-"""A template that would take for ever, or all memory, or more than a template may: refused, wherever it does so."""
+"""What chat templates find is what they find in transformers; one that would take for ever, or all memory, is refused."""
 
 from __future__ import annotations
 
 import contextlib
 import tracemalloc
+from datetime import datetime
 from typing import Any
 
 import jinja2
 import pytest
 
 from lacre_backend.api.template.bounds import MAX_SOURCE, Bounds, TemplateTooLarge
-from lacre_backend.api.template.environment import template_environment
+from lacre_backend.api.template.environment import Raised, given, template_environment
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -79,9 +80,9 @@ WRITTEN = {
 }
 
 
-def rendered(source: str, **bounds: Any) -> str:
+def rendered(source: str, values: dict[str, Any] | None = None, **bounds: Any) -> str:
     environment = template_environment(Bounds(**{"rounds": 20_000, "size": 2**18, **bounds}))
-    return environment.rendered(environment.compiled(source), {"messages": MESSAGES, "tools": None})
+    return environment.rendered(environment.compiled(source), values or {"messages": MESSAGES, "tools": None})
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
@@ -145,6 +146,7 @@ def test_time_is_bounded_where_it_loops() -> None:
         "{{ lacre_round.__self__ }}",
         "{{ lacre_round.__func__.__globals__ }}",
         "{{ cycler.__init__.__globals__ }}",
+        "{{ cycler.__init__ }}",
         "{% include 'x' %}",
         "{{ dict.__class__ }}",
         "{{ dict.mro }}",
@@ -166,3 +168,84 @@ def test_what_templates_do_still_works() -> None:
         "{% endfor %}{{ '%s-%d' | format('a', 3) }}{{ 'b' * 3 }}{{ [1, 2] + [3] }}{{ 2 ** 3 }}{{ 'x'.center(3) }}"
     )
     assert rendered(source) == "[HELLO]1:2a-3bbb[1, 2, 3]8 x "
+
+
+# As in transformers; the heavy suite asks transformers itself
+
+VALUE = {"b": "é<1>", "a": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        ("tojson", '{"b": "é<1>", "a": [1, null]}'),
+        ("tojson(ensure_ascii=False)", '{"b": "é<1>", "a": [1, null]}'),
+        ("tojson(ensure_ascii=True)", '{"b": "\\u00e9<1>", "a": [1, null]}'),
+        ("tojson(True)", '{"b": "\\u00e9<1>", "a": [1, null]}'),
+        ("tojson(separators=(',', ':'))", '{"b":"é<1>","a":[1,null]}'),
+        ("tojson(separators=[',', ':'])", '{"b":"é<1>","a":[1,null]}'),
+        ("tojson(sort_keys=True)", '{"a": [1, null], "b": "é<1>"}'),
+        ("tojson(indent=1)", '{\n "b": "é<1>",\n "a": [\n  1,\n  null\n ]\n}'),
+        ("tojson(indent='-')", '{\n-"b": "é<1>",\n-"a": [\n--1,\n--null\n-]\n}'),
+        ("tojson(false, 0, (',', ': '), true)", '{\n"a": [\n1,\nnull\n],\n"b": "é<1>"\n}'),
+    ],
+)
+def test_tojson(call: str, text: str) -> None:
+    assert rendered(f"{{{{ v | {call} }}}}", {"v": VALUE}) == text
+
+
+def test_generation_is_what_is_inside() -> None:
+    source = "{% for m in l %}[{% generation %}\n{{ m }}-{{ loop.index }}{% set x = 1 %}{% endgeneration %}]{{ x }}{% endfor %}"
+    assert rendered(source, {"l": ["a", "b"]}) == "[a-1][b-2]"
+
+
+def test_messages_are_given_as_transformers_gives_them() -> None:
+    message = {"role": "assistant", "content": "a", "name": None, "tool_calls": None}
+    assert given(message) == {"role": "assistant", "content": "a"}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        told = given({**message, name: "r"})
+        assert told["reasoning_content"] == told["thinking"] == told[name] == "r"
+    assert given({"thinking": "t", "reasoning_content": "r"}) == {"thinking": "t", "reasoning_content": "r"}
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+            "023",
+        ),
+        ("  {% if true %}\n  a\n  {% endif %}\nb\n", "  a\nb"),  # blocks are trimmed
+        ("{%- generation -%} a {%- endgeneration -%} b", "ab"),
+        (
+            "{% set n = namespace(self=1, b=dict(x=2)) %}{% set n.c = 3 %}{{ n.self }}{{ n.b.x }}{{ n.c }}"
+            "{{ dict.fromkeys('a') }}",
+            "123{'a': None}",
+        ),
+    ],
+)
+def test_what_is_rendered(source: str, text: str) -> None:
+    assert rendered(source) == text
+
+
+def test_strftime_now_is_local_and_has_no_zone() -> None:
+    before = datetime.now().strftime("%d %b %Y")
+    assert rendered("{{ strftime_now('%d %b %Y%Z%z') }}") in (before, datetime.now().strftime("%d %b %Y"))
+
+
+def test_raise_exception_speaks() -> None:
+    with pytest.raises(Raised, match=r"^No system message$"):
+        rendered("{{ raise_exception('No system message') }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("{{ 'a' | from_json }}", "{% do 1 %}", "{% trans %}a{% endtrans %}", "{{ now() }}", "{% include 'a' %}"),
+        *("{% generation %}a", "{{ namespace(_a=1) }}", "{% set n = namespace() %}{% set n._a = 1 %}"),
+        "{{ namespace({'__html__': 1}) }}",
+    ],
+)
+def test_what_transformers_lacks(source: str) -> None:
+    with pytest.raises((jinja2.TemplateError, TypeError)):
+        rendered(source)
