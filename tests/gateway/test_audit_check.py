@@ -22,7 +22,7 @@ from lacre_gateway.audit.entries import Annex, Event, encode
 from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
 from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome, written
-from parts.bent import swapped
+from parts.bent import flipped, swapped, without
 
 REQUESTS = 700  # 1402 entries: five full bundles and a part of the sixth
 STARTED = Event(time=1.0, event=kinds.STARTED)
@@ -47,9 +47,8 @@ def wrong(folder: Path, *kept: bytes) -> Wrong:
     return verdict.wrong
 
 
-def change(path: Path, with_entries: Callable[[list[bytes]], list[bytes]]) -> None:
-    """Changes the entries of a bundle, its length in entries kept or not."""
-    path.write_bytes(tiles.encode_bundle(with_entries(tiles.decode_bundle(path.read_bytes()))))
+def changed(entries: list[bytes], place: int) -> list[bytes]:
+    return [*entries[:place], entries[place].replace(b"alice", b"mallo"), *entries[place + 1 :]]
 
 
 def rebuilt(folder: Path, entries: list[bytes], key: Ed25519PrivateKey = KEY) -> None:
@@ -75,22 +74,21 @@ def test_untouched(log: Path) -> None:
     assert anchored.words == f"holds, and extends the kept checkpoint of {verdict.size} entries"
 
 
-def test_entry_edited(log: Path) -> None:
-    path = log / "tile/entries/002"
-    change(path, lambda entries: [e.replace(b"alice", b"mallo") if n == 77 else e for n, e in enumerate(entries)])
-    assert wrong(log).place == f"tile/entries/002, entry {2 * 256 + 77}"
+BUNDLES: dict[str, tuple[str, Callable[[list[bytes]], list[bytes]], str, str]] = {
+    "edited": ("002", lambda entries: changed(entries, 77), f", entry {2 * 256 + 77}", ""),
+    "deleted": ("001", lambda entries: without(entries, 9), "", "it has 255 entries instead of 256"),
+    "deleted, and the number made up for": ("001", lambda e: [*without(e, 9), e[0]], f", entry {256 + 9}", ""),
+    "reordered": ("003", lambda entries: swapped(entries, 4, 200), f", entry {3 * 256 + 4}", ""),
+}
 
 
-def test_entry_deleted(log: Path) -> None:
-    change(log / "tile/entries/001", lambda entries: entries[:9] + entries[10:])
-    assert (wrong(log).place, wrong(log).why) == ("tile/entries/001", "it has 255 entries instead of 256")
-    change(log / "tile/entries/001", lambda entries: [*entries, entries[0]])  # the number made up for
-    assert wrong(log).place == f"tile/entries/001, entry {256 + 9}"
-
-
-def test_entries_reordered(log: Path) -> None:
-    change(log / "tile/entries/003", lambda entries: swapped(entries, 4, 200))
-    assert wrong(log).place == f"tile/entries/003, entry {3 * 256 + 4}"
+@pytest.mark.parametrize("how", BUNDLES)
+def test_entries_changed(log: Path, how: str) -> None:
+    bundle, change, place, why = BUNDLES[how]
+    path = log / "tile/entries" / bundle
+    path.write_bytes(tiles.encode_bundle(change(tiles.decode_bundle(path.read_bytes()))))
+    found = wrong(log)
+    assert found.place == f"tile/entries/{bundle}{place}" and why in found.why
 
 
 @pytest.mark.parametrize("name", ["tile/entries/004", "tile/0/001", "tile/entries/005.p/122", "tile/0/005.p/122", "checkpoint"])
@@ -99,33 +97,26 @@ def test_file_removed(log: Path, name: str) -> None:
     assert (wrong(log).place, wrong(log).why) == (name, "it is missing")
 
 
-@pytest.mark.parametrize("name", ["tile/0/002", "tile/1/000.p/5"])
-def test_tile_changed(log: Path, name: str) -> None:
-    data = bytearray((log / name).read_bytes())
-    data[3 * 32 + 5] ^= 1
-    (log / name).write_bytes(data)
-    place = {"tile/0/002": f"tile/entries/002, entry {2 * 256 + 3}", "tile/1/000.p/5": "tile/1/000.p/5, hash 3"}[name]
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("tile/0/002", f"tile/entries/002, entry {2 * 256 + 3}"), ("tile/1/000.p/5", "tile/1/000.p/5, hash 3"),
+     ("checkpoint", "checkpoint")],
+)  # fmt: skip
+def test_file_changed(log: Path, name: str, place: str) -> None:
+    data = (log / name).read_bytes()
+    (log / name).write_bytes(data.replace(b"audit/g1", b"audit/g2") if name == "checkpoint" else flipped(data, 3 * 32 + 5))
     assert wrong(log).place == place
 
 
 def test_tiles_made_anew_over_a_changed_entry(log: Path) -> None:
     """Without the key: every tile fits, and the signed checkpoints along the way name where the change begins."""
-    entries = all_entries(log)
-    entries[801] = entries[801].replace(b"alice", b"mallo")
     kept = {name: (log / name).read_bytes() for name in ("checkpoint", "checkpoints")}
-    rebuilt(log, entries)
+    rebuilt(log, changed(all_entries(log), 801))
     for name, data in kept.items():
         (log / name).write_bytes(data)
     (log / "journal").write_bytes(b"")
-    place = wrong(log).place
-    begin, end = (int(word) for word in place.removeprefix("entries ").split(" to "))
+    begin, end = (int(word) for word in wrong(log).place.removeprefix("entries ").split(" to "))
     assert begin <= 801 <= end
-
-
-def test_checkpoint_changed(log: Path) -> None:
-    path = log / "checkpoint"
-    path.write_bytes(path.read_bytes().replace(b"audit/g1", b"audit/g2"))
-    assert wrong(log).place == "checkpoint"
 
 
 def test_cut_to_an_older_checkpoint(log: Path) -> None:
@@ -147,9 +138,7 @@ def test_history_that_was_not_cut_with_it(log: Path) -> None:
 def test_forked(log: Path) -> None:
     """By whoever holds the key: it agrees with itself, and not with what was kept."""
     kept = (log / "checkpoint").read_bytes()
-    entries = all_entries(log)
-    entries[1001] = entries[1001].replace(b"alice", b"mallo")
-    rebuilt(log, entries)
+    rebuilt(log, changed(all_entries(log), 1001))
     assert verify(log, PUBLIC).words == SELF_CONSISTENT
     assert wrong(log, kept).place.endswith(f"to {2 * REQUESTS + 1}") and "forked" in wrong(log, kept).why
 
@@ -160,8 +149,7 @@ def test_several_kept_checkpoints_close_in_on_it(log: Path) -> None:
     early = (log / "checkpoint").read_bytes()
     rebuilt(log, entries[:900])
     late = (log / "checkpoint").read_bytes()
-    changed = [*entries[:701], entries[701].replace(b"alice", b"mallo"), *entries[702:]]
-    rebuilt(log, changed)
+    rebuilt(log, changed(entries, 701))
     assert wrong(log, late, early).place == "entries 600 to 899"
 
 
@@ -174,47 +162,48 @@ def test_another_key(log: Path) -> None:
     assert verify(log, None, [kept]).wrong is not None
 
 
-def story(folder: Path, *entries: kinds.Entry) -> AuditResult:
+def story(folder: Path, *entries: bytes) -> AuditResult:
     store = Store(folder / "story", KEY, ORIGIN)
-    store.commit([data for entry in entries for data in encode(entry)])
+    store.commit(list(entries))
     store.published(store.publication(()).write())
     store.close()
     return verify(folder / "story", PUBLIC)
+
+
+def encoded(*entries: kinds.Entry) -> list[bytes]:
+    return [data for entry in entries for data in encode(entry)]
 
 
 ANNEX = Annex(request_id=f"{1:032x}", groups=("g",), scopes=(), policies=())
 NAMED = hashlib.sha256(encode(ANNEX)[0]).hexdigest()
 
 
+STRANGE = json.dumps({**json.loads(encode(intent(1))[0]), "prompt": "hello"}).encode()
+
+
 @pytest.mark.parametrize(
     ("entries", "place", "why"),
     [
-        ((STARTED, intent(1), STARTED), 2, "the intent of entry 1 has no outcome"),
-        ((STARTED, outcome(1)), 1, "the outcome has no intent"),
-        ((intent(1), outcome(1), outcome(1)), 2, "a second one"),
-        ((intent(1), intent(1)), 1, "a second intent"),
-        ((ANNEX, outcome(1)), 1, "has no intent"),
-        ((ANNEX, intent(1)), 1, "has no intent"),
-        ((ANNEX, intent(2, annex=NAMED)), 1, "has no intent"),
-        ((intent(1, annex=NAMED),), 0, "not before it"),
+        (encoded(STARTED, intent(1), STARTED), 2, "the intent of entry 1 has no outcome"),
+        (encoded(STARTED, outcome(1)), 1, "the outcome has no intent"),
+        (encoded(intent(1), outcome(1), outcome(1)), 2, "a second one"),
+        (encoded(intent(1), intent(1)), 1, "a second intent"),
+        (encoded(ANNEX, outcome(1)), 1, "has no intent"),
+        (encoded(ANNEX, intent(1)), 1, "has no intent"),
+        (encoded(ANNEX, intent(2, annex=NAMED)), 1, "has no intent"),
+        (encoded(intent(1, annex=NAMED)), 0, "not before it"),
+        ([STRANGE], 0, "its fields are not those of an intent"),
     ],
 )
-def test_stories_that_do_not_hold(tmp_path: Path, entries: tuple[kinds.Entry, ...], place: int, why: str) -> None:
+def test_stories_that_do_not_hold(tmp_path: Path, entries: list[bytes], place: int, why: str) -> None:
     """Signed, and still not what a gateway writes."""
     found = story(tmp_path, *entries).wrong
     assert found is not None and found.place.endswith(f"entry {place}") and why in found.why
 
 
 def test_stories_that_hold(tmp_path: Path) -> None:
-    verdict = story(tmp_path, STARTED, ANNEX, intent(1, annex=NAMED), intent(2), outcome(1), intent(3))
+    verdict = story(tmp_path, *encoded(STARTED, ANNEX, intent(1, annex=NAMED), intent(2), outcome(1), intent(3)))
     assert verdict.wrong is None and verdict.under_way == 2
-
-
-def test_fields_that_are_not_allowed(tmp_path: Path) -> None:
-    store = Store(tmp_path / "audit", KEY, ORIGIN)
-    store.commit([json.dumps({**json.loads(encode(intent(1))[0]), "prompt": "hello"}).encode()])
-    store.close()
-    assert "its fields are not those of an intent" in wrong(tmp_path / "audit").why
 
 
 async def test_the_journal_too(log: Path) -> None:
@@ -234,14 +223,14 @@ def test_what_a_client_kept(log: Path) -> None:
     old = reader.proof(801)
     check_receipt(old, reader)
     entries = all_entries(log)
-    rebuilt(log, [*entries, *encode(intent(9999)), *encode(outcome(9999))])
+    rebuilt(log, [*entries, *encoded(intent(9999), outcome(9999))])
     check_receipt(old, LogReader(log, PUBLIC))  # the log has grown
-    for changed, place in (
-        ([*entries[:801], entries[801].replace(b"alice", b"mallo"), *entries[802:], *encode(STARTED)], "entry 801"),
-        ([*entries[:3], entries[3].replace(b"alice", b"mallo"), *entries[4:], *encode(STARTED)], "entries 0 to 1401"),
+    for others, place in (
+        ([*changed(entries, 801), *encode(STARTED)], "entry 801"),
+        ([*changed(entries, 3), *encode(STARTED)], "entries 0 to 1401"),
         (entries[:600], "entry 600"),
     ):
-        rebuilt(log, changed)
+        rebuilt(log, others)
         with pytest.raises(Wrong) as caught:
             check_receipt(old, LogReader(log, PUBLIC))
         assert caught.value.place == place

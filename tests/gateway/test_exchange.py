@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,10 @@ from lacre_gateway.http.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.http.refusal import Refusal
 
 
-def exchange(messages: Iterable[Message], sent: list[Message] | None = None, **options: Any) -> Exchange:
+def exchange(
+    messages: Iterable[Message], sent: list[Message] | None = None, headers: Iterable[tuple[bytes, bytes]] = (), **options: Any
+) -> Exchange:
+    """sent: what the server sends; None: it gets nothing out."""
     coming = iter(messages)
 
     async def receive() -> Message:
@@ -31,7 +34,7 @@ def exchange(messages: Iterable[Message], sent: list[Message] | None = None, **o
         else:
             sent.append(message)
 
-    scope: dict[str, Any] = {"headers": [], "client": ("192.0.2.1", 1), "state": {"request_id": "0" * 32}}
+    scope: dict[str, Any] = {"headers": list(headers), "client": ("192.0.2.1", 1), "state": {"request_id": "0" * 32}}
     return Exchange(scope, receive, send, **options)
 
 
@@ -78,19 +81,14 @@ async def test_body_for_which_there_is_no_room() -> None:
 
 async def test_a_client_that_waits_to_be_told_is_not_told_to_send_what_is_refused() -> None:
     sent: list[Message] = []
-    asked = 0
 
-    async def receive() -> Message:
-        nonlocal asked
-        asked += 1
-        return piece(b"a", False)
+    def asked() -> Iterator[Message]:
+        raise AssertionError("it was told to send")
+        yield GONE
 
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope: dict[str, Any] = {"headers": [(b"expect", b"100-continue")], "state": {"request_id": "0" * 32}}
-    await Exchange(scope, receive, send).refuse(Refusal(problems.INVALID_TOKEN))
-    assert (asked, sent[0]["status"], dict(sent[0]["headers"])[b"connection"]) == (0, 401, b"close")
+    waiting = exchange(asked(), sent, headers=[(b"expect", b"100-continue")])
+    await waiting.refuse(Refusal(problems.INVALID_TOKEN))
+    assert (sent[0]["status"], dict(sent[0]["headers"])[b"connection"]) == (401, b"close")
     assert [message["more_body"] for message in sent[1:]] == [False]
 
 
@@ -107,17 +105,13 @@ async def test_gone_waits_for_the_disconnect() -> None:
         await asyncio.wait_for(exchange([piece(b"", False)]).gone(), 0.05)
 
 
-@pytest.mark.parametrize("rest", [[], [GONE], [piece(b"a" * 70_000)] * 2, [piece(b"a"), GONE]])
+@pytest.mark.parametrize("rest", [[], [GONE], [piece(b"a" * 70_000)] * 2, [piece(b"a"), GONE], [piece(b"", False)]])
 async def test_refusal_is_sent_whole_whatever_still_comes(rest: list[Message]) -> None:
+    """Without a body to come, it keeps the connection."""
     sent: list[Message] = []
     await exchange(rest, sent).refuse(Refusal(problems.FORBIDDEN))
     assert sent[0]["status"] == 403
+    if rest == [piece(b"", False)]:
+        assert b"connection" not in dict(sent[0]["headers"])
     assert b"".join(message.get("body", b"") for message in sent[1:]) == problems.FORBIDDEN.body()
     assert [message["more_body"] for message in sent[1:]][-1] is False
-
-
-async def test_refusal_without_a_body_to_come_keeps_the_connection() -> None:
-    sent: list[Message] = []
-    await exchange([piece(b"", False)], sent).refuse(Refusal(problems.FORBIDDEN))
-    assert b"connection" not in dict(sent[0]["headers"])
-    assert len(sent) == 2

@@ -28,7 +28,8 @@ SECRET = "s3cr3t-canary"
 def written(**fields: object) -> dict[str, object]:
     stream = io.StringIO()
     make_log(stream).info("request", **fields)
-    entry: dict[str, object] = json.loads(stream.getvalue())
+    [line] = stream.getvalue().splitlines()
+    entry: dict[str, object] = json.loads(line)
     return entry
 
 
@@ -36,36 +37,13 @@ def written(**fields: object) -> dict[str, object]:
 def test_unknown_fields_are_dropped(name: str) -> None:
     if name in ("self", "_"):
         return
-    entry = written(**{name: SECRET})
-    assert SECRET not in json.dumps(entry)
-    assert set(entry) == {"event", "level", "time"}
+    assert set(written(**{name: SECRET})) == {"event", "level", "time"}
 
 
-@pytest.mark.parametrize(
-    "name", ["authorization", "token", "headers", "body", "path", "query", "exception", "exc_info", "stack"]
-)
-def test_tempting_fields_are_dropped(name: str) -> None:
-    assert SECRET not in json.dumps(written(**{name: SECRET}))
-
-
-@pytest.mark.parametrize("value", [{"a": SECRET}, [SECRET], SECRET.encode(), ValueError(SECRET)])
-def test_values_that_may_hold_anything_are_dropped(value: object) -> None:
-    assert "reason" not in written(reason=value)
-
-
-def test_known_fields_stay() -> None:
-    entry = written(status=200, route="/v1/sealed", duration=0.5, address=None)
+def test_known_fields_stay_and_are_cut_in_one_line() -> None:
+    entry = written(status=200, route="/v1/sealed", duration=0.5, address=None, model="a\n" * 10_000, reason=[SECRET])
     assert (entry["status"], entry["route"], entry["duration"], entry["address"]) == (200, "/v1/sealed", 0.5, None)
-
-
-def test_long_values_are_cut() -> None:
-    assert len(str(written(model="x" * 10_000)["model"])) == MAX_TEXT
-
-
-def test_one_line_each() -> None:
-    stream = io.StringIO()
-    make_log(stream).info("request", model="a\nb")
-    assert stream.getvalue().count("\n") == 1
+    assert len(str(entry["model"])) == MAX_TEXT and "reason" not in entry
 
 
 def raised() -> BaseException:
@@ -121,16 +99,6 @@ def test_the_last_words_of_a_process(capsys: pytest.CaptureFixture[str]) -> None
     assert SECRET not in json.dumps(told)
     with pytest.raises(SettingsError), last_words():
         raise SettingsError("for whoever started it")
-
-
-def test_standard_logging_is_valid() -> None:
-    before = logging.getLogger().handlers[:], logging.getLogger().level
-    try:
-        logging.config.dictConfig(standard_logging("ext://sys.stderr"))
-        [handler] = logging.getLogger().handlers
-        assert isinstance(handler.formatter, SafeFormatter)
-    finally:
-        logging.getLogger().handlers[:], logging.getLogger().level = before
 
 
 class Telling:
@@ -190,17 +158,9 @@ def test_a_secret_under_every_unknown_key(shape: object) -> None:
 
 
 LOGGERS = [
-    "",
-    "uvicorn",
-    "uvicorn.error",
-    "uvicorn.access",
-    "nats",
-    "nats.aio.client",
-    "httpx2",
-    "httpcore2",
-    "asyncio",
+    "", "uvicorn", "uvicorn.error", "uvicorn.access", "nats", "nats.aio.client", "httpx2", "httpcore2", "asyncio",
     "py.warnings",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOGGERS)
@@ -209,6 +169,7 @@ def test_libraries_that_say_too_much(name: str, capsys: pytest.CaptureFixture[st
     before = root.handlers[:], root.level
     try:
         logging.config.dictConfig(standard_logging("ext://sys.stderr"))
+        assert isinstance(root.handlers[0].formatter, SafeFormatter)
         exc = chained()
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
             for shape in SHAPES:

@@ -192,6 +192,9 @@ def test_a_message_cut_anywhere_is_never_whole(role: str) -> None:
     for length in range(len(made.whole)):
         with pytest.raises(BROKEN):
             made.open(made.whole[:length])
+        if role == "request" and length < len(made.whole) - len("the end"):
+            with pytest.raises(errors.TruncatedStream):
+                inspect_request(made.whole[:length])
 
 
 ORDERS = [*itertools.permutations(range(3)), (0, 2), (1, 2), (0, 1), (0, 0, 1, 2), (0, 1, 1, 2)]
@@ -222,10 +225,15 @@ BENT: dict[str, tuple[type[Exception], Bend]] = {
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("how", BENT)
 def test_a_bent_message_does_not_open(role: str, how: str) -> None:
+    """And of a request, a relay refuses by its outline what no key is needed for."""
     error, bend = BENT[how]
     made = message(role)
+    bent = bend(made, message(role))
     with pytest.raises(error):
-        made.open(bend(made, message(role)))
+        made.open(bent)
+    if role == "request":
+        with contextlib.nullcontext() if error is errors.OpenError else pytest.raises(error):
+            inspect_request(bent)
 
 
 def test_swapped_responses_do_not_open() -> None:
@@ -271,6 +279,8 @@ def test_a_request_above_7_mib_is_refused_by_both_sides() -> None:
     opener.feed(body)
     with pytest.raises(errors.MessageTooLarge):
         opener.feed(bytes(MAX_SEALED_REQUEST // 2 + 1))
+    with pytest.raises(errors.MessageTooLarge):
+        inspect_request(message("request").whole + bytes(MAX_SEALED_REQUEST))
 
 
 def test_the_largest_request_passes() -> None:
@@ -288,8 +298,12 @@ def test_a_request_of_too_many_chunks_is_refused_by_both_sides() -> None:
         sealer.seal(b"x")
     opener = RequestOpener(KEYS)
     opener.feed(sealed)
+    inspect_request(sealed + bytes(1 + TAG))
+    one = bytes([TAG + 1]) + bytes(TAG + 1)
     with pytest.raises(errors.MessageTooLarge):
-        opener.feed(bytes([TAG + 1]) + bytes(TAG + 1))
+        opener.feed(one)
+    with pytest.raises(errors.MessageTooLarge):
+        inspect_request(sealed + one + bytes(1 + TAG))
 
 
 # One use
