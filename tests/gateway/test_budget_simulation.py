@@ -318,10 +318,9 @@ class Budgets(RuleBasedStateMachine):
 
     def balance(self) -> None:
         alive = {gateway.account.holder for gateway in self.live}
-        windows = {} if self.record is None else self.record.windows
-        for (kind, number), found in {
-            (kind, at): found for kind, kept in windows.items() for at, found in kept.items()
-        }.items():
+        kinds = {} if self.record is None else self.record.windows
+        windows = {(kind, number): found for kind, kept in kinds.items() for number, found in kept.items()}
+        for (kind, number), found in windows.items():
             lost = {name: share for name, share in found.shares.items() if name not in alive}
             for name, share in found.shares.items():
                 if name in alive:

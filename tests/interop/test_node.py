@@ -275,14 +275,6 @@ async def test_a_wrong_clock_is_corrected_once() -> None:
     assert dates[1].decode() in {formatdate(theirs + late, usegmt=True) for late in range(-1, 30)}
 
 
-async def test_an_error_of_the_api_is_told() -> None:
-    async def fails(scope: Any, receive: Any, send: Any) -> None:
-        await reply(send, 404, {"error": {"message": "no such thing", "type": "invalid_request_error"}})
-
-    ran = await chat(app=fails)
-    assert ran.error == {"error": "ApiError", "message": "404: no such thing", "type": "invalid_request_error"}
-
-
 PIECE = json.dumps({"choices": [{"index": 0, "delta": {"content": "one"}}]})
 BROKEN = json.dumps({"error": {"message": "the engine failed", "type": "server_error"}})
 
@@ -299,3 +291,5 @@ async def test_a_stream_that_does_not_end_well(datas: tuple[str, ...], error: st
 
     ran = await chat(app=app)
     assert (ran.pieces, ran.error["error"]) == (["one"], error)
+    ran = await chat(app=lambda _scope, _receive, send: reply(send, 404, json.loads(BROKEN)))
+    assert ran.error == {"error": "ApiError", "message": "404: the engine failed", "type": "server_error"}

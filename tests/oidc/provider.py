@@ -60,12 +60,9 @@ class Provider:
     async def token(self, algorithm: str, proof: str | None = None) -> str:
         """A new access token (client credentials). proof: the `DPoP` header, for a token that is bound to its key."""
         form = {
-            "grant_type": "client_credentials",
-            "client_id": "app",
-            "client_secret": SECRET,
-            "resource": f"urn:lacre:{algorithm}",
-            "scope": "lacre:http",
-        }
+            "grant_type": "client_credentials", "client_id": "app", "client_secret": SECRET,
+            "resource": f"urn:lacre:{algorithm}", "scope": "lacre:http",
+        }  # fmt: skip
         async with httpx2.AsyncClient(trust_env=False, timeout=30) as client:
             response = await client.post(f"{self.url}/token", data=form, headers={} if proof is None else {"dpop": proof})
         answer: dict[str, Any] = response.json()

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import jwt
 import pytest
@@ -52,7 +53,7 @@ async def cluster(tmp_path: Path, provider: Provider) -> AsyncIterator[LiveStage
 
 @dataclass
 class Load:
-    """Clients that ask one question after another until `stop`, each with a new token as long as the provider gives any."""
+    """Clients that ask one question after another until it is left, each with a new token as long as the provider gives any."""
 
     cluster: LiveStage
     provider: Provider
@@ -62,13 +63,12 @@ class Load:
     tokens: dict[str, str] = field(default_factory=dict)
     memory: lacre.VersionMemory = field(default_factory=lacre.VersionMemory)
 
-    def __post_init__(self) -> None:
+    async def __aenter__(self) -> Self:
         self._stopped = asyncio.Event()
-
-    def start(self) -> None:
         self._tasks = [asyncio.create_task(self._ask(number)) for number in range(CLIENTS)]
+        return self
 
-    async def stop(self) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         self._stopped.set()
         await asyncio.gather(*self._tasks)
 
@@ -102,9 +102,7 @@ class Load:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_rotation_under_load_and_life_after_it(cluster: LiveStage, provider: Provider) -> None:
-    load = Load(cluster, provider)
-    load.start()
-    try:
+    async with Load(cluster, provider) as load:
         first = set(provider.kids)
         await load.until(first, 10)
         await asyncio.to_thread(provider.tell, "rotate")
@@ -120,9 +118,6 @@ async def test_rotation_under_load_and_life_after_it(cluster: LiveStage, provide
         await asyncio.sleep(0.5)
         provider.stop()
         await load.until(third, 20)
-    finally:
-        await load.stop()
-    print(f"{load.done.total()} requests with tokens of {len(load.done)} keys, {len(load.failed)} failed")
     assert load.failed == []
     assert set(load.done) == first | second | third and len(third) == len(ALGORITHMS)
 

@@ -9,21 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre import errors
-from lacre.wire import varint
-from lacre.wire.bhttp import (
-    MAX_CONTENT,
-    MAX_INFORMATIONAL,
-    Data,
-    End,
-    Event,
-    Request,
-    ResponseDecoder,
-    ResponseEncoder,
-    ResponseHead,
-    decode_request,
-    encode_request,
-    encode_request_indeterminate,
-)
+from lacre.wire import bhttp, varint
+from lacre.wire.bhttp import Data, End, Event, Request, ResponseDecoder, ResponseEncoder, ResponseHead
 from lacre.wire.fields import MAX_FIELDS, MAX_HEADER_SECTION, MAX_NAME, MAX_PATH, MAX_VALUE
 from parts.bent import cut
 
@@ -102,18 +89,18 @@ KNOWN_RESPONSE = bytes.fromhex(
 
 
 def test_rfc_known_length_request() -> None:
-    assert decode_request(KNOWN_REQUEST) == RFC_REQUEST
-    assert encode_request(RFC_REQUEST) == KNOWN_REQUEST
+    assert bhttp.decode_request(KNOWN_REQUEST) == RFC_REQUEST
+    assert bhttp.encode_request(RFC_REQUEST) == KNOWN_REQUEST
     for shorter in (KNOWN_REQUEST[:-1], KNOWN_REQUEST[:-2]):
-        assert decode_request(shorter) == RFC_REQUEST
+        assert bhttp.decode_request(shorter) == RFC_REQUEST
 
 
 def test_rfc_indeterminate_length_request() -> None:
     """With ten bytes of padding; "anything up to 12 bytes can be removed from this message"."""
-    assert encode_request_indeterminate(RFC_REQUEST, padded_to=len(INDETERMINATE_REQUEST)) == INDETERMINATE_REQUEST
+    assert bhttp.encode_request_indeterminate(RFC_REQUEST, padded_to=len(INDETERMINATE_REQUEST)) == INDETERMINATE_REQUEST
     for removed in range(13):
-        assert decode_request(INDETERMINATE_REQUEST[: len(INDETERMINATE_REQUEST) - removed]) == RFC_REQUEST
-    refused(errors.TruncatedStream, partial(decode_request, INDETERMINATE_REQUEST[:-13]))
+        assert bhttp.decode_request(INDETERMINATE_REQUEST[: len(INDETERMINATE_REQUEST) - removed]) == RFC_REQUEST
+    refused(errors.TruncatedStream, partial(bhttp.decode_request, INDETERMINATE_REQUEST[:-13]))
 
 
 def test_rfc_response_with_interim_responses() -> None:
@@ -140,7 +127,7 @@ def test_rfc_known_length_response_with_trailers_and_messages_byte_by_byte() -> 
 def test_the_shortest_messages() -> None:
     """Section 3.8: empty sections at the end may be left out."""
     for control in (b"\x00", b"\x02"):
-        assert decode_request(control + CONTROL) == GET
+        assert bhttp.decode_request(control + CONTROL) == GET
     for framing in (b"\x01", b"\x03"):
         for rest in ("40c8", "40c800", "40c8000000"):
             assert read(framing + bytes.fromhex(rest)) == [ResponseHead(200, ()), End()]
@@ -192,13 +179,13 @@ responses = st.tuples(st.lists(informational, max_size=3), heads, st.lists(piece
 @given(requests, st.integers(0, 300))
 @settings(max_examples=250, deadline=None)
 def test_requests_round_trip_in_both_forms(request_: Request, padding: int) -> None:
-    for encode in (encode_request, encode_request_indeterminate):
+    for encode in (bhttp.encode_request, bhttp.encode_request_indeterminate):
         encoded = encode(request_)
-        assert decode_request(encoded) == request_
+        assert bhttp.decode_request(encoded) == request_
         padded = encode(request_, padded_to=len(encoded) + padding)
         assert padded == encoded + bytes(padding)
-        assert decode_request(padded) == request_
-        assert encode(decode_request(padded)) == encoded
+        assert bhttp.decode_request(padded) == request_
+        assert encode(bhttp.decode_request(padded)) == encoded
 
 
 @given(responses, st.lists(st.integers(0, 2000), max_size=8), st.integers(0, 20))
@@ -240,7 +227,7 @@ def test_no_bytes_raise_anything_but_a_protocol_error(data: st.DataObject) -> No
             outcomes.append([type(error)])
     assert outcomes[0] == outcomes[1]
     with contextlib.suppress(errors.ProtocolError):
-        decode_request(message)
+        bhttp.decode_request(message)
 
 
 # One use, in order
@@ -284,12 +271,12 @@ def known(headers: bytes = b"", content: bytes = b"", trailers: bytes = b"", *, 
 @pytest.mark.parametrize("framing", ["04", "3f", "4004", "ffffffffffffffff"])
 def test_an_unknown_framing_is_invalid(framing: str) -> None:
     start = bytes.fromhex(framing)
-    refused(errors.InvalidMessage, partial(decode_request, start + CONTROL), partial(ResponseDecoder().feed, start))
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, start + CONTROL), partial(ResponseDecoder().feed, start))
 
 
 def test_a_request_is_not_a_response_and_an_empty_message_is_truncated() -> None:
-    refused(errors.InvalidMessage, partial(decode_request, RESPONSE_WITH_CONTENT), partial(read, b"\x00" + CONTROL))
-    refused(errors.TruncatedStream, partial(decode_request, b""), ResponseDecoder().close)
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, RESPONSE_WITH_CONTENT), partial(read, b"\x00" + CONTROL))
+    refused(errors.TruncatedStream, partial(bhttp.decode_request, b""), ResponseDecoder().close)
 
 
 BAD_CONTROL = [
@@ -304,8 +291,8 @@ BAD_CONTROL = [
 def test_bad_control_data_is_refused_by_both_sides(bad: Request) -> None:
     parts = (part.encode("latin-1") for part in (bad.method, bad.scheme, bad.authority, bad.path))
     start = b"\x00" + b"".join(varint.encode(len(part)) + part for part in parts)
-    refused(errors.UsageError, partial(encode_request, bad))
-    refused(errors.InvalidMessage, partial(decode_request, known(start=start)))
+    refused(errors.UsageError, partial(bhttp.encode_request, bad))
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, known(start=start)))
 
 
 BAD_NAMES = (b"", b"a b", b"a:", b":path", b":status", b"caf\xe9", b"a\x00", b"a\n")
@@ -323,23 +310,25 @@ BAD_FIELDS = [
 def test_bad_fields_are_refused_by_both_sides(name: bytes, value: bytes) -> None:
     pair = (name.decode("latin-1"), value.decode("latin-1"))
     for bad in (Request("GET", "https", "a", "/", (pair,)), Request("GET", "https", "a", "/", (), b"", (pair,))):
-        for encode in (encode_request, encode_request_indeterminate):
+        for encode in (bhttp.encode_request, bhttp.encode_request_indeterminate):
             refused(errors.UsageError, partial(encode, bad))
     messages = [known(line(name, value)), known(b"", b"", line(name, value))]
     if name:  # an empty name is the end of an indeterminate section
         messages.append(b"\x02" + CONTROL + line(name, value))
     for message in messages:
-        refused(errors.InvalidMessage, partial(decode_request, message))
+        refused(errors.InvalidMessage, partial(bhttp.decode_request, message))
 
 
 def test_names_in_capitals_are_written_small_and_not_read() -> None:
-    assert decode_request(encode_request(Request("GET", "https", "a", "/", (("Accept", "X"),)))).headers == (("accept", "X"),)
-    refused(errors.InvalidMessage, partial(decode_request, known(line(b"Accept", b"X"))))
+    assert bhttp.decode_request(bhttp.encode_request(Request("GET", "https", "a", "/", (("Accept", "X"),)))).headers == (
+        ("accept", "X"),
+    )
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, known(line(b"Accept", b"X"))))
 
 
 def test_fields_that_may_look_odd_are_kept() -> None:
     odd = (("te", "trailers"), ("x", ""), ("x", "a\tb  c"), ("x", "caf\xe9\xff"), ("!#$%&'*+-.^_`|~0", "token"))
-    assert decode_request(encode_request(Request("GET", "https", "a", "/", odd))).headers == odd
+    assert bhttp.decode_request(bhttp.encode_request(Request("GET", "https", "a", "/", odd))).headers == odd
 
 
 @pytest.mark.parametrize(
@@ -350,12 +339,12 @@ def test_fields_that_may_look_odd_are_kept() -> None:
     ],
 )
 def test_text_that_is_not_latin_1_is_the_callers_error(request_: Request) -> None:
-    refused(errors.UsageError, partial(encode_request, request_))
+    refused(errors.UsageError, partial(bhttp.encode_request, request_))
 
 
 @pytest.mark.parametrize("section", ["01", "0161", "016105", "01610562", "026101"])
 def test_a_field_line_past_its_section_is_invalid(section: str) -> None:
-    refused(errors.InvalidMessage, partial(decode_request, known(bytes.fromhex(section))))
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, known(bytes.fromhex(section))))
 
 
 @pytest.mark.parametrize("value", ["4", "6", "x", "-5", "5, 5", "", "٥", "5" * 16])
@@ -363,17 +352,17 @@ def test_a_content_length_that_lies_is_invalid(value: str) -> None:
     message = known(line(b"content-length", value.encode()), b"12345")
     if value.isascii():
         said = Request("POST", "https", "a", "/", (("Content-Length", value),), b"12345")
-        refused(errors.UsageError, partial(encode_request, said))
+        refused(errors.UsageError, partial(bhttp.encode_request, said))
     response = message.replace(b"\x00" + CONTROL, bytes.fromhex("0140c8"))
-    refused(errors.InvalidMessage, partial(decode_request, message), partial(read, response))
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, message), partial(read, response))
 
 
 def test_a_content_length_that_is_true_passes() -> None:
     """And a response to HEAD may announce what it does not carry."""
     request = Request("POST", "https", "a", "/", (("content-length", "5"), ("content-length", "5")), b"12345")
-    assert decode_request(encode_request(request)) == request
+    assert bhttp.decode_request(bhttp.encode_request(request)) == request
     two = known(line(b"content-length", b"5") + line(b"content-length", b"6"), b"12345")
-    refused(errors.InvalidMessage, partial(decode_request, two))
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, two))
     head = ResponseHead(200, (("content-length", "5"),))
     assert read(bytes.fromhex("0340c8") + line(b"content-length", b"5") + bytes(3)) == [head, End()]
 
@@ -392,8 +381,8 @@ def test_a_final_status_is_not_informational() -> None:
 @pytest.mark.parametrize("position", [0, 5, 9])
 def test_padding_is_zeros_and_never_less_than_the_message(position: int) -> None:
     padding = bytes(position) + b"\x01" + bytes(9 - position)
-    refused(errors.InvalidMessage, partial(decode_request, known() + padding), partial(read, EMPTY_RESPONSE, padding))
-    refused(errors.UsageError, partial(encode_request, GET, padded_to=len(encode_request(GET)) - 1))
+    refused(errors.InvalidMessage, partial(bhttp.decode_request, known() + padding), partial(read, EMPTY_RESPONSE, padding))
+    refused(errors.UsageError, partial(bhttp.encode_request, GET, padded_to=len(bhttp.encode_request(GET)) - 1))
 
 
 # Limits
@@ -404,7 +393,7 @@ def test_lengths_above_their_limit_are_refused_at_once() -> None:
     huge = varint.encode(varint.MAX)
     control = b"\x00" + CONTROL
     for start in (b"\x00", b"\x00\x03GET", control, control + b"\x00", control + b"\x00\x00", b"\x02" + CONTROL):
-        refused(errors.MessageTooLarge, partial(decode_request, start + huge))
+        refused(errors.MessageTooLarge, partial(bhttp.decode_request, start + huge))
     for start in ("0140c8", "0140c800", "0140c80000", "0340c8", "0340c80161", "0340c800", "0340c8000161", "0340c80000"):
         decoder = ResponseDecoder()
         decoder.feed(bytes.fromhex(start))
@@ -414,7 +403,7 @@ def test_lengths_above_their_limit_are_refused_at_once() -> None:
 def test_content_above_the_limit_is_refused_over_all_chunks() -> None:
     decoder = ResponseDecoder()
     decoder.feed(bytes.fromhex("0340c800") + b"\x01x")
-    refused(errors.MessageTooLarge, partial(decoder.feed, varint.encode(MAX_CONTENT)))
+    refused(errors.MessageTooLarge, partial(decoder.feed, varint.encode(bhttp.MAX_CONTENT)))
 
 
 def test_fields_up_to_their_limits_pass_and_not_further() -> None:
@@ -428,8 +417,8 @@ def test_fields_up_to_their_limits_pass_and_not_further() -> None:
         request(*[("a", "v" * MAX_VALUE)] * 3),
         request(path="/" + "p" * (MAX_PATH - 1)),
     ):
-        for encode in (encode_request, encode_request_indeterminate):
-            assert decode_request(encode(fine)) == fine
+        for encode in (bhttp.encode_request, bhttp.encode_request_indeterminate):
+            assert bhttp.decode_request(encode(fine)) == fine
     for wrong in (
         request(("x" * (MAX_NAME + 1), "")),
         request(("x", "v" * (MAX_VALUE + 1))),
@@ -437,17 +426,17 @@ def test_fields_up_to_their_limits_pass_and_not_further() -> None:
         request(*[("a", "v" * MAX_VALUE)] * 4),
         request(path="/" + "p" * MAX_PATH),
     ):
-        refused(errors.UsageError, partial(encode_request, wrong))
+        refused(errors.UsageError, partial(bhttp.encode_request, wrong))
         section = b"".join(line(name.encode(), value.encode()) for name, value in wrong.headers)
         start = CONTROL[:-2] + varint.encode(len(wrong.path)) + wrong.path.encode()
         for message in (known(section, start=b"\x00" + start), b"\x02" + start + section + b"\x00"):
-            refused(errors.MessageTooLarge, partial(decode_request, message))
+            refused(errors.MessageTooLarge, partial(bhttp.decode_request, message))
     assert 4 * MAX_VALUE >= MAX_HEADER_SECTION - 100
 
 
 def test_too_many_informational_responses_are_refused_by_both_sides() -> None:
     encoder, decoder = ResponseEncoder(), ResponseDecoder()
-    for _ in range(MAX_INFORMATIONAL):
+    for _ in range(bhttp.MAX_INFORMATIONAL):
         decoder.feed(encoder.informational(103))
     refused(errors.UsageError, partial(encoder.informational, 103))
     refused(errors.MessageTooLarge, partial(decoder.feed, bytes.fromhex("406700")))

@@ -116,29 +116,23 @@ def _reference(suite: Suite) -> reference.Suite:
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=str)
-def test_we_seal_and_cryptography_opens(suite: Suite) -> None:
-    x_key = X25519PrivateKey.generate()
-    private_key: Any = x_key
-    public_key = x_public = x_key.public_key().public_bytes_raw()
+def test_one_seals_and_the_other_opens(suite: Suite) -> None:
+    x_key, m_key = X25519PrivateKey.generate(), MLKEM768PrivateKey.generate()
+    theirs: Any = x_key
+    public_key = x_key.public_key().public_bytes_raw()
+    ours = PrivateKey.generate(1, suite.kem)
+    raw = ours.config.public_key
+    of_ours: Any = X25519PublicKey.from_public_bytes(raw[-32:])
     if suite.kem is Kem.XWING:
-        m_key = MLKEM768PrivateKey.generate()
-        private_key = reference.MLKEM768X25519PrivateKey(m_key, x_key)
-        public_key = m_key.public_key().public_bytes_raw() + x_public
+        theirs = reference.MLKEM768X25519PrivateKey(m_key, x_key)
+        public_key = m_key.public_key().public_bytes_raw() + public_key
+        of_ours = reference.MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(raw[:1184]), of_ours)
     secret, enc = hpke.encapsulate(suite.kem, public_key)
     sealed = hpke.Context(suite, secret, b"info").aead.seal(b"a prompt")
-    assert _reference(suite).decrypt(enc + sealed, private_key, b"info") == b"a prompt"
-
-
-@pytest.mark.parametrize("suite", SUITES, ids=str)
-def test_cryptography_seals_and_we_open(suite: Suite) -> None:
-    key = PrivateKey.generate(1, suite.kem)
-    raw = key.config.public_key
-    public_key: Any = X25519PublicKey.from_public_bytes(raw[-32:])
-    if suite.kem is Kem.XWING:
-        public_key = reference.MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(raw[:1184]), public_key)
-    sealed = _reference(suite).encrypt(b"a prompt", public_key, b"info")
+    assert _reference(suite).decrypt(enc + sealed, theirs, b"info") == b"a prompt"
+    sealed = _reference(suite).encrypt(b"a prompt", of_ours, b"info")
     enc, ciphertext = sealed[: suite.kem.n_enc], sealed[suite.kem.n_enc :]
-    assert hpke.Context(suite, key.decapsulate(enc), b"info").aead.open(ciphertext) == b"a prompt"
+    assert hpke.Context(suite, ours.decapsulate(enc), b"info").aead.open(ciphertext) == b"a prompt"
 
 
 # What must not happen

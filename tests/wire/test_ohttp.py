@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre import errors
-from lacre.wire.header import (
-    MAX_CHUNK,
-    MAX_REQUEST_CHUNKS,
-    MAX_SEALED_REQUEST,
-    Aead,
-    Kdf,
-    Kem,
-    KeyConfig,
-    Suite,
-    inspect_request,
-)
+from lacre.wire import header
+from lacre.wire.header import MAX_CHUNK, MAX_SEALED_REQUEST, Aead, Kdf, Kem, KeyConfig, Suite, inspect_request
 from lacre.wire.ohttp import RequestSealer, ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey, RequestOpener, ResponseSealer, open_request
 from lacre.wire.wiping import overwrite
@@ -56,41 +47,26 @@ pieces = st.lists(st.binary(max_size=100), max_size=6)
 
 @given(suites, pieces, st.binary(max_size=100), positions)
 @settings(max_examples=150, deadline=None)
-def test_a_request_opens_however_it_was_sealed_and_however_it_arrives(
+def test_a_message_opens_however_it_was_sealed_and_however_it_arrives(
     suite: Suite, parts: list[bytes], last: bytes, splits: list[int]
 ) -> None:
-    sealer = RequestSealer(config_for(suite), suite)
-    sealed = b"".join(sealer.seal(part) for part in parts) + sealer.finish(last)[0]
-    plaintext = b"".join(parts) + last
+    sealer, plaintext = RequestSealer(config_for(suite), suite), b"".join(parts) + last
+    sealed = b"".join(sealer.seal(part) for part in parts)
+    end, response_opener = sealer.finish(last)
+    sealed += end
     assert inspect_request(sealed) == sealer.header
     assert open_request(KEYS, sealed)[:2] == (plaintext, sealer.header)
-
-    opener = RequestOpener(KEYS)
-    opened = [plain for piece in cut(sealed, splits) for plain in opener.feed(piece)]
-    assert b"".join(opened + opener.close()) == plaintext
-    assert opener.header == sealer.header
-
-
-@given(suites, pieces, st.binary(max_size=100), positions)
-@settings(max_examples=150, deadline=None)
-def test_a_response_opens_however_it_was_sealed_and_however_it_arrives(
-    suite: Suite, parts: list[bytes], last: bytes, splits: list[int]
-) -> None:
-    sealer, opener = exchange(suite)
-    sealed = b"".join(sealer.seal(part) for part in parts) + sealer.finish(last)
-    assert read(opener, *cut(sealed, splits)) == b"".join(parts) + last
-    assert opener.complete
-
-
-@pytest.mark.parametrize("suite", SUITES, ids=str)
-def test_byte_by_byte(suite: Suite) -> None:
-    sealed, _, opener = seal_request(config_for(suite), b"a prompt", suite)
-    request = RequestOpener(KEYS)
-    opened = [plain for byte in sealed for plain in request.feed(bytes([byte]))]
-    assert opened + request.close() == [b"a prompt"]
-    sealer = request.response_sealer()
-    answer = sealer.seal(b"an") + sealer.seal(b"answer") + sealer.finish()
-    assert read(opener, *(bytes([byte]) for byte in answer)) == b"ananswer"
+    for places in (splits, range(len(sealed))):
+        opener = RequestOpener(KEYS)
+        opened = [plain for piece in cut(sealed, places) for plain in opener.feed(piece)]
+        assert b"".join(opened + opener.close()) == plaintext
+        assert opener.header == sealer.header
+    answerer = opener.response_sealer()
+    answer = b"".join(answerer.seal(part) for part in parts) + answerer.finish(last)
+    for places in (splits, range(len(answer))):
+        reader = ResponseOpener(response_opener._header, response_opener._secret)
+        assert read(reader, *cut(answer, places)) == plaintext
+        assert reader.complete
 
 
 @pytest.mark.parametrize("size", [0, 1, MAX_CHUNK - 1, MAX_CHUNK, MAX_CHUNK + 1, 3 * MAX_CHUNK, 3 * MAX_CHUNK + 5])
@@ -293,7 +269,7 @@ def test_the_largest_request_passes() -> None:
 
 def test_a_request_of_too_many_chunks_is_refused_by_both_sides() -> None:
     sealer = RequestSealer(KEYS[1].config)
-    sealed = b"".join(sealer.seal(b"x") for _ in range(MAX_REQUEST_CHUNKS - 1))
+    sealed = b"".join(sealer.seal(b"x") for _ in range(header.MAX_REQUEST_CHUNKS - 1))
     with pytest.raises(errors.MessageTooLarge):
         sealer.seal(b"x")
     opener = RequestOpener(KEYS)
