@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from lacre_fabric.operate import floods
 from lacre_fabric.operate.fabric_check import Severity, inspect
 from lacre_fabric.work.contract import FabricError
 from lacre_fabric.work.frames import FrameKind
-from parts.fabric import new_work
-from parts.nats_cluster import NatsCluster, Node
+from parts.fabric import Kept, new_work, read, until
+from parts.nats_cluster import NatsCluster
 from parts.stolen_nats import published
 
 POOLS = {"a": ("m1",)}
@@ -54,37 +54,37 @@ async def cluster(tmp_path: Path) -> AsyncIterator[NatsCluster]:
         cluster.stop()
 
 
-async def replicas(connection: Connection) -> dict[str, int | None]:
-    return {info.config.name or "": info.config.num_replicas for info in await connection.jetstream.streams_info()}
-
-
 async def test_provisioning_changes_the_number_of_replicas(cluster: NatsCluster) -> None:
-    connection = await Connection.open(cluster.servers, CREDENTIALS["provisioner"])
-    try:
+    async with connected(cluster) as connection:
         every = {config.name for config in streams(tuple(POOLS), 1)}
-        assert await replicas(connection) == dict.fromkeys(every, 3)
-        for wanted in (1, 3):
+        for wanted in (3, 1, 3):
             await provision(connection, POOLS, replicas=wanted)
-            assert await replicas(connection) == dict.fromkeys(every, wanted)
-    finally:
-        await connection.close()
+            found = {info.config.name: info.config.num_replicas for info in await connection.jetstream.streams_info()}
+            assert found == dict.fromkeys(every, wanted)
+
+
+@asynccontextmanager
+async def connected(cluster: NatsCluster) -> AsyncIterator[Connection]:
+    connection = await Connection.open(cluster.servers, CREDENTIALS["provisioner"])
+    yield connection
+    await connection.close()
 
 
 async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
     credentials = {name.removesuffix("-g1").removesuffix("-n1"): each for name, each in CREDENTIALS.items()}
-    async with asyncio.timeout(20):  # copies are made in the servers' own time
-        while weak := [
-            each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Severity.OK
-        ]:
-            assert all("behind or offline" in each.detail for each in weak), weak
-            await asyncio.sleep(0.5)
+
+    async def nothing_weak() -> bool:
+        weak = [each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Severity.OK]
+        assert all("behind or offline" in each.detail for each in weak), weak
+        return not weak
+
+    async def one_is_missed() -> bool:
+        found = {each.check: each for each in await inspect(cluster.servers, POOLS, 3, credentials)}["servers"]
+        return found.detail.startswith("2 servers answer") and found.verdict is Severity.WRONG
+
+    await until(nothing_weak, 20)  # copies are made in the servers' own time
     cluster.nodes[0].stop(signal.SIGKILL)
-    async with asyncio.timeout(20):  # until there are leaders again
-        while not any(
-            each.check == "servers" and each.detail.startswith("2 servers answer") and each.verdict is Severity.WRONG
-            for each in await inspect(cluster.servers, POOLS, 3, credentials)
-        ):
-            await asyncio.sleep(0.5)
+    await until(one_is_missed, 20)  # when there are leaders again
 
 
 async def test_a_flood_is_cut_off_at_every_server(cluster: NatsCluster) -> None:
@@ -117,31 +117,24 @@ async def work(worker: NatsWorker) -> None:
         except FabricError:
             await asyncio.sleep(0.1)
             continue
-        try:
+        with suppress(FabricError):  # another attempt has it then
             if await delivery.claim():
                 await delivery.send(FrameKind.DATA, b"x")
                 await delivery.send(FrameKind.USAGE, b"")
-        except FabricError:
-            pass  # another attempt has it then
-        finally:
-            await delivery.drop()
-            worker.release()
+        await delivery.drop()
+        worker.release()
 
 
 async def ask(gateway: NatsGateway) -> str:
     """`whole`, or the kind of error that the caller is told."""
     try:
-        dispatch = await gateway.dispatch(new_work(), queue_limit=5.0)
-        frames = [frame.payload async for frame in dispatch.frames()]
+        frames = await read(await gateway.dispatch(new_work(), queue_limit=5.0))
     except FabricError as exc:
         return type(exc).__name__
     return "whole" if frames == [b"x", b""] else f"answered with {frames}"
 
 
 async def test_a_server_that_is_killed_under_load(cluster: NatsCluster) -> None:
-    gateway = await NatsGateway.connect(cluster.servers, CREDENTIALS["gateway-g1"], "g1")
-    worker = await NatsWorker.connect(cluster.servers, CREDENTIALS["worker-a-n1"], "a", "n1", ["m1"], slots=4)
-    working = [asyncio.create_task(work(worker)) for _ in range(4)]
     loop = asyncio.get_running_loop()
     ended: list[tuple[float, str]] = []
 
@@ -150,20 +143,23 @@ async def test_a_server_that_is_killed_under_load(cluster: NatsCluster) -> None:
             ended.append((loop.time(), await ask(gateway)))
             await asyncio.sleep(0.02)
 
-    try:
-        leader = await _leader(cluster)
+    async with AsyncExitStack() as stack:
+        parties = Kept(stack)
+        gateway = await parties.kept(NatsGateway.connect(cluster.servers, CREDENTIALS["gateway-g1"], "g1"))
+        worker = NatsWorker.connect(cluster.servers, CREDENTIALS["worker-a-n1"], "a", "n1", ["m1"], slots=4)
+        working = await parties.kept(worker)
+        for _ in range(4):
+            parties.background(work(working))
+        async with connected(cluster) as connection:
+            info = await connection.jetstream.stream_info("WORK_a_lacre")
+        assert info.cluster is not None
+        leader = next(node for node in cluster.nodes if node.name == info.cluster.leader)
         asking = [asyncio.create_task(load(loop.time() + LOAD)) for _ in range(4)]
         await asyncio.sleep(2)
         before = len(ended)
         killed = loop.time()
         leader.stop(signal.SIGKILL)
         await asyncio.gather(*asking)
-    finally:
-        for task in working:
-            task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
-        await worker.close()
-        await gateway.close()
     assert before > 20
     assert {outcome for _, outcome in ended[:before]} == {"whole"}
     known = {"whole", "FabricUnavailable", "NoQueue", "NoWorkers", "QueueTimeout", "WorkerLost", "QueueFull"}
@@ -171,14 +167,3 @@ async def test_a_server_that_is_killed_under_load(cluster: NatsCluster) -> None:
     whole = [at for at, outcome in ended if outcome == "whole" and at > killed + 1]
     assert whole[0] - killed < OUTAGE, f"whole again after {whole[0] - killed:.1f} s"
     assert all(outcome == "whole" for at, outcome in ended if at > killed + OUTAGE + 2)
-
-
-async def _leader(cluster: NatsCluster) -> Node:
-    """The node that leads the queue."""
-    connection = await Connection.open(cluster.servers, CREDENTIALS["provisioner"])
-    try:
-        info = await connection.jetstream.stream_info("WORK_a_lacre")
-    finally:
-        await connection.close()
-    assert info.cluster is not None
-    return next(node for node in cluster.nodes if node.name == info.cluster.leader)

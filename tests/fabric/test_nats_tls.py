@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,23 +61,24 @@ async def test_a_server_is_trusted_by_the_ca_of_the_settings_alone(tmp_path: Pat
     other = Ca(tmp_path, "other")
     async with running(single(tmp_path / "cluster")) as servers:
         assert await connects(servers)
-        assert "not signed by a trusted CA: set nats.ca to the CA" in await refusal(replace(servers, ca=other.file))
-        assert "not signed by a trusted CA: set nats.ca to the CA" in await refusal(replace(servers, ca=None))
+        for ca in (other.file, None):
+            assert "not signed by a trusted CA: set nats.ca to the CA" in await refusal(replace(servers, ca=ca))
 
 
-async def test_an_expired_certificate(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("certified", "told"),
+    [
+        ({"until": -DAY}, "is not valid now: renew it"),
+        ({"host": "nats.example"}, "is for another host: use one of its names"),
+        ({"host": "127.0.0.2"}, "is for another host: use one of its names"),
+    ],
+    ids=["expired", "another name", "another address"],
+)
+async def test_a_certificate_that_does_not_hold(tmp_path: Path, certified: dict[str, Any], told: str) -> None:
     cluster = single(tmp_path)
-    cluster.nodes[0].certify(cluster.ca, until=-DAY)
+    cluster.nodes[0].certify(cluster.ca, **certified)
     async with running(cluster) as servers:
-        assert "is not valid now: renew it" in await refusal(servers)
-
-
-@pytest.mark.parametrize("host", ["nats.example", "127.0.0.2"])
-async def test_a_certificate_for_another_host(tmp_path: Path, host: str) -> None:
-    cluster = single(tmp_path)
-    cluster.nodes[0].certify(cluster.ca, host)
-    async with running(cluster) as servers:
-        assert "is for another host: use one of its names" in await refusal(servers)
+        assert told in await refusal(servers)
 
 
 async def test_a_server_may_ask_for_a_certificate(tmp_path: Path) -> None:
@@ -139,8 +141,7 @@ def test_mistakes_in_settings(text: str) -> None:
 def test_settings(tmp_path: Path) -> None:
     text = 'url = ["tls://a:4222", "tls://b"]\nca = "ca.pem"\ncertificate = "me.pem"\nkey = "me.key"'
     servers = parse(NatsServers, text, tmp_path / "settings.toml").servers
-    assert servers == Servers(
-        ("tls://a:4222", "tls://b"), tmp_path / "ca.pem", tmp_path / "me.pem", tmp_path / "me.key"
-    )  # fmt: skip
+    files = (tmp_path / name for name in ("ca.pem", "me.pem", "me.key"))
+    assert servers == Servers(("tls://a:4222", "tls://b"), *files)
     with pytest.raises(SettingsError, match=r"ca.pem, .*me.key: give PEM files"):
         servers.context()
