@@ -24,13 +24,6 @@ DAY = 86400.0
 TESTS = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    site = Site(tmp_path / "state", {"default": ("m",)})
-    site.create()
-    return site
-
-
 def published(site: Site, now: float = NOW) -> bytes:
     document = site.sign_manifest(now)
     site.published(now)
@@ -116,36 +109,38 @@ def test_a_chain_that_clients_would_not_take_is_not_made(site: Site) -> None:
     assert seen_from(site, site.root)
 
 
-class TestRootKeptElsewhere:
-    """root.pem is needed for statements alone."""
+@pytest.fixture
+def away(site: Site, tmp_path: Path) -> Path:
+    """root.pem, kept elsewhere: it is needed for statements alone."""
+    return (site.folder / "root.pem").rename(tmp_path / "root.pem")
 
-    @pytest.fixture
-    def away(self, site: Site, tmp_path: Path) -> Path:
-        (site.folder / "root.pem").rename(tmp_path / "root.pem")
-        return tmp_path / "root.pem"
 
-    def test_manifests_are_signed_until_the_signers_time_is_over(self, site: Site, away: Path) -> None:
-        site.create()  # makes none in its place
-        assert seen_from(site, site.root, NOW + SIGNER_LIFETIME - DAY)
-        with pytest.raises(Expired, match="lacre signer rotate"):
-            site.sign_manifest(NOW + SIGNER_LIFETIME + DAY)
+@pytest.mark.usefixtures("away")
+def test_without_the_root_manifests_are_signed_until_the_signers_time_is_over(site: Site) -> None:
+    site.create()  # makes none in its place
+    assert seen_from(site, site.root, NOW + SIGNER_LIFETIME - DAY)
+    with pytest.raises(Expired, match="lacre signer rotate"):
+        site.sign_manifest(NOW + SIGNER_LIFETIME + DAY)
 
-    @pytest.mark.parametrize("change", [Authority.rotate_root, Authority.rotate_signer])
-    def test_a_change_asks_for_it(self, site: Site, away: Path, change) -> None:
-        before = site.authority.chain()
-        with pytest.raises(SettingsError, match=r"root\.pem"):
-            change(site.authority, NOW)
-        assert site.authority.chain() == before
-        away.rename(site.folder / "root.pem")
+
+@pytest.mark.parametrize("change", [Authority.rotate_root, Authority.rotate_signer])
+def test_a_change_asks_for_the_root(site: Site, away: Path, change) -> None:
+    before = site.authority.chain()
+    with pytest.raises(SettingsError, match=r"root\.pem"):
         change(site.authority, NOW)
-        assert seen_from(site, before.roots[0])
+    assert site.authority.chain() == before
+    away.rename(site.folder / "root.pem")
+    change(site.authority, NOW)
+    assert seen_from(site, before.roots[0])
 
-    def test_another_root_in_its_place_is_not_taken(self, site: Site, away: Path) -> None:
-        other = Site(site.folder.parent / "other", site.pools)
-        other.create()
-        (other.folder / "root.pem").rename(site.folder / "root.pem")
-        with pytest.raises(SettingsError, match="current root"):
-            site.authority.rotate_signer(NOW)
+
+@pytest.mark.usefixtures("away")
+def test_another_root_in_its_place_is_not_taken(site: Site) -> None:
+    other = Site(site.folder.parent / "other", site.pools)
+    other.create()
+    (other.folder / "root.pem").rename(site.folder / "root.pem")
+    with pytest.raises(SettingsError, match="current root"):
+        site.authority.rotate_signer(NOW)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"roots": ["?"], "signer": "", "until": 0, "chain": []}'])

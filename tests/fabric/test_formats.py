@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from hypothesis import strategies as st
 from lacre.errors import Expired, InvalidMessage, InvalidSignature, LacreError, SettingsError
 from lacre.evidence.receipts import Receipt
 from lacre.jose import jws
-from lacre.jose.jws import raw_public_key
-from lacre_fabric.nats import subjects
+from lacre_fabric.nats import orders, subjects
+from lacre_fabric.nats.orders import OrderKeys
 from lacre_fabric.work import grants
 from lacre_fabric.work.frames import MAX_PAYLOAD, Frame, FrameKind
 from lacre_fabric.work.grants import MAX_SKEW, Grant
@@ -46,6 +45,14 @@ RECEIPT = Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True)
 # Frames
 
 
+def on_the_wire(headers: Iterable[tuple[str, str]], end: str = "\r\n") -> bytes:
+    return "".join(["NATS/1.0\r\n", *(f"{name}: {value}\r\n" for name, value in headers), end]).encode()
+
+
+HEADERS = {"A": "0" * 32, "S": "0", "K": "data"}
+VALUES = st.sampled_from(["0" * 32, "a" * 32, "A" * 32, "0", "7", "00", "data", "beat", "", "data\n", " data", "٣"]) | TEXT
+
+
 @given(st.binary(min_size=16, max_size=16), st.integers(0, 10**12 - 1), st.sampled_from(FrameKind), st.binary(max_size=100))
 def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: FrameKind, payload: bytes) -> None:
     frame = Frame(attempt.hex(), sequence, kind, payload)
@@ -53,16 +60,9 @@ def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: FrameKind, pa
     assert Frame.read(on_the_wire(frame.headers().items()), payload) == frame
 
 
-def on_the_wire(headers: Iterable[tuple[str, str]], end: str = "\r\n") -> bytes:
-    return "".join(["NATS/1.0\r\n", *(f"{name}: {value}\r\n" for name, value in headers), end]).encode()
-
-
-VALUES = st.sampled_from(["0" * 32, "a" * 32, "A" * 32, "0", "7", "00", "data", "beat", "", "data\n", " data", "٣"]) | TEXT
-
-
 @given(st.lists(st.tuples(st.sampled_from(["A", "S", "K", "a", "x"]), VALUES), max_size=5), st.sampled_from(["\r\n", "", "\n"]))
-@example([("A", "0" * 32), ("S", "0"), ("K", "data")], "\r\n")
-@example([("A", "0" * 32), ("S", "0"), ("K", "data"), ("K", "usage")], "\r\n")
+@example([*HEADERS.items()], "\r\n")
+@example([*HEADERS.items(), ("K", "usage")], "\r\n")
 @example([("S", "0"), ("A", "0" * 32), ("K", "data")], "\r\n")
 @example([("A", "0" * 32), ("S", "٣"), ("K", "data")], "\r\n")
 def test_both_readings_of_a_block_agree(headers: list[tuple[str, str]], end: str) -> None:
@@ -89,87 +89,78 @@ def test_no_frame_is_said(headers: dict[str, str] | None, payload: bytes) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "values"),
     [
-        *(("A", value) for value in ("", "A" * 32, "0" * 31, "0" * 33, "0" * 32 + "\n", "g" * 32)),
-        *(("S", value) for value in ("", "-1", "01", "+1", "1.0", "1_0", " 1", "1\n", "٣", "9" * 13)),
-        *(("K", value) for value in ("", "DATA", "data ", "end")),
+        ("A", ["", "A" * 32, "0" * 31, "0" * 33, "0" * 32 + "\n", "g" * 32]),
+        ("S", ["", "-1", "01", "+1", "1.0", "1_0", " 1", "1\n", "٣", "9" * 13]),
+        ("K", ["", "DATA", "data ", "end"]),
     ],
 )
-def test_headers_have_one_form(name: str, value: str) -> None:
-    headers = {"A": "0" * 32, "S": "0", "K": "data"}
-    Frame.parse(headers, b"")
-    with pytest.raises(InvalidMessage):
-        Frame.parse({**headers, name: value}, b"")
-    with pytest.raises(InvalidMessage):
-        Frame.parse({other: text for other, text in headers.items() if other != name}, b"")
+def test_headers_have_one_form(name: str, values: list[str]) -> None:
+    Frame.parse(HEADERS, b"")
+    without = {other: text for other, text in HEADERS.items() if other != name}
+    for odd in (without, *({**HEADERS, name: value} for value in values)):
+        with pytest.raises(InvalidMessage):
+            Frame.parse(odd, b"")
 
 
-def test_a_frame_is_no_larger_than_the_credit() -> None:
-    headers = {"A": "0" * 32, "S": "0", "K": "data"}
-    Frame.parse(headers, bytes(MAX_PAYLOAD))
-    with pytest.raises(InvalidMessage):
-        Frame.parse(headers, bytes(MAX_PAYLOAD + 1))
-    with pytest.raises(InvalidMessage):
-        Frame.read(on_the_wire(headers.items()), bytes(MAX_PAYLOAD + 1))
-
-
-def test_no_content_in_logs() -> None:
+def test_a_frame_is_no_larger_than_the_credit_and_shows_no_content() -> None:
+    Frame.parse(HEADERS, bytes(MAX_PAYLOAD))
+    for headers, parse in ((HEADERS, Frame.parse), (on_the_wire(HEADERS.items()), Frame.read)):
+        with pytest.raises(InvalidMessage):
+            parse(headers, bytes(MAX_PAYLOAD + 1))  # type: ignore[operator]
     assert "secret" not in repr(Frame("0" * 32, 0, FrameKind.DATA, b"secret"))
 
 
 # Grants and receipts
 
 
-@given(GRANTS)
-def test_a_grant_is_read_back(grant: Grant) -> None:
-    assert Grant.verify(grant.sign(KEY), PUBLIC, NOW) == grant
+def grant_of(token: str, now: float = NOW) -> Grant:
+    return Grant.verify(token, PUBLIC, now)
 
 
-@given(RECEIPTS)
-def test_a_receipt_is_read_back(receipt: Receipt) -> None:
-    assert Receipt.verify(receipt.sign(KEY), PUBLIC) == receipt
+def receipt_of(token: str) -> Receipt:
+    return Receipt.verify(token, PUBLIC)
 
 
-def test_a_signature_by_another_key() -> None:
-    with pytest.raises(InvalidSignature):
-        Grant.verify(GRANT.sign(OTHER_KEY), PUBLIC, NOW)
-    with pytest.raises(InvalidSignature):
-        Receipt.verify(RECEIPT.sign(OTHER_KEY), PUBLIC)
+BOTH = pytest.mark.parametrize(
+    ("one", "typ", "read"),
+    [(GRANT, "lacre-grant+jwt", grant_of), (RECEIPT, "lacre-receipt+jwt", receipt_of)],
+    ids=["grant", "receipt"],
+)
+Read = Callable[[str], Grant | Receipt]
 
 
-def test_neither_passes_for_the_other() -> None:
+@given(GRANTS | RECEIPTS)
+def test_what_is_signed_is_read_back(one: Grant | Receipt) -> None:
+    assert (grant_of if isinstance(one, Grant) else receipt_of)(one.sign(KEY)) == one
+
+
+@BOTH
+def test_only_its_own_key_and_type_count(one: Grant | Receipt, typ: str, read: Read) -> None:
     both = {**RECEIPT.members(), **GRANT.members()}
-    with pytest.raises(InvalidSignature):
-        Grant.verify(jws.sign(both, KEY, "lacre-receipt+jwt"), PUBLIC, NOW)
-    with pytest.raises(InvalidSignature):
-        Receipt.verify(jws.sign(both, KEY, "lacre-grant+jwt"), PUBLIC)
-    assert Grant.verify(jws.sign(both, KEY, "lacre-grant+jwt"), PUBLIC, NOW) == GRANT, "unknown members are ignored"
+    other = {"lacre-grant+jwt", "lacre-receipt+jwt"} - {typ}
+    for token in (one.sign(OTHER_KEY), jws.sign(both, KEY, other.pop())):
+        with pytest.raises(InvalidSignature):
+            read(token)
+    assert read(jws.sign({**one.members(), "more": 1}, KEY, typ)) == one, "unknown members are ignored"
+
+
+@BOTH
+def test_every_member_is_needed(one: Grant | Receipt, typ: str, read: Read) -> None:
+    for member in one.members():
+        rest = {name: value for name, value in one.members().items() if name != member}
+        with pytest.raises(InvalidMessage, match=member):
+            read(jws.sign(rest, KEY, typ))
 
 
 def test_a_grant_has_its_time() -> None:
     token = GRANT.sign(KEY)
-    assert Grant.verify(token, PUBLIC, GRANT.exp - 0.1) == GRANT
-    assert Grant.verify(token, PUBLIC, GRANT.iat - MAX_SKEW) == GRANT
+    for now in (GRANT.exp - 0.1, GRANT.iat - MAX_SKEW):
+        assert grant_of(token, now) == GRANT
     for now in (GRANT.exp, GRANT.exp + 1000, GRANT.iat - MAX_SKEW - 0.1):
         with pytest.raises(Expired):
-            Grant.verify(token, PUBLIC, now)
-
-
-@pytest.mark.parametrize("member", sorted(GRANT.members()))
-def test_a_grant_has_every_member(member: str) -> None:
-    members = GRANT.members()
-    del members[member]
-    with pytest.raises(InvalidMessage, match=member):
-        Grant.verify(jws.sign(members, KEY, grants.TYP), PUBLIC, NOW)
-
-
-@pytest.mark.parametrize("member", sorted(RECEIPT.members()))
-def test_a_receipt_has_every_member(member: str) -> None:
-    members = RECEIPT.members()
-    del members[member]
-    with pytest.raises(InvalidMessage, match=member):
-        Receipt.verify(jws.sign(members, KEY, "lacre-receipt+jwt"), PUBLIC)
+            grant_of(token, now)
 
 
 @given(st.sampled_from(sorted(GRANT.members())), JSON)
@@ -183,7 +174,7 @@ def test_a_receipt_has_every_member(member: str) -> None:
 def test_members_of_another_type(member: str, value: Any) -> None:
     """By the right key: even a gateway cannot make anything but a protocol error escape."""
     try:
-        grant = Grant.verify(jws.sign({**GRANT.members(), member: value}, KEY, grants.TYP), PUBLIC, NOW)
+        grant = grant_of(jws.sign({**GRANT.members(), member: value}, KEY, grants.TYP))
     except LacreError:
         return
     assert json.loads(json.dumps(grant.members()[member])) == value
@@ -193,10 +184,9 @@ def test_members_of_another_type(member: str, value: Any) -> None:
 def test_junk_is_no_grant(junk: bytes, part: int) -> None:
     parts = GRANT.sign(KEY).split(".")
     for text in (junk.decode("latin-1"), ".".join([*parts[:part], junk.decode("latin-1"), *parts[part + 1 :]])):
-        with pytest.raises(LacreError):
-            Grant.verify(text, PUBLIC, NOW)
-        with pytest.raises(LacreError):
-            Receipt.verify(text, PUBLIC)
+        for read in (grant_of, receipt_of):
+            with pytest.raises(LacreError):
+                read(text)
 
 
 @given(st.integers(0, 10_000), st.sampled_from("ABCxyz019-_.= \n"))
@@ -206,14 +196,13 @@ def test_a_changed_grant_is_none(place: int, letter: str) -> None:
     changed = token[:place] + letter + token[place + 1 :]
     if changed != token:
         with pytest.raises(LacreError):
-            Grant.verify(changed, PUBLIC, NOW)
+            grant_of(changed)
 
 
 def test_a_grant_names_nobody() -> None:
     assert set(GRANT.members()) == {
         "jti", "iat", "exp", "pool", "model", "action", "shape", "max_tokens", "max_prompt_tokens", "features", "fair", "enc",
     }  # fmt: skip
-    assert replace(GRANT, jti="other") != GRANT
 
 
 @pytest.mark.parametrize(
@@ -222,10 +211,35 @@ def test_a_grant_names_nobody() -> None:
 )
 def test_a_grant_without_two_pseudonyms_is_refused(fair: object) -> None:
     """An old gateway's, too: without them nobody could tell whose turn it is."""
-    key = Ed25519PrivateKey.generate()
-    members = {name: value for name, value in {**GRANT.members(), "fair": fair}.items() if value is not None}
     with pytest.raises(InvalidMessage, match="fair"):
-        Grant.verify(jws.sign(members, key, "lacre-grant+jwt"), raw_public_key(key), NOW)
+        grant_of(jws.sign({**GRANT.members(), "fair": fair}, KEY, grants.TYP))
+
+
+# What a gateway tells a running request is proven: nobody else of the pool can say it, however it is sent.
+
+
+def test_a_proof_is_of_one_order_of_one_request() -> None:
+    keys, request = OrderKeys(), "0123456789abcdef" * 2
+    key = keys.of("a", request)
+    assert key == keys.of("a", request)
+    for order in (orders.CANCEL, b"4096"):
+        assert orders.proven(key, order, orders.proof(key, order))
+    for other in (OrderKeys().of("a", request), keys.of("b", request), keys.of("a", "f" * 32)):
+        assert not orders.proven(key, orders.CANCEL, orders.proof(other, orders.CANCEL))
+    for given_ in ("", "0" * 32, orders.proof(key, b"4097"), orders.proof(key, orders.CANCEL), "\udcff", "é" * 16):
+        assert not orders.proven(key, b"4096", given_)
+
+
+def test_a_request_without_a_key_takes_orders_without_a_proof() -> None:
+    """Its gateway is of an older version."""
+    assert orders.parse_key(None) is None
+    assert orders.proven(None, orders.CANCEL, "")
+
+
+@pytest.mark.parametrize("text", ["", "zz" * 16, "00" * 15, "00" * 17, "é"])
+def test_no_key(text: str) -> None:
+    with pytest.raises(ValueError, match=r"hex|16 bytes"):
+        orders.parse_key(text)
 
 
 # Subjects

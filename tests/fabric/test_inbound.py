@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lacre_fabric.work.contract import CREDIT, Cancelled, FabricError, FrameGap, QueueTimeout, WorkerLost
 from lacre_fabric.work.frames import Frame, FrameKind
-from lacre_fabric.work.gateway_stream import CATCH_UP, KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
+from lacre_fabric.work.gateway_stream import CATCH_UP, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
 from lacre_fabric.work.worker_stream import Outbound
 
 ONE, OTHER = "1" * 32, "2" * 32
@@ -41,6 +41,10 @@ def data(attempt: str, *numbers: int) -> list[Frame]:
     return [Frame(attempt, number, FrameKind.DATA, f"{attempt[0]}:{number}".encode()) for number in numbers]
 
 
+def many(count: int, size: int, kind: FrameKind = FrameKind.DATA, first: int = 0) -> list[Frame]:
+    return [Frame(ONE, first + number, kind, bytes(size)) for number in range(count)]
+
+
 def test_a_whole_answer_ends_by_itself() -> None:
     frames = [*data(ONE, 0, 1), Frame(ONE, 2, FrameKind.USAGE, b"receipt")]
     assert received(*frames) == (frames, None)
@@ -60,52 +64,46 @@ def test_the_first_attempt_is_the_one() -> None:
     assert isinstance(error, WorkerLost)
 
 
-def test_beats_count_and_are_not_read() -> None:
-    async def read() -> tuple[list[Frame], bytes | None]:
-        inbound = Inbound(1.0)
-        for frame in (Frame(ONE, 0, FrameKind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, FrameKind.BEAT, b"")):
-            inbound.put(frame)
-        assert inbound.started.is_set()
-        assert inbound.receipt == b"so far"
-        inbound.put(Frame(ONE, 3, FrameKind.USAGE, b"final"))
-        return [frame async for frame in inbound.frames()], inbound.receipt
-
-    got, receipt = asyncio.run(read())
-    assert [frame.kind for frame in got] == [FrameKind.DATA, FrameKind.USAGE]
-    assert receipt == b"final"
+async def test_beats_count_and_are_not_read() -> None:
+    inbound = Inbound(1.0)
+    for frame in (Frame(ONE, 0, FrameKind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, FrameKind.BEAT, b"")):
+        inbound.put(frame)
+    assert inbound.started.is_set()
+    assert inbound.receipt == b"so far"
+    inbound.put(Frame(ONE, 3, FrameKind.USAGE, b"final"))
+    assert [frame.kind async for frame in inbound.frames()] == [FrameKind.DATA, FrameKind.USAGE]
+    assert inbound.receipt == b"final"
 
 
-def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
-    async def keep() -> tuple[bytes, ...]:
-        inbound = Inbound(1.0)
-        payloads = [*(b"%d" % number for number in range(9)), b"x" * (MAX_RECEIPT + 1)]
-        for number, payload in enumerate(payloads):
-            inbound.put(Frame(ONE, number, FrameKind.BEAT, payload))
-        assert inbound.receipt == b"8"
-        return inbound.receipts
-
-    kept = asyncio.run(keep())
-    assert kept == (b"5", b"6", b"7", b"8")
-    assert len(kept) == KEPT_RECEIPTS
+async def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
+    inbound = Inbound(1.0)
+    for number, payload in enumerate([*(b"%d" % number for number in range(9)), b"x" * (MAX_RECEIPT + 1)]):
+        inbound.put(Frame(ONE, number, FrameKind.BEAT, payload))
+    assert inbound.receipts == (b"5", b"6", b"7", b"8")
+    assert inbound.receipt == b"8"
+    inbound.drop()
 
 
-def test_a_worker_out_of_hand_ends_its_request() -> None:
-    big = bytes(CREDIT // 2)
-    got, error = received(*(Frame(ONE, number, FrameKind.DATA, big) for number in range(20)))
+@pytest.mark.parametrize(
+    ("frames", "most_frames", "most_bytes"),
+    [
+        (many(20, CREDIT // 2), 4, 2 * CREDIT),
+        (many(MAX_PENDING_FRAMES + 10, 0), MAX_PENDING_FRAMES, 0),
+    ],
+    ids=["bytes", "frames"],
+)
+def test_a_worker_out_of_hand_ends_its_request(frames: list[Frame], most_frames: int, most_bytes: int) -> None:
+    got, error = received(*frames)
     assert isinstance(error, FrameGap)
-    assert sum(len(frame.payload) for frame in got) <= 2 * CREDIT
-    got, error = received(*(Frame(ONE, number, FrameKind.DATA, b"") for number in range(MAX_PENDING_FRAMES + 10)))
-    assert isinstance(error, FrameGap)
-    assert len(got) <= MAX_PENDING_FRAMES
+    assert len(got) <= most_frames
+    assert sum(len(frame.payload) for frame in got) <= most_bytes
 
 
 def test_no_honest_worker_is_out_of_hand() -> None:
     """Records of one byte each, until all credit is spent, and beats beside them: nobody reads."""
     sealed = 1 + 1 + 16  # length, plaintext, tag
     count = CREDIT // sealed
-    frames = [Frame(ONE, number, FrameKind.DATA, bytes(sealed)) for number in range(count)]
-    beats = [Frame(ONE, count + number, FrameKind.BEAT, bytes(700)) for number in range(5)]
-    got, error = received(*frames, *beats)
+    got, error = received(*many(count, sealed), *many(5, 700, FrameKind.BEAT, count))
     assert isinstance(error, WorkerLost)
     assert len(got) == count
 
@@ -154,14 +152,20 @@ async def until_it_waits(sending: asyncio.Task[None], sent: list[Frame]) -> None
     assert not sending.done()
 
 
+class Sent(list[Frame]):
+    """What a worker's side sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outbound = Outbound(self.publish)
+
+    async def publish(self, frame: Frame) -> None:
+        self.append(frame)
+
+
 async def test_a_renewal_that_is_lost_is_made_good() -> None:
-    sent: list[Frame] = []
-
-    async def publish(frame: Frame) -> None:
-        sent.append(frame)
-
-    outbound = Outbound(publish)
-    piece = bytes(CREDIT // 4)
+    sent = Sent()
+    outbound, piece = sent.outbound, bytes(CREDIT // 4)
 
     async def send() -> None:
         for _ in range(12):
@@ -187,17 +191,12 @@ async def test_a_renewal_that_is_lost_is_made_good() -> None:
 
 
 async def test_a_beat_passes_data_that_waits() -> None:
-    sent: list[Frame] = []
-
-    async def publish(frame: Frame) -> None:
-        sent.append(frame)
-
-    outbound = Outbound(publish)
-    await outbound.send(FrameKind.DATA, bytes(CREDIT))
-    waiting = asyncio.create_task(outbound.send(FrameKind.DATA, b"x"))
+    sent = Sent()
+    await sent.outbound.send(FrameKind.DATA, bytes(CREDIT))
+    waiting = asyncio.create_task(sent.outbound.send(FrameKind.DATA, b"x"))
     await asyncio.sleep(0.01)
-    await outbound.send(FrameKind.BEAT, b"")
-    outbound.renew(1)
+    await sent.outbound.send(FrameKind.BEAT, b"")
+    sent.outbound.renew(1)
     await waiting
     assert [(frame.sequence, frame.kind) for frame in sent] == [(0, FrameKind.DATA), (1, FrameKind.BEAT), (2, FrameKind.DATA)]
 
@@ -205,24 +204,19 @@ async def test_a_beat_passes_data_that_waits() -> None:
 @given(st.lists(st.one_of(st.integers(0, CREDIT), st.integers(-(2**40), 2**40).map(lambda n: ("renew", n))), max_size=30))
 def test_never_more_than_the_credit_is_unread(steps: list[int | tuple[str, int]]) -> None:
     async def run() -> None:
-        sent = told = 0
-
-        async def publish(frame: Frame) -> None:
-            nonlocal sent
-            sent += len(frame.payload)
-
-        outbound = Outbound(publish)
+        frames, told = Sent(), 0
         for step in steps:
+            sent = sum(len(frame.payload) for frame in frames)
             if isinstance(step, tuple):
-                outbound.renew(step[1])
+                frames.outbound.renew(step[1])
                 told = max(told, min(step[1], sent))
                 continue
-            sending = asyncio.ensure_future(outbound.send(FrameKind.DATA, bytes(step)))
+            sending = asyncio.ensure_future(frames.outbound.send(FrameKind.DATA, bytes(step)))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            assert sent <= told + CREDIT
+            assert sum(len(frame.payload) for frame in frames) <= told + CREDIT
             if not sending.done():
-                outbound.cancel()
+                frames.outbound.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
                 return
 

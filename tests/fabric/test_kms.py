@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,7 @@ EXTRAS = {
     "kms-azure": ("azure.identity", GOOD[5]),
     "kms-pkcs11": ("pkcs11", GOOD[7]),
 }
+POOL = "default"
 
 
 class Settings(Table):
@@ -96,6 +99,10 @@ def test_an_incomplete_address_is_refused(address: str) -> None:
         kms.connect(address)
 
 
+def ran(code: str) -> str:
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_without_its_library_the_error_names_the_extra(extra: str) -> None:
     module, address = EXTRAS[extra]
@@ -109,17 +116,15 @@ try:
 except kms.ExtraMissing as exc:
     print(exc)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"pip install 'lacre[{extra}]'" in done.stdout
+    assert f"pip install 'lacre[{extra}]'" in ran(code)
 
 
 def test_no_library_is_imported_before_it_is_asked_for() -> None:
-    code = (
+    ran(
         "import sys, lacre_fabric.keys.kms, lacre_backend.keyring\n"
         "lacre_fabric.keys.kms.connect('file:/nowhere').close()\n"
         "assert not {'boto3', 'botocore', 'google.auth', 'azure.identity', 'pkcs11'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
@@ -129,21 +134,34 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture
 def site(tmp_path: Path, address: str) -> Site:
-    site = Site(tmp_path / "state", {"default": ("m",)})
+    site = Site(tmp_path / "state", {POOL: ("m",)})
     site.choose_kms(address)
     site.create()
     return site
 
 
-def test_a_site_s_keys_are_wrapped(site: Site, address: str) -> None:
-    with keeping(address, "default") as kept:
-        configs = pool_keys.public_parts(site.keys_folder("default"), kept)
-        receipt_key = pool_keys.read_receipt_key(site.receipt_file("default"), kept)
-    assert set(configs) == set(site.generations("default").live[0].configs)
-    assert raw_public_key(receipt_key) == pool_keys.public_receipt_key(site.receipt_file("default"))
-    for path in (*pool_keys.files(site.keys_folder("default")), site.receipt_file("default")):
+@pytest.fixture
+def folder(site: Site) -> Path:
+    return site.keys_folder(POOL)
+
+
+@pytest.fixture
+def kept(site: Site, address: str) -> Iterator[Keeping]:
+    with keeping(address, POOL) as kept:
+        yield kept
+
+
+def test_a_site_s_keys_are_wrapped_those_of_a_new_generation_too(site: Site, folder: Path, kept: Keeping) -> None:
+    assert set(pool_keys.public_parts(folder, kept)) == set(site.generations(POOL).live[0].configs)
+    receipt_key = pool_keys.read_receipt_key(site.receipt_file(POOL), kept)
+    assert raw_public_key(receipt_key) == pool_keys.public_receipt_key(site.receipt_file(POOL))
+    for path in (*pool_keys.files(folder), site.receipt_file(POOL)):
         with pytest.raises(SettingsError, match="set `kms`"):
-            Keeping(None, "default").read(path, Keeping(None, "default").receipt_key())
+            Keeping(None, POOL).read(path, Keeping(None, POOL).receipt_key())
+    staged = rotation._staged(site, POOL)
+    there = {pool_keys.read(path, kept).config for path in pool_keys.files(folder)}
+    assert set(staged.configs) < there
+    assert len(there) == 4
 
 
 def test_who_signs_manifests_needs_not_unwrap(site: Site, tmp_path: Path) -> None:
@@ -151,44 +169,52 @@ def test_who_signs_manifests_needs_not_unwrap(site: Site, tmp_path: Path) -> Non
     assert site.sign_manifest()
 
 
-def test_a_file_opens_under_its_own_name_and_pool_alone(site: Site, address: str) -> None:
-    folder = site.keys_folder("default")
+def test_a_file_opens_under_its_own_name_and_pool_alone(folder: Path, kept: Keeping, address: str) -> None:
     (folder / "1.key").rename(folder / "3.key")
-    with keeping(address, "default") as kept, pytest.raises(WrongWrapping, match=r"3\.key"):
+    with pytest.raises(WrongWrapping, match=r"3\.key"):
         pool_keys.read(folder / "3.key", kept)
-    with keeping(address, "other") as kept, pytest.raises(WrongWrapping, match=r"2\.key"):
-        pool_keys.read(folder / "2.key", kept)
+    with keeping(address, "other") as others, pytest.raises(WrongWrapping, match=r"2\.key"):
+        pool_keys.read(folder / "2.key", others)
 
 
-def test_where_a_service_is_set_a_bare_key_is_refused(site: Site, address: str) -> None:
+def test_where_a_service_is_set_a_bare_key_is_refused(folder: Path, kept: Keeping) -> None:
     """Whoever can write the folder cannot make a worker hold a key of his own."""
-    pool_keys.make(site.keys_folder("default"), (9,), (Kem.XWING,))
-    with keeping(address, "default") as kept, pytest.raises(SettingsError, match="rewrap"):
-        pool_keys.read(site.keys_folder("default") / "9.key", kept)
+    pool_keys.make(folder, (9,), (Kem.XWING,))
+    with pytest.raises(SettingsError, match="rewrap"):
+        pool_keys.read(folder / "9.key", kept)
 
 
-def test_keys_that_are_there_are_not_left_behind_by_another_address(site: Site, tmp_path: Path) -> None:
+def test_keys_that_are_there_are_not_left_behind_by_another_address(site: Site) -> None:
     site.choose_kms(site.kms)
     with pytest.raises(SettingsError, match="rewrap"):
         site.choose_kms("plain:")
 
 
-def test_a_key_file_that_is_gone_is_told(site: Site, address: str, tmp_path: Path) -> None:
+def test_a_key_file_that_is_gone_is_told(folder: Path, address: str, tmp_path: Path) -> None:
     (tmp_path / "kms.key").rename(tmp_path / "away")
-    with keeping(address, "default") as kept, pytest.raises(KeyWithheld, match="is gone"):
-        pool_keys.public_parts(site.keys_folder("default"), kept)
-    (tmp_path / "kms.key").write_bytes(b"short")
-    (tmp_path / "kms.key").chmod(0o600)
-    with keeping(address, "default") as kept, pytest.raises(LacreError, match="32 bytes"):
-        pool_keys.public_parts(site.keys_folder("default"), kept)
+    with keeping(address, POOL) as kept, pytest.raises(KeyWithheld, match="is gone"):
+        pool_keys.public_parts(folder, kept)
+    write_secret(tmp_path / "kms.key", b"short")
+    with keeping(address, POOL) as kept, pytest.raises(LacreError, match="32 bytes"):
+        pool_keys.public_parts(folder, kept)
 
 
-def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
-    staged = rotation._staged(site, "default")
-    with keeping(address, "default") as kept:
-        there = {pool_keys.read(path, kept).config for path in pool_keys.files(site.keys_folder("default"))}
-    assert set(staged.configs) < there
-    assert len(there) == 4
+# A service over HTTP
+
+
+@contextmanager
+def vault(token: Path, answer: Callable[[Asked], Answer]) -> Iterator[Keeping]:
+    with served(answer) as port, keeping(f"vault://127.0.0.1:{port}/transit/k?token-file={token}", POOL) as kept:
+        yield kept
+
+
+@contextmanager
+def served(answer: Callable[[Asked], Answer]) -> Iterator[int]:
+    server = Loopback(answer)
+    try:
+        yield server.port
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(
@@ -212,44 +238,32 @@ def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
 )
 def test_something_else_at_the_address(tmp_path: Path, said: Answer) -> None:
     write_secret(tmp_path / "token", b"t")
-    server = Loopback(lambda asked: (200, {"data": {"ciphertext": "vault:v1:x"}}) if "encrypt" in asked.path else said)
-    try:
-        with keeping(f"vault://127.0.0.1:{server.port}/transit/k?token-file={tmp_path / 'token'}", "default") as kept:
-            pool_keys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
-            with pytest.raises(KmsError, match=r"1\.key") as caught:
-                pool_keys.read(tmp_path / "keys" / "1.key", kept)
-            assert not caught.value.retryable
-    finally:
-        server.close()
+    wrapped = (200, {"data": {"ciphertext": "vault:v1:x"}})
+    with vault(tmp_path / "token", lambda asked: wrapped if "encrypt" in asked.path else said) as kept:
+        pool_keys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
+        with pytest.raises(KmsError, match=r"1\.key") as caught:
+            pool_keys.read(tmp_path / "keys" / "1.key", kept)
+    assert not caught.value.retryable
 
 
 @pytest.mark.parametrize(("size", "taken"), [(LARGEST, True), (LARGEST + 1, False)])
 def test_an_answer_has_a_largest_size(size: int, taken: bool) -> None:
-    server = Loopback(lambda _: (200, b'{"a":"b"}'.ljust(size)))
-    service = HttpService("the vault", f"http://127.0.0.1:{server.port}")
-    try:
-        if taken:
-            assert service.post("/", {}, {}).members == {"a": "b"}
-        else:
-            with pytest.raises(KmsError, match=f"more than {LARGEST} bytes"):
-                service.post("/", {}, {})
-    finally:
-        service.close()
-        server.close()
+    with served(lambda _: (200, b'{"a":"b"}'.ljust(size))) as port:
+        with closing(HttpService("the vault", f"http://127.0.0.1:{port}")) as service:
+            if taken:
+                assert service.post("/", {}, {}).members == {"a": "b"}
+            else:
+                with pytest.raises(KmsError, match=f"more than {LARGEST} bytes"):
+                    service.post("/", {}, {})
 
 
 def test_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
-    token = tmp_path / "token"
-    token.write_text("t")
-    token.chmod(0o644)
+    (tmp_path / "token").write_text("t")
+    (tmp_path / "token").chmod(0o644)
     asked: list[Asked] = []
-    server = Loopback(lambda one: asked.append(one) or (500, {}))  # type: ignore[func-returns-value]
-    try:
-        with keeping(f"vault://127.0.0.1:{server.port}/transit/k?token-file={token}", "default") as kept:
-            with pytest.raises(SettingsError, match="chmod 600"):
-                pool_keys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
-    finally:
-        server.close()
+    with vault(tmp_path / "token", lambda one: asked.append(one) or (500, {})) as kept:  # type: ignore[func-returns-value]
+        with pytest.raises(SettingsError, match="chmod 600"):
+            pool_keys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
     assert asked == []
 
 
@@ -272,13 +286,9 @@ def test_aws_s_documented_errors(code: str, monkeypatch: pytest.MonkeyPatch) -> 
     pytest.importorskip("boto3", reason="`make tested` installs it")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
-    server = Loopback(lambda _asked: (500 if "Internal" in code else 400, {"__type": code, "message": "canary"}))
-    try:
-        service = kms.connect(f"awskms://127.0.0.1:{server.port}/alias/lacre?region=eu-central-1")
+    with served(lambda _asked: (500 if "Internal" in code else 400, {"__type": code, "message": "canary"})) as port:
+        service = kms.connect(f"awskms://127.0.0.1:{port}/alias/lacre?region=eu-central-1")
         assert service is not None
-        with pytest.raises(AWS_SAYS[code]) as caught:
-            service.unwrap(b"wrapped", kms.EncryptionContext("pool-key", "default", 1))
-        assert "canary" not in str(caught.value)
-        service.close()
-    finally:
-        server.close()
+        with closing(service), pytest.raises(AWS_SAYS[code]) as caught:
+            service.unwrap(b"wrapped", kms.EncryptionContext("pool-key", POOL, 1))
+    assert "canary" not in str(caught.value)

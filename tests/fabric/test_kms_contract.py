@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -66,13 +67,13 @@ def opened(address: str) -> Iterator[Kms]:
     service.close()
 
 
-@pytest.mark.parametrize("size", [1, 32, 200, 10_000])
-def test_what_is_sealed_opens(kms: Kms, size: int) -> None:
-    secret = os.urandom(size)
-    sealed = seal(kms, secret, CONTEXT, b"public")
-    assert secret not in sealed or size == 1
-    assert unseal(kms, sealed, CONTEXT) == secret
-    assert WrappedKey.parse(sealed).public == b"public"
+def test_what_is_sealed_opens(kms: Kms) -> None:
+    for size in (1, 32, 200, 10_000):
+        secret = os.urandom(size)
+        sealed = seal(kms, secret, CONTEXT, b"public")
+        assert secret not in sealed or size == 1
+        assert unseal(kms, sealed, CONTEXT) == secret
+        assert WrappedKey.parse(sealed).public == b"public"
 
 
 def test_each_secret_has_a_data_key_of_its_own(kms: Kms) -> None:
@@ -81,20 +82,15 @@ def test_each_secret_has_a_data_key_of_its_own(kms: Kms) -> None:
     assert kms.unwrap(wrapped[0], CONTEXT) != kms.unwrap(wrapped[1], CONTEXT)
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=lambda other: f"{other.purpose}-{other.pool}-{other.generation}")
-def test_under_another_context_it_does_not_open(kms: Kms, other: EncryptionContext) -> None:
-    with pytest.raises(WrongWrapping):
-        unseal(kms, seal(kms, b"secret", CONTEXT), other)
-
-
-def test_a_service_that_binds_the_context_refuses_another_itself(kms: Kms) -> None:
-    wrapped = kms.wrap(bytes(32), CONTEXT)
-    assert kms.unwrap(wrapped, CONTEXT) == bytes(32)
+def test_under_another_context_it_does_not_open(kms: Kms) -> None:
+    """Nor does a service that binds the context unwrap the data key."""
+    sealed = seal(kms, b"secret", CONTEXT)
     for other in OTHERS:
-        if kms.binds:
-            with pytest.raises(WrongWrapping):
-                kms.unwrap(wrapped, other)
-        else:
+        with pytest.raises(WrongWrapping):
+            unseal(kms, sealed, other)
+    wrapped = kms.wrap(bytes(32), CONTEXT)
+    for other in OTHERS:
+        with pytest.raises(WrongWrapping) if kms.binds else nullcontext():
             assert kms.unwrap(wrapped, other) == bytes(32), "then say that it binds"
 
 
@@ -161,11 +157,6 @@ def test_nothing_secret_shows(stand: Stand, key: Key, kms: Kms, caplog: pytest.L
                 service.unwrap(ask, CONTEXT)
             told += [str(caught.value), repr(caught.value)]
     told.append(caplog.text)
-    forms = (
-        data_key.hex(),
-        repr(data_key)[2:-1],
-        base64.b64encode(data_key).decode(),
-        base64.urlsafe_b64encode(data_key).decode()[:-1],
-    )
-    for form in (*forms, *stand.secrets):
+    coded = (base64.b64encode(data_key).decode(), base64.urlsafe_b64encode(data_key).decode()[:-1])
+    for form in (data_key.hex(), repr(data_key)[2:-1], *coded, *stand.secrets):
         assert not [text for text in told if form in text]

@@ -18,12 +18,13 @@ from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.accounts import accounts
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.key_holders import RollCall
 from lacre_fabric.nats.provisioning import publish_manifest
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.frames import Frame, FrameKind
-from parts.fabric import GATEWAYS, POOLS, LiveFabric, Parties, answer, new_work, read
+from parts.fabric import GATEWAYS, POOLS, LiveFabric, Parties, answer, new_work, read, until
 
 ANYBODY = Credential.new("x")
 ID = "0123456789abcdef" * 2
@@ -313,6 +314,27 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     assert await who.manifest() == b"genuine"
     assert not inbound.started.is_set()
     assert gateway.workers("a", "m1") == 1
+
+
+async def test_no_answer_of_jetstream_s_is_a_colleague_s_presence(parties: Parties) -> None:
+    """A node may say what it likes of itself, and of no other, also where a bucket keeps it word for word."""
+    gateway, provisioner, stolen = await parties.gateway(), await parties.connect(), await parties.stolen("worker-a-n2")
+    call = RollCall()
+    await provisioner.client.subscribe("presence.a.*.*", cb=call.hear)
+    await provisioner.round_trip()
+    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": ["k"]}).encode()
+    await stolen.ask("$KV.claims_a.presence", said)
+    for node in ("n1", "n9"):
+        stolen.publish(f"presence.a.lacre.{node}", said)
+        stolen.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.presence", reply=f"presence.a.lacre.{node}")
+    await stolen.settle()
+    await asyncio.sleep(0.2)
+    assert (gateway.workers("a", "m1"), call.holders()) == (0, {})
+    stolen.publish("presence.a.lacre.n2", said)
+    await stolen.settle()
+    await until(call.holders)
+    await until(lambda: gateway.workers("a", "m1") == 1)
+    assert call.holders() == {"n2": frozenset({"k"})}
 
 
 async def test_accounts_hold_without_permissions(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from lacre.errors import SettingsError
 from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.kms import KeyWithheld, KmsError
-from lacre_fabric.keys.secret_files import destroy
+from lacre_fabric.keys.secret_files import destroy, write_secret
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.rewrapping import rewrap
 from lacre_fabric.operate.site import Site
@@ -25,9 +26,7 @@ LACRE = [sys.executable, "-P", "-m", "lacre"]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    site = Site(tmp_path / "state", {POOL: ("m",)})
-    site.create()
+def site(site: Site) -> Site:
     site.save("nats://127.0.0.1:1", "http://127.0.0.1:1")
     return site
 
@@ -98,25 +97,22 @@ def test_a_run_that_was_broken_off_is_gone_on_with(site: Site, local: str) -> No
     assert site.kms == local
 
 
-def damage_last(site: Site) -> None:
-    path = site.receipt_file(POOL)
+def damage(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:40] + b"A" + content[41:])
 
 
-def lose_one(site: Site) -> None:
-    destroy(site.keys_folder(POOL) / "2.key")
+HARM: dict[str, Callable[[Site], object]] = {
+    "the last is damaged": lambda site: damage(site.receipt_file(POOL)),
+    "one is lost": lambda site: destroy(site.keys_folder(POOL) / "2.key"),
+    "one is open to others": lambda site: site.receipt_file(POOL).chmod(0o644),
+}
 
 
-def open_to_others(site: Site) -> None:
-    site.receipt_file(POOL).chmod(0o644)
-
-
-@pytest.mark.parametrize("harm", [damage_last, lose_one, open_to_others])
-def test_nothing_is_written_where_one_key_would_be_lost(site: Site, local: str, tmp_path: Path, harm: object) -> None:
+@pytest.mark.parametrize("harm", HARM)
+def test_nothing_is_written_where_one_key_would_be_lost(site: Site, local: str, tmp_path: Path, harm: str) -> None:
     list(rewrap(site, "plain:", local))
-    assert callable(harm)
-    harm(site)
+    HARM[harm](site)
     before = contents(site)
     for target in ("plain:", f"file:{tmp_path / 'other.key'}"):
         with pytest.raises((KmsError, SettingsError)):
@@ -126,10 +122,9 @@ def test_nothing_is_written_where_one_key_would_be_lost(site: Site, local: str, 
 
 
 def test_a_service_that_cannot_be_reached_changes_nothing(site: Site, tmp_path: Path) -> None:
-    before, token = contents(site), tmp_path / "token"
-    token.write_text("t")
-    token.chmod(0o600)
-    absent = f"vault://127.0.0.1:{free_port()}/transit/lacre?token-file={token}"
+    before = contents(site)
+    write_secret(tmp_path / "token", b"t")
+    absent = f"vault://127.0.0.1:{free_port()}/transit/lacre?token-file={tmp_path / 'token'}"
     with pytest.raises(KmsError) as caught:
         list(rewrap(site, "plain:", absent))
     assert caught.value.retryable
@@ -146,13 +141,14 @@ def test_a_crash_at_any_step_loses_no_key(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_it_did(site: Site, local: str) -> None:
-    command = [*LACRE, "keys", "rewrap", "--state", str(site.folder), "--from", "plain:", "--to", local]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "pools/default/keys/1.key: moved\n" in done.stdout
-    assert "pools/default/receipt.pem: moved\n" in done.stdout
-    assert f'kms = "{local}"' in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout.count("already moved") == 3
-    wrong = subprocess.run([*command[:-1], "file:relative"], capture_output=True, text=True, check=False)
+    def command(target: str) -> subprocess.CompletedProcess[str]:
+        told = [*LACRE, "keys", "rewrap", "--state", str(site.folder), "--from", "plain:", "--to", target]
+        return subprocess.run(told, capture_output=True, text=True, check=False)
+
+    done = command(local).stdout
+    for line in ("pools/default/keys/1.key: moved\n", "pools/default/receipt.pem: moved\n", f'kms = "{local}"'):
+        assert line in done
+    assert command(local).stdout.count("already moved") == 3
+    wrong = command("file:relative")
     assert wrong.returncode != 0
     assert "absolute path" in wrong.stderr
