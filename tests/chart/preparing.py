@@ -7,20 +7,16 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509.oid import NameOID
 
 from chart.rendering import NAMESPACE, Object, Rendered, merged, template
 from lacre_fabric.operate.dev_issuer import AUDIENCE, ISSUER
 from parts import strict_yaml
+from parts.certificates import Ca
 
 NATS = f"r-lacre-nats.{NAMESPACE}.svc"
 POOL = "default"
@@ -36,28 +32,12 @@ def lacre(*arguments: str) -> str:
 
 
 def certificate(*hosts: str) -> dict[str, bytes]:
-    """A server's, its own authority: tls.crt, tls.key and ca.crt."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
-    now, own = datetime.now(UTC), x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"),
-        False,
-    )
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(map(x509.DNSName, hosts)), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.KeyUsage(digital_signature=True, key_cert_sign=True, crl_sign=True, **usage), critical=True)
-        .add_extension(own, critical=False)
-        .sign(key, SHA256())
-    )  # fmt: skip
-    public = made.public_bytes(serialization.Encoding.PEM)
-    form = serialization.PrivateFormat.PKCS8
-    secret = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    return {"tls.crt": public, "tls.key": secret, "ca.crt": public}
+    """A server's, and its authority's: tls.crt, tls.key and ca.crt."""
+    with TemporaryDirectory() as name:
+        authority = Ca(Path(name))
+        pair = authority.issue(Path(name), "server", hosts=hosts)
+        files = {"tls.crt": pair.certificate, "tls.key": pair.key, "ca.crt": authority.file}
+        return {file: path.read_bytes() for file, path in files.items()}
 
 
 def mount(folder: Path, entries: Mapping[str, bytes]) -> None:

@@ -46,6 +46,10 @@ class Pod:
     spec: Object
 
     @property
+    def name(self) -> str:
+        return str(self.owner["metadata"]["name"])
+
+    @property
     def component(self) -> str:
         return self.labels["app.kubernetes.io/component"]
 
@@ -80,14 +84,24 @@ class Rendered:
     def pods(self) -> list[Pod]:
         found = []
         for each in self.objects:
-            if each["kind"] in ("StatefulSet", "Deployment", "Job"):
-                template = each["spec"]["template"]
-            elif each["kind"] == "CronJob":
-                template = each["spec"]["jobTemplate"]["spec"]["template"]
-            else:
-                continue
-            found.append(Pod(each, template["metadata"]["labels"], template["spec"]))
+            spec = each["spec"]["jobTemplate"]["spec"] if each["kind"] == "CronJob" else each.get("spec", {})
+            if each["kind"] in ("StatefulSet", "Deployment", "Job", "CronJob"):
+                found.append(Pod(each, spec["template"]["metadata"]["labels"], spec["template"]["spec"]))
+        assert found
         return found
+
+    def file(self, pod: Pod, name: str) -> str:
+        """What is in its own ConfigMap."""
+        return str(self.one("ConfigMap", pod.name)["data"][name])
+
+    @property
+    def containers(self) -> list[Object]:
+        return [container for pod in self.pods for container in pod.containers]
+
+    @property
+    def controlled(self) -> list[Pod]:
+        """Those that run until they are ended."""
+        return [pod for pod in self.pods if pod.owner["kind"] in ("StatefulSet", "Deployment")]
 
     def of_component(self, component: str) -> list[Pod]:
         return [pod for pod in self.pods if pod.component == component]

@@ -76,10 +76,10 @@ def test_a_sealed_chat_through_the_rendered_pods(prepared: Prepared) -> None:
         assert ({path.name for path in keys.iterdir()}, version.read_text()) == ({"1.key", "2.key"}, "1")
         stack.enter_context(running(machine, worker))
         stack.enter_context(running(machine, gateway))
-        assert len(ask(prepared, machine).split()) > 2
+        assert ask(prepared, machine).strip()  # the model's words are its own affair
         often = prepared.rendered(rotate_hours=0.0001).of_component("signer")
         machine.run(next(pod for pod in often if pod.owner["kind"] == "CronJob"))
         assert ({path.name for path in keys.iterdir()}, version.read_text()) == ({f"{n}.key" for n in (1, 2, 3, 4)}, "3")
-        assert len(ask(prepared, machine).split()) > 2
+        assert ask(prepared, machine).strip()
     assert "key.taken_up" in machine.log(worker).partition("worker.ready")[2]
     assert (prepared.folder / "r-lacre-gateway-audit" / "audit" / "checkpoint").exists()

@@ -13,71 +13,57 @@ from chart.metrics import counted, named_in
 from chart.rendering import NAMESPACE, Object, Pod, Rendered, render
 
 pytestmark = pytest.mark.slow
-CONTROLLERS = ("StatefulSet", "Deployment")
 
 
 def named(pods: list[Pod]) -> set[str]:
-    return {pod.owner["metadata"]["name"] for pod in pods}
-
-
-def mounts(container: Object) -> dict[str, Object]:
-    return {each["name"] + each.get("subPath", ""): each for each in container["volumeMounts"]}
+    return {pod.name for pod in pods}
 
 
 def test_controllers_select_their_own_pods_alone(chart: Rendered) -> None:
-    for pod in chart.pods:
-        if pod.owner["kind"] in CONTROLLERS:
-            selector = pod.owner["spec"]["selector"]["matchLabels"]
-            assert named(chart.selected(selector)) == {pod.owner["metadata"]["name"]}
-            for spread in pod.spec["topologySpreadConstraints"]:
-                assert spread["labelSelector"]["matchLabels"] == selector
+    for pod in chart.controlled:
+        selector = pod.owner["spec"]["selector"]["matchLabels"]
+        assert named(chart.selected(selector)) == {pod.name}
+        for spread in pod.spec["topologySpreadConstraints"]:
+            assert spread["labelSelector"]["matchLabels"] == selector
 
 
 def test_services_lead_to_ports_of_their_pods(chart: Rendered) -> None:
     for service in chart.of("Service"):
-        pods = chart.selected(service["spec"]["selector"])
-        assert len(pods) == 1, service["metadata"]["name"]
-        for port in service["spec"]["ports"]:
-            assert port["targetPort"] in pods[0].ports
+        (pod,) = chart.selected(service["spec"]["selector"])
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= pod.ports.keys()
     for pod in chart.of_component("gateway") + chart.of_component("nats"):
         service = chart.one("Service", pod.owner["spec"]["serviceName"])
         assert service["spec"]["clusterIP"] == "None"
-        assert named(chart.selected(service["spec"]["selector"])) == {pod.owner["metadata"]["name"]}
-
-
-def test_workers_and_signer_have_no_port_at_all(chart: Rendered) -> None:
+        assert named(chart.selected(service["spec"]["selector"])) == {pod.name}
     for pod in chart.of_component("worker") + chart.of_component("signer"):
         assert not pod.ports
         assert not [each for each in chart.of("Service") if pod in chart.selected(each["spec"]["selector"])]
 
 
 def test_probes_ask_ports_that_are_there(chart: Rendered) -> None:
-    for pod in chart.pods:
-        if pod.owner["kind"] in CONTROLLERS:
-            (container,) = pod.containers
-            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-                asked = container[probe].get("httpGet")
-                assert "exec" in container[probe] if asked is None else asked["port"] in pod.ports
+    for pod in chart.controlled:
+        (container,) = pod.containers
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            asked = container[probe].get("httpGet")
+            assert "exec" in container[probe] if asked is None else asked["port"] in pod.ports
 
 
 def test_autoscalers_and_budgets_have_their_targets(chart: Rendered) -> None:
     scaled = []
     for each in chart.of("HorizontalPodAutoscaler") + chart.of("ScaledObject"):
-        target = each["spec"]["scaleTargetRef"]
+        target, spec = each["spec"]["scaleTargetRef"], each["spec"]
         scaled.append(target["name"])
-        owner = chart.one(target["kind"], target["name"])
-        assert owner["apiVersion"] == target["apiVersion"]
-        assert "replicas" not in owner["spec"], "an upgrade would set back what was scaled"
-    for kind in CONTROLLERS:
-        for each in chart.of(kind):
-            assert ("replicas" in each["spec"]) == (each["metadata"]["name"] not in scaled)
-    for each in chart.of("HorizontalPodAutoscaler"):
-        assert 1 <= each["spec"]["minReplicas"] <= each["spec"]["maxReplicas"] <= 16, "instances of one credential"
-    for each in chart.of("ScaledObject"):
-        assert 1 <= each["spec"]["minReplicaCount"] <= each["spec"]["maxReplicaCount"]
+        assert chart.one(target["kind"], target["name"])["apiVersion"] == target["apiVersion"]
+        if each["kind"] == "ScaledObject":
+            assert 1 <= spec["minReplicaCount"] <= spec["maxReplicaCount"]
+        else:
+            assert 1 <= spec["minReplicas"] <= spec["maxReplicas"] <= 16, "instances of one credential"
+    for each in chart.of("StatefulSet") + chart.of("Deployment"):
+        told = "replicas" in each["spec"]
+        assert told == (each["metadata"]["name"] not in scaled), "an upgrade would set back what was scaled"
     budgets = [each["spec"]["selector"]["matchLabels"] for each in chart.of("PodDisruptionBudget")]
     guarded = [frozenset(named(chart.selected(selector))) for selector in budgets]
-    owners = {frozenset(named([pod])) for pod in chart.pods if pod.owner["kind"] in CONTROLLERS}
+    owners = {frozenset({pod.name}) for pod in chart.controlled}
     assert set(guarded) == (owners if chart.values["podDisruptionBudget"]["enabled"] else set())
     assert len(guarded) == len(set(guarded)), "a pod with two budgets cannot be evicted"
 
@@ -100,16 +86,13 @@ def references(chart: Rendered, kind: str) -> Iterator[tuple[str, Object]]:
 
 def test_config_maps_are_there_with_what_is_mounted(chart: Rendered) -> None:
     theirs = {chart.values["gateway"]["policies"]}
-    used = {name for name, _ in references(chart, "configMap")}
     dashboards = {name for name in chart.names("ConfigMap") if name.endswith("-dashboard")}
-    assert used - theirs == chart.names("ConfigMap") - dashboards
+    assert {name for name, _ in references(chart, "configMap")} - theirs == chart.names("ConfigMap") - dashboards
     for pod in chart.pods:
-        volumes = {each["name"]: each for each in pod.spec["volumes"]}
-        for container in pod.containers:
-            for mount in container["volumeMounts"]:
-                source = volumes.get(mount["name"], {}).get("configMap")
-                if source and "subPath" in mount:
-                    assert mount["subPath"] in chart.one("ConfigMap", source["name"])["data"]
+        sources = {each["name"]: each["configMap"] for each in pod.spec["volumes"] if "configMap" in each}
+        for mount in (mount for container in pod.containers for mount in container["volumeMounts"]):
+            if mount["name"] in sources and "subPath" in mount:
+                assert mount["subPath"] in chart.one("ConfigMap", sources[mount["name"]]["name"])["data"]
 
 
 def secrets_used(chart: Rendered) -> set[str]:
@@ -132,20 +115,15 @@ def test_secrets_are_made_where_somebody_is_to_make_them(case: str) -> None:
     assert secrets_used(without) == secrets_used(chart)
 
 
-def test_claims_and_accounts_are_there(chart: Rendered) -> None:
+def test_claims_accounts_and_volumes_are_there(chart: Rendered) -> None:
     for pod in chart.pods:
         for volume in pod.spec["volumes"]:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName", "lacre-models")
             assert claim in chart.names("PersistentVolumeClaim") or claim.startswith("lacre-models")
         assert pod.spec.get("serviceAccountName", "default") in chart.names("ServiceAccount") | {"default"}
-
-
-def test_every_mount_has_its_volume_and_every_volume_its_mount(chart: Rendered) -> None:
-    for pod in chart.pods:
         claims = [each["metadata"]["name"] for each in pod.owner["spec"].get("volumeClaimTemplates", ())]
-        volumes = {each["name"] for each in pod.spec["volumes"]} | set(claims)
-        used = {mount["name"] for container in pod.containers for mount in container["volumeMounts"]}
-        assert volumes == used
+        volumes = {*claims, *(each["name"] for each in pod.spec["volumes"])}
+        assert volumes == {mount["name"] for container in pod.containers for mount in container["volumeMounts"]}
 
 
 def test_routes_lead_to_the_gateway(chart: Rendered) -> None:

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pytest
 
 from chart.playing import ENTRYPOINTS, PYTHON
 from chart.preparing import certificate, mount
-from chart.rendering import CHART, NAMESPACE, ROOT, Pod, Rendered, leaves, render
+from chart.rendering import CHART, NAMESPACE, ROOT, Rendered, leaves, render
 from lacre_backend import settings as of_worker
 from lacre_fabric.nats.accounts import accounts
 from lacre_fabric.nats.streams import MAX_PAYLOAD
@@ -26,21 +25,15 @@ from lacre_gateway import settings as of_gateway
 pytestmark = pytest.mark.slow
 
 
-def text(chart: Rendered, pod: Pod, file: str) -> str:
-    return str(chart.one("ConfigMap", pod.owner["metadata"]["name"])["data"][file])
-
-
 def gateway_settings(chart: Rendered) -> of_gateway.GatewaySettings:
     (pod,) = chart.of_component("gateway")
-    return of_gateway.parse(text(chart, pod, "gateway.toml"), Path("/etc/lacre/gateway.toml"))
+    return of_gateway.parse(chart.file(pod, "gateway.toml"), Path("/etc/lacre/gateway.toml"))
 
 
 def worker_settings(chart: Rendered) -> dict[str, of_worker.WorkerSettings]:
     """Of each pool."""
-    found = [
-        parse(of_worker.WorkerSettings, text(chart, pod, "worker.toml"), Path("/etc/lacre/worker.toml"))
-        for pod in chart.of_component("worker")
-    ]
+    texts = [chart.file(pod, "worker.toml") for pod in chart.of_component("worker")]
+    found = [parse(of_worker.WorkerSettings, text, Path("/etc/lacre/worker.toml")) for text in texts]
     return {each.pool: each for each in found}
 
 
@@ -94,37 +87,28 @@ def test_workers_read_theirs(chart: Rendered) -> None:
         assert settings.kms == (chart.values["kms"] or "plain:")
 
 
-def mounted(container: dict[str, Any]) -> dict[PurePosixPath, bool]:
-    """Where something is mounted, and whether it can be written."""
-    return {PurePosixPath(each["mountPath"]): not each.get("readOnly", False) for each in container["volumeMounts"]}
-
-
 def test_paths_lie_in_what_is_mounted(chart: Rendered) -> None:
     """What is only read in a mount that is read-only, what is written in one that is not."""
-    files = {"gateway": ("gateway.toml", gateway_settings), "worker": ("worker.toml", None)}
-    written = {"audit", "memory", "health"}
-    for component, (file, _) in files.items():
-        for pod in chart.of_component(component):
-            (container,) = pod.containers
-            places = mounted(container)
-            assert container["args"][:2] == ["--settings", f"/etc/lacre/{file}"]
-            assert PurePosixPath(container["args"][1]) in places
-            paths = re.findall(r'^\s*(\w+) = "(/[^"]+)"$', text(chart, pod, file), re.MULTILINE)
-            assert len(paths) > 4
-            for key, path in paths:
-                (at,) = [place for place in places if PurePosixPath(path).is_relative_to(place)]
-                assert places[at] == (key in written), path
-            if chart.values["nats"]["enabled"]:
-                (authority,) = [each["value"] for each in container["env"] if each["name"] == "SSL_CERT_FILE"]
-                assert PurePosixPath(authority).parent in places
+    for pod in chart.of_component("gateway") + chart.of_component("worker"):
+        (container,) = pod.containers
+        file = f"{pod.component}.toml"
+        writable = {PurePosixPath(each["mountPath"]): not each.get("readOnly", False) for each in container["volumeMounts"]}
+        assert container["args"][:2] == ["--settings", f"/etc/lacre/{file}"]
+        assert PurePosixPath(container["args"][1]) in writable
+        paths = re.findall(r'^\s*(\w+) = "(/[^"]+)"$', chart.file(pod, file), re.MULTILINE)
+        assert len(paths) > 4
+        for key, path in paths:
+            (at,) = [place for place in writable if PurePosixPath(path).is_relative_to(place)]
+            assert writable[at] == (key in ("audit", "memory", "health")), path
+        if chart.values["nats"]["enabled"]:
+            (authority,) = [each["value"] for each in container["env"] if each["name"] == "SSL_CERT_FILE"]
+            assert PurePosixPath(authority).parent in writable
 
 
 def test_every_process_has_the_options_that_it_is_given() -> None:
     """Asked for by `--help` of the very commands."""
-    chart = render("on")
-    modules = {"gateway": "lacre_gateway", "worker": "lacre_backend"}
-    for component, module in modules.items():
-        (container, *_) = chart.of_component(component)[0].containers
+    for component, module in (("gateway", "lacre_gateway"), ("worker", "lacre_backend")):
+        (container, *_) = render("on").of_component(component)[0].containers
         done = subprocess.run([sys.executable, "-P", "-m", module, "--help"], capture_output=True, text=True, check=True)
         for option in (each for each in container["args"] if each.startswith("--")):
             assert option in done.stdout
@@ -135,7 +119,7 @@ def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) ->
         assert not chart.of_component("nats")
         return
     (pod,) = chart.of_component("nats")
-    conf = text(chart, pod, "nats.conf").replace("/etc/nats", str(tmp_path)).replace("/data", str(tmp_path / "data"))
+    conf = chart.file(pod, "nats.conf").replace("/etc/nats", str(tmp_path)).replace("/data", str(tmp_path / "data"))
     (tmp_path / "nats.conf").write_text(conf)
     mount(tmp_path / "tls", certificate("localhost"))
     (tmp_path / "accounts").mkdir()
@@ -146,14 +130,9 @@ def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) ->
         env={"POD_NAME": "r-lacre-nats-0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    limits = {
-        "max_payload": MAX_PAYLOAD,
-        "max_memory_store": MAX_MEMORY,
-        "max_file_store": MAX_FILES,
-        "max_buffered_msgs": MAX_BUFFERED,
-        "max_buffered_size": MAX_BUFFERED_BYTES,
-    }
-    for name, value in limits.items():
+    limits = {"max_payload": MAX_PAYLOAD, "max_memory_store": MAX_MEMORY, "max_file_store": MAX_FILES}
+    buffers = {"max_buffered_msgs": MAX_BUFFERED, "max_buffered_size": MAX_BUFFERED_BYTES}
+    for name, value in {**limits, **buffers}.items():
         assert re.search(rf"{name}: {value}\b", conf)
     assert "sync_interval: always" in conf
     listening = {int(port) for port in re.findall(r"(?:listen|http): 0\.0\.0\.0:(\d+)", conf)}
@@ -175,19 +154,19 @@ def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
         assert float(hours) == chart.values["signer"]["rotateHours"]
 
 
-def seeded(archive: Path, state: Path, *keys: Path) -> None:
+def seeded(archive: Path, state: Path, *keys: Path, made: Path | None = None) -> None:
+    if made is not None:
+        with tarfile.open(archive, "w") as out:
+            out.add(made, ".")
     subprocess.run([sys.executable, CHART / "files" / "seed.py", archive, state, *keys], check=True)
 
 
 def test_the_state_is_seeded_once(tmp_path: Path) -> None:
-    made, state, keys = tmp_path / "made", tmp_path / "state", tmp_path / "keys"
-    Site(made, {"default": ("m1",)}).create()
-    for folder in (state, keys / "default"):
+    archive, made, state, keys = (tmp_path / name for name in ("state.tar", "made", "state", "keys"))
+    for folder in (state, keys / "default", keys / "new"):
         folder.mkdir(parents=True)
-    archive = tmp_path / "state.tar"
-    with tarfile.open(archive, "w") as out:
-        out.add(made, ".")
-    seeded(archive, state, keys)
+    Site(made, {"default": ("m1",)}).create()
+    seeded(archive, state, keys, made=made)
     for name in ("signer.pem", "trust/chain.json", "pools/default/generations.json", "pools/default/keys/1.key"):
         assert (state / name).read_bytes() == (made / name).read_bytes()
         assert (state / name).stat().st_mode & 0o777 == 0o600
@@ -200,10 +179,7 @@ def test_the_state_is_seeded_once(tmp_path: Path) -> None:
     assert (state / "trust/version").read_text() == "7"
 
     Site(made, {"default": ("m1",), "new": ("m1",)}).create()
-    (keys / "new").mkdir()
-    with tarfile.open(archive, "w") as out:
-        out.add(made, ".")
-    seeded(archive, state, keys)
+    seeded(archive, state, keys, made=made)
     assert (keys / "new/1.key").exists()
     assert not (keys / "default/1.key").exists()
 
@@ -219,11 +195,8 @@ def test_an_archive_does_not_reach_out_of_the_state(tmp_path: Path) -> None:
 
 def test_nothing_of_the_cluster_is_written_out(chart: Rendered) -> None:
     """Addresses are of the release's own namespace, whichever it is."""
-    for each in chart.objects:
-        for _, value in leaves(each):
-            if isinstance(value, str):
-                assert ".default.svc" not in value
-                assert "kubernetes.default" not in value
+    written = [value for each in chart.objects for _, value in leaves(each) if isinstance(value, str)]
+    assert not [value for value in written if ".default.svc" in value or "kubernetes.default" in value]
     if chart.values["nats"]["enabled"]:
         assert all(f".{NAMESPACE}.svc:" in url for url in gateway_settings(chart).nats.url)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +46,15 @@ class Ca:
         )
         self.file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, folder: Path, name: str, host: str = "127.0.0.1", until: datetime.timedelta = 30 * DAY) -> Pair:
-        """NAME.pem and NAME.key in `folder`. host: a DNS name or an IP address. until: from now."""
+    def issue(
+        self, folder: Path, name: str, host: str = "127.0.0.1", until: datetime.timedelta = 30 * DAY, hosts: Sequence[str] = ()
+    ) -> Pair:
+        """NAME.pem and NAME.key in `folder`. host, hosts: DNS names or IP addresses. until: from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         made = (
             _builder(_named(name), self._name, key.public_key(), -10 * DAY, until)
-            .add_extension(x509.SubjectAlternativeName([_host(host)]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(list(map(_host, hosts or [host]))), critical=False)
             .add_extension(x509.ExtendedKeyUsage(USES), critical=False)
             .add_extension(authority_key, critical=False)
             .sign(self._key, hashes.SHA256())
