@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ import pytest
 from lacre.errors import SettingsError
 from lacre_fabric.nats import roles
 from lacre_fabric.nats.roles import Credential
+from lacre_fabric.operate import nats_conf
 from lacre_fabric.operate.leash import leashed
-from lacre_fabric.operate.nats_server import NatsServer
+from lacre_fabric.operate.nats_server import NatsServer, free_port
+from lacre_fabric.operate.site import Site
 
 # Starts a child on a leash, says its process id, and waits to be killed.
 PARENT = (
@@ -43,14 +47,23 @@ def gone(pid: int) -> bool:
     return not alive(pid)
 
 
+@contextmanager
+def parent(code: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that says the id of its child, which lives."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert alive(child)
+        yield process, child
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_dies_with_its_parent(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        assert parent.stdout.readline() == "1\n", "the child runs its command"
-        assert alive(child)
-        parent.send_signal(number)
+    with parent(PARENT) as (process, child):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n", "the child runs its command"
+        process.send_signal(number)
     assert gone(child)
 
 
@@ -70,43 +83,36 @@ def test_a_parent_that_is_gone_already() -> None:
 
 
 @pytest.fixture
-def configured(tmp_path: Path, unused_port: int) -> NatsServer:
-    server = NatsServer(tmp_path / "nats", unused_port)
+def configured(tmp_path: Path) -> NatsServer:
+    server = NatsServer(tmp_path / "nats", free_port())
     server.configure([roles.provisioner(Credential.new("provisioner")), roles.worker(Credential.new("w"), "a", "n1")])
     return server
 
 
-@pytest.fixture
-def started(configured: NatsServer, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = configured.start(tmp_path / "nats.log")
-    yield process
-    process.terminate()
-    process.wait(10)
+@contextmanager
+def started(server: NatsServer, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = server.start(log)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
-def test_the_passwords_are_nobody_s_business(configured: NatsServer) -> None:
-    assert [path.name for path in configured._folder.iterdir()] == ["nats.conf"]
-    for path, mode in ((configured._folder, 0o700), (configured._folder / "nats.conf", 0o600)):
-        assert path.stat().st_mode & 0o777 == mode
-
-
-def test_the_server_listens_on_loopback_alone(configured: NatsServer, started: subprocess.Popen[bytes]) -> None:
-    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listening += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
-    at = [fields[1] for fields in listening if fields[3] == "0A" and fields[1].endswith(f":{configured.port:04X}")]
-    assert at == [f"0100007F:{configured.port:04X}"]
-    assert started.poll() is None
-
-
-def test_no_password_reaches_the_log_or_the_command_line(
-    configured: NatsServer, started: subprocess.Popen[bytes], tmp_path: Path
-) -> None:
-    passwords = [
-        word for word in (configured._folder / "nats.conf").read_text().split('"') if len(word) == 43 and "." not in word
-    ]
+def test_the_server_keeps_to_itself(configured: NatsServer, tmp_path: Path) -> None:
+    """It listens on loopback alone, and no password is in its log, its command line or a file of others."""
+    folder, config = configured._folder, configured._folder / "nats.conf"
+    assert list(folder.iterdir()) == [config]
+    assert (folder.stat().st_mode & 0o777, config.stat().st_mode & 0o777) == (0o700, 0o600)
+    passwords = [word for word in config.read_text().split('"') if len(word) == 43 and "." not in word]
     assert len(passwords) == 2
-    seen = (tmp_path / "nats.log").read_text() + Path(f"/proc/{started.pid}/cmdline").read_text()
-    seen += Path(f"/proc/{started.pid}/environ").read_text()
+    with started(configured, tmp_path / "nats.log") as process:
+        tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+        listening = [line.split() for table in tables for line in table]
+        at = [fields[1] for fields in listening if fields[3] == "0A" and fields[1].endswith(f":{configured.port:04X}")]
+        assert at == [f"0100007F:{configured.port:04X}"]
+        seen = (tmp_path / "nats.log").read_text()
+        seen += "".join(Path(f"/proc/{process.pid}/{name}").read_text() for name in ("cmdline", "environ"))
     assert "Server is ready" in seen
     assert not [password for password in passwords if password in seen]
 
@@ -130,10 +136,39 @@ def test_the_server_dies_with_who_started_it(configured: NatsServer, tmp_path: P
         "process = NatsServer(Path(sys.argv[1]), int(sys.argv[2])).start(Path(sys.argv[3]));"
         "print(process.pid, flush=True); time.sleep(60)"
     )
-    arguments = [str(configured._folder), str(configured.port), str(tmp_path / "nats.log")]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        assert alive(child)
-        os.kill(parent.pid, signal.SIGKILL)
+    with parent(code, configured._folder, configured.port, tmp_path / "nats.log") as (process, child):
+        process.kill()
     assert gone(child)
+
+
+# What we write of nats-server's configuration, nats-server reads: whatever a folder is called.
+
+
+NAMES = [
+    *("José", "模型 😀", "two words", "it's", 'q"uo\\te', "new\nline", "$HOME", "# {hash}; [x]", "tab\t\x7f\x01"),
+    os.fsdecode(b"\xff"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_server_runs_in_any_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    server = NatsServer(folder, free_port())
+    server.configure(Site(tmp_path / "state", {"default": ("m",)}).roles())
+    with started(server, tmp_path / "nats.log"):
+        assert (folder / "jetstream").is_dir(), "its store is in this folder, and in no other"
+
+
+def test_plain_text_is_json_too() -> None:
+    config = {"a": 1, "b": [True, "x", {}, []], "c": {"d": {"e": "f"}}, "g": 1.5}
+    assert json.loads(nats_conf.encode(config)) == config
+
+
+def test_bytes_beyond_ascii_are_one_escape_each() -> None:
+    assert nats_conf.encode({"a": 'é"\\\n'}).split(b": ")[1].strip(b"\n}") == rb'"\xC3\xA9\x22\x5C\x0A"'
+
+
+@pytest.mark.parametrize("config", [{"é": 1}, {'a"': 1}, {"": 1}, {"a": None}, {"a": b"x"}, {"a": "\ud800"}])
+def test_what_the_format_cannot_hold(config: dict[str, object]) -> None:
+    with pytest.raises(SettingsError):
+        nats_conf.encode(config)

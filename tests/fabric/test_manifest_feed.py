@@ -19,6 +19,7 @@ from lacre.trust.manifest_store import VersionFile
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.work.contract import FabricUnavailable
+from parts.fabric import until
 
 ROOT, SIGNER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 NOW = time.time()
@@ -63,12 +64,13 @@ async def test_nothing_published_yet(feed: ManifestFeed) -> None:
             read()
 
 
-async def test_a_newer_one_is_taken(bucket: Bucket, feed: ManifestFeed) -> None:
-    for version in (1, 2, 5):
+async def test_a_newer_one_is_taken_and_an_older_one_changes_nothing(bucket: Bucket, feed: ManifestFeed) -> None:
+    for version, newest in ((1, 1), (2, 2), (5, 5), (3, 5)):
         bucket.holds = document(version)
         await feed.refresh()
         assert feed.ready
-        assert (feed.manifest.version, feed.document) == (version, bucket.holds)
+        assert feed.manifest.version == newest
+        assert (feed.document == bucket.holds) == (version == newest)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,9 @@ async def test_a_newer_one_is_taken(bucket: Bucket, feed: ManifestFeed) -> None:
         (document(9, signer=ROOT), LacreError),
         (document(9, lives=-1), Expired),
         (Document((sign_statement(RootStatement(raw_public_key(SIGNER), NOW + 60), SIGNER),), "x").encode(), UntrustedRoot),
+        (document(3, lives=1800), Rollback),
     ],
-    ids=["no fabric", "junk", "not by the signer", "expired", "not by the root"],
+    ids=["no fabric", "junk", "not by the signer", "expired", "not by the root", "another of the same version"],
 )
 async def test_a_failure_keeps_what_was_there(
     bucket: Bucket, feed: ManifestFeed, holds: bytes | LacreError, error: type[LacreError]
@@ -94,58 +97,30 @@ async def test_a_failure_keeps_what_was_there(
     assert feed.document == kept
 
 
-async def test_an_older_one_changes_nothing(bucket: Bucket, feed: ManifestFeed) -> None:
-    bucket.holds = kept = document(3)
-    await feed.refresh()
-    bucket.holds = document(2)
-    await feed.refresh()
-    assert feed.document == kept
-
-
-async def test_an_older_one_does_not_come_back_when_the_newer_is_over(bucket: Bucket, feed: ManifestFeed) -> None:
+async def test_an_expired_one_is_not_ready_and_no_older_one_comes_back(bucket: Bucket, feed: ManifestFeed) -> None:
     bucket.holds = document(3, lives=60)
-    await feed.refresh()
-    bucket.holds = document(2, lives=3600)
-    bucket.now += 61
-    with pytest.raises(Rollback):
-        await feed.refresh()
-    assert not feed.ready
-
-
-async def test_another_under_the_same_version_is_refused(bucket: Bucket, feed: ManifestFeed) -> None:
-    bucket.holds = kept = document(3)
-    await feed.refresh()
-    bucket.holds = document(3, lives=1800)
-    with pytest.raises(Rollback):
-        await feed.refresh()
-    assert feed.document == kept
-
-
-async def test_an_expired_one_is_not_ready(bucket: Bucket, feed: ManifestFeed) -> None:
-    bucket.holds = document(1, lives=60)
     await feed.refresh()
     assert feed.ready
     bucket.now += 60
     assert not feed.ready
+    bucket.holds = document(2)
+    with pytest.raises(Rollback):
+        await feed.refresh()
+    assert not feed.ready
 
 
 async def test_it_follows_the_fabric(bucket: Bucket, feed: ManifestFeed) -> None:
-    async def until(version: int) -> None:
-        async with asyncio.timeout(10):
-            while not feed.ready or feed.manifest.version < version:
-                await asyncio.sleep(0.01)
-
     bucket.holds = FabricUnavailable("not yet")
     await feed.start()
     await feed.start()  # a second connection starts it again: one poll goes on
     assert not feed.ready
     bucket.holds = document(1)
-    await until(1)
+    await until(lambda: feed.ready)
     bucket.holds = b"junk"
     await asyncio.sleep(0.05)
     assert feed.manifest.version == 1
     bucket.holds = document(2)
-    await until(2)
+    await until(lambda: feed.manifest.version == 2)
     await feed.close()
     bucket.holds = document(3)
     await asyncio.sleep(0.05)

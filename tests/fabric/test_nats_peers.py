@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import structlog
+import uvloop
 
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import MAX_SILENT, DirectClient
@@ -17,7 +19,7 @@ from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.frames import FrameKind
 from parts.cut import way_to
-from parts.fabric import POOLS, Parties, answer, new_work, read, until
+from parts.fabric import POOLS, LiveFabric, Parties, answer, new_work, read, until
 
 # Header blocks that a client library's parser may raise at: an odd status, an odd description, no line, no version.
 HEADERS = (
@@ -197,3 +199,22 @@ async def test_an_error_of_the_server_ends_no_connection_for_good(parties: Parti
     await until(lambda: connection.client.stats["reconnects"] == 1 and connection.connected)
     assert not connection.lost
     await connection.round_trip()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_closes_though_the_server_is_gone_with_something_left_to_say(
+    tmp_path: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    live = LiveFabric.make(tmp_path)
+
+    async def run() -> None:
+        live.start()
+        connection = await live.connect("provisioner")
+        live.stop()
+        await until(lambda: not connection.connected)
+        await connection.client.publish("presence.a.lacre.n1", b"{}")  # the library keeps it until it is connected again
+        await connection.close()
+        assert connection.lost
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())

@@ -58,17 +58,18 @@ def test_two_files_with_one_id_are_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    site = Site(tmp_path / "state", {"default": ()})
-    site.create()
-    return site
-
-
 def serve(site: Site, *models: str) -> tuple[str, ...]:
     served = served_models.chosen(site.worker_settings("default"), [Path(model) for model in models])
     site.write_settings("nats://127.0.0.1:4222", 8321, {"default": served.tables})
     return served.names
+
+
+def edited(site: Site, old: str, new: str) -> Path:
+    """The worker's settings, in which a person wrote something."""
+    path = site.worker_settings("default")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return path
 
 
 def tables(site: Site) -> list[dict[str, object]]:
@@ -84,8 +85,7 @@ def test_without_a_choice_what_was_served_is_served_again(site: Site) -> None:
 
 def test_what_was_set_for_a_model_waits_while_it_is_not_served(site: Site) -> None:
     serve(site, "/m/A.gguf", "/m/B.gguf")
-    path = site.worker_settings("default")
-    path.write_text(path.read_text().replace('name = "a"', 'name = "a"\nthreads = 3'))
+    edited(site, 'name = "a"', 'name = "a"\nthreads = 3')
     assert serve(site, "/m/B.gguf") == ("b",)
     assert serve(site, "/m/C.gguf") == ("c",)
     assert tables(site) == [{"name": "c", "path": "/m/C.gguf"}]
@@ -95,8 +95,7 @@ def test_what_was_set_for_a_model_waits_while_it_is_not_served(site: Site) -> No
 
 def test_a_persons_own_id_stays(site: Site) -> None:
     serve(site, "/m/A.gguf")
-    path = site.worker_settings("default")
-    path.write_text(path.read_text().replace('name = "a"', 'name = "house"'))
+    edited(site, 'name = "a"', 'name = "house"')
     assert serve(site, "/m/A.gguf") == ("house",)
     assert serve(site) == ("house",)
 
@@ -116,8 +115,7 @@ def test_a_persons_own_id_waits_while_its_model_is_not_served(site: Site, tmp_pa
 def test_an_id_that_no_worker_takes_is_derived_anew(site: Site) -> None:
     """As older versions wrote it."""
     serve(site, "/m/A.gguf")
-    path = site.worker_settings("default")
-    path.write_text(path.read_text().replace('name = "a"\npath = "/m/A.gguf"', 'name = "b c"\npath = "/m/B C.gguf"\nslots = 2'))
+    edited(site, 'name = "a"\npath = "/m/A.gguf"', 'name = "b c"\npath = "/m/B C.gguf"\nslots = 2')
     assert serve(site) == ("b-c",)
     assert tables(site) == [{"name": "b-c", "path": "/m/B C.gguf", "slots": 2}]
 

@@ -51,16 +51,20 @@ def test_what_is_written_is_read(values: dict[str, object]) -> None:
     assert tomllib.loads(tomlkit.dumps(document)) == values
 
 
-def test_only_what_differs_changes(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "x.toml"
+
+
+def test_only_what_differs_changes(path: Path) -> None:
     path.write_text(EDITED)
     settings_files.write(path, {"pool": "default", "nats": {"url": "nats://127.0.0.1:2"}}, {"drain": 5, "health": "health"})
     assert path.read_text() == EDITED.replace("127.0.0.1:1", "127.0.0.1:2")
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
-    path, target = tmp_path / "x.toml", tmp_path / "kept elsewhere" / "mine.toml"
+def test_a_link_stays_one(path: Path) -> None:
+    target = path.parent / "kept elsewhere" / "mine.toml"
     target.parent.mkdir()
     target.write_text("a = 1 # mine\n")
     path.symlink_to(target)
@@ -69,16 +73,14 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert target.read_text() == "a = 2 # mine\n"
 
 
-def test_what_says_the_same_is_not_written(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
+def test_what_says_the_same_is_not_written(path: Path) -> None:
     path.write_text("a = 1\n")
     before = path.stat()
     settings_files.write(path, {"a": 1})
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_table_keeps_its_own_lines_wherever_it_goes(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
+def test_a_table_keeps_its_own_lines_wherever_it_goes(path: Path) -> None:
     path.write_text(EDITED)
     document, new = settings_files.opened(path)
     gone = settings_files.set_tables(document, "models", [{"name": "new"}, {"name": "small"}], same)
@@ -90,11 +92,8 @@ def test_a_table_keeps_its_own_lines_wherever_it_goes(tmp_path: Path) -> None:
         assert line in text
 
 
-@pytest.mark.parametrize(
-    "form", ["models = [{name = 'a', slots = 2}]\n[t]\nx = 1\n", "[[models]]\nname = 'a'\nslots = 2\n[t]\nx = 1\n"]
-)
-def test_tables_in_either_form(tmp_path: Path, form: str) -> None:
-    path = tmp_path / "x.toml"
+@pytest.mark.parametrize("form", [INLINE, TABLES])
+def test_tables_in_either_form(path: Path, form: str) -> None:
     path.write_text(form)
     document, _ = settings_files.opened(path)
     settings_files.set_tables(document, "models", [{"name": "b"}, {"name": "a"}], same)
@@ -103,16 +102,14 @@ def test_tables_in_either_form(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"\xff", b"a = 1\na = 2", b"a = \x00"])
-def test_a_damaged_file_stays(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "x.toml"
+def test_a_damaged_file_stays(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(SettingsError, match="damaged"):
         settings_files.write(path, {"a": 1})
     assert path.read_bytes() == content
 
 
-def test_a_path_that_is_not_unicode(tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
+def test_a_path_that_is_not_unicode(path: Path) -> None:
     with pytest.raises(SettingsError, match="not UTF-8"):
         settings_files.write(path, {"a": "/home/jos\udce9"})
     assert not path.exists()

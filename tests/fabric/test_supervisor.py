@@ -1,16 +1,24 @@
-"""Children that die: which of them are started again, and when."""
+"""What `lacre up` keeps running: which children that die are started again, and when; and the token that a shell has."""
 
 from __future__ import annotations
 
 import asyncio
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jwt
 import pytest
 
+from lacre.runtime import tasks
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.supervisor import FIRST_INTERVAL, LONGEST_INTERVAL, SETTLED, ChildDied, Supervisor
+from lacre_fabric.operate.up import ENV_RENEWAL, keep_env
+from parts.fabric import until
+from parts.up import read_env
 
 SLEEPS = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 DIES = [sys.executable, "-S", "-c", "print('no such model'); raise SystemExit(3)"]
@@ -40,9 +48,7 @@ async def test_a_worker_that_is_killed_is_started_again(supervisor: Supervisor, 
     child = supervisor.start("worker", SLEEPS, tmp_path / "worker.log", again=True)
     watching = asyncio.create_task(supervisor.watch())
     child.process.kill()
-    async with asyncio.timeout(20):
-        while len(told) < 2:
-            await asyncio.sleep(0.02)
+    await until(lambda: len(told) == 2, 20)
     watching.cancel()
     assert told[0].startswith("worker ended with status -9 (Killed)") and told[0].endswith("restarts in 1 s")
     assert told[1] == "worker was restarted"
@@ -79,3 +85,20 @@ def _wait_until_dead(supervisor: Supervisor) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it lives")
+
+
+async def test_the_file_that_a_shell_sources_is_renewed(site: Site) -> None:
+    """The token in it, while `lacre up` runs."""
+    url = "http://127.0.0.1:8321"
+    path = site.write_env(url)
+    connection_string, first = read_env(site.folder)
+    keeping = asyncio.create_task(keep_env(site, url, every=0.01))
+    await until(lambda: read_env(site.folder)[1] != first)
+    await tasks.end(keeping)
+    again, second = read_env(site.folder)
+    assert again == connection_string
+    claims = [jwt.decode(token, options={"verify_signature": False}) for token in (first, second)]
+    assert claims[0]["jti"] != claims[1]["jti"]
+    assert claims[1]["exp"] >= claims[0]["exp"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ENV_RENEWAL < dev_issuer.LIFETIME / 2  # what was sourced just before the renewal is good for a while yet
