@@ -6,8 +6,8 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from io import StringIO
@@ -25,7 +25,7 @@ from lacre_fabric.nats.roles import CONNECTIONS, Credential, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES, Flood, Rates, watch
-from lacre_fabric.operate.nats_server import MAX_BUFFERED, NatsServer, free_port
+from lacre_fabric.operate.nats_server import MAX_BUFFERED
 from lacre_fabric.operate.site import Site
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget.in_flight import Reservation
@@ -53,15 +53,18 @@ def said(at: float, *connections: tuple[int, str, int, int], server: str = "s", 
 
 def test_what_is_a_flood() -> None:
     rates, old = Rates(), 10**5
-    assert rates.floods([said(old, (1, "worker-a", 10**8, 0), (2, "gateway", 5, 5))]) == []  # in a day and more
-    assert rates.floods([said(old + 2, (1, "worker-a", 10**8 + 39_000, 0), (2, "gateway", 9, 9))]) == []
-    found = rates.floods(
-        [said(old + 4, (1, "worker-a", 10**8 + 39_500, 0), (3, "worker-b", 30_000 * (old + 4), 0), (4, "worker-b", 9, 0))]
-    )
-    assert found == [Flood("worker-b", 30_000)]
-    assert rates.floods([said(old + 6, (3, "worker-b", 30_000 * (old + 4) + 2, 2**30), (4, "worker-b", 9, 1))]) == [
-        Flood("worker-b", 1)
-    ]
+    of_b = 30_000 * (old + 4)  # messages since it is connected
+    for at, connections, found in (
+        (old, [(1, "worker-a", 10**8, 0), (2, "gateway", 5, 5)], []),  # in a day and more
+        (old + 2, [(1, "worker-a", 10**8 + 39_000, 0), (2, "gateway", 9, 9)], []),
+        (
+            old + 4,
+            [(1, "worker-a", 10**8 + 39_500, 0), (3, "worker-b", of_b, 0), (4, "worker-b", 9, 0)],
+            [Flood("worker-b", 30_000)],
+        ),
+        (old + 6, [(3, "worker-b", of_b + 2, 2**30), (4, "worker-b", 9, 1)], [Flood("worker-b", 1)]),
+    ):
+        assert rates.floods([said(at, *connections)]) == found
 
 
 def test_a_connection_is_cut_off_when_two_looks_find_it_over() -> None:
@@ -92,118 +95,91 @@ def test_what_is_no_answer_says_nothing() -> None:
     rates = Rates()
     odd_ones = [{}, {"cid": "x", "in_msgs": None}, {"cid": 1, "start": "now", "in_msgs": 1, "in_bytes": 1}, 1]
     whole = said(1.0, (1, "x", 10**400, 10**400))
-    odd = (
-        None,
-        [],
-        {},
-        {"connections": 1},
-        {"connections": odd_ones},
-        said(1.0) | {"connections": odd_ones},
-        whole | {"now": "?"},
-    )
-    for each in (*odd, whole | {"server_id": "a.*"}, whole | {"server_id": ""}):
+    odd = (None, [], {}, {"connections": 1}, {"connections": odd_ones}, said(1.0) | {"connections": odd_ones})
+    for each in (*odd, whole | {"now": "?"}, whole | {"server_id": "a.*"}, whole | {"server_id": ""}):
         assert rates.floods([each]) == []
         assert rates.to_cut(frozenset({"x"})) == []
     assert rates.floods([whole]) == [Flood("x", 2**64)]
 
 
-class Watched:
-    """A nats-server with somebody who watches it."""
+@dataclass
+class Watched(Parties):
+    """A nats-server with somebody who watches it. out: what it logs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.site, self.out = Site(folder, {"a": ("m1",)}), StringIO()
-        self.server = NatsServer(folder / "nats", free_port())
-        self.log = folder / "nats.log"
+    out: StringIO = field(default_factory=StringIO)
 
-    @asynccontextmanager
-    async def running(self, found: list[Role]) -> AsyncIterator[None]:
-        self.server.configure(found)
-        process = self.server.start(self.log)
-        logs.configure(self.out)
-        watching = partial(watch, Servers.of(self.server.url), self.site.credential("warden"), look=0.6)
-        task = tasks.start("floods", watching, restart=floods.WATCHED)
-        try:
-            yield
-        finally:
-            await task.close()
-            process.terminate()
-            process.wait(10)
-
-    def lines(self, event: str) -> list[dict[str, object]]:
+    def lines(self, event: str) -> list[dict[str, Any]]:
         found = [json.loads(text) for text in self.out.getvalue().splitlines()]
         return [line for line in found if line["event"] == event]
 
-    async def thief(self) -> StolenNats:
-        return await StolenNats.open(self.server.port, self.site.credential("worker-a-n1"))
+
+@asynccontextmanager
+async def watched(folder: Path, found: list[Role]) -> AsyncIterator[Watched]:
+    with LiveFabric.running(folder, found) as live:
+        async with AsyncExitStack() as stack:
+            watched = Watched(stack, live)
+            logs.configure(watched.out)
+            watching = partial(watch, Servers.of(live.server.url), live.credentials["warden"], look=0.6)
+            task = tasks.start("floods", watching, restart=floods.WATCHED)
+            stack.push_async_callback(task.close)
+            yield watched
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Watched:
-    return Watched(tmp_path)
+def found(tmp_path: Path) -> list[Role]:
+    return Site(tmp_path / "state", {"a": ("m1",)}).roles()
 
 
-async def flood(thief: StolenNats, seconds: float = LIMIT) -> float:
-    """Floods until the server hangs up; how long that took, in seconds. Raises TimeoutError."""
-    began, batch = time.monotonic(), published("reply.a.g1.x", b"x") * MESSAGES
+async def flood(thief: StolenNats, seconds: float = LIMIT) -> None:
+    """Until the server hangs up. Raises TimeoutError."""
+    batch = published("reply.a.g1.x", b"x") * MESSAGES
     async with asyncio.timeout(seconds):
         with suppress(ConnectionError):
             while True:
                 thief.say(batch)
                 await thief.settle()
-    await thief.close()
-    return time.monotonic() - began
 
 
 @pytest.mark.slow
-async def test_the_flooding_connection_is_cut_off(watched: Watched) -> None:
+async def test_the_flooding_connection_is_cut_off(tmp_path: Path, found: list[Role]) -> None:
     """By nats-server, on the warden's word; the neighbour with the same credential stays. One that comes back goes sooner."""
-    async with watched.running(watched.site.roles()):
-        neighbour = await watched.thief()
-        first = await flood(await watched.thief())
-        again = await flood(await watched.thief())
-        print(f"cut off after {first:.1f} s, and when it came back after {again:.1f} s")
+    async with watched(tmp_path, found) as site:
+        neighbour = await site.stolen("worker-a-n1")
+        for _ in range(2):
+            await flood(await site.stolen("worker-a-n1"))
         neighbour.publish("reply.a.g1.x", b"honest")
         assert await neighbour.settle() == []
         assert not neighbour.errors
-        await neighbour.close()
-        assert [line["role"] for line in watched.lines("fabric.flood")] == ["worker-a-n1"]
-        assert watched.lines("fabric.flood")[0]["number"] > MESSAGES  # type: ignore[operator] - a number, or it fails
-        assert [(line["role"], line["number"]) for line in watched.lines("fabric.cut_off")] == [("worker-a-n1", 1)]
-        assert not watched.lines("floods.not_cut_off")
+        (line,) = site.lines("fabric.flood")
+        assert line["role"] == "worker-a-n1"
+        assert line["number"] > MESSAGES
+        assert [(line["role"], line["number"]) for line in site.lines("fabric.cut_off")] == [("worker-a-n1", 1)]
+        assert not site.lines("floods.not_cut_off")
 
 
 @pytest.mark.slow
-async def test_where_nobody_may_cut_off_the_user_is_named_and_the_log_says_so_once(watched: Watched) -> None:
+async def test_where_nobody_may_cut_off_the_user_is_named_and_the_log_says_so_once(tmp_path: Path, found: list[Role]) -> None:
     """As with accounts that were configured before there was a cut-off."""
-    found = [
-        replace(role, publish=(CONNECTIONS,)) if role.credential.name == "warden" else role for role in watched.site.roles()
-    ]
-    async with watched.running(found):
-        thief = await watched.thief()
+    older = [replace(role, publish=(CONNECTIONS,)) if role.credential.name == "warden" else role for role in found]
+    async with watched(tmp_path, older) as site:
+        thief = await site.stolen("worker-a-n1")
         with pytest.raises(TimeoutError):
             await flood(thief, 8.0)
-        assert len(watched.lines("fabric.flood")) == 1
-        assert ["denies warden" in str(line["reason"]) for line in watched.lines("floods.not_cut_off")] == [True]
+        assert len(site.lines("fabric.flood")) == 1
+        assert ["denies warden" in str(line["reason"]) for line in site.lines("floods.not_cut_off")] == [True]
         assert await thief.settle() == []
-        await thief.close()
 
 
-async def test_only_the_warden_ends_connections(watched: Watched) -> None:
+async def test_only_the_warden_ends_connections(tmp_path: Path, found: list[Role]) -> None:
     """Of all credentials but the provisioner's, which stands in another account than the servers' own."""
-    found = watched.site.roles()
-    async with watched.running(found):
-        neighbour = await watched.thief()
+    async with watched(tmp_path, found) as site:
+        neighbour = await site.stolen("worker-a-n1")
         kick = f"$SYS.REQ.SERVER.{neighbour.info['server_id']}.KICK"
-        body = json.dumps({"cid": neighbour.info["client_id"]}).encode()
-        for role in found:
-            if role.credential.name == "warden":
-                continue
-            other = await StolenNats.open(watched.server.port, role.credential)
-            other.publish(kick, body)
+        for name in site.live.credentials.keys() - {"warden"}:
+            other = await site.stolen(name)
+            other.publish(kick, json.dumps({"cid": neighbour.info["client_id"]}).encode())
             await other.settle()
-            await other.close()
-            assert await neighbour.settle() == [], role.credential.name
-        await neighbour.close()
+            assert await neighbour.settle() == [], name
 
 
 def test_what_the_warden_may_ask() -> None:
@@ -236,12 +212,12 @@ async def flooded(
             batch = published(subject, b"{}", headers=headers) * 5000
             over = time.monotonic() + SECONDS
 
-            async def flood() -> None:
+            async def go_on() -> None:
                 while time.monotonic() < over:
                     thief.say(batch)
                     await thief.settle()
 
-            flooding = tasks.spawn("flood", flood())
+            flooding = tasks.spawn("flood", go_on())
             parties.stack.push_async_callback(tasks.end, flooding)
             yield parties, flooding
 

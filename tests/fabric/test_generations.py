@@ -27,18 +27,14 @@ def listed(generations: Generations, now: float) -> list[tuple[int, float]]:
     return [(key.config.key_id, key.not_after) for key in generations.pool_keys(now, now + 7 * DAY)]
 
 
-def test_a_staged_key_is_in_no_manifest() -> None:
-    generations = rotated(Generations(), 1, now=NOW).stage([config(2)])
-    assert listed(generations, NOW) == [(1, NOW + 7 * DAY)]
+def test_the_new_generation_is_listed_first_and_a_staged_key_not_at_all() -> None:
+    generations = rotated(rotated(Generations(), 1, 2, now=NOW - DAY), 3, 4, now=NOW).stage([config(5)])
+    assert listed(generations, NOW) == [(3, NOW + 7 * DAY), (4, NOW + 7 * DAY), (1, NOW + 100), (2, NOW + 100)]
     assert generations.staged is not None
     assert generations.current is not None
-    assert (generations.staged.ids, generations.current.ids) == ((2,), (1,))
-    assert not generations.published(NOW + 1).retirement_due(NOW + DAY)
-
-
-def test_both_generations_are_listed_the_new_one_first() -> None:
-    generations = rotated(rotated(Generations(), 1, 2, now=NOW - DAY), 3, 4, now=NOW)
-    assert listed(generations, NOW) == [(3, NOW + 7 * DAY), (4, NOW + 7 * DAY), (1, NOW + 100), (2, NOW + 100)]
+    assert (generations.staged.ids, generations.current.ids) == ((5,), (3, 4))
+    only = rotated(Generations(), 1, now=NOW).stage([config(2)])
+    assert not only.published(NOW + 1).retirement_due(NOW + DAY)
 
 
 def test_the_old_one_leaves_and_is_destroyed_after_the_queue_has_emptied() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,8 +17,8 @@ from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.operate.fabric_check import FabricFinding, Severity, _room, _takes_writes, inspect
-from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import Site
+from parts.fabric import LiveFabric, Parties
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -30,40 +29,29 @@ def site(tmp_path: Path) -> Site:
 
 
 @asynccontextmanager
-async def running(
-    site: Site, roles: list[Role] | None = None, change: Change = lambda _config: None
-) -> AsyncIterator[tuple[NatsServer, Connection]]:
-    """A provisioned server with every role, its configuration changed; and the provisioner."""
-    server = NatsServer(site.folder / "nats", free_port())
-    server.configure(site.roles() if roles is None else roles)
-    path = site.folder / "nats" / "nats.conf"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-    process = server.start(site.folder / "nats.log")
-    try:
-        connection = await Connection.open(server.url, site.credential("provisioner"))
-        await provision(connection, site.pools)
-        yield server, connection
-        await connection.close()
-    finally:
-        process.terminate()
-        process.wait(10)
+async def running(site: Site, **how: Any) -> AsyncIterator[Connection]:
+    """The provisioner's connection to a server with every role; how: as `LiveFabric.start` has it."""
+    with LiveFabric.running(site.folder, site.roles(), **how) as live:
+        async with Parties.of(live) as parties:
+            connection = await parties.connect()
+            await provision(connection, site.pools)
+            yield connection
 
 
-async def weak(site: Site, server: NatsServer, replicas: int = 1) -> dict[str, str]:
+async def weak(site: Site, connection: Connection, replicas: int = 1) -> dict[str, str]:
     """What is not ok, by check."""
-    found: list[FabricFinding] = await inspect(Servers.of(server.url), site.pools, replicas, site.credentials())
+    servers = Servers.of(connection.client.connected_url.geturl())
+    found: list[FabricFinding] = await inspect(servers, site.pools, replicas, site.credentials())
     assert all(bool(finding.remedy) == (finding.verdict is not Severity.OK) for finding in found)
     return {finding.check: finding.detail for finding in found if finding.verdict is not Severity.OK}
 
 
 async def test_streams_and_consumers(site: Site) -> None:
-    async with running(site) as (server, connection):
+    async with running(site) as connection:
         js = connection.jetstream
-        assert await weak(site, server) == {}
+        assert await weak(site, connection) == {}
         await provision(connection, site.pools, ack_wait=60.0)
-        told = await weak(site, server)
+        told = await weak(site, connection)
         assert told.keys() == {"consumers WORK_a_lacre", "consumers WORK_b_lacre"}
         assert "ack_wait is 60.0, should be 5.0" in told["consumers WORK_a_lacre"]
         await provision(connection, site.pools)
@@ -72,37 +60,38 @@ async def test_streams_and_consumers(site: Site) -> None:
         await js.delete_stream("KV_budgets")
         await js.add_stream(StreamConfig(name="KV_budgets", subjects=["$KV.budgets.>"], storage=StorageType.MEMORY))
         await js.delete_stream("KV_trust")
-        told = await weak(site, server)
+        told = await weak(site, connection)
         assert told.keys() == {"WORK_a_lacre", "KV_claims_b", "KV_budgets", "KV_trust"}
-        assert "duplicate_window is 1" in told["WORK_a_lacre"]
-        assert "max_age is 5.0" in told["KV_claims_b"]
-        assert "storage is" in told["KV_budgets"]
+        words = {"WORK_a_lacre": "duplicate_window is 1", "KV_claims_b": "max_age is 5.0", "KV_budgets": "storage is"}
+        assert not [check for check, said in words.items() if said not in told[check]]
         assert told["KV_trust"] == "missing"
 
 
 async def test_a_full_stream(site: Site) -> None:
     """It is as it should be, and takes no writes; or soon takes none."""
-    async with running(site) as (server, connection):
+    async with running(site) as connection:
         js = connection.jetstream
         small = streams.BucketLimits(streams.CLAIMS.size, 10, streams.CLAIMS.largest)
         await js.delete_stream("KV_claims_a")
         await provision(connection, site.pools, claims=small)
         for number in range(8):
             await js.publish(f"$KV.claims_a.fill{number}", b"x")
-        finding = _room("KV_claims_a", await js.stream_info("KV_claims_a"))
-        assert finding is not None
-        assert (finding.verdict, finding.detail) == (Severity.WEAK, "80% of its limit is used")
+        room = _room("KV_claims_a", await js.stream_info("KV_claims_a"))
+        assert told_of(room) == (Severity.WEAK, "80% of its limit is used")
         assert await _takes_writes(connection, "KV_claims_a") is None
         await js.publish("$KV.claims_a.fill9", b"x")
-        finding = await _takes_writes(connection, "KV_claims_a")
-        assert finding is not None
-        assert finding.verdict is Severity.WRONG
-        assert finding.detail == "it takes no writes: NATS refuses: maximum messages exceeded"
-        told = await weak(site, server)
+        refused = "it takes no writes: NATS refuses: maximum messages exceeded"
+        assert told_of(await _takes_writes(connection, "KV_claims_a")) == (Severity.WRONG, refused)
+        told = await weak(site, connection)
         assert told.keys() == {"KV_claims_a", "KV_claims_b"}
         assert "max_msgs is 10" in told["KV_claims_a"]
         for name in ("KV_trust", "KV_budgets", "KV_revocations", "WORK_a_lacre", "KV_claims_b"):
             assert await _takes_writes(connection, name) is None
+
+
+def told_of(finding: FabricFinding | None) -> tuple[Severity, str]:
+    assert finding is not None
+    return finding.verdict, finding.detail
 
 
 SERVERS: dict[str, Change] = {
@@ -113,11 +102,11 @@ SERVERS: dict[str, Change] = {
 
 @pytest.mark.parametrize("told", SERVERS)
 async def test_servers(site: Site, told: str) -> None:
-    async with running(site, change=SERVERS[told]) as (server, _):
-        found = await weak(site, server)
+    async with running(site, change=SERVERS[told]) as connection:
+        found = await weak(site, connection)
         assert found.keys() == {"server lacre"}
         assert told in found["server lacre"]
-        assert {"servers", "WORK_a_lacre", "KV_trust"} <= (await weak(site, server, replicas=3)).keys()
+        assert {"servers", "WORK_a_lacre", "KV_trust"} <= (await weak(site, connection, replicas=3)).keys()
 
 
 async def test_permissions_that_are_too_wide(site: Site) -> None:
@@ -127,8 +116,8 @@ async def test_permissions_that_are_too_wide(site: Site) -> None:
         more = wider.get(role.credential.name, ())
         return replace(role, publish=(*role.publish, *more), subscribe=(*role.subscribe, *(["work.>"] if more else [])))
 
-    async with running(site, [widened(role) for role in site.roles()]) as (server, _):
-        told = await weak(site, server)
+    async with running(site, as_role=widened) as connection:
+        told = await weak(site, connection)
         assert told.keys() == {"permissions worker-a", "permissions gateway"}
         assert "subscribe to work.>" in told["permissions worker-a"]
         assert "publish to reply.b." in told["permissions worker-a"]

@@ -36,27 +36,17 @@ GOOD = [
 ]
 SECRET = "hunter2hunter2"
 SECRETS = [
-    f"vault://root:{SECRET}@vault.example/transit/lacre",
-    f"vault://vault.example/transit/lacre?token={SECRET}",
+    *(f"vault://{rest}" for rest in (f"root:{SECRET}@v/transit/k", f"v/transit/k?token={SECRET}", f"v:{SECRET}/transit/k")),
     f"pkcs11:token=lacre;object=pools?module-path=/x&pin-value={SECRET}",
-    f"file:/kms.key?password={SECRET}",
-    f"{SECRET}",
-    f"s3://{SECRET}/key",
-    f"vault://vault.example:{SECRET}/transit/lacre",
+    *(f"file:/kms.key?password={SECRET}", SECRET, f"s3://{SECRET}/key"),
 ]
+IN_VAULT = ("v/transit", "/transit/k", "v/transit/k?token-file=token", "v/transit/k?tokenfile=/token")
 INCOMPLETE = [
-    "file:kms.key",
-    "file://etc/kms.key",
-    "awskms:///",
-    "awskms:///alias/lacre?regoin=eu-central-1",
+    *("file:kms.key", "file://etc/kms.key", "awskms:///", "awskms:///alias/lacre?regoin=eu-central-1"),
     "gcpkms://projects/p/keyRings/r/cryptoKeys/k",
     "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k?endpoint=http://kms.example",
-    "azurekms://lacre.vault.azure.net",
-    "azurekms://lacre.vault.azure.net/pools/1/2",
-    "vault://vault.example/transit",
-    "vault:///transit/lacre",
-    "vault://vault.example/transit/lacre?token-file=token",
-    "vault://vault.example/transit/lacre?tokenfile=/run/vault/token",
+    *("azurekms://lacre.vault.azure.net", "azurekms://lacre.vault.azure.net/pools/1/2"),
+    *(f"vault://{rest}" for rest in IN_VAULT),
     "pkcs11:token=lacre?module-path=/x&pin-source=/y",
     "pkcs11:token=lacre;object=pools?module-path=/x",
     "pkcs11:token=lacre;object=pools;id=1?module-path=/x&pin-source=/y",
@@ -268,15 +258,10 @@ def test_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
 
 
 AWS_SAYS = {
-    "DisabledException": KeyWithheld,
+    **dict.fromkeys(("AccessDeniedException", "NotFoundException", "DisabledException"), KeyWithheld),
     "KMSInvalidStateException": KeyWithheld,  # waits for its deletion
-    "AccessDeniedException": KeyWithheld,
-    "NotFoundException": KeyWithheld,
-    "InvalidCiphertextException": WrongWrapping,
-    "IncorrectKeyException": WrongWrapping,
-    "ThrottlingException": KmsUnreachable,
-    "DependencyTimeoutException": KmsUnreachable,
-    "KMSInternalException": KmsUnreachable,
+    **dict.fromkeys(("InvalidCiphertextException", "IncorrectKeyException"), WrongWrapping),
+    **dict.fromkeys(("ThrottlingException", "DependencyTimeoutException", "KMSInternalException"), KmsUnreachable),
 }
 
 

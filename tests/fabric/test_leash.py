@@ -21,7 +21,7 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.operate import nats_conf
 from lacre_fabric.operate.leash import leashed
 from lacre_fabric.operate.nats_server import NatsServer, free_port
-from lacre_fabric.operate.site import Site
+from parts.fabric import LiveFabric
 
 # Starts a child on a leash, says its process id, and waits to be killed.
 PARENT = (
@@ -153,9 +153,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_a_server_runs_in_any_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    server = NatsServer(folder, free_port())
-    server.configure(Site(tmp_path / "state", {"default": ("m",)}).roles())
-    with started(server, tmp_path / "nats.log"):
+    with LiveFabric.running(folder):
         assert (folder / "jetstream").is_dir(), "its store is in this folder, and in no other"
 
 

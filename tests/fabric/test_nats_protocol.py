@@ -7,19 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import InvalidMessage
-from lacre_fabric.nats.protocol import (
-    MAX_FIELDS,
-    MAX_HEADERS,
-    MAX_LINE,
-    MAX_SIZE,
-    BrokenProtocol,
-    Control,
-    Event,
-    NatsMessage,
-    Oversized,
-    ProtocolReader,
-    fields,
-)
+from lacre_fabric.nats import protocol
+from lacre_fabric.nats.protocol import MAX_FIELDS, MAX_HEADERS, MAX_LINE, MAX_SIZE, NatsMessage, ProtocolReader, fields
 
 # As nats-server lets them through: anything but a space, a tab and the end of a line.
 SUBJECT = st.binary(min_size=1, max_size=30).map(lambda raw: raw.translate(None, b" \t\n")).filter(bool)
@@ -43,7 +32,7 @@ def test_every_message_comes_as_it_was_sent(messages: list[NatsMessage], step: i
     sent = b"PING\r\n" + b"".join(map(on_the_wire, messages)) + b"PONG\r\n"
     reader = ProtocolReader()
     heard = [event for at in range(0, len(sent), step) for event in reader.feed(sent[at : at + step])]
-    assert heard == [Control(b"PING", b""), *messages, Control(b"PONG", b"")]
+    assert heard == [protocol.Control(b"PING", b""), *messages, protocol.Control(b"PONG", b"")]
 
 
 def test_an_empty_reply_subject_is_none() -> None:
@@ -58,35 +47,24 @@ def test_an_empty_reply_subject_is_none() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"MSG a 1\r\n",
-        b"MSG a 1 r x 5\r\n",
-        b"MSG a x 5\r\n",
-        b"MSG a  1 5\r\n",
-        b"MSG a 1 -5\r\n",
-        b"MSG a 1 \xd9\xa1\r\n",
-        b"MSG a 1 %d\r\n" % (MAX_SIZE + 1),
-        b"MSG a 1 " + b"9" * 19 + b"\r\n",
-        b"HMSG a 1 7 5\r\n",
-        b"HMSG a 1 5\r\n",
-        b"msg a 1 5\r\n",
-        b"MSG a 1 2\r\nabc\r\n",
-        b"\r\n",
-        b"x" * MAX_LINE,
+        *(b"MSG a " + rest + b"\r\n" for rest in (b"1", b"1 r x 5", b"x 5", b" 1 5", b"1 -5", b"1 \xd9\xa1", b"1 2\r\nabc")),
+        *(b"MSG a 1 %d\r\n" % size for size in (MAX_SIZE + 1, 10**19 - 1)),
+        *(b"HMSG a 1 7 5\r\n", b"HMSG a 1 5\r\n", b"msg a 1 5\r\n", b"\r\n", b"x" * MAX_LINE),
     ],
 )
 def test_what_the_protocol_does_not_have_is_said_to_be_that(line: bytes) -> None:
-    with pytest.raises(BrokenProtocol):
+    with pytest.raises(protocol.BrokenProtocol):
         list(ProtocolReader().feed(line + b"hello\r\n"))
 
 
 def test_a_message_too_long_is_dropped_as_it_arrives() -> None:
     reader, size = ProtocolReader(keep=100), 10_000
-    heard: list[Event] = list(reader.feed(b"MSG a 7 %d\r\n" % size))
+    heard: list[protocol.Event] = list(reader.feed(b"MSG a 7 %d\r\n" % size))
     for _ in range(10):
         heard += reader.feed(bytes(1000))
         assert len(reader._buffer) == 0
     heard += reader.feed(b"\r\nMSG b 8 2\r\nhi\r\n")
-    assert heard == [Oversized(7, size), NatsMessage(8, b"b", b"", b"", b"hi")]
+    assert heard == [protocol.Oversized(7, size), NatsMessage(8, b"b", b"", b"", b"hi")]
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(lambda raw: b"NATS/1.0" + raw), st.booleans())

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend import settings as worker
-from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.subjects import DEFAULT_REGION, presence, process_name
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import GATEWAY_ID, Site
 from lacre_fabric.work.contract import Capacity, FabricUnavailable
 from lacre_gateway import settings as gateway
-from parts.fabric import Kept, until
+from parts.fabric import LiveFabric, Parties, until
 
 TABLES = [{"name": "small", "path": "/models/small.gguf"}, {"name": "large", "path": "/models/large.gguf"}]
 
@@ -59,23 +56,20 @@ def test_a_file_of_another_shape_is_not_overwritten(site: Site, content: str) ->
 async def test_replicas_share_a_credential_and_are_told_apart(tmp_path: Path) -> None:
     """One for all instances of a gateway, and one for all workers of a pool, who may not speak of another."""
     site = Site(tmp_path, {"default": ("m1",), "other": ("m1",)})
-    server = NatsServer(tmp_path / "nats", free_port())
-    server.configure(site.replicated_roles())
-    process = server.start(tmp_path / "nats.log")
-    async with AsyncExitStack() as stack:
-        stack.callback(process.terminate)
-        kept, url = Kept(stack).kept, server.url
-        await provision(await kept(Connection.open(url, site.credential("provisioner"))), site.pools)
-        of_pool, of_gateway = site.credential("worker-default"), site.credential(f"gateway-{GATEWAY_ID}")
-        workers = [await kept(NatsWorker.connect(url, of_pool, "default", f"pod-{n}", ["m1"], slots=2)) for n in (1, 2)]
-        names = [process_name(GATEWAY_ID, number) for number in (0, 15)]
-        gateways = [await kept(NatsGateway.connect(url, of_gateway, name)) for name in names]
-        seen = ("default", DEFAULT_REGION)
-        await until(lambda: all(gateway.capacity().get(seen, Capacity()).free == 4 for gateway in gateways))
-        with pytest.raises(FabricUnavailable, match="denies worker-default"):
-            async with workers[0].connection.mapped(confirmed=True):
-                await workers[0].connection.client.publish(presence("other", DEFAULT_REGION, "pod-1"), b"{}")
-    process.wait(10)
+    with LiveFabric.running(tmp_path, site.replicated_roles()) as live:
+        async with Parties.of(live) as parties:
+            await provision(await parties.connect(), site.pools)
+            url, of_pool, of_gateway = live.server.url, live.credentials["worker-default"], live.credentials["gateway-g1"]
+            for number in (1, 2):
+                connecting = NatsWorker.connect(url, of_pool, "default", f"pod-{number}", ["m1"], slots=2)
+                worker = await parties.kept(connecting)
+            names = [process_name(GATEWAY_ID, number) for number in (0, 15)]
+            gateways = [await parties.kept(NatsGateway.connect(url, of_gateway, name)) for name in names]
+            seen = ("default", DEFAULT_REGION)
+            await until(lambda: all(gateway.capacity().get(seen, Capacity()).free == 4 for gateway in gateways))
+            with pytest.raises(FabricUnavailable, match="denies worker-default"):
+                async with worker.connection.mapped(confirmed=True):
+                    await worker.connection.client.publish(presence("other", DEFAULT_REGION, "pod-1"), b"{}")
 
 
 def test_what_a_person_wrote_into_the_settings_stays(site: Site) -> None:

@@ -38,6 +38,7 @@ class LiveFabric:
     server: NatsServer
     log: Path
     credentials: Mapping[str, Credential]
+    given: Sequence[Role] | None = None  # in place of those of POOLS and GATEWAYS
     process: subprocess.Popen[bytes] = field(init=False)
 
     @classmethod
@@ -48,9 +49,11 @@ class LiveFabric:
 
     @classmethod
     @contextmanager
-    def running(cls, folder: Path, **how: Any) -> Iterator[LiveFabric]:
+    def running(cls, folder: Path, given: Sequence[Role] | None = None, **how: Any) -> Iterator[LiveFabric]:
         """Started as `start` does it, and stopped at the end; nothing is provisioned yet."""
         live = cls.make(folder)
+        if given is not None:
+            live = cls(live.server, live.log, {role.credential.name: role.credential for role in given}, given)
         live.start(**how)
         try:
             yield live
@@ -60,17 +63,20 @@ class LiveFabric:
     def start(
         self,
         as_role: Callable[[Role], Role] = lambda role: role,
-        change: Callable[[dict[str, Any]], object] = lambda config: config,
+        change: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
         """as_role: what is made of each role. change: what is done to the server's configuration."""
         self.server.configure([as_role(role) for role in self.roles()])
-        path = self.log.with_name("nats.conf")
-        config = json.loads(path.read_text())
-        change(config)
-        path.write_text(json.dumps(config))
+        if change is not None:
+            path = self.log.with_name("nats.conf")
+            config = json.loads(path.read_text())
+            change(config)
+            path.write_text(json.dumps(config))
         self.process = self.server.start(self.log)
 
     def roles(self) -> list[Role]:
+        if self.given is not None:
+            return list(self.given)
         credentials = self.credentials
         return [
             roles.provisioner(credentials["provisioner"]),
