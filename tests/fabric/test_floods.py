@@ -19,9 +19,9 @@ import structlog
 
 from lacre.runtime import tasks
 from lacre_fabric import logs
-from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats import subjects
 from lacre_fabric.nats.kv import NatsBucket
-from lacre_fabric.nats.roles import CONNECTIONS, Credential, Role
+from lacre_fabric.nats.roles import CONNECTIONS, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES, Flood, Rates, watch
@@ -34,7 +34,7 @@ from lacre_gateway.budget.plans import parse
 from parts.fabric import LiveFabric, Parties, new_work, until
 from parts.stolen_nats import StolenNats, published
 
-from .test_revocations import some
+from .test_buckets import some
 
 LIMIT = 60.0  # seconds for what takes two or three looks; the machine may be busy
 NOBODY: frozenset[str] = frozenset()
@@ -180,12 +180,6 @@ async def test_only_the_warden_ends_connections(tmp_path: Path, found: list[Role
             other.publish(kick, json.dumps({"cid": neighbour.info["client_id"]}).encode())
             await other.settle()
             assert await neighbour.settle() == [], name
-
-
-def test_what_the_warden_may_ask() -> None:
-    role = roles.warden(Credential("warden", "x"))
-    assert role.publish == ("$SYS.REQ.SERVER.PING.CONNZ", "$SYS.REQ.SERVER.*.KICK")
-    assert role.subscribe == ("_INBOX_warden.>",)
 
 
 # A stream that has too much to write, for somebody floods it: who is refused tries again, and gets through.

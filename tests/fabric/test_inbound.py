@@ -45,23 +45,11 @@ def many(count: int, size: int, kind: FrameKind = FrameKind.DATA, first: int = 0
     return [Frame(ONE, first + number, kind, bytes(size)) for number in range(count)]
 
 
-def test_a_whole_answer_ends_by_itself() -> None:
-    frames = [*data(ONE, 0, 1), Frame(ONE, 2, FrameKind.USAGE, b"receipt")]
-    assert received(*frames) == (frames, None)
-
-
 @pytest.mark.parametrize("numbers", [(1,), (0, 2), (0, 0), (0, 1, 0), (0, 1, 1), (0, 2, 1)])
 def test_a_gap_is_an_error(numbers: tuple[int, ...]) -> None:
     got, error = received(*data(ONE, *numbers))
     assert isinstance(error, FrameGap)
     assert [frame.sequence for frame in got] == list(range(len(got)))
-
-
-def test_the_first_attempt_is_the_one() -> None:
-    first, second = data(ONE, 0, 1, 2), data(OTHER, 0, 1, 2)
-    got, error = received(first[0], second[0], first[1], second[1], second[2], first[2])
-    assert got == first
-    assert isinstance(error, WorkerLost)
 
 
 async def test_beats_count_and_are_not_read() -> None:
@@ -86,10 +74,7 @@ async def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
 
 @pytest.mark.parametrize(
     ("frames", "most_frames", "most_bytes"),
-    [
-        (many(20, CREDIT // 2), 4, 2 * CREDIT),
-        (many(MAX_PENDING_FRAMES + 10, 0), MAX_PENDING_FRAMES, 0),
-    ],
+    [(many(20, CREDIT // 2), 4, 2 * CREDIT), (many(MAX_PENDING_FRAMES + 10, 0), MAX_PENDING_FRAMES, 0)],
     ids=["bytes", "frames"],
 )
 def test_a_worker_out_of_hand_ends_its_request(frames: list[Frame], most_frames: int, most_bytes: int) -> None:
@@ -221,22 +206,6 @@ def test_never_more_than_the_credit_is_unread(steps: list[int | tuple[str, int]]
                 return
 
     asyncio.run(run())
-
-
-async def test_what_was_never_queued_leaves_no_timer() -> None:
-    loop = asyncio.get_running_loop()
-    before = len(timers(loop))
-    for _ in range(10):
-        Inbound(30.0).drop()
-    assert len(timers(loop)) == before
-    kept = Inbound(30.0)
-    assert len(timers(loop)) == before + 1
-    kept.drop()
-
-
-def timers(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle]:
-    """Those that will still fire."""
-    return [handle for handle in loop._scheduled if not handle.cancelled()]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.2])

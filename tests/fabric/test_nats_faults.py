@@ -19,17 +19,8 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.streams import CLAIMS, QUEUED_MESSAGES
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.work.contract import (
-    Dispatch,
-    FabricError,
-    FabricLost,
-    FabricUnavailable,
-    NoQueue,
-    NoWorkers,
-    QueueFull,
-    QueueTimeout,
-    WorkerLost,
-)
+from lacre_fabric.work import contract
+from lacre_fabric.work.contract import Dispatch, FabricError, FabricUnavailable, NoWorkers, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, Parties, answer, new_work, read, sealed_bytes, until
 
@@ -116,7 +107,7 @@ async def test_a_full_queue_takes_no_more(parties: Parties) -> None:
     await (await gateway.dispatch(new_work())).cancel()
     for _ in range(QUEUED_MESSAGES):
         await gateway.connection.jetstream.publish(subjects.work("a", subjects.DEFAULT_REGION, "m2"), b"x")
-    with pytest.raises(QueueFull):
+    with pytest.raises(contract.QueueFull):
         await gateway.dispatch(new_work())
     assert not gateway._side("a").waiting
 
@@ -204,7 +195,7 @@ async def test_no_queue_is_said(parties: Parties) -> None:
     gateway, worker = await parties.gateway(), await parties.worker()
     await (await gateway.dispatch(new_work())).cancel()
     await (await parties.connect("provisioner")).jetstream.delete_stream("WORK_a_lacre")
-    with pytest.raises(NoQueue):
+    with pytest.raises(contract.NoQueue):
         await gateway.dispatch(new_work(), queue_limit=0.5)
     # The worker says that it can take nothing, and finds the new queue by itself.
     pulling = asyncio.create_task(worker.pull())
@@ -264,7 +255,7 @@ async def test_everybody_comes_back_after_a_restart(own: Parties) -> None:
             await (await other.dispatch(new_work(model="m2"))).cancel()
         dispatch = await other.dispatch(new)
         assert dispatch._waiting.sequence == 3
-    assert isinstance(await ends_with(waiting), WorkerLost | QueueTimeout)  # with its queue, or when another has its number
+    assert isinstance(await ends_with(waiting), WorkerLost | contract.QueueTimeout)
     assert await own.live.queued() == 1
     assert isinstance(await ending, WorkerLost)
     async with asyncio.timeout(15):
@@ -303,7 +294,7 @@ async def test_a_withdrawn_credential_ends_the_worker(own: Parties) -> None:
     worker, other = await own.worker("a", "n1"), await own.worker("a", "n2")
     own.live.server.configure([role for role in own.live.roles() if role.credential.name != "worker-a-n1"])
     own.live.server.reload(own.live.process)
-    with pytest.raises(FabricLost):
+    with pytest.raises(contract.FabricLost):
         async with asyncio.timeout(10):
             while True:
                 with suppress(FabricUnavailable):

@@ -18,13 +18,12 @@ from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.accounts import accounts
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
-from lacre_fabric.nats.key_holders import RollCall
 from lacre_fabric.nats.provisioning import publish_manifest
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.frames import Frame, FrameKind
-from parts.fabric import GATEWAYS, POOLS, LiveFabric, Parties, answer, new_work, read, until
+from parts.fabric import GATEWAYS, POOLS, LiveFabric, Parties, answer, new_work, read
 
 ANYBODY = Credential.new("x")
 ID = "0123456789abcdef" * 2
@@ -130,7 +129,7 @@ NOT_FOR_GATEWAYS = [
 
 
 # What nobody but the colleague that it concerns may say, in one's own pool either.
-NOT_FOR_COLLEAGUES = [f"cancel.a.{ID}", f"credit.a.{ID}", "presence.a.lacre.n1", "presence.a.n1", "$KV.trust.manifest"]
+NOT_FOR_COLLEAGUES = [f"cancel.a.{ID}", f"credit.a.{ID}", "presence.a.lacre.n1", "presence.a.lacre.n9", "$KV.trust.manifest"]
 NOT_HEARD_BY = {
     "worker-b-n1": [
         "reply.a.>", "reply.b.>", "work.>", "cancel.a.*", "credit.a.*", "presence.>", "_INBOX.>", "_INBOX_worker-a-n1.>",
@@ -224,14 +223,8 @@ async def test_each_denied_call_is_said(parties: Parties) -> None:
     await worker.manifest()
 
 
-async def test_a_denied_pull_is_said(parties: Parties) -> None:
-    worker = await parties.worker("a")
-    worker._queues[0].pull = await worker.connection.jetstream.pull_subscribe_bind(subjects.consumer("m1"), "WORK_b_lacre")
-    with pytest.raises(FabricUnavailable, match=r"denies worker-a-n1 .*work_b"):
-        await worker.pull()
-
-
-async def test_a_denied_claim_is_said_and_may_be_asked_again(parties: Parties) -> None:
+async def test_a_denied_pull_and_a_denied_claim_are_said(parties: Parties) -> None:
+    """And may be asked again."""
     gateway, worker = await parties.gateway(), await parties.worker("a")
     await gateway.dispatch(new_work("a"))
     delivery = await worker.pull()
@@ -241,31 +234,26 @@ async def test_a_denied_claim_is_said_and_may_be_asked_again(parties: Parties) -
     worker.claims_of = "a"
     assert await delivery.claim()
     await delivery.drop()
+    worker.release()
+    worker._queues[0].pull = await worker.connection.jetstream.pull_subscribe_bind(subjects.consumer("m1"), "WORK_b_lacre")
+    with pytest.raises(FabricUnavailable, match=r"denies worker-a-n1 .*work_b"):
+        await worker.pull()
 
 
-@pytest.mark.parametrize("name", ["worker-a-n1", "nobody"])
-async def test_a_wrong_password_is_refused_at_once(nats: LiveFabric, name: str) -> None:
+async def test_a_wrong_password_and_no_server_are_said_at_once(nats: LiveFabric, unused_port: int) -> None:
     async with asyncio.timeout(10):
-        with pytest.raises(FabricUnavailable, match=f"as {name}: 'Authorization Violation'"):
-            await Connection.open(nats.server.url, Credential(name, "wrong"))
-
-
-async def test_no_server_is_said(unused_port: int) -> None:
-    with pytest.raises(FabricUnavailable, match="cannot connect to NATS"):
-        await Connection.open(f"nats://127.0.0.1:{unused_port}", Credential.new("worker-a-n1"))
+        for name in ("worker-a-n1", "nobody"):
+            with pytest.raises(FabricUnavailable, match=f"as {name}: 'Authorization Violation'"):
+                await Connection.open(nats.server.url, Credential(name, "wrong"))
+        with pytest.raises(FabricUnavailable, match="cannot connect to NATS"):
+            await Connection.open(f"nats://127.0.0.1:{unused_port}", ANYBODY)
 
 
 # Between accounts
 
 
-TARGETS = [
-    "$KV.trust.manifest",
-    f"work.a.lacre.{M1}",
-    f"reply.a.g1.{ID}",
-    f"cancel.a.{ID}",
-    "presence.a.lacre.n9",
-    f"$KV.claims_a.{ID}",
-]
+TARGETS = ["$KV.trust.manifest", "presence.a.lacre.n9", f"work.a.lacre.{M1}"]
+TARGETS += [f"{prefix}.{ID}" for prefix in ("reply.a.g1", "cancel.a", "$KV.claims_a")]
 CALLS = [f"$JS.API.STREAM.PURGE.{name}" for name in ("WORK_a_lacre", "KV_trust")] + ["$JS.API.STREAM.CREATE.MINE"]
 
 
@@ -314,27 +302,6 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     assert await who.manifest() == b"genuine"
     assert not inbound.started.is_set()
     assert gateway.workers("a", "m1") == 1
-
-
-async def test_no_answer_of_jetstream_s_is_a_colleague_s_presence(parties: Parties) -> None:
-    """A node may say what it likes of itself, and of no other, also where a bucket keeps it word for word."""
-    gateway, provisioner, stolen = await parties.gateway(), await parties.connect(), await parties.stolen("worker-a-n2")
-    call = RollCall()
-    await provisioner.client.subscribe("presence.a.*.*", cb=call.hear)
-    await provisioner.round_trip()
-    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": ["k"]}).encode()
-    await stolen.ask("$KV.claims_a.presence", said)
-    for node in ("n1", "n9"):
-        stolen.publish(f"presence.a.lacre.{node}", said)
-        stolen.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.presence", reply=f"presence.a.lacre.{node}")
-    await stolen.settle()
-    await asyncio.sleep(0.2)
-    assert (gateway.workers("a", "m1"), call.holders()) == (0, {})
-    stolen.publish("presence.a.lacre.n2", said)
-    await stolen.settle()
-    await until(call.holders)
-    await until(lambda: gateway.workers("a", "m1") == 1)
-    assert call.holders() == {"n2": frozenset({"k"})}
 
 
 async def test_accounts_hold_without_permissions(tmp_path: Path) -> None:

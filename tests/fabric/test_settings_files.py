@@ -1,7 +1,9 @@
-"""Settings that a program writes and a person edits: what the person wrote stays, whatever the values hold."""
+"""Settings that a program writes and a person edits: what the person wrote stays. And which models `lacre up` serves."""
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_fabric.operate import settings_files
+from lacre_fabric.operate import served_models, settings_files
+from lacre_fabric.operate.site import Site
+from lacre_fabric.work import model_names
 
 EDITED = """# why this file is mine
 pool = "default" # the one
@@ -113,3 +117,123 @@ def test_a_path_that_is_not_unicode(path: Path) -> None:
     with pytest.raises(SettingsError, match="not UTF-8"):
         settings_files.write(path, {"a": "/home/jos\udce9"})
     assert not path.exists()
+
+
+# Which models `lacre up` serves, under which ids, and what becomes of those that it does not serve now.
+
+
+IDS = {
+    "SmolLM2-135M-Instruct-Q4_1.gguf": "smollm2-135m-instruct-q4_1",
+    "My Model (Q4).gguf": "my-model-q4",
+    "-rf.gguf": "rf",
+    "a#b%20c?d&e.gguf": "a-b-20c-d-e",
+    "José.gguf": "jose",
+    "two\nlines.gguf": "two-lines",
+    "llama3.1:8b.gguf": "llama3.1:8b",
+    ".gguf": "gguf",
+    "My Model (Q4)-00002-of-00003.gguf": "my-model-q4",
+}
+
+
+@pytest.mark.parametrize(("file", "name"), IDS.items())
+def test_an_id_from_a_files_name(file: str, name: str) -> None:
+    assert model_names.from_file(Path("/models") / file) == name
+
+
+@given(
+    st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=300).filter(lambda name: name not in (".", ".."))
+)
+def test_any_files_name_gives_an_id_that_a_url_holds(name: str) -> None:
+    found = model_names.from_file(Path("/models") / f"{name}.gguf")
+    assert re.fullmatch(model_names.PATTERN, found)
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._~+@:=-]*", found)
+
+
+def test_letters_beyond_ascii_do_not_fall_together() -> None:
+    names = {model_names.from_file(Path(f"{stem}.gguf")) for stem in ("模型", "型模", "Qwen 模", "Qwen 型", "Qwen")}
+    assert len(names) == 5
+
+
+def test_two_files_with_one_id_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "My Model.gguf", tmp_path / "b" / "my-model.gguf"]
+    with pytest.raises(SettingsError, match="would share the id my-model") as error:
+        served_models.chosen(tmp_path / "worker.toml", files)
+    assert all(str(file) in str(error.value) for file in files)
+    assert served_models.chosen(tmp_path / "worker.toml", [files[0], files[0]]).names == ("my-model",), (
+        "the same file twice is one"
+    )
+
+
+def serve(site: Site, *models: str) -> tuple[str, ...]:
+    served = served_models.chosen(site.worker_settings("default"), [Path(model) for model in models])
+    site.write_settings("nats://127.0.0.1:4222", 8321, {"default": served.tables})
+    return served.names
+
+
+def edited(site: Site, old: str, new: str) -> Path:
+    """The worker's settings, in which a person wrote something."""
+    path = site.worker_settings("default")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return path
+
+
+def tables(site: Site) -> list[dict[str, object]]:
+    return tomllib.loads(site.worker_settings("default").read_text())["models"]  # type: ignore[no-any-return]
+
+
+def test_without_a_choice_what_was_served_is_served_again(site: Site) -> None:
+    assert serve(site) == ("smollm2-135m",)
+    assert serve(site, "/m/A.gguf", "/m/B.gguf") == ("a", "b")
+    assert serve(site) == ("a", "b")
+    assert tables(site) == [{"name": "a", "path": "/m/A.gguf"}, {"name": "b", "path": "/m/B.gguf"}]
+
+
+def test_what_was_set_for_a_model_waits_while_it_is_not_served(site: Site) -> None:
+    serve(site, "/m/A.gguf", "/m/B.gguf")
+    edited(site, 'name = "a"', 'name = "a"\nthreads = 3')
+    assert serve(site, "/m/B.gguf") == ("b",)
+    assert serve(site, "/m/C.gguf") == ("c",)
+    assert tables(site) == [{"name": "c", "path": "/m/C.gguf"}]
+    assert serve(site, "/m/C.gguf", "/m/A.gguf") == ("c", "a")
+    assert tables(site)[1] == {"name": "a", "path": "/m/A.gguf", "threads": 3}
+
+
+def test_a_persons_own_id_stays_and_waits_while_its_model_is_not_served(site: Site, tmp_path: Path) -> None:
+    """It says no more than an id and a place, and is known by neither of the names that would be derived."""
+    serve(site, "/m/A.gguf", "/m/B.gguf")
+    path = site.worker_settings("default")
+    own = os.path.relpath("/m/A.gguf", path.parent)
+    path.write_text(path.read_text().replace('name = "a"\npath = "/m/A.gguf"', f'name = "house"\npath = "{own}"'))
+    assert serve(site) == ("house", "b")
+    assert serve(site, "/m/B.gguf") == ("b",)
+    assert serve(site, "/m/A.gguf") == ("house",)
+    assert tables(site) == [{"name": "house", "path": own}]
+    assert not tomllib.loads(path.with_name("set-aside.toml").read_text()).get("models"), "what says nothing does not wait"
+
+
+def test_an_id_that_no_worker_takes_is_derived_anew(site: Site) -> None:
+    """As older versions wrote it."""
+    serve(site, "/m/A.gguf")
+    edited(site, 'name = "a"\npath = "/m/A.gguf"', 'name = "b c"\npath = "/m/B C.gguf"\nslots = 2')
+    assert serve(site) == ("b-c",)
+    assert tables(site) == [{"name": "b-c", "path": "/m/B C.gguf", "slots": 2}]
+
+
+def test_a_link_gives_a_file_another_id(site: Site, tmp_path: Path) -> None:
+    """As in a store that calls files by their digests."""
+    links = [tmp_path / "Qwen.gguf", tmp_path / "Other.gguf"]
+    for link in links:
+        link.symlink_to("/blobs/0123abcd")
+    assert serve(site, *map(str, links)) == ("qwen", "other")
+
+
+def test_an_upstream_of_a_persons_own_stays(site: Site) -> None:
+    serve(site)
+    path = site.worker_settings("default")
+    upstream = '[upstream]\norigin = "http://127.0.0.1:9"\n[[upstream.models]]\nname = "big"\nallow = ["POST /x"]\n'
+    path.write_text(path.read_text().partition("[[models]]")[0] + upstream)
+    assert serve(site) == ("big",)
+    assert "models" not in tomllib.loads(path.read_text())
+    with pytest.raises(SettingsError, match="omit --model"):
+        served_models.chosen(path, [Path("/m/A.gguf")])

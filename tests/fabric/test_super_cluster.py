@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import signal
 import time
@@ -307,28 +306,6 @@ async def test_revocations_and_budgets_are_the_same_everywhere(regions: Regions)
     assert int(entry.value) + sum(map(int, entry.others)) == sum(won), "every draw counts once"
     assert all(won)
     assert entry.revision > revision
-
-
-async def test_a_worker_is_of_its_region_and_its_pool(regions: Regions) -> None:
-    gateway = await regions.gateway(HOME)
-    await regions.worker(HOME)
-    await until_seen(gateway, eu=1)
-    await gateway.dispatch(new_work())
-    for name in ("worker-a-us", "worker-b-eu"):
-        for region in REGIONS:  # whichever server it asks
-            thief = await regions.connect(name, region)
-            pull = await thief.jetstream.pull_subscribe_bind(consumer=subjects.consumer(MODEL), stream="WORK_a_eu")
-            with pytest.raises(TimeoutError):
-                await pull.fetch(1, timeout=0.3)
-            assert "work_a_eu" in thief.denied
-            denials = thief.denials
-            said = json.dumps({"models": [MODEL], "busy": 0, "free": 9}).encode()
-            await thief.client.publish(subjects.presence(POOL, HOME, "n-eu"), said)
-            await thief.client.publish(subjects.work(POOL, HOME, MODEL), b"x")
-            await thief.round_trip()
-            assert thief.denials == denials + 2
-    await until_seen(gateway, eu=1)
-    assert await gateway.backlog(POOL, HOME) == 1
 
 
 async def test_the_check_knows_regions(regions: Regions) -> None:
