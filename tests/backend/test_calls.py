@@ -1,21 +1,17 @@
-"""Calls as the node makes them: clients that leave, engines that fail, sealed answers, grants and usage."""
+"""Calls as the node makes them: clients that leave, engines that fail, grants and usage."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, closing
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from backend.posting import CHAT, chat, post
-from lacre import asgi
 from lacre.asgi import App, Call
-from lacre.wire import bhttp
-from lacre.wire.ohttp import seal_request
-from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.protocol import Task
 from lacre_backend.engine.turns import NOBODY
@@ -96,40 +92,6 @@ async def test_time_limit(slow: EchoEngine) -> None:
     reply = (await post(create_app([slow], time_limit=0.0), CHAT, chat())).json()
     assert reply["choices"][0]["finish_reason"] == "length"
     assert reply["usage"]["completion_tokens"] == 0
-
-
-# Sealed, as the node calls it
-
-
-@pytest.fixture
-def sealed(app: App) -> Callable[..., Any]:
-    """The pieces of an answer, and what opens them."""
-
-    def ask(text: str, call: Call) -> tuple[Any, Any]:
-        key, body = PrivateKey.generate(1), json.dumps(chat(text, stream=True)).encode()
-        request = bhttp.Request("POST", "https", "lacre.invalid", CHAT, (("content-type", "application/json"),), body)
-        sealed, _, opener = seal_request(key.config, bhttp.encode_request(request))
-        return asgi.answer(app, asgi.open_sealed(sealed, {1: key}), call), opener
-
-    return ask
-
-
-async def test_sealed(sealed: Callable[..., Any], slow: EchoEngine) -> None:
-    pieces, opener = sealed("x" * 100, call := Call("r", max_tokens=200))
-    decoder = bhttp.ResponseDecoder()
-    opened = [each async for piece in pieces for each in opener.feed(piece)] + opener.close()
-    seen = [event.content for each in opened for event in decoder.feed(each) if isinstance(event, bhttp.Data)]
-    decoder.close()
-    assert len(seen) > 100, "each token left in a record of its own"
-    assert seen[-1] == b"data: [DONE]\n\n"
-    assert call.usage.completion_tokens == 100
-
-
-async def test_sealed_and_abandoned(sealed: Callable[..., Any], slow: EchoEngine) -> None:
-    async with aclosing(sealed("x" * 300, Call("r"))[0]) as pieces:
-        await anext(pieces)
-    await asyncio.sleep(0.05)
-    assert slow.running == 0
 
 
 # Grants

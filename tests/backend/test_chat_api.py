@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import httpx2
-import openai
 import pytest
 
 from backend.posting import CHAT, MESSAGE, TEXT, chat, post
 from lacre.asgi import App, Call
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.generate import LlamaEngine
-from lacre_backend.engine.protocol import Engine
 from parts.echo_engine import EchoEngine
 
 TOKENIZE = "/v1/tokenize"
@@ -326,25 +323,3 @@ async def test_tokenize_under_a_grant(app: App) -> None:
     assert (await post(app, TOKENIZE, body, call=Call("r", model="echo", action="inspect"))).status == 200
     for call in (Call("r", model="other", action="inspect"), Call("r", model="echo", action="chat")):
         assert (await post(app, TOKENIZE, body, call=call)).error(403)["code"] == "grant_mismatch"
-
-
-# OpenAI's own client
-
-
-async def test_openais_client(engine: Engine) -> None:
-    asked: dict[str, Any] = {"model": engine.model.name, "messages": [ASK], "max_tokens": 16, "temperature": 0}
-    async with (
-        httpx2.AsyncClient(transport=httpx2.ASGITransport(app=create_app([engine]))) as http,
-        openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http, max_retries=0) as client,
-    ):
-        assert [model.id async for model in client.models.list()] == [engine.model.name]
-        whole = await client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
-        assert whole.choices[0].message.content
-        assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
-        stream = await client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-        chunks = [chunk async for chunk in stream]
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-        assert text == whole.choices[0].message.content
-        assert chunks[-1].usage == whole.usage
-        with pytest.raises(openai.NotFoundError, check=lambda error: error.code == "model_not_found"):
-            await client.chat.completions.create(model="none", messages=[ASK])

@@ -83,6 +83,7 @@ async def test_more_choices_than_slots_compute_it_once(engine: LlamaEngine) -> N
     assert [len(each) for each in tokens.values()] == [3] * n
     assert (usage.prompt_tokens, usage.completion_tokens) == (150, 3 * n)
     assert (computed - 2 * n) in reads(engine, 150, n)
+    assert engine.held == (0, 0), "without a scope nothing is left"
 
 
 async def test_what_was_cached_for_the_scope_is_told_once(engine: LlamaEngine) -> None:
@@ -111,20 +112,16 @@ async def test_each_choice_begins_as_it_would_alone(engine: LlamaEngine, kind: s
     alone: list[Token] = []
     for i in range(SLOTS):
         own = sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + i)
-        (tokens,), _, _ = [list((await choices(engine, task(1, own, logprobs=2), 1))[0].values()), None, None]
-        alone.append(tokens[0])
+        alone += (await choices(engine, task(1, own, logprobs=2), 1))[0][0]
     together, _, _ = await choices(engine, task(8, sampling, logprobs=2), SLOTS)
     assert [tokens[0].id for tokens in together.values()] == [token.id for token in alone]
     assert [tokens[0].logprob for tokens in together.values()] == pytest.approx([token.logprob for token in alone], abs=1e-4)
     assert all(len(tokens[0].top) == 2 for tokens in together.values())
+    if kind == "greedy":
+        assert len({tuple(token.id for token in tokens) for tokens in together.values()}) == 1
     if sampling.grammar is not None:
         said = {b"".join(token.raw for token in tokens).decode() for tokens in together.values()}
         assert said <= {"yes", "no", "maybe"}
-
-
-async def test_greedy_choices_say_the_same(engine: LlamaEngine) -> None:
-    tokens, _, _ = await choices(engine, task(12, Sampling(temperature=0)), SLOTS)
-    assert len({tuple(token.id for token in each) for each in tokens.values()}) == 1
 
 
 async def test_one_choice_is_cancelled_and_the_others_go_on(engine: LlamaEngine) -> None:
@@ -172,8 +169,3 @@ async def test_usage_is_what_was_computed(engine: LlamaEngine, path: str) -> Non
     assert reply["usage"]["prompt_tokens"] >= 120
     assert reply["usage"]["completion_tokens"] == 6 * SLOTS
     assert engine.computed_tokens - before - 3 * SLOTS in reads(engine, reply["usage"]["prompt_tokens"], 3 * SLOTS)
-
-
-async def test_nothing_is_left_when_a_scope_is_absent(engine: LlamaEngine) -> None:
-    await choices(engine, task(), 2 * SLOTS)
-    assert engine.held == (0, 0)

@@ -34,42 +34,36 @@ def watch(*paths: str) -> Watch:
     return Watch(split("".join(f"//distinct {path}\n" for path in paths) + "start: TEXT")[1])
 
 
+# Where the list is; answers in which its items differ, and some that repeat one.
+ANSWERS: dict[str, tuple[list[str], list[str]]] = {
+    "/a": (
+        [
+            '{"a": ["x", "y"]}', '{"b": ["x", "x"], "a": []}', '{"a": ["x"], "b": {"a": ["x", "x"]}}', '{"a": [1,10 , 100]}',
+            '{"a": ["a,b", "a]", "\\\\\\"", "\\\\"]}', '{"a": ["\\\\n", "\\n"]}', '{"a": [true, true, null, null]}',
+            '{"a": [0, 1, 0', '{"a": [1, 0e',
+        ],
+        [
+            '{"a": ["x", "x"]}', '{"a": ["x", "y", "x"]}', '{"a": [1, 2, 1.0]}', '{"a": ["\\"", "\\""]}',
+            '{"a": ["\\n", "\\u000A"]}', '{"a": ["\\ud83c\\udf0a", "🌊"]}', '{"a": [0, 1, 0e',
+        ],
+    ),
+    "/b/a": ([], ['{"b": {"a": ["x", "x"]}}']),
+    "/*/a": (['[{"a": ["x"]}, {"a": ["x"]}]'], ['[{"a": ["x"]}, {"a": ["x", "x"]}]']),
+    "/a%2Fb%22": ([], ['{"a/b\\"": ["x", "x"]}']),
+    "/a%2Fb%5C%22": (['{"a/b\\"": ["x", "x"]}'], []),
+    "/a%0A": ([], ['{"a\\u000a": ["x", "x"]}']),
+    "": (['[["x", "x"]]', '{"": ["x", "x"]}'], ['["x", "x"]']),
+    "/": ([], ['{"": ["x", "x"]}']),
+    "/a/#": (['{"b": [0, 0'], ['{"a": [0, 1, 0', '{"a": [0, -1, 10, -0']),
+    "/%2A": (['{"b": ["x", "x"]}'], ['{"*": ["x", "x"]}']),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("path", "answer", "new"),
-    [
-        ("/a", '{"a": ["x", "y"]}', True),
-        ("/a", '{"a": ["x", "x"]}', False),
-        ("/a", '{"a": ["x", "y", "x"]}', False),
-        ("/a", '{"b": ["x", "x"], "a": []}', True),
-        ("/a", '{"a": ["x"], "b": {"a": ["x", "x"]}}', True),
-        ("/b/a", '{"b": {"a": ["x", "x"]}}', False),
-        ("/*/a", '[{"a": ["x"]}, {"a": ["x"]}]', True),
-        ("/*/a", '[{"a": ["x"]}, {"a": ["x", "x"]}]', False),
-        ("/a", '{"a": [1, 2, 1.0]}', False),
-        ("/a", '{"a": [1,10 , 100]}', True),
-        ("/a", '{"a": ["a,b", "a]", "\\\\\\"", "\\\\"]}', True),
-        ("/a", '{"a": ["\\"", "\\""]}', False),
-        ("/a%2Fb%22", '{"a/b\\"": ["x", "x"]}', False),
-        ("/a%2Fb%5C%22", '{"a/b\\"": ["x", "x"]}', True),
-        ("/a%0A", '{"a\\u000a": ["x", "x"]}', False),
-        ("/a", '{"a": ["\\n", "\\u000A"]}', False),
-        ("/a", '{"a": ["\\ud83c\\udf0a", "🌊"]}', False),
-        ("/a", '{"a": ["\\\\n", "\\n"]}', True),
-        ("/a", '{"a": [true, true, null, null]}', True),
-        ("", '["x", "x"]', False),
-        ("", '[["x", "x"]]', True),
-        ("", '{"": ["x", "x"]}', True),
-        ("/", '{"": ["x", "x"]}', False),
-        ("/a/#", '{"a": [0, 1, 0', False),
-        ("/a/#", '{"a": [0, -1, 10, -0', False),
-        ("/a", '{"a": [0, 1, 0', True),
-        ("/a", '{"a": [0, 1, 0e', False),
-        ("/a", '{"a": [1, 0e', True),
-        ("/a/#", '{"b": [0, 0', True),
-        ("/%2A", '{"b": ["x", "x"]}', True),
-        ("/%2A", '{"*": ["x", "x"]}', False),
-    ],
-)
+    [(path, answer, answers is different) for path, (different, repeated) in ANSWERS.items()
+     for answers in (different, repeated) for answer in answers],
+)  # fmt: skip
 def test_repeated_items_are_told(path: str, answer: str, new: bool) -> None:
     assert watch(path).feed(answer.encode()) == new
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from lacre_backend.engine.sizing import LlamaSettings
 from lacre_backend.serve import load_engine
 from lacre_backend.settings import ModelSettings
 from parts.minilm import Array, Published, minilm, published
-from parts.tiny_model import tiny_model
 
 TEXTS = [
     "A cat sits on the mat.",
@@ -47,10 +47,6 @@ def embedding_tokens(embedder: LlamaEmbedder, text: str) -> list[int]:
 def task(embedder: LlamaEmbedder, text: str, **fields: Any) -> Task:
     prompt = tuple(embedding_tokens(embedder, text))
     return Task(id=f"e{next(_ids)}", prompt=prompt, max_tokens=1, kind=TaskKind.EMBED, **fields)
-
-
-async def vector(embedder: LlamaEmbedder, text: str) -> Array:
-    return (await vectors(embedder, [text]))[0]
 
 
 async def vectors(embedder: LlamaEmbedder, texts: list[str]) -> list[Array]:
@@ -93,7 +89,7 @@ async def test_a_text_alone_and_among_others(embedder: LlamaEmbedder) -> None:
     together = await vectors(embedder, TEXTS[:5] * 8)
     assert embedder.steps - steps < 8, "several texts in one batch"
     for text, found in zip(TEXTS[:5], together[:5], strict=True):
-        assert found @ await vector(embedder, text) > 0.99999
+        assert found @ (await vectors(embedder, [text]))[0] > 0.99999
     assert np.array(together).reshape(8, 5, -1).std(axis=0).max() < 1e-4
 
 
@@ -104,19 +100,15 @@ async def test_near_meanings_are_near(embedder: LlamaEmbedder) -> None:
 
 async def test_what_fills_the_context_and_what_exceeds_it(embedder: LlamaEmbedder) -> None:
     assert len(embedding_tokens(embedder, "word " * 510)) == embedder.model.n_ctx == 512
-    assert (await vector(embedder, "word " * 510)).shape == (384,)
+    assert (await vectors(embedder, ["word " * 510]))[0].shape == (384,)
     with pytest.raises(PromptTooLong):
         embedder.submit(task(embedder, "word " * 511))
 
 
-async def test_refused(embedder: LlamaEmbedder) -> None:
-    for wrong in (
-        Task(id="g", prompt=(1,), max_tokens=1),
-        Task(id="n", prompt=(), max_tokens=1, kind=TaskKind.EMBED),
-        Task(id="u", prompt=(10**6,), max_tokens=1, kind=TaskKind.EMBED),
-    ):
-        with pytest.raises(TaskRefused):
-            embedder.submit(wrong)
+@pytest.mark.parametrize(("prompt", "kind"), [((1,), TaskKind.GENERATE), ((), TaskKind.EMBED), ((10**6,), TaskKind.EMBED)])
+async def test_refused(embedder: LlamaEmbedder, prompt: tuple[int, ...], kind: TaskKind) -> None:
+    with pytest.raises(TaskRefused):
+        embedder.submit(Task(id="r", prompt=prompt, max_tokens=1, kind=kind))
 
 
 async def test_a_cancelled_text_ends_and_the_others_do_not_notice(embedder: LlamaEmbedder) -> None:
@@ -124,39 +116,26 @@ async def test_a_cancelled_text_ends_and_the_others_do_not_notice(embedder: Llam
     streams = [embedder.submit(each) for each in tasks]
     embedder.cancel(tasks[-1].id)
     embedder.cancel("unknown")
-    ends = []
-    for stream in streams:
-        ends += [event async for event in stream if isinstance(event, Finish)]
-    assert [end.reason for end in ends[:-1]] == ["stop"] * 5
-    assert ends[-1].reason in ("cancelled", "stop")
-    assert (await vector(embedder, "after")).shape == (384,)
+    *others, last = [event.reason for stream in streams async for event in stream if isinstance(event, Finish)]
+    assert others == ["stop"] * 5
+    assert last in ("cancelled", "stop")
+    assert (await vectors(embedder, ["after"]))[0].shape == (384,)
 
 
 async def test_closing_ends_what_waits() -> None:
     engine = LlamaEmbedder(minilm(), name="m", digest="sha256:0", settings=LlamaSettings(threads=1))
     streams = [engine.submit(task(engine, "word " * 400)) for _ in range(40)]
     await asyncio.to_thread(engine.close)
-    reasons = set()
-    for stream in streams:
-        reasons |= {event.reason async for event in stream if isinstance(event, Finish)}
-    assert "cancelled" in reasons
+    assert "cancelled" in [event.reason for stream in streams async for event in stream if isinstance(event, Finish)]
     with pytest.raises(EngineError):
         engine.submit(task(engine, "late"))
     engine.close()
 
 
-@pytest.fixture
-def loaded() -> Iterator[list[LlamaEngine | LlamaEmbedder]]:
-    engines: list[LlamaEngine | LlamaEmbedder] = []
-    yield engines
-    for engine in engines:
-        engine.close()
-
-
-def test_a_worker_takes_the_engine_that_the_file_is_for(tmp_path: Path, loaded: list[LlamaEngine | LlamaEmbedder]) -> None:
-    loaded += [load_engine(ModelSettings(path=path, threads=1)) for path in (minilm(), tiny_model(tmp_path / "tiny.gguf"))]
-    assert [type(engine) for engine in loaded] == [LlamaEmbedder, LlamaEngine]
-    assert [set(engine.model.kinds) for engine in loaded] == [{TaskKind.EMBED}, {TaskKind.GENERATE}]
+def test_a_worker_takes_the_engine_that_the_file_is_for(tiny: Path) -> None:
+    for path, engine, kind in ((minilm(), LlamaEmbedder, TaskKind.EMBED), (tiny, LlamaEngine, TaskKind.GENERATE)):
+        with closing(load_engine(ModelSettings(path=path, threads=1))) as loaded:
+            assert (type(loaded), set(loaded.model.kinds)) == (engine, {kind})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +147,6 @@ def test_settings_that_do_not_fit(settings: LlamaSettings, said: str) -> None:
         LlamaEmbedder(minilm(), name="m", digest="sha256:0", settings=settings)
 
 
-def test_a_model_that_does_not_pool_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_pool_is_refused(tiny: Path) -> None:
     with pytest.raises(SettingsError, match="pooling"):
-        LlamaEmbedder(tiny_model(tmp_path / "tiny.gguf"), name="m", digest="sha256:0")
+        LlamaEmbedder(tiny, name="m", digest="sha256:0")

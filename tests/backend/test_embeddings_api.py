@@ -78,40 +78,39 @@ async def test_base64(both: App) -> None:
     assert np.abs(np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") - plain[0]).max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("change", "status", "param", "code"),
-    [
-        ({"input": None}, 400, "input", "missing_required_parameter"),
-        ({"input": []}, 400, "input", "empty_array"),
-        ({"input": ""}, 400, "input[0]", "string_below_min_length"),
-        ({"input": ["a", ""]}, 400, "input[1]", "string_below_min_length"),
-        ({"input": ["a", 1]}, 400, "input[1]", "invalid_type"),
-        ({"input": [1, "a"]}, 400, "input[1]", "invalid_type"),
-        ({"input": [1, True]}, 400, "input[1]", "invalid_type"),
-        ({"input": [[1], []]}, 400, "input[1]", "empty_array"),
-        ({"input": 7}, 400, "input", "invalid_type"),
-        ({"input": {"a": 1}}, 400, "input", "invalid_type"),
-        ({"input": ["x"] * 2049}, 400, "input", "array_above_max_length"),
-        ({"input": [10**6], "own_token_ids": True}, 400, "input[0]", "invalid_value"),
-        ({"input": [-1], "own_token_ids": True}, 400, "input[0]", "invalid_value"),
-        ({"input": [7592, 102, 7592], "own_token_ids": True}, 400, "input[0]", "invalid_value"),  # [SEP] in the middle
-        ({"input": "word " * 511}, 400, "input", "context_length_exceeded"),
-        ({"input": [7592] * 511, "own_token_ids": True}, 400, "input", "context_length_exceeded"),
-        ({"input": [15339, 1917]}, 400, "input", "token_ids_refused"),  # LangChain's default, of OpenAI's vocabulary
-        ({"input": [[15339, 1917]], "own_token_ids": False}, 400, "input", "token_ids_refused"),
-        ({"input": [15339], "own_token_ids": "yes"}, 400, "own_token_ids", "invalid_type"),
-        ({"dimensions": 128}, 400, "dimensions", "unsupported_value"),
-        ({"dimensions": 0}, 400, "dimensions", "below_min_value"),
-        ({"encoding_format": "int8"}, 400, "encoding_format", "invalid_value"),
-        ({"truncate": True}, 400, "truncate", "unknown_parameter"),
-        ({"model": "gpt-9"}, 404, "model", "model_not_found"),
-        ({"model": "echo"}, 400, "model", None),
+# By code: the member, or the part of one, that is at fault, and the member's value.
+REFUSED: dict[str | None, list[tuple[str, Any]]] = {
+    "missing_required_parameter": [("input", None)],
+    "empty_array": [("input", []), ("input[1]", [[1], []])],
+    "string_below_min_length": [("input[0]", ""), ("input[1]", ["a", ""])],
+    "array_above_max_length": [("input", ["x"] * 2049)],
+    "invalid_type": [
+        ("input[1]", ["a", 1]), ("input[1]", [1, "a"]), ("input[1]", [1, True]), ("input", 7), ("input", {"a": 1}),
+        ("own_token_ids", "yes"),
     ],
-    ids=lambda value: str(value)[:40],
+    "context_length_exceeded": [("input", "word " * 511), ("input", [7592] * 511)],
+    "token_ids_refused": [("input", [15339, 1917])],  # LangChain's default, of OpenAI's vocabulary
+    "unsupported_value": [("dimensions", 128)],
+    "below_min_value": [("dimensions", 0)],
+    "invalid_value": [
+        ("encoding_format", "int8"), ("input[0]", [10**6]), ("input[0]", [-1]),
+        ("input[0]", [7592, 102, 7592]),  # [SEP] in the middle
+    ],
+    "unknown_parameter": [("truncate", True)],
+    "model_not_found": [("model", "gpt-9")],
+    None: [("model", "echo")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "param", "value"),
+    [(code, *row) for code, rows in REFUSED.items() for row in rows],
+    ids=lambda value: str(value)[:30],
 )
-async def test_refusals(both: App, change: dict[str, Any], status: int, param: str, code: str | None) -> None:
-    fields = {name: value for name, value in {**body(), **change}.items() if value is not None}
-    error = (await post(both, PATH, fields)).error(status)
+async def test_refusals(both: App, code: str | None, param: str, value: Any) -> None:
+    fields = {**body(), "own_token_ids": code != "token_ids_refused", param.partition("[")[0]: value}
+    reply = await post(both, PATH, {name: value for name, value in fields.items() if value is not None})
+    error = reply.error(404 if code == "model_not_found" else 400)
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 

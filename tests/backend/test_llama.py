@@ -16,7 +16,7 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import DEFAULT_N_CTX
 from lacre_backend.engine.plan import EngineLimits
-from lacre_backend.engine.protocol import Engine, Finish, PromptProgress, Sampling, Token
+from lacre_backend.engine.protocol import Finish, PromptProgress, Sampling, Token
 from lacre_backend.models import gguf
 
 CHUNK = EngineLimits(slots=1, context=1, cells=1).chunk
@@ -63,14 +63,6 @@ async def test_prefill_in_chunks_is_prefill_at_once(llama: LlamaEngine) -> None:
     (longer,), _ = await made(llama, prompt=(*prompt, chunked.id), max_tokens=1, sampling=GREEDY, logprobs=5)
     assert longer.id == again[1].id
     assert longer.logprob == pytest.approx(again[1].logprob, abs=0.25)
-
-
-async def test_nothing_of_one_request_is_left_for_the_next(llama: LlamaEngine) -> None:
-    alone, _ = await made(llama, "One two three", max_tokens=4, sampling=GREEDY, logprobs=3)
-    await made(llama, "Something else altogether, and longer. " * 20, max_tokens=4)
-    after, finish = await made(llama, "One two three", max_tokens=4, sampling=GREEDY, logprobs=3)
-    assert after == alone
-    assert finish.cached_tokens == 0
 
 
 async def test_logprobs_are_a_distribution(llama: LlamaEngine) -> None:
@@ -129,12 +121,3 @@ async def test_tokens_arrive_while_others_are_made(llama: LlamaEngine) -> None:
     task = make_task(llama, max_tokens=120)
     made = [llama.computed_tokens async for event in llama.submit(task) if isinstance(event, Token)]
     assert made[0] < made[-1], "the first came when all were made"
-
-
-async def test_long_texts_are_tokenized_without_harm(llama: LlamaEngine) -> None:
-    def tokenize(engine: Engine) -> None:
-        for text in ("a" * 200_000, "9" * 200_000, " " * 200_000, "é漢😀" * 20_000, "<|im_" * 40_000):
-            assert engine.tokenize(text)
-
-    await asyncio.to_thread(tokenize, llama)
-    assert llama.tokenize("") == []

@@ -14,8 +14,6 @@ from lacre.asgi import App
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.messages import BOOKKEEPING
 from lacre_backend.api.requests import parse_chat
-from lacre_backend.upstream.bodies import ready
-from parts.upstream import granted
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Weather in Oslo?"}
@@ -178,24 +176,3 @@ async def test_a_number_beyond_all_bounds_is_refused(app: App, path: str, body: 
     """Readers of JSON make it Infinity, which no answer and no prompt may hold."""
     error = (await post(app, path, f'{{"model": "echo", {body}}}'.encode())).error(400)
     assert error["param"] in ("temperature", "tools", "response_format", "input")
-
-
-def test_a_number_beyond_all_bounds_goes_to_no_other_program() -> None:
-    with pytest.raises(RequestRefused):
-        ready(b'{"model": "m", "temperature": 1e999}', granted("chat", "m"), "m", frozenset(), {})
-
-
-@pytest.mark.parametrize("model", [5, None, ["m"], {}])
-def test_a_model_of_a_wrong_type_goes_to_no_other_program(model: object) -> None:
-    with pytest.raises(RequestRefused) as caught:
-        ready(json.dumps({"model": model, "messages": [USER]}).encode(), granted("chat", "m"), "m", frozenset(), {})
-    assert (caught.value.status, caught.value.param) == (400, "model")
-
-
-def test_ids_of_another_vocabulary_go_to_no_other_program_unasked() -> None:
-    given = {"model": "m", "input": [15339, 1917]}
-    with pytest.raises(RequestRefused) as caught:
-        ready(json.dumps(given).encode(), granted("embed", "m"), "m", frozenset(), {})
-    assert (caught.value.status, caught.value.code) == (400, "token_ids_refused")
-    sent = ready(json.dumps({**given, "own_token_ids": True}).encode(), granted("embed", "m"), "m", frozenset(), {})
-    assert json.loads(sent.content) == given

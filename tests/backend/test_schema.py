@@ -50,30 +50,22 @@ def is_person(value: Any) -> bool:
     )
 
 
+# With the real model. schemas_of_others has many more, by the grammar alone.
 CASES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
     "person": (PERSON, is_person),
     "optional": (
         {"type": "object", "properties": {"a": {"type": "null"}, "b": {"const": 1}}, "additionalProperties": False},
         lambda v: v in ({}, {"a": None}, {"b": 1}, {"a": None, "b": 1}),
     ),
-    "number": ({"type": "number"}, lambda v: isinstance(v, int | float)),
-    "union": (
-        {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"const": "é"}, "maxItems": 2}]},
-        lambda v: v in (True, False) or set(v) <= {"é"},
-    ),
-    "empty object": ({"type": "object", "additionalProperties": False}, lambda v: v == {}),
-    "no items": ({"type": "array", "maxItems": 0}, lambda v: v == []),
     "range": ({"type": "integer", "minimum": 3, "exclusiveMaximum": 20, "multipleOf": 4}, lambda v: v in (4, 8, 12, 16)),
     "several steps": (
         {"type": "number", "minimum": 1, "maximum": 13, "allOf": [{"multipleOf": 0.4}, {"multipleOf": 1.5}]},
         lambda v: v in (6, 12),
     ),
-    "pattern": ({"type": "string", "pattern": "^[ab]{2,4}-[0-9]$"}, lambda v: re.fullmatch("[ab]{2,4}-[0-9]", v) is not None),
     "one of": (
         {"oneOf": [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 3, "maximum": 9}]},
         lambda v: v < 3 or 5 < v <= 9,
     ),
-    "uuid": ({"type": "string", "format": "uuid"}, lambda v: len(v) == 36),
 }  # fmt: skip
 
 
@@ -83,10 +75,10 @@ async def test_answers_are_valid(name: str, llama: LlamaEngine) -> None:
     grammar, whole = llama.grammar(schema.grammar(source)), 0
     for seed in range(6):
         sampling = Sampling(temperature=1.3, top_p=0.9, seed=seed, grammar=grammar)
-        tokens, finish = await made(llama, "JSON: ", max_tokens=60, sampling=sampling, endless=False)
-        if finish.reason == "stop":
+        answer = await made(llama, "JSON: ", max_tokens=60, sampling=sampling, endless=False)
+        if answer.finish.reason == "stop":
             whole += 1
-            assert valid(json.loads("".join(token.text for token in tokens) + finish.text))
+            assert valid(json.loads(answer.text))
     assert whole > 0, "the limit cut every answer: this test shows nothing"
 
 
@@ -112,25 +104,17 @@ async def test_every_way_to_choose_keeps_the_grammar(sampling: Sampling, llama: 
 
 
 def test_a_schema_that_refers_to_itself(llama: LlamaEngine) -> None:
-    source = {
-        "type": "object",
-        "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
-        "required": ["next"],
-        "additionalProperties": False,
-    }
-    for text, valid in (('{"next": {"next": {"next": null}}}', True), ('{"next": {"next": {}}}', False)):
-        if valid:
-            assert llama.grammar(schema.grammar(source), tuple(llama.tokenize(text))).begun
-        else:
-            with pytest.raises(TaskRefused):
-                llama.grammar(schema.grammar(source), tuple(llama.tokenize(text)))
+    next_one = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+    source = {"type": "object", "properties": {"next": next_one}, "required": ["next"], "additionalProperties": False}
+    assert admits(llama, schema.grammar(source), '{"next": {"next": {"next": null}}}')
+    assert not admits(llama, schema.grammar(source), '{"next": {"next": {}}}')
 
 
 async def test_json_object(llama: LlamaEngine) -> None:
     sampling = Sampling(temperature=0, grammar=schema.any_object(), logit_bias={llama.tokenize("}")[0]: 8.0})
-    tokens, finish = await made(llama, "A JSON object: ", max_tokens=80, sampling=sampling, endless=False)
-    assert finish.reason == "stop"
-    assert isinstance(json.loads("".join(token.text for token in tokens) + finish.text), dict)
+    answer = await made(llama, "A JSON object: ", max_tokens=80, sampling=sampling, endless=False)
+    assert answer.finish.reason == "stop"
+    assert isinstance(json.loads(answer.text), dict)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -160,11 +144,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "'multipleOf'"),
     ({"prefixItems": [{"type": "integer", "multipleOf": 9973 - i} for i in range(3)], "type": "array"}, "'multipleOf'"),
     ({"type": "string", "pattern": "(?<=a)b"}, "'pattern'"),
-    ({"type": "string", "pattern": "(a"}, "'pattern'"),
-    ({"type": "string", "pattern": "(?=a)*b"}, "'pattern'"),
-    ({"type": "string", "pattern": "a$b"}, "'pattern'"),
-    ({"type": "string", "pattern": r"\p{Nope}"}, "'pattern'"),
-    ({"type": "string", "pattern": "(?:^a|b)?" * 8}, "'pattern'"),
     ({"$schema": "https://example.com/own", "type": "string"}, "'$schema'"),
     ({"type": "object", "x-guidance": {"lenient": True}, "uniqueItems": 1}, "'x-guidance' at #"),
     ({"type": "object", "properties": {"a": {"x-guidance": {"coerce_one_of": True}}}}, "'x-guidance' at #/properties/a"),

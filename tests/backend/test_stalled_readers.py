@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing, nullcontext
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,6 @@ from lacre.asgi import Call, Disconnected, Message, Receive, Send
 from lacre.asgi.app_call import MAX_PENDING
 from lacre_backend.api.http import until_disconnect
 from lacre_backend.app_thread import Elsewhere
-from lacre_backend.node.node import Node
 from lacre_fabric.work.frames import Frame
 from parts.keys import NOW
 from parts.stage import Stage, running, until
@@ -41,8 +42,11 @@ class Flood(App):
 
 
 @pytest.fixture(params=["on the node's loop", "in a thread of its own"])
-def crossing(request: pytest.FixtureRequest) -> bool:
-    return request.param == "in a thread of its own"
+def app(request: pytest.FixtureRequest) -> Iterator[tuple[Flood, Any]]:
+    """What floods, and the app through which the node calls it."""
+    flood = Flood()
+    with closing(Elsewhere(flood)) if "thread" in request.param else nullcontext(flood) as called:
+        yield flood, called
 
 
 async def stalled(stage: Stage, app: Flood) -> AsyncGenerator[Frame, None]:
@@ -57,49 +61,37 @@ async def stalled(stage: Stage, app: Flood) -> AsyncGenerator[Frame, None]:
     return frames
 
 
-def node_of(stage: Stage, app: Flood, crossing: bool) -> tuple[Node, Elsewhere | None]:
-    elsewhere = Elsewhere(app) if crossing else None
-    return stage.node(elsewhere or app), elsewhere
-
-
-async def test_a_reader_that_leaves_frees_its_slot(crossing: bool) -> None:
-    app = Flood()
+async def test_a_reader_that_leaves_frees_its_slot(app: tuple[Flood, Any]) -> None:
+    flood, called = app
     stage = Stage(now=NOW)
-    node, elsewhere = node_of(stage, app, crossing)
-    async with running(node):
-        frames = await stalled(stage, app)
+    async with running(stage.node(called)):
+        frames = await stalled(stage, flood)
         [worker] = stage.hub.live
         assert worker.slots.busy == 1
         await frames.aclose()
-        await until(lambda: worker.slots.busy == 0 and app.left.is_set(), PATIENCE)
-    if elsewhere is not None:
-        elsewhere.close()
+        await until(lambda: worker.slots.busy == 0 and flood.left.is_set(), PATIENCE)
 
 
-async def test_a_drain_ends_while_a_reader_stalls(crossing: bool) -> None:
-    app = Flood()
+async def test_a_drain_ends_while_a_reader_stalls(app: tuple[Flood, Any]) -> None:
+    flood, called = app
     stage = Stage(now=NOW)
-    node, elsewhere = node_of(stage, app, crossing)
-    async with running(node):
-        frames = await stalled(stage, app)
+    async with running(node := stage.node(called)):
+        frames = await stalled(stage, flood)
         async with asyncio.timeout(PATIENCE):
             await node.drain(0.0)
-        await until(app.left.is_set, PATIENCE)
+        await until(flood.left.is_set, PATIENCE)
         await frames.aclose()
-    if elsewhere is not None:
-        elsewhere.close()
 
 
 async def test_a_failure_of_the_nodes_own_ends_its_request_aloud(caplog: pytest.LogCaptureFixture) -> None:
     """Who waits is told, the slot is free, and the log has it."""
-    app = App()
     stage = Stage(now=NOW)
 
     def fails() -> bool:
         raise ZeroDivisionError
 
     stage.look_for_keys = fails
-    async with running(stage.node(app)):
+    async with running(stage.node(App())):
         sealed = stage.seal()
         stage.held.clear()
         answer = await stage.ask(sealed)

@@ -10,8 +10,9 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,13 +32,14 @@ SLOW = "1" * 120_000  # takes the square of its length in a vocabulary of this k
 SQUARE = tiny_vocabulary("gpt2", "superbpe")
 
 
-@contextmanager
-def tokenizer_of(path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer(path)
-    try:
+def tokenizer_of(folder: Path, vocabulary: Any = None) -> closing[Tokenizer]:
+    return closing(Tokenizer(tiny_model(folder / "m.gguf", vocabulary=vocabulary)))
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Iterator[Tokenizer]:
+    with tokenizer_of(tmp_path) as tokenizer:
         yield tokenizer
-    finally:
-        tokenizer.close()
 
 
 def spelled(vocabulary: dict[str, list[str]], ids: list[int]) -> str:
@@ -55,7 +57,7 @@ async def check_pre_tokenizer(folder: Path, pre: str, length: int) -> list[str]:
     """Tokenizes what is hard, compares each with the text, and gives what was refused."""
     vocabulary = tiny_vocabulary("gpt2", pre)
     refused = []
-    with tokenizer_of(tiny_model(folder / "m.gguf", vocabulary=vocabulary)) as tokenizer:
+    with tokenizer_of(folder, vocabulary) as tokenizer:
         for text in hard_texts(length):
             try:
                 (ids,) = await tokenizer.tokens([text])
@@ -64,10 +66,8 @@ async def check_pre_tokenizer(folder: Path, pre: str, length: int) -> list[str]:
                 continue
             if pre not in UNSPELLED:
                 assert spelled(vocabulary, ids) == text, pre
-        assert await tokenizer.tokens(["a", "aa"]) == [
-            [vocabulary["tokenizer.ggml.tokens"].index("a")],
-            [vocabulary["tokenizer.ggml.tokens"].index("aa")],
-        ]
+        known = vocabulary["tokenizer.ggml.tokens"]
+        assert await tokenizer.tokens(["a", "aa"]) == [[known.index("a")], [known.index("aa")]]
     return refused
 
 
@@ -88,7 +88,7 @@ async def test_every_pre_tokenizer_stands_long_runs(tmp_path: Path, pre: str) ->
 
 @pytest.mark.parametrize("model", MODELS)
 async def test_every_kind_of_vocabulary_stands_long_runs(tmp_path: Path, model: str) -> None:
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf", vocabulary=tiny_vocabulary(model))) as tokenizer:
+    with tokenizer_of(tmp_path, tiny_vocabulary(model)) as tokenizer:
         for text in hard_texts(20_000):
             assert len(await tokenizer.tokens([text])) == 1
         assert await tokenizer.tokens(["a", "", "a"]) == [tokenizer.words("a"), [], tokenizer.words("a")]
@@ -116,7 +116,7 @@ def test_a_file_whose_tokenizer_fails_is_refused_while_it_loads(
 
 
 async def test_a_text_that_ends_its_process_is_refused_alone(tmp_path: Path) -> None:
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf", vocabulary=FRAGILE)) as tokenizer:
+    with tokenizer_of(tmp_path, FRAGILE) as tokenizer:
         good = tokenizer.words("a")
         texts = (["a"], [CRASHING], ["a", CRASHING], ["a"])
         found = await asyncio.gather(*map(tokenizer.tokens, texts), return_exceptions=True)
@@ -127,7 +127,7 @@ async def test_a_text_that_ends_its_process_is_refused_alone(tmp_path: Path) -> 
 
 
 async def test_a_slow_text_ends_at_its_limit_and_holds_up_nobody(tmp_path: Path) -> None:
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf", vocabulary=SQUARE)) as tokenizer:
+    with tokenizer_of(tmp_path, SQUARE) as tokenizer:
         slow = [asyncio.create_task(tokenizer.tokens([SLOW])) for _ in range(LONG_AT_ONCE + 1)]
         await asyncio.sleep(0)
         for _ in range(3):
@@ -138,7 +138,7 @@ async def test_a_slow_text_ends_at_its_limit_and_holds_up_nobody(tmp_path: Path)
 
 
 async def test_a_text_whose_caller_left_is_given_up(tmp_path: Path) -> None:
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf", vocabulary=SQUARE)) as tokenizer:
+    with tokenizer_of(tmp_path, SQUARE) as tokenizer:
         asking = asyncio.create_task(tokenizer.tokens([SLOW]))
         while not (forks := tokenizer.forks()):
             await asyncio.sleep(0.01)
@@ -150,68 +150,64 @@ async def test_a_text_whose_caller_left_is_given_up(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
 
 
-async def test_a_caller_who_leaves_as_its_connection_is_made_loses_none(tmp_path: Path) -> None:
+async def test_a_caller_who_leaves_as_its_connection_is_made_loses_none(tokenizer: Tokenizer) -> None:
     """A connection that nobody closes is an error here: `filterwarnings`."""
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
-        while not (await asyncio.to_thread(tokenizer.forks)):  # who leaves before a thread began has made no connection
-            leaving = asyncio.create_task(tokenizer.tokens(["a"]))
-            await asyncio.sleep(0)
-            leaving.cancel()
-            await asyncio.wait([leaving])
-            assert leaving.cancelled()
+    while not (await asyncio.to_thread(tokenizer.forks)):  # who leaves before a thread began has made no connection
+        leaving = asyncio.create_task(tokenizer.tokens(["a"]))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        assert leaving.cancelled()
         assert await tokenizer.tokens(["a"])
     gc.collect()
 
 
-async def test_the_process_starts_again(tmp_path: Path) -> None:
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
-        before = await tokenizer.tokens(["sea"])
-        os.kill(tokenizer.pid, signal.SIGKILL)
-        for _ in range(3):
-            assert await tokenizer.tokens(["sea" * SHORT]) == [before[0] * SHORT]
+async def test_the_process_starts_again(tokenizer: Tokenizer) -> None:
+    before = await tokenizer.tokens(["sea"])
+    os.kill(tokenizer.pid, signal.SIGKILL)
+    for _ in range(3):
+        assert await tokenizer.tokens(["sea" * SHORT]) == [before[0] * SHORT]
+    tokenizer.close()
     with pytest.raises(EngineClosed):
         await tokenizer.tokens(["sea"])
 
 
-async def test_a_text_is_not_to_blame_for_what_ended_before_it_came(tmp_path: Path) -> None:
+async def test_a_text_is_not_to_blame_for_what_ended_before_it_came(tokenizer: Tokenizer) -> None:
     """A fork that waits for the next text is the first to go where memory is short."""
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
-        before = await tokenizer.tokens(["sea"])
-        for pid in (waiting := tokenizer.forks()):
-            os.kill(pid, signal.SIGKILL)
-        while waiting & tokenizer.forks():
-            await asyncio.sleep(0.01)
-        assert waiting and await tokenizer.tokens(["sea"]) == before
+    before = await tokenizer.tokens(["sea"])
+    for pid in (waiting := tokenizer.forks()):
+        os.kill(pid, signal.SIGKILL)
+    while waiting & tokenizer.forks():
+        await asyncio.sleep(0.01)
+    assert waiting and await tokenizer.tokens(["sea"]) == before
 
 
-async def test_a_lack_of_processes_is_said(tmp_path: Path) -> None:
+async def test_a_lack_of_processes_is_said(tokenizer: Tokenizer) -> None:
     """The text is not to blame for that either: what can be tried again is told apart. For root there is no such limit."""
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
-        if os.geteuid() == 0:
-            ours, theirs = socket.socketpair()
-            tokenizer._keep(ours)
-            theirs.setblocking(False)
-            asking = asyncio.create_task(tokenizer.tokens(["sea"]))
-            assert await asyncio.get_running_loop().sock_recv(theirs, 1)
-            theirs.send(LENGTH.pack(NO_PROCESS))
-            theirs.close()
-        else:
-            limits = resource.prlimit(tokenizer.pid, resource.RLIMIT_NPROC)
-            resource.prlimit(tokenizer.pid, resource.RLIMIT_NPROC, (1, limits[1]))
-            asking = asyncio.create_task(tokenizer.tokens(["sea"]))
-        with pytest.raises(EngineError, match="cannot start a process"):
-            await asking
+    if os.geteuid() == 0:
+        ours, theirs = socket.socketpair()
+        tokenizer._keep(ours)
+        theirs.setblocking(False)
+        asking = asyncio.create_task(tokenizer.tokens(["sea"]))
+        assert await asyncio.get_running_loop().sock_recv(theirs, 1)
+        theirs.send(LENGTH.pack(NO_PROCESS))
+        theirs.close()
+    else:
+        limits = resource.prlimit(tokenizer.pid, resource.RLIMIT_NPROC)
+        resource.prlimit(tokenizer.pid, resource.RLIMIT_NPROC, (1, limits[1]))
+        asking = asyncio.create_task(tokenizer.tokens(["sea"]))
+    with pytest.raises(EngineError, match="cannot start a process"):
+        await asking
 
 
-async def test_signals_for_the_whole_group_are_the_workers(tmp_path: Path) -> None:
+async def test_signals_for_the_whole_group_are_the_workers(tokenizer: Tokenizer) -> None:
     """Ctrl-C and a service manager's SIGTERM reach it too, while the worker drains."""
-    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
-        before, pid = await tokenizer.tokens(["sea"]), tokenizer.pid
-        for number in (signal.SIGINT, signal.SIGTERM):
-            for process in (pid, *tokenizer.forks()):
-                os.kill(process, number)
-        assert await tokenizer.tokens(["sea"]) == before
-        assert tokenizer.pid == pid
+    before, pid = await tokenizer.tokens(["sea"]), tokenizer.pid
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for process in (pid, *tokenizer.forks()):
+            os.kill(process, number)
+    assert await tokenizer.tokens(["sea"]) == before
+    assert tokenizer.pid == pid
 
 
 def test_nothing_of_it_is_left_behind(tmp_path: Path) -> None:

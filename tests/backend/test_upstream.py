@@ -61,25 +61,21 @@ GZIP = [("content-encoding", "gzip")]
 BIG = b"x" * (2 * UNIT + 1)
 
 
+# Of which model, and what is not on its list.
+ELSEWHERE = {
+    "encoder": [
+        ("POST", "/v1/models/other:predict"), ("POST", "/admin"), ("POST", CHAT), ("POST", "/v1/models/encoder%3Apredict"),
+        ("GET", "/v2/models/%2e%2e/ready"), ("GET", "/v2/models/a%2Fb/ready"), ("GET", "/v2/models/../ready"),
+        ("GET", "/v2/models//ready"), ("GET", "/v2/models/a/b/ready"), ("DELETE", "/v2/A"),
+    ],
+    "writer": [("POST", PREDICT)],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("call", "method", "path", "content", "told"),
     [
-        *(
-            (granted(model=model), method, path, b"", (404, "unknown_url"))
-            for model, method, path in (
-                ("encoder", "POST", "/v1/models/other:predict"),
-                ("encoder", "POST", "/admin"),
-                ("encoder", "POST", CHAT),  # another model's
-                ("encoder", "POST", "/v1/models/encoder%3Apredict"),
-                ("encoder", "GET", "/v2/models/%2e%2e/ready"),
-                ("encoder", "GET", "/v2/models/a%2Fb/ready"),
-                ("encoder", "GET", "/v2/models/../ready"),
-                ("encoder", "GET", "/v2/models//ready"),
-                ("encoder", "GET", "/v2/models/a/b/ready"),
-                ("encoder", "DELETE", "/v2/A"),
-                ("writer", "POST", PREDICT),
-            )
-        ),
+        *((granted(model=name), *row, b"", (404, "unknown_url")) for name, rows in ELSEWHERE.items() for row in rows),
         (granted(), "GET", PREDICT, b"", (405, "method_not_supported")),
         (granted(model="nobody"), "POST", PREDICT, b"", (404, "model_not_found")),
         (granted(), "POST", PREDICT, b"coded", (415, "content_encoding")),
@@ -316,21 +312,20 @@ LOCAL = 'origin = "http://127.0.0.1:8080"'
 ROUTE = "write a method and a path"
 
 
+REFUSED = {
+    "not on this host": ['origin = "http://192.0.2.7:8080"', 'origin = "http://example.com"'],
+    "scheme, host and port": [
+        'origin = "http://127.0.0.1:8080/v1"', 'origin = "http://me:secret@127.0.0.1"', 'origin = "127.0.0.1:8080"',
+    ],
+    "must not be forwarded": [f'{LOCAL}\nheaders = ["{name}"]' for name in ("authorization", "te", "lacre-model")],
+}  # fmt: skip
+NO_ROUTES = ("/v1", "get /v1", "CONNECT /v1", "POST v1", "POST /v1//a", "POST /v1?a=b", "POST /v1#a", "POST /a b")
+
+
 @pytest.mark.parametrize(
     ("text", "route", "said"),
-    [
-        ('origin = "http://192.0.2.7:8080"', "GET /", "not on this host"),
-        ('origin = "http://example.com"', "GET /", "not on this host"),
-        ('origin = "http://127.0.0.1:8080/v1"', "GET /", "scheme, host and port"),
-        ('origin = "http://me:secret@127.0.0.1"', "GET /", "scheme, host and port"),
-        ('origin = "127.0.0.1:8080"', "GET /", "scheme, host and port"),
-        *(
-            (f'{LOCAL}\nheaders = ["{name}"]', "GET /", "must not be forwarded")
-            for name in ("authorization", "te", "lacre-model")
-        ),
-        *((LOCAL, route, ROUTE) for route in ("/v1", "get /v1", "CONNECT /v1", "POST v1", "POST /v1//a", "POST /v1?a=b")),
-        *((LOCAL, route, ROUTE) for route in ("POST /v1#a", "POST /a b")),
-    ],
+    [(text, "GET /", said) for said, texts in REFUSED.items() for text in texts]
+    + [(LOCAL, route, ROUTE) for route in NO_ROUTES],
 )
 def test_settings_that_are_refused(text: str, route: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said):

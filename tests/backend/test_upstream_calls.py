@@ -17,6 +17,7 @@ from parts.upstream import CHAT, JSON, code, granted, settings, used
 
 EVENTS = [("content-type", "text/event-stream")]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9, "prompt_tokens_details": {"cached_tokens": 3}}
+BEYOND = "BEYOND"  # in place of a number that readers of JSON make Infinity
 SEVERAL = 'members = ["n"]'
 MESSAGES = [{"role": "user", "content": "Hello."}]
 
@@ -59,29 +60,27 @@ async def test_the_grant_s_ceiling_is_in_the_body(members: dict[str, Any], sent:
     assert used(call) == (7, 3, 2)
 
 
-@pytest.mark.parametrize(
-    ("members", "told"),
-    [
-        ({"max_tokens": 9}, (403, "grant_mismatch")),
-        ({"max_completion_tokens": 3, "n": 3}, (403, "grant_mismatch")),
-        ({"n": 9}, (403, "grant_mismatch")),
-        ({"model": "encoder"}, (403, "grant_mismatch")),
-        ({"model": "/models/writer.gguf"}, (403, "grant_mismatch")),
-        ({"n_predict": 4}, (400, "unknown_parameter")),  # with which llama.cpp's server forgets max_tokens
-        ({"n_cmpl": 4}, (400, "unknown_parameter")),
-        ({"best_of": 4}, (400, "unknown_parameter")),
-        ({"max_tokens": 0}, (400, "invalid_value")),
-        ({"max_tokens": True}, (400, "invalid_value")),
-        ({"max_tokens": 1.5}, (400, "invalid_value")),
-        ({"n": "2"}, (400, "invalid_value")),
-        ({"stream": "yes"}, (400, "invalid_type")),
-        ({"stream": True, "stream_options": []}, (400, "invalid_type")),
-        ({"temperature": float("nan")}, (400, "invalid_json")),
+REFUSED: dict[tuple[int, str], list[dict[str, Any]]] = {
+    (403, "grant_mismatch"): [
+        {"max_tokens": 9}, {"max_completion_tokens": 3, "n": 3}, {"n": 9}, {"model": "encoder"},
+        {"model": "/models/writer.gguf"},
     ],
-)
-async def test_what_the_grant_does_not_cover_goes_nowhere(members: dict[str, Any], told: tuple[int, str]) -> None:
+    (400, "unknown_parameter"): [
+        {"n_predict": 4},  # with which llama.cpp's server forgets max_tokens
+        {"n_cmpl": 4}, {"best_of": 4},
+    ],
+    (400, "invalid_value"): [{"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": 1.5}, {"n": "2"}],
+    (400, "invalid_type"): [
+        {"stream": "yes"}, {"stream": True, "stream_options": []}, {"model": 5}, {"model": None}, {"model": ["m"]},
+    ],
+    (400, "invalid_json"): [{"temperature": float("nan")}, {"temperature": BEYOND}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("told", "members"), [(told, members) for told, each in REFUSED.items() for members in each], ids=str)
+async def test_what_the_grant_does_not_cover_goes_nowhere(told: tuple[int, str], members: dict[str, Any]) -> None:
     call = granted("chat", "writer")
-    answered, server = await asked(whole(), chat(**members), call, of_chat=SEVERAL)
+    answered, server = await asked(whole(), chat(**members).replace(b'"BEYOND"', b"1e999"), call, of_chat=SEVERAL)
     assert code(answered) == told
     assert not server.bodies and used(call) == (0, 0, 0)
 
@@ -161,6 +160,17 @@ async def test_what_makes_no_tokens(action: str, path: str, body: Any, usage: An
     answered, server = await asked(whole(usage=usage), json.dumps({"model": "writer", **body}).encode(), call, path)
     assert answered.status == 200 and used(call) == counted
     assert json.loads(server.bodies[0]) == {"model": "/models/writer.gguf", **body}
+
+
+@pytest.mark.parametrize("own", [{}, {"own_token_ids": True}])
+async def test_ids_of_another_vocabulary_go_nowhere_unasked(own: dict[str, bool]) -> None:
+    given = {"model": "writer", "input": [15339, 1917]}
+    embeds = whole(usage={"prompt_tokens": 2, "total_tokens": 2})
+    answered, server = await asked(embeds, json.dumps({**given, **own}).encode(), granted("embed", "writer"), "/v1/embeddings")
+    if own:
+        assert json.loads(server.bodies[0]) == {**given, "model": "/models/writer.gguf"}
+    else:
+        assert (code(answered), server.bodies) == ((400, "token_ids_refused"), [])
 
 
 async def test_its_refusals_are_its_own() -> None:
