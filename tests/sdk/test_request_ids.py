@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
@@ -54,12 +55,15 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("bent", FAULTS.values(), ids=FAULTS)
-async def test_every_error_has_the_requests_id(bent: dict[str, Any], stream: bool) -> None:
+def test_every_error_has_the_requests_id(bent: dict[str, Any], stream: bool) -> None:
+    async def ask() -> None:
+        async with connect_async(Numbered(**bent), **ONCE) as client:
+            await (client.chat_stream("x").reply() if stream else client.chat("x"))
+
     with connect(Numbered(**bent), **ONCE) as client, pytest.raises(lacre.LacreError) as sync:
         client.chat_stream("x").reply() if stream else client.chat("x")
-    async with connect_async(Numbered(**bent), **ONCE) as awaited:
-        with pytest.raises(lacre.LacreError) as later:
-            await (awaited.chat_stream("x").reply() if stream else awaited.chat("x"))
+    with pytest.raises(lacre.LacreError) as later:
+        asyncio.run(ask())
     for error in (sync.value, later.value):
         assert error.request_id == "r1"
         assert error.verification is not None
