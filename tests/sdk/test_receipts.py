@@ -15,10 +15,12 @@ from lacre.chat.stream import Deltas
 from lacre.evidence.receipts import TRAILER, Receipt, of_answer
 from lacre.evidence.recount import Recount, Written
 from lacre.jose.jws import b64u
-from parts.chat_app import ChatApp
-from parts.relay import Relay, Wire
+from parts.chat_app import ChatApp, reply
+from parts.relay import Relay, connect
 
 Bend = Callable[[Receipt], list[Receipt]]
+USED = lacre.TokenUsage(prompt=7, completion=3, cached=2)
+PATH, BODY = "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "stream": True}
 
 
 def changed(**members: Any) -> Bend:
@@ -50,18 +52,16 @@ class TestGoodReceipts:
         assert receipt.final and receipt.model == "sha256:77"
         assert (receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens) == (7, 2, 3)
         assert receipt.enc == b64u(relay.opened[0].header.digest)
-        assert reply.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
+        assert reply.usage == USED
 
     def test_on_a_stream(self, client: lacre.Client, relay: Relay) -> None:
         with client.chat_stream("x") as stream:
             for _ in range(3):
                 next(stream)
-                for early in ("receipt", "usage"):
-                    assert getattr(stream, early) is None
-                assert stream.recount() is None
+                assert (stream.receipt, stream.usage, stream.recount()) == (None, None, None)
             assert list(stream) == []
         assert stream.receipt.enc == b64u(relay.opened[0].header.digest)
-        assert stream.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
+        assert stream.usage == USED
         assert (stream.text, stream.attempts, stream.facts.shape) == ("one two three", 1, "pad")
 
     async def test_awaited(self, async_client: lacre.AsyncClient) -> None:
@@ -72,23 +72,22 @@ class TestGoodReceipts:
         assert stream.recount().claimed == 3
 
     def test_on_a_raw_response_once_it_has_ended(self, client: lacre.Client) -> None:
-        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        with client.stream("POST", PATH, json=BODY) as response:
             facts = response.extensions["lacre"]
             assert facts.receipt is None
             response.read()
             assert facts.receipt.completion_tokens == 3
-        assert client.post("/v1/chat/completions", json=body).extensions["lacre"].receipt.final
+        assert client.post(PATH, json=BODY).extensions["lacre"].receipt.final
 
     def test_an_error_of_the_api_has_one_too(self, client: lacre.Client) -> None:
-        response = client.post("/v1/chat/completions", json={"messages": []})
+        response = client.post(PATH, json={"messages": []})
         assert response.status_code == 400
         assert response.extensions["lacre"].receipt.completion_tokens == 0
 
     def test_usage_is_asked_for_unless_the_caller_says_otherwise(self, client: lacre.Client, app: ChatApp) -> None:
         stream = client.chat_stream("x", stream_options={"include_obfuscation": False})
         assert list(stream)
-        assert stream.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)  # the receipt's
+        assert stream.usage == USED  # the receipt's
         assert list(client.chat_stream("x"))
         first, second = map(json.loads, app.bodies)
         assert "include_usage" not in first["stream_options"]
@@ -115,10 +114,9 @@ class TestBadReceipts:
     @pytest.mark.parametrize("bend", BAD.values(), ids=BAD)
     async def test_raw(self, async_client: lacre.AsyncClient, relay: Relay, bend: Bend) -> None:
         relay.receipts = bend
-        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "stream": True}
         with pytest.raises(lacre.InvalidReceipt):
-            await async_client.post("/v1/chat/completions", json=body)
-        async with async_client.stream("POST", "/v1/chat/completions", json=body) as response:
+            await async_client.post(PATH, json=BODY)
+        async with async_client.stream("POST", PATH, json=BODY) as response:
             with pytest.raises(lacre.InvalidReceipt):
                 await response.aread()
             assert response.extensions["lacre"].receipt is None
@@ -131,17 +129,14 @@ class TestBadReceipts:
         assert isinstance(caught.value.__cause__, lacre.InvalidSignature)
         assert isinstance(caught.value, lacre.VerificationError)
 
-    def test_a_usage_that_is_none(self, relay: Relay, app: ChatApp) -> None:
-        async def odd(scope: Any, receive: Any, send: Any) -> None:
+    def test_a_usage_that_is_none(self) -> None:
+        async def odd(_scope: Any, receive: Any, send: Any) -> None:
             await receive()
-            body = b'{"id":"a","model":"m","choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":[1]}'
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": body})
+            choice = {"message": {"content": "x"}, "finish_reason": "stop"}
+            await reply(send, 200, {"id": "a", "model": "m", "choices": [choice], "usage": [1]})
 
-        relay.app = odd
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            with pytest.raises(lacre.InvalidMessage):
-                client.chat("x")
+        with connect(Relay(odd)) as client, pytest.raises(lacre.InvalidMessage):
+            client.chat("x")
 
 
 class TestOfAnswer:
@@ -161,22 +156,26 @@ class TestOfAnswer:
             of_answer([(TRAILER, token)], self.PUBLIC, bytes(32), 9)
 
 
-def whole(*contents: Any, logprobs: int | None = None) -> dict[str, Any]:
-    listed = None if logprobs is None else {"content": [{"token": "t"}] * logprobs}
-    choices = [{"index": number, "message": content, "logprobs": listed} for number, content in enumerate(contents)]
-    return {"choices": choices}
+def words(text: str) -> int:
+    return len(text.split())
 
 
-def recount(body: dict[str, Any], claimed: int, tokenizer: Any = None) -> Recount:
-    written = Written()
-    for choice in body["choices"]:
-        written.add(choice, choice["message"])
+CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at":"x"}'}}
+CALLS = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL]}
+REASONS = {"role": "assistant", "content": "so", "reasoning_content": "hm"}
+
+
+def recount(messages: list[Any], claimed: int, tokenizer: Any = None, logprobs: int | None = None) -> Recount:
+    """logprobs: how many tokens each choice lists."""
+    written, listed = Written(), None if logprobs is None else {"content": [{"token": "t"}] * logprobs}
+    for number, message in enumerate(messages):
+        written.add({"index": number, "message": message, "logprobs": listed}, message)
     return written.recount(claimed, tokenizer)
 
 
 class TestRecount:
     def test_of_a_reply(self, client: lacre.Client) -> None:
-        counted = client.chat("x").recount(lambda text: len(text.split()))
+        counted = client.chat("x").recount(words)
         assert counted == Recount(claimed=3, text_bytes=13, listed=None, counted=3)
         assert (counted.unexplained, counted.difference) == (0, 0)
 
@@ -185,26 +184,22 @@ class TestRecount:
         list(stream)
         assert stream.recount(len) == client.chat("x").recount(len)
 
-    def test_without_a_tokenizer(self, client: lacre.Client) -> None:
-        assert client.chat("x").recount().difference is None
-
-    def test_tokens_that_no_text_accounts_for(self) -> None:
-        assert recount(whole({"content": "abc"}), claimed=50).unexplained == 47
-        assert recount(whole({"content": "äbc"}), claimed=4).unexplained == 0  # bytes, not characters
-
-    def test_more_tokens_than_the_tokenizer_makes(self) -> None:
-        counted = recount(whole({"content": "one two three"}), claimed=9, tokenizer=lambda text: len(text.split()))
-        assert (counted.unexplained, counted.difference) == (0, 6)
-
-    def test_every_choice_and_everything_written(self) -> None:
-        call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at":"x"}'}}
-        first = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
-        body = whole(first, {"role": "assistant", "content": "so", "reasoning_content": "hm"})
-        assert recount(body, claimed=1).text_bytes == len('look{"at":"x"}') + len("sohm")
-        assert recount(body, claimed=1, tokenizer=len).counted == 18
-
-    def test_tokens_that_the_answer_lists(self) -> None:
-        assert recount(whole({"content": "abc"}, {"content": "d"}, logprobs=3), claimed=6).listed == 6
+    @pytest.mark.parametrize(
+        ("messages", "logprobs", "claimed", "tokenizer", "expected"),
+        [
+            ([{"content": "abc"}], None, 50, None, {"unexplained": 47, "difference": None}),  # no text accounts for them
+            ([{"content": "äbc"}], None, 4, None, {"unexplained": 0}),  # bytes, not characters
+            ([{"content": "one two three"}], None, 9, words, {"unexplained": 0, "difference": 6}),
+            ([CALLS, REASONS], None, 1, len, {"text_bytes": len('look{"at":"x"}sohm'), "counted": 18}),
+            ([{"content": "abc"}, {"content": "d"}], 3, 6, None, {"listed": 6}),
+            ([{"content": "\ud800"}], None, 1, None, {"text_bytes": 3}),  # it is no Unicode
+        ],
+    )
+    def test_of_an_answer(
+        self, messages: list[Any], logprobs: int | None, claimed: int, tokenizer: Any, expected: dict[str, Any]
+    ) -> None:
+        counted = recount(messages, claimed, tokenizer, logprobs)
+        assert {name: getattr(counted, name) for name in expected} == expected
 
     def test_deltas_of_several_choices(self) -> None:
         deltas = Deltas()
@@ -218,7 +213,4 @@ class TestRecount:
         nested: Any = "x"
         for _ in range(100_000):
             nested = [nested]
-        assert recount(whole({"content": nested}), claimed=1).text_bytes == 1
-
-    def test_text_that_is_no_unicode(self) -> None:
-        assert recount(whole({"content": "\ud800"}), claimed=1).text_bytes == 3
+        assert recount([{"content": nested}], claimed=1).text_bytes == 1

@@ -17,7 +17,7 @@ import lacre
 from lacre import problems
 from lacre.transport import oauth
 from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts.relay import SEALED, Relay, connect, connect_async, served
 
 TOKEN_URL = "https://issuer.example/token"
 SECRET = "s3cr:et"
@@ -40,18 +40,17 @@ class Issuing:
             body = f'{{"access_token":"t{len(self.asked)}","token_type":"Bearer","expires_in":{self.life}}}'
             return self.failure or served(200, body.encode())
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if request.url.path == "/v1/sealed" and not self.good(token):
+        if request.url.path == SEALED and not self.good(token):
             return served(401, problems.INVALID_TOKEN.body())
         return None
 
     @property
     def used(self) -> list[str]:
-        sealed = (request for request in self.relay.requests if request.url.path == "/v1/sealed")
-        return [request.headers["authorization"].removeprefix("Bearer ") for request in sealed]
+        return [request.headers["authorization"].removeprefix("Bearer ") for request in self.relay.sealed]
 
     def client(self, token: Any = None, **options: Any) -> lacre.Client:
         source = token or lacre.ClientCredentials(TOKEN_URL, "app", SECRET, scope="models", **options)
-        return lacre.Client(self.relay.url, token=source, memory=lacre.VersionMemory(), transport=Wire(self.relay))
+        return connect(self.relay, token=source)
 
 
 @pytest.fixture
@@ -79,21 +78,15 @@ def test_the_secret_in_the_form(issuing: Issuing) -> None:
     assert "authorization" not in asked.headers
 
 
-def test_replaced_before_it_expires(issuing: Issuing, monkeypatch: pytest.MonkeyPatch) -> None:
-    issuing.life = 0.5  # and so replaced after 0.4 s
+@pytest.mark.parametrize(("life", "used"), [(0.5, ["t1", "t2"]), (10**400, ["t1", "t1"])])
+def test_replaced_before_it_expires(issuing: Issuing, life: float, used: list[str]) -> None:
+    """One of 0.5 s after 0.4 s; one whose life no clock holds, never."""
+    issuing.life = life
     with issuing.client() as client:
         client.chat("x")
         time.sleep(0.45)
         client.chat("x")
-    assert issuing.used == ["t1", "t2"]
-
-
-def test_a_life_that_no_clock_holds(issuing: Issuing) -> None:
-    issuing.life = 10**400
-    with issuing.client() as client:
-        client.chat("x")
-        client.chat("x")
-    assert issuing.used == ["t1", "t1"]
+    assert issuing.used == used
 
 
 def test_a_refused_token_is_replaced_once(issuing: Issuing) -> None:
@@ -130,8 +123,7 @@ def test_single_flight(issuing: Issuing) -> None:
 
 async def test_single_flight_awaited(issuing: Issuing) -> None:
     source = lacre.ClientCredentials(TOKEN_URL, "app", SECRET)
-    wire = AsyncWire(issuing.relay)
-    async with lacre.AsyncClient(issuing.relay.url, token=source, memory=lacre.VersionMemory(), transport=wire) as client:
+    async with connect_async(issuing.relay, token=source) as client:
         await asyncio.gather(*(client.chat("x") for _ in range(8)))
         issuing.good = lambda token: token != "t1"
         await asyncio.gather(*(client.chat("x") for _ in range(8)))

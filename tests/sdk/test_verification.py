@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from lacre.errors import LacreError
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.trust.manifest import fingerprint
 from parts.bent import without
-from parts.relay import Relay, served
+from parts.chat_app import ChatApp
+from parts.relay import Relay, connect, on_sealed, served
 
 
 def test_before_and_after_an_answer(client: lacre.Client, relay: Relay) -> None:
@@ -50,17 +52,18 @@ def test_an_untrusted_manifest(client: lacre.Client, relay: Relay) -> None:
     assert caught.value.verification == lacre.Verification(b64u(raw_public_key(relay.root)))
 
 
-@pytest.mark.parametrize("kind", ["refused", "cut", "no receipt", "no audit", "the worker's"])
-def test_on_errors(client: lacre.Client, relay: Relay, kind: str) -> None:
-    if kind == "refused":
-        relay.respond = lambda request: served(403) if request.url.path == "/v1/sealed" else None
-    elif kind == "cut":
-        relay.bend = without
-    elif kind == "no receipt":
-        relay.receipts = lambda receipt: []
-    elif kind == "no audit":
-        relay.audit = lambda proof: None
-    with pytest.raises(LacreError) as caught:
+BENT: dict[str, dict[str, Any]] = {
+    "refused": {"respond": on_sealed(lambda: served(403))},
+    "cut": {"bend": without},
+    "no receipt": {"receipts": lambda receipt: []},
+    "no audit": {"audit": lambda proof: None},
+    "the worker's": {},
+}
+
+
+@pytest.mark.parametrize("kind", BENT)
+def test_on_errors(kind: str) -> None:
+    with connect(Relay(ChatApp(), **BENT[kind])) as client, pytest.raises(LacreError) as caught:
         client.chat([] if kind == "the worker's" else "x")
     checked = caught.value.verification
     assert checked is not None and checked.sealed_to is not None and checked.manifest is not None
