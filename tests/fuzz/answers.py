@@ -11,22 +11,12 @@ import httpx2
 from fuzz.statements import MANIFEST, NOW, PINNED, POOL_KEY, POOL_SIGNER, ROOT, SIGNER, STATEMENT
 from fuzz.target import Script, Target
 from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
+from lacre import errors
 from lacre.asgi import Opened
 from lacre.asgi.admission import SealedRefusal
 from lacre.chat.choices import TextDelta
 from lacre.chat.reply import Reply
 from lacre.chat.stream import Deltas
-from lacre.errors import (
-    ApiError,
-    InvalidMessage,
-    InvalidReceipt,
-    LacreError,
-    ProtocolError,
-    RefusedError,
-    TruncatedStream,
-    UsageError,
-    VerificationError,
-)
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.receipts import TRAILER, Receipt
@@ -51,8 +41,8 @@ from lacre_fabric.work.grants import Grant
 from parts import audited
 from parts.bent import cut
 
-OF_AN_ANSWER: Final = (InvalidMessage, InvalidReceipt, ApiError)
-OF_A_PEER: Final = (ProtocolError, VerificationError, RefusedError)
+OF_AN_ANSWER: Final = (errors.InvalidMessage, errors.InvalidReceipt, errors.ApiError)
+OF_A_PEER: Final = (errors.ProtocolError, errors.VerificationError, errors.RefusedError)
 DOCUMENT: Final = Document((sign_statement(STATEMENT, ROOT),), sign_manifest(MANIFEST, SIGNER)).encode()
 PLAIN: Final = Plain("POST", "/v1/chat/completions", (("content-type", "application/json"),), b'{"model":"tiny","messages":[]}')
 GRANT: Final = Grant(
@@ -122,7 +112,7 @@ def exchange(data: bytes) -> None:
     while not whole.ended:
         try:
             whole.feed(next(pieces, None))
-        except LacreError as broken:
+        except errors.LacreError as broken:
             _, pieces = driven(whole.resume(broken), script)
         whole.take()
 
@@ -176,13 +166,13 @@ def made(kind: int, content: bytes, digest: bytes) -> bytes:
             head = encoder.head(400, (("content-type", PROBLEM), ("date", content.decode("latin-1"))))
         else:
             head = encoder.head(200)
-    except UsageError:  # a date that no header can carry
+    except errors.UsageError:  # a date that no header can carry
         return b""
     return head + encoder.data(problem if kind == SEALED_DATE else content) + encoder.end(((TRAILER, receipt),))
 
 
 TARGETS: Final = (
-    Target("deltas", deltas, (*OF_AN_ANSWER, TruncatedStream), deltas_can_be_counted, json=True),
+    Target("deltas", deltas, (*OF_AN_ANSWER, errors.TruncatedStream), deltas_can_be_counted, json=True),
     Target("reply", reply, OF_AN_ANSWER, reply_can_be_counted, json=True),
     Target("request_inside", request_inside, MALFORMED, refusal_can_be_sealed),
     Target("exchange", exchange, OF_A_PEER, json=True),

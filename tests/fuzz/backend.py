@@ -1,7 +1,8 @@
-"""Targets of what a worker takes apart for its model: callers' JSON schemas, and the chat template of a model's file."""
+"""Targets of what a worker takes apart for its model: callers' chats and JSON schemas, and the chat template of its file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, Final
 
@@ -13,10 +14,14 @@ from llguidance import LLMatcher
 from fuzz.target import Target
 from lacre.errors import UsageError
 from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.schema.patterns import byte_tokenizer
 from lacre_backend.api.template.bounds import Bounds
 from lacre_backend.api.template.environment import template_environment
+from lacre_backend.api.template.prompt import ChatTemplate, Piece, TemplateRefused
+from lacre_backend.engine.protocol import ControlToken
+from parts.echo_engine import EchoEngine
 
 SMALL: Final = Bounds(rounds=2000, size=2**17, seconds=5.0)
 MESSAGES: Final = [{"role": "user", "content": "Hello <b>"}, {"role": "assistant", "content": "Hi"}]
@@ -71,7 +76,40 @@ def example(**schema: Any) -> bytes:
     return b"\x00" + json.dumps(schema).encode()
 
 
+_MODEL: Final = EchoEngine(name="tiny").model
+# One that looks into everything that a request may hold.
+_SOURCE: Final = (
+    "{% macro told(s) %}{% for name, each in (s.properties or {}).items() %}{{ name }}{{ told(each) }}{% endfor %}"
+    "{% endmacro %}"
+    "{% for t in tools or [] %}{{ t.function.name }}{{ told(t.function.parameters) }}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>\n{% endfor %}"
+)
+_TEMPLATE: Final = ChatTemplate(dataclasses.replace(_MODEL, chat_template=_SOURCE))
+
+
+def chat_request(data: bytes) -> tuple[int, tuple[Piece, ...]] | None:
+    """How many messages the request has, and its prompt; None where the template does not take it."""
+    parsed = parse_chat(data)
+    calling = parsed.calling()
+    told = [] if calling is None else [tool.for_template() for tool in calling.tools]
+    try:
+        return len(parsed.messages), _TEMPLATE.render([message.for_template() for message in parsed.messages], told or None)
+    except TemplateRefused:
+        return None
+
+
+def only_its_own_control_tokens(_data: bytes, rendered: tuple[int, tuple[Piece, ...]] | None) -> None:
+    """Whatever a request holds: two for each message. All else can be written down."""
+    if rendered is None:
+        return
+    messages, pieces = rendered
+    assert sum(isinstance(piece, ControlToken) for piece in pieces) == 2 * messages
+    "".join(piece for piece in pieces if isinstance(piece, str)).encode()
+
+
 TARGETS: Final = (
+    Target("chat_request", chat_request, (RequestRefused,), only_its_own_control_tokens, json=True),
     Target("json_schema", json_schema, (RequestRefused,), compiles, max_length=1024, json=True, floor=2**24),
     Target("chat_template", chat_template, (Refused,), bounded, max_length=512, floor=2**25),
 )

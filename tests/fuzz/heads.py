@@ -9,16 +9,7 @@ from typing import Final
 import h11
 
 from fuzz.target import Script, Target
-from lacre.runtime.http1 import (
-    MAX_FIELDS,
-    MAX_HEAD,
-    MAX_TARGET,
-    Body,
-    RequestEnd,
-    RequestHead,
-    RequestReader,
-    UnreadableRequest,
-)
+from lacre.runtime import http1
 from parts.bent import cut
 
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
@@ -28,26 +19,26 @@ _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 class Message:
     """One request. whole: whether its end was reached."""
 
-    head: RequestHead
+    head: http1.RequestHead
     content: bytes = b""
     whole: bool = False
 
 
 def read(pieces: list[bytes]) -> tuple[list[Message], int | None]:
     """The requests, and the status of what cannot be read after them."""
-    reader, messages = RequestReader(encoded_slashes=True), list[Message]()
+    reader, messages = http1.RequestReader(encoded_slashes=True), list[Message]()
     try:
         for piece in pieces:
             reader.feed(piece)
             while (event := reader.next()) is not None:
                 match event:
-                    case RequestHead():
+                    case http1.RequestHead():
                         messages.append(Message(event))
-                    case Body(content):
+                    case http1.Body(content):
                         messages[-1].content += content
-                    case RequestEnd():
+                    case http1.RequestEnd():
                         messages[-1].whole = True
-    except UnreadableRequest as exc:
+    except http1.UnreadableRequest as exc:
         return messages, exc.status
     return messages, None
 
@@ -68,8 +59,8 @@ def holds(_data: bytes, parsed: tuple[bytes, list[Message], int | None]) -> None
     assert status in (None, 400, 414, 417, 431, 501, 505)
     for message in messages:
         head = message.head
-        assert len(head.fields) <= MAX_FIELDS and len(head.path) + len(head.query) <= MAX_TARGET
-        assert sum(len(name) + len(value) for name, value in head.fields) <= MAX_HEAD
+        assert len(head.fields) <= http1.MAX_FIELDS and len(head.path) + len(head.query) <= http1.MAX_TARGET
+        assert sum(len(name) + len(value) for name, value in head.fields) <= http1.MAX_HEAD
         assert head.path.startswith(b"/") and b"//" not in head.path
         assert not any(byte in b"\r\n\x00" for name, value in head.fields for byte in name + value)
         assert head.length is None or not message.whole or head.length == len(message.content)
@@ -84,7 +75,7 @@ def plain(field: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
 
 def same(stream: bytes, message: Message) -> None:
     """h11 reads the first request as we do."""
-    other, head = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * MAX_HEAD), message.head
+    other, head = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * http1.MAX_HEAD), message.head
     other.receive_data(stream)
     request = other.next_event()
     assert isinstance(request, h11.Request), request

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from lacre.errors import SettingsError
 from lacre_gateway.auth.fetch import MAX_DOCUMENT, Fetched, FetchFailed, fetch
 from lacre_gateway.auth.jwks import KeySet
 from lacre_gateway.settings import fetchable
+from parts.relay import Stream
 
 ALGORITHMS: Final = ("EdDSA", "ES256", "ES384", "ES512", "RS256", "PS512")
 URL: Final = "http://127.0.0.1:1/keys"
@@ -56,16 +56,7 @@ class Issuer(httpx2.AsyncBaseTransport):
         named = [FIELDS[self.script.number() % len(FIELDS)] for _ in range(self.script.number() % 4)]
         headers = [(name.encode(), self.script.text()) for name in named]
         pieces = [self.script.text() for _ in range(1 + self.script.number() % 3)]
-        return httpx2.Response(status, headers=headers, stream=Pieces(pieces))
-
-
-@dataclass(slots=True)
-class Pieces(httpx2.AsyncByteStream):
-    pieces: Iterable[bytes]
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self.pieces:
-            yield piece
+        return httpx2.Response(status, headers=headers, stream=Stream(pieces))
 
 
 def issuer(data: bytes) -> Issuer:

@@ -15,7 +15,6 @@ from fuzz.statements import MANIFEST, NOW, OF_TRUST, SIGNER
 from fuzz.target import Script, Target
 from lacre.errors import Rollback
 from lacre.jose.jws import raw_public_key, sign_bytes
-from lacre.trust.chain import Trusted
 from lacre.trust.manifest import ROOT_TYP, Document, Manifest, RootStatement
 from lacre.trust.manifest_store import VersionMemory, accept
 from lacre.trust.rollback import Seen
@@ -36,8 +35,14 @@ def lineage(data: bytes) -> VersionMemory:
         except (*OF_TRUST, Rollback):
             continue
         assert taken.roots[0] == pin
-        _newest(memory, taken)
+        # Nothing newer of the same roots is remembered than what was taken.
+        mine = [seen for seen in remembered(memory) if set(seen.roots) & set(taken.roots)]
+        assert [seen.version for seen in mine] == [taken.manifest.version]
     return memory
+
+
+def remembered(memory: VersionMemory) -> tuple[Seen, ...]:
+    return memory.update(lambda seen: (tuple(seen), tuple(seen)))  # type: ignore[arg-type, return-value]
 
 
 def _document(script: Script) -> bytes:
@@ -66,24 +71,9 @@ def _statements(script: Script) -> Iterator[tuple[str, ...]]:
         yield entry
 
 
-def _newest(memory: VersionMemory, taken: Trusted) -> None:
-    """Nothing newer of the same roots is remembered than what was taken."""
-
-    def look(remembered: tuple[Seen, ...]) -> tuple[Trusted, tuple[Seen, ...]]:
-        mine = [seen for seen in remembered if set(seen.roots) & set(taken.roots)]
-        assert [seen.version for seen in mine] == [taken.manifest.version]
-        return taken, remembered
-
-    memory.update(lambda remembered: look(tuple(remembered)))
-
-
 def lineages_share_no_root(_data: bytes, memory: VersionMemory) -> None:
-    def look(remembered: tuple[Seen, ...]) -> tuple[None, tuple[Seen, ...]]:
-        roots = [root for seen in remembered for root in seen.roots]
-        assert len(roots) == len(set(roots))
-        return None, remembered
-
-    memory.update(lambda remembered: look(tuple(remembered)))  # type: ignore[arg-type, return-value]
+    roots = [root for seen in remembered(memory) for root in seen.roots]
+    assert len(roots) == len(set(roots))
 
 
 TARGETS: Final = (Target("lineage", lineage, (), lineages_share_no_root, max_length=512),)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,10 +26,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_input(path: Path) -> None:
-    target = TARGETS[path.parent.name]
-    data = path.read_bytes()
+    target, data = TARGETS[path.parent.name], path.read_bytes()
     for smaller in (data, data[: len(data) // 2], data[1:], b""):
         target.check_memory(smaller)
+    if not path.name.startswith("found-"):
+        refused = path.name in REFUSED.get(path.parent.name, ())
+        with pytest.raises(target.refuses) if refused else nullcontext():
+            target.parse(data)
 
 
 def test_the_corpus_is_what_the_encoders_make() -> None:
@@ -40,30 +43,14 @@ def test_the_corpus_is_what_the_encoders_make() -> None:
     assert {path.parent.name for path in INPUTS} == set(TARGETS)
 
 
-@pytest.mark.parametrize("path", seeds(), ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_seeds_pass_the_first_checks(path: Path) -> None:
-    target = TARGETS[path.parent.name]
-    if path.name in REFUSED.get(path.parent.name, set()):
-        with pytest.raises(target.refuses):
-            target.parse(path.read_bytes())
-    else:
-        target.parse(path.read_bytes())
-
-
 def test_another_error_is_noticed() -> None:
-    def parse(data: bytes) -> object:
-        return data[0]
-
     with pytest.raises(IndexError):
-        Target("broken", parse, (InvalidMessage,)).check(b"")
+        Target("broken", lambda data: data[0], (InvalidMessage,)).check(b"")
 
 
 def test_memory_out_of_proportion_is_noticed() -> None:
-    def parse(data: bytes) -> object:
-        return bytearray(2**21)
-
     with pytest.raises(AssertionError, match="bytes of memory"):
-        Target("broken", parse, ()).check_memory(b"")
+        Target("broken", lambda _data: bytearray(2**21), ()).check_memory(b"")
 
 
 def test_an_invariant_is_no_place_for_a_refusal() -> None:
@@ -79,11 +66,11 @@ def test_other_bytes_than_were_sealed_are_noticed() -> None:
     aead = wire.ohttp.response_aead(wire.HEADER, wire.RESPONSE_SECRET, wire.NONCE)
     sealed = wire.sealed_by(script, aead, wire.NONCE)
     assert sealed.must_open and not sealed.must_not
-    for expected in (b"some", b"other"):
+
+    def opened(plaintext: bytes) -> bytes | None:
         opener = wire.ohttp.ResponseOpener(wire.HEADER, wire.RESPONSE_SECRET)
-        opened = partial(wire._opened, opener, [sealed.message], replace(sealed, plaintext=expected), wire.OF_A_RESPONSE)
-        if expected == b"some":
-            assert opened() == b"some"
-        else:
-            with pytest.raises(AssertionError):
-                opened()
+        return wire._opened(opener, [sealed.message], replace(sealed, plaintext=plaintext), wire.OF_A_RESPONSE)
+
+    assert opened(b"some") == b"some"
+    with pytest.raises(AssertionError):
+        opened(b"other")

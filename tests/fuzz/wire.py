@@ -12,44 +12,29 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fuzz.target import Script, Target, outcome
-from lacre.errors import (
-    InvalidMessage,
-    LacreError,
-    MessageTooLarge,
-    OpenError,
-    TruncatedStream,
-    UnknownKeyId,
-    UnsupportedSuite,
-)
+from lacre import errors
 from lacre.wire import bhttp, hpke, ohttp, varint
-from lacre.wire.header import (
-    MAX_KEY_LIST,
-    Aead,
-    Kdf,
-    Kem,
-    KeyConfig,
-    SealedHeader,
-    Suite,
-    encode_key_list,
-    inspect_request,
-    parse_key_list,
-)
+from lacre.wire import header as headers
 from lacre.wire.opening import PrivateKey, RequestOpener, open_request
 from parts.bent import cut
 
-MALFORMED: Final = (InvalidMessage, MessageTooLarge, TruncatedStream)
-OF_A_HEADER: Final = (*MALFORMED, UnsupportedSuite)
-OF_A_CONFIGURATION: Final = (InvalidMessage, MessageTooLarge, UnsupportedSuite)
-OF_A_REQUEST: Final = (*OF_A_HEADER, UnknownKeyId, OpenError)
-OF_A_RESPONSE: Final = (*MALFORMED, OpenError)
+Opener = RequestOpener | ohttp.ResponseOpener
+MALFORMED: Final = (errors.InvalidMessage, errors.MessageTooLarge, errors.TruncatedStream)
+OF_A_HEADER: Final = (*MALFORMED, errors.UnsupportedSuite)
+OF_A_CONFIGURATION: Final = (errors.InvalidMessage, errors.MessageTooLarge, errors.UnsupportedSuite)
+OF_A_REQUEST: Final = (*OF_A_HEADER, errors.UnknownKeyId, errors.OpenError)
+OF_A_RESPONSE: Final = (*MALFORMED, errors.OpenError)
 
-KEYS: Final = {1: PrivateKey.derive(1, Kem.X25519, bytes(range(32))), 2: PrivateKey.derive(2, Kem.XWING, bytes(range(32)))}
-SUITE: Final = Suite(Kem.X25519, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
+KEYS: Final = {
+    1: PrivateKey.derive(1, headers.Kem.X25519, bytes(range(32))),
+    2: PrivateKey.derive(2, headers.Kem.XWING, bytes(range(32))),
+}
+SUITE: Final = headers.Suite(headers.Kem.X25519, headers.Kdf.HKDF_SHA256, headers.Aead.AES_256_GCM)
 NONCE: Final = bytes(range(32))  # of every response: the secret is another's each time that it matters
 _SHARED, _ENC = hpke.encapsulate_for_test_vectors(
-    Kem.X25519, KEYS[1].config.public_key, X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+    headers.Kem.X25519, KEYS[1].config.public_key, X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 )
-HEADER: Final = SealedHeader(1, SUITE, _ENC)
+HEADER: Final = headers.SealedHeader(1, SUITE, _ENC)
 RESPONSE_SECRET: Final = ohttp.response_secret(hpke.Context(SUITE, _SHARED, ohttp.request_info(HEADER)), SUITE)
 
 # What a script of a sealed message may ask for.
@@ -88,23 +73,23 @@ def _events(pieces: list[bytes]) -> list[bhttp.Event]:
 # Key configurations and headers
 
 
-def config_written_alike(_data: bytes, config: KeyConfig) -> None:
+def config_written_alike(_data: bytes, config: headers.KeyConfig) -> None:
     """And sealing to it works, or says that the key is none."""
-    assert KeyConfig.parse(config.encode()) == config
-    outcome(lambda: ohttp.seal_request(config, b""), (InvalidMessage,))
+    assert headers.KeyConfig.parse(config.encode()) == config
+    outcome(lambda: ohttp.seal_request(config, b""), (errors.InvalidMessage,))
 
 
-def list_written_alike(data: bytes, configs: tuple[KeyConfig, ...]) -> None:
-    encoded = encode_key_list(configs)
-    assert parse_key_list(encoded) == configs
-    assert len(encoded) <= len(data) <= MAX_KEY_LIST
+def list_written_alike(data: bytes, configs: tuple[headers.KeyConfig, ...]) -> None:
+    encoded = headers.encode_key_list(configs)
+    assert headers.parse_key_list(encoded) == configs
+    assert len(encoded) <= len(data) <= headers.MAX_KEY_LIST
 
 
-def header_is_whole(data: bytes, header: SealedHeader) -> None:
+def header_is_whole(data: bytes, header: headers.SealedHeader) -> None:
     """It is the very bytes that came, and the outline of what follows is sound or refused."""
     assert data.startswith(header.raw)
     assert len(header.enc) == header.suite.kem.n_enc
-    assert outcome(lambda: inspect_request(data), OF_A_HEADER) in (header, *OF_A_HEADER)
+    assert outcome(lambda: headers.inspect_request(data), OF_A_HEADER) in (header, *OF_A_HEADER)
 
 
 # Sealed messages
@@ -154,7 +139,7 @@ def ohttp_request(data: bytes) -> None:
     if isinstance(whole, bytes):
         assert whole == in_pieces == body.plaintext
         assert not body.must_not
-        assert inspect_request(body.message) == opener.header
+        assert headers.inspect_request(body.message) == opener.header
     else:
         assert in_pieces is None
         assert not body.must_open
@@ -176,9 +161,7 @@ def ohttp_response(data: bytes) -> None:
             assert not body.must_open
 
 
-def _opened(
-    opener: RequestOpener | ohttp.ResponseOpener, pieces: list[bytes], sealed: Sealed, refuses: tuple[type[LacreError], ...]
-) -> bytes | None:
+def _opened(opener: Opener, pieces: list[bytes], sealed: Sealed, refuses: tuple[type[errors.LacreError], ...]) -> bytes | None:
     """The whole plaintext, or None. What came before a refusal must be a beginning of what was sealed."""
     opened = b""
     try:
@@ -193,9 +176,9 @@ def _opened(
 TARGETS: Final = (
     Target("bhttp_request", bhttp.decode_request, MALFORMED, request_written_alike),
     Target("bhttp_response", bhttp_response, ()),
-    Target("key_config", KeyConfig.parse, OF_A_CONFIGURATION, config_written_alike),
-    Target("key_list", parse_key_list, OF_A_CONFIGURATION, list_written_alike),
-    Target("header", SealedHeader.parse, OF_A_HEADER, header_is_whole),
+    Target("key_config", headers.KeyConfig.parse, OF_A_CONFIGURATION, config_written_alike),
+    Target("key_list", headers.parse_key_list, OF_A_CONFIGURATION, list_written_alike),
+    Target("header", headers.SealedHeader.parse, OF_A_HEADER, header_is_whole),
     Target("ohttp_request", ohttp_request, ()),
     Target("ohttp_response", ohttp_response, ()),
 )
