@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import socket
+import socketserver
 import ssl
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -30,46 +30,36 @@ HTTP_OK = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
 Listening = Callable[..., "Listener"]
 
 
-class Listener:
+class Listener(socketserver.ThreadingTCPServer):
     """Says the same to each who connects, after it has read something, and counts them. said: None keeps silent."""
 
-    def __init__(self, said: bytes | None, pair: Pair | None = None) -> None:
-        self._said = said
-        self._tls = None if pair is None else ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if self._tls is not None and pair is not None:
-            self._tls.load_cert_chain(pair.certificate, pair.key)
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
-        self.came = 0
-        self._held: list[socket.socket] = []
-        self._thread = Thread(target=self._serve)
-        self._thread.start()
+    def __init__(self, said: bytes | None, pair: Pair | None) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.said, self.pair, self.came = said, pair, 0
+        self.port: int = self.server_address[1]
+        self.over = Event()
+        self.thread = Thread(target=self.serve_forever, args=[0.05])
+        self.thread.start()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            self.came += 1
-            try:
-                if self._tls is not None:
-                    connection = self._tls.wrap_socket(connection, server_side=True)
-                connection.recv(65536)
-                if self._said is None:
-                    self._held.append(connection)
-                    continue
-                connection.sendall(self._said)
-            except OSError:
-                pass
-            connection.close()
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self.came += 1
+        with ExitStack() as stack:
+            stack.enter_context(suppress(OSError))
+            if self.pair is not None:
+                tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                tls.load_cert_chain(self.pair.certificate, self.pair.key)
+                request = stack.enter_context(tls.wrap_socket(request, server_side=True))
+            request.recv(65536)
+            if self.said is None:
+                self.over.wait(30)
+            else:
+                request.sendall(self.said)
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join()
-        for each in self._held:
-            each.close()
+        self.over.set()
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
 
 
 @pytest.fixture

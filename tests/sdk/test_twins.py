@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+import unasync
+
 ROOT = Path(__file__).resolve().parents[2]
 SDK = ROOT / "sdk/lacre"
-
-_spec = importlib.util.spec_from_file_location("unasync", ROOT / "tools/unasync.py")
-assert _spec is not None
-assert _spec.loader is not None
-unasync = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(unasync)
 
 ASYNC = sorted(SDK.rglob("*_async.py"))
 
 
 @pytest.mark.parametrize("path", ASYNC, ids=lambda path: str(path.relative_to(SDK)))
-def test_a_sync_twin_is_as_generated(path: Path) -> None:
-    assert unasync.twin(path).read_text() == unasync.generated(path), "run `make generate`"
+def test_a_sync_twin_is_as_generated_and_says_nothing_of_async(path: Path) -> None:
+    text = unasync.twin(path).read_text()
+    assert text == unasync.generated(path), "run `make generate`"
+    said = text.partition("\n")[2]  # its first line names the other file
+    assert not [word for word in ("await ", "_async", "aclose", "anyio", "PerLoop") if word in said]
 
 
 def test_each_sync_file_has_an_async_one() -> None:
     assert sorted(map(unasync.twin, ASYNC)) == sorted(SDK.rglob("*_sync.py"))
     assert ASYNC
-
-
-@pytest.mark.parametrize("path", ASYNC, ids=lambda path: str(path.relative_to(SDK)))
-def test_a_sync_twin_says_nothing_of_async(path: Path) -> None:
-    said = unasync.twin(path).read_text().partition("\n")[2]  # its first line names the other file
-    assert not [word for word in ("await ", "_async", "aclose", "anyio", "PerLoop") if word in said]
 
 
 @pytest.mark.parametrize(
