@@ -7,6 +7,7 @@ import base64
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -65,16 +66,15 @@ def test_one_token_serves_many_calls(issuing: Issuing) -> None:
     [asked] = issuing.asked
     assert issuing.used == ["t1"] * 3
     assert parse_qs(asked.content.decode()) == {"grant_type": ["client_credentials"], "scope": ["models"]}
-    pair = base64.b64decode(asked.headers["authorization"].removeprefix("Basic ")).decode()
-    assert pair == "app:s3cr%3Aet"
+    assert base64.b64decode(asked.headers["authorization"].removeprefix("Basic ")) == b"app:s3cr%3Aet"
 
 
 def test_the_secret_in_the_form(issuing: Issuing) -> None:
     with issuing.client(in_body=True, audience="lacre") as client:
         client.chat("x")
     [asked] = issuing.asked
-    form = parse_qs(asked.content.decode())
-    assert (form["client_id"], form["client_secret"], form["audience"]) == (["app"], [SECRET], ["lacre"])
+    expected = {"client_id": ["app"], "client_secret": [SECRET], "audience": ["lacre"]}
+    assert parse_qs(asked.content.decode()).items() >= expected.items()
     assert "authorization" not in asked.headers
 
 
@@ -89,30 +89,21 @@ def test_replaced_before_it_expires(issuing: Issuing, life: float, used: list[st
     assert issuing.used == used
 
 
-def test_a_refused_token_is_replaced_once(issuing: Issuing) -> None:
-    issuing.good = lambda token: token != "t1"
-    with issuing.client() as client:
+@pytest.mark.parametrize(
+    ("source", "good", "used"),
+    [
+        (None, "t2", ["t1", "t2"]),
+        (None, "none", ["t1", "t2"]),
+        (iter(["old", "new", "new", "new"]).__next__, "new", ["old", "new"]),
+        ("only", "none", ["only"]),
+    ],
+    ids=["replaced", "once", "a callable's too", "a string is all there is"],
+)
+def test_a_refused_token_is_replaced_once(issuing: Issuing, source: Any, good: str, used: list[str]) -> None:
+    issuing.good = lambda token: token == good
+    with issuing.client(source) as client, nullcontext() if good in used else pytest.raises(lacre.Unauthenticated):
         assert client.chat("x").attempts == 2
-        assert issuing.used == ["t1", "t2"]
-        issuing.good = lambda token: False
-        with pytest.raises(lacre.Unauthenticated):
-            client.chat("x")
-    assert issuing.used == ["t1", "t2", "t2", "t3"]
-
-
-def test_a_callables_token_too(issuing: Issuing) -> None:
-    fresh = iter(["old", "new", "new", "new"])
-    issuing.good = lambda token: token == "new"
-    with issuing.client(lambda: next(fresh)) as client:
-        assert client.chat("x").attempts == 2
-    assert issuing.used == ["old", "new"]
-
-
-def test_a_string_is_all_there_is(issuing: Issuing) -> None:
-    issuing.good = lambda token: False
-    with issuing.client("only") as client, pytest.raises(lacre.Unauthenticated):
-        client.chat("x")
-    assert issuing.used == ["only"]
+    assert issuing.used == used
 
 
 def test_single_flight(issuing: Issuing) -> None:
