@@ -131,12 +131,13 @@ class TestOneFetchForAll:
         assert relay.manifests < CALLS / 2  # who comes after the failure asks anew
 
     async def test_who_fetches_is_cancelled(self, relay: Relay) -> None:
-        async with connect_async(relay, transport=Held(relay)) as client:
+        over = asyncio.Event()
+        async with connect_async(relay, transport=Held(relay, lambda _request: over.wait())) as client:
             first = asyncio.create_task(client.chat("x"))
-            await asyncio.sleep(0.01)
             others = [asyncio.create_task(client.chat("x")) for _ in range(CALLS)]
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.1)
             first.cancel()
+            over.set()
             assert all(await asyncio.gather(*others))
             with pytest.raises(asyncio.CancelledError):
                 await first
