@@ -163,6 +163,7 @@ class TestAnswers:
         assert facts.receipt.completion_tokens == 7
         raw = sync_openai.chat.completions.with_raw_response.create(**ASK)
         assert raw.http_response.extensions["lacre"].receipt.final
+        assert [model.id for model in sync_openai.models.list()] == ["tiny"]
 
     @pytest.mark.parametrize("resume", [0, 2])
     async def test_the_fill_is_no_event(self, relay: Relay, resume: int) -> None:
@@ -175,9 +176,6 @@ class TestAnswers:
         assert any(line.startswith(":") for line in lines) == (resume == 0)
         assert not any(line.startswith("id:") for line in lines)
         assert sum(line.startswith("data:") for line in lines) == 10  # the role, seven tokens, the finish, [DONE]
-
-    def test_models(self, sync_openai: openai.OpenAI) -> None:
-        assert [model.id for model in sync_openai.models.list()] == ["tiny"]
 
 
 def own(relay: Relay, wire: type[Wire | AsyncWire]) -> dict[str, Any]:

@@ -52,14 +52,13 @@ class Slow(Wire):
 class TestErrors:
     async def test_tell_of_their_own_call_alone(self, relay: Relay) -> None:
         """The first call fails after the second one has its answer, receipt and proof."""
-        over = asyncio.Event()
-        held: list[httpx2.Request] = []
+        over, held = asyncio.Event(), list[httpx2.Request]()
+
+        async def fail() -> None:
+            await over.wait()
+            raise httpx2.ConnectError("gone")
 
         def first_fails(request: httpx2.Request) -> Any:
-            async def fail() -> None:
-                await over.wait()
-                raise httpx2.ConnectError("gone")
-
             return None if request.url.path == MANIFEST or held else held.append(request) or fail()  # type: ignore[func-returns-value]
 
         async with connect_async(relay, transport=Held(relay, first_fails), retries=0) as client:
@@ -100,7 +99,7 @@ class TestOneFetchForAll:
 
     def test_first_calls_of_threads(self, relay: Relay) -> None:
         with connect(relay, transport=Slow(relay)) as client, ThreadPoolExecutor(CALLS) as pool:
-            assert len(list(pool.map(client.chat, ["x"] * CALLS))) == CALLS
+            assert all(pool.map(client.chat, ["x"] * CALLS))
         assert relay.manifests == 1
 
     async def test_a_failure_is_shared_and_forgotten(self, relay: Relay) -> None:
@@ -116,18 +115,16 @@ class TestOneFetchForAll:
 
     def test_a_failure_is_shared_by_threads(self, relay: Relay) -> None:
         relay.respond = lambda _request: served(503, UNAVAILABLE)
-        errors: list[lacre.LacreError] = []
         begin = threading.Barrier(CALLS)
 
-        def call(_number: int) -> None:
+        def call(_number: int) -> lacre.LacreError:
             begin.wait()
             with pytest.raises(lacre.Unavailable) as failed:
                 client.chat("x")
-            errors.append(failed.value)
+            return failed.value
 
         with connect(relay, transport=Slow(relay), retries=0) as client, ThreadPoolExecutor(CALLS) as pool:
-            list(pool.map(call, range(CALLS)))
-        assert len({id(error) for error in errors}) == CALLS
+            assert len({id(error) for error in list(pool.map(call, range(CALLS)))}) == CALLS
         assert relay.manifests < CALLS / 2  # who comes after the failure asks anew
 
     async def test_who_fetches_is_cancelled(self, relay: Relay) -> None:
@@ -145,29 +142,26 @@ class TestOneFetchForAll:
 
     async def test_who_fetches_has_less_patience(self, relay: Relay) -> None:
         """Its time-out is its own."""
-        late = [0.2]
+        late = iter([True])
 
-        def before(request: httpx2.Request) -> Any:
-            async def stall() -> None:
-                await asyncio.sleep(0.1)
-                if late:
-                    late.clear()
-                    raise httpx2.ReadTimeout("late")
+        async def stall() -> None:
+            await asyncio.sleep(0.1)
+            if next(late, False):
+                raise httpx2.ReadTimeout("late")
 
-            return stall() if request.url.path == MANIFEST else None
-
-        async with connect_async(relay, transport=Held(relay, before), retries=0) as client:
+        wire = Held(relay, lambda request: stall() if request.url.path == MANIFEST else None)
+        async with connect_async(relay, transport=wire, retries=0) as client:
             first = asyncio.create_task(client.post("/v1/chat/completions", json=BODY, timeout=0.1))
             await asyncio.sleep(0.01)
-            others = await asyncio.gather(*(client.chat("x") for _ in range(CALLS)))
-            assert len(others) == CALLS
+            assert all(await asyncio.gather(*(client.chat("x") for _ in range(CALLS))))
             with pytest.raises(lacre.NetworkError):
                 await first
         assert relay.manifests == 1
 
     async def test_who_waits_has_less_patience(self, relay: Relay) -> None:
         over = asyncio.Event()
-        async with connect_async(relay, transport=Held(relay, lambda _request: over.wait()), retries=0, resume=0) as client:
+        wire = Held(relay, lambda _request: over.wait())
+        async with connect_async(relay, transport=wire, retries=0, resume=0) as client:
             first = asyncio.create_task(client.chat("x"))
             await asyncio.sleep(0.05)
             with pytest.raises(lacre.NetworkError) as failed:
@@ -284,14 +278,15 @@ class TestPseudonyms:
 
     def test_a_correction_that_comes_late(self) -> None:
         """It was learned under a salt that ended meanwhile, by another call."""
+        newer = []
 
         def another() -> None:
             self.meanwhile, self.now = lambda: None, self.now + SALT_LIFETIME + 1
-            self.newer = self.sealing._scope_now()
+            newer.append(self.sealing._scope_now())
 
         self.meanwhile = another
         self.call()
-        assert self.newer.offset == 0
+        assert newer[0].offset == 0
         assert [off for _, off in self.call()] == [0, self.ahead]
 
     def test_a_clock_that_was_turned_back(self) -> None:
