@@ -63,28 +63,23 @@ def search(name: str, seconds: int) -> Result:
         done = subprocess.run(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds + GRACE, check=False
         )
-        output, failed = done.stdout.decode(errors="replace"), done.returncode != 0
+        said, failed = done.stdout, done.returncode != 0
     except subprocess.TimeoutExpired as exc:
-        output, failed = f"{(exc.output or b'').decode(errors='replace')}\nit did not stop in time", True
+        said, failed = (exc.output or b"") + b"\nit did not stop in time", True
+    output = said.decode(errors="replace")
     counted = re.findall(r"stat::number_of_executed_units:\s*(\d+)", output) or re.findall(r"^#(\d+)\s", output, re.MULTILINE)
     inputs = int(counted[-1]) if counted else 0
     artifacts = tuple(sorted(set(found.iterdir()) - before))
     return Result(name, inputs, time.monotonic() - began, failed or inputs == 0, artifacts, output)
 
 
-def replay(name: str, path: Path) -> None:
-    TARGETS[name].check_memory(path.read_bytes())
-    print(f"{name} takes {path} as it should")
-
-
 def report(results: Sequence[Result]) -> int:
     """Prints what came of every search; the exit code."""
+    failed = [result for result in results if result.failed]
     for result in results:
         print(f"{result.target:20} {result.inputs:>10,} inputs {result.seconds:6.1f} s  {'FAILED' if result.failed else 'ok'}")
-    failed = [result for result in results if result.failed]
-    print(
-        f"{'total':20} {sum(result.inputs for result in results):>10,} inputs; {len(failed)} of {len(results)} targets failed"
-    )
+    total = sum(result.inputs for result in results)
+    print(f"{'total':20} {total:>10,} inputs; {len(failed)} of {len(results)} targets failed")
     for result in failed:
         print(f"\n{result.target}: the end of what the fuzzer said\n" + "\n".join(result.output.splitlines()[-30:]))
         for path in result.artifacts:
@@ -103,7 +98,8 @@ def main() -> int:
     if unknown := set(names) - set(TARGETS):
         parser.error(f"no such target: {', '.join(sorted(unknown))}")
     if arguments.replay:
-        replay(names[0], arguments.replay)
+        TARGETS[names[0]].check_memory(arguments.replay.read_bytes())
+        print(f"{names[0]} takes {arguments.replay} as it should")
         return 0
     rounds = math.ceil(len(names) / AT_ONCE)
     each = max(1, round(arguments.seconds / rounds - START))

@@ -8,16 +8,9 @@ from typing import Final
 import atheris
 
 # Coverage guides the search, so whatever parses is imported through this; cryptography and json are C and Rust.
-with atheris.instrument_imports(
-    include=[
-        "lacre",
-        "lacre_fabric",
-        "lacre_backend.node.grant_check",
-        "lacre_backend.api.schema.grammar",
-        "lacre_backend.api.schema.cases",
-        "jwt",
-    ]
-):
+SCHEMA: Final = "lacre_backend.api.schema"
+PARSERS: Final = ["lacre", "lacre_fabric", "lacre_backend.node.grant_check", f"{SCHEMA}.grammar", f"{SCHEMA}.cases", "jwt"]
+with atheris.instrument_imports(include=PARSERS):
     from fuzz.targets import TARGETS
 
 # Tracing memory is slow, so one input of so many is; the corpus's own are all traced in `test_corpus.py`.
@@ -31,10 +24,7 @@ def main() -> None:
     def run(data: bytes) -> None:
         nonlocal runs
         runs += 1
-        if runs % TRACED:
-            target.check(data)
-        else:
-            target.check_memory(data)
+        (target.check if runs % TRACED else target.check_memory)(data)
 
     atheris.Setup([sys.argv[0], *sys.argv[2:]], run)
     atheris.Fuzz()

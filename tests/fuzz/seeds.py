@@ -61,11 +61,8 @@ def of_wire() -> Iterator[tuple[str, str, bytes]]:
     yield "key_list", "one-unknown", text(unknown) + text(x25519)
     for kem in Kem:
         outline = b"\x11" + bytes(17) + b"\x00" + bytes(16)
-        yield (
-            "header",
-            kem.label,
-            SealedHeader(1, Suite(kem, Kdf.HKDF_SHA256, Aead.AES_256_GCM), bytes(kem.n_enc)).raw + outline,
-        )
+        suite = Suite(kem, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
+        yield "header", kem.label, SealedHeader(1, suite, bytes(kem.n_enc)).raw + outline
     record, last = bytes([wire.RECORD]) + text(b"some"), bytes([wire.FINAL]) + text(b"end")
     for target in ("ohttp_request", "ohttp_response"):
         yield target, "whole", no_cuts + bytes([wire.HONEST]) + record + record + last
@@ -106,9 +103,8 @@ def of_statements() -> Iterator[tuple[str, str, bytes]]:
     yield "grant", "token", b"\x00" + sign(json.loads(payloads["grant"]), statements.SIGNER, "lacre-grant+jwt").encode()
     yield "frame", "data", b"A:" + b"0f" * 16 + b"\nS:12\nK:data\n\nbytes"
     yield "frame", "error", b"A:" + b"0f" * 16 + b"\nS:0\nK:error\n\nhttps://lacre.dev/problems/busy"
-    pin = statements.PINNED
     for name, url in (("host", "https://gw.example:8321"), ("loopback", "http://127.0.0.1:1"), ("address", "https://[::1]:1")):
-        yield "connection_string", name, str(ConnectionString(url, pin)).encode()
+        yield "connection_string", name, str(ConnectionString(url, statements.PINNED)).encode()
 
 
 def of_answers() -> Iterator[tuple[str, str, bytes]]:
@@ -200,21 +196,15 @@ def of_backend() -> Iterator[tuple[str, str, bytes]]:
     anything = backend.example
     yield "json_schema", "object", anything(type="object", properties={"a": {"type": "string"}}, required=["a"])
     yield "json_schema", "numbers", anything(type="integer", minimum=3, multipleOf=4, enum=[4, 8, 12])
-    yield (
-        "json_schema",
-        "patterns",
-        anything(patternProperties={"^a": True, "b$": {"pattern": "x+"}}, additionalProperties=False),
-    )
+    patterns = {"^a": True, "b$": {"pattern": "x+"}}
+    yield "json_schema", "patterns", anything(patternProperties=patterns, additionalProperties=False)
     yield "json_schema", "choice", anything(oneOf=[{"type": "null"}, {"items": {"$ref": "#"}}], unevaluatedItems=False)
     yield "json_schema", "denied", anything(**{"not": {"required": ["a"], "contains": {"const": [1]}}, "$anchor": "x"})
     yield "json_schema", "loose", b"\x01" + anything(uniqueItems=True, format="x", dependentRequired={"a": ["b"]})[1:]
     yield "chat_template", "messages", b"{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}\n{% endfor %}"
     yield "chat_template", "macro", b"{% macro m(x) %}{{ x ~ x }}{% endmacro %}{% set a = m('a') %}{{ m(a) | upper }}"
-    yield (
-        "chat_template",
-        "doubling",
-        b"{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    )
+    doubling = b"{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    yield "chat_template", "doubling", doubling
     yield "chat_template", "nested", b"{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
     yield "chat_template", "wide", b"{{ '%99999999s' | format('a') }}{{ 'a' * 99999999 }}{{ 'a'.center(99999999) }}"
     yield "chat_template", "inside", b"{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append.__globals__ }}"
@@ -229,11 +219,10 @@ def of_chats() -> Iterator[tuple[str, str, bytes]]:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "2 m"},
     )
-    for name, body in (
-        ("plain", {"messages": [ask], "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "logit_bias": {"3": 1}}),
-        ("tools", {"messages": [ask, *called], "tools": [tool], "tool_choice": "auto"}),
-    ):
-        yield "chat_request", name, json.dumps({"model": "tiny", **body}).encode()
+    plain = {"messages": [ask], "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "logit_bias": {"3": 1}}
+    yield "chat_request", "plain", json.dumps({"model": "tiny", **plain}).encode()
+    tools = {"messages": [ask, *called], "tools": [tool], "tool_choice": "auto"}
+    yield "chat_request", "tools", json.dumps({"model": "tiny", **tools}).encode()
 
 
 def seeds() -> dict[Path, bytes]:
