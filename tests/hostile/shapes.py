@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import time
 from collections.abc import Awaitable, Callable
+from email.utils import formatdate
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -12,9 +15,10 @@ import httpx2
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import NOTHING, Verdict, attack
 from hostile.callers import Caller
-from hostile.messages import chat
 from lacre import ApiError, problems
+from lacre.wire import varint
 from lacre.wire.bhttp import encode_request
+from parts.keys import MODEL
 from parts.stage import Stage
 from parts.wires import Pieces
 
@@ -48,6 +52,26 @@ answered: Final = partial(bent, "respond")  # it says this instead of relaying
 changed: Final = partial(bent, "change", ask="stream", calls=1)  # of the sealed answer
 granted: Final = partial(bent, "grant")
 recorded: Final = partial(bent, "recorded", calls=1)
+
+
+FORM = "the whole message in the seal is checked before it is used (RFC 9292)"
+
+
+def chat(stage: Stage, **members: Any) -> bytes:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": stage.prompt}], **members}
+    return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+
+
+def part(data: bytes) -> bytes:
+    return varint.encode(len(data)) + data
+
+
+def by_hand(*headers: tuple[bytes, bytes], content: bytes = b"{}", path: bytes = b"/v1/chat/completions") -> bytes:
+    """A known-length request that no encoder of ours would write."""
+    date = (b"date", formatdate(time.time(), usegmt=True).encode())
+    control = b"".join(map(part, (b"POST", b"https", b"lacre.invalid", path)))
+    lines = b"".join(part(name) + part(value) for name, value in (date, *headers))
+    return b"\x00" + control + part(lines) + part(content) + b"\x00"
 
 
 Message: TypeAlias = Callable[[Stage], bytes]

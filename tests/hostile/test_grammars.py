@@ -1,4 +1,4 @@
-"""A malicious caller's schema, against all who are answered by the same worker."""
+"""A malicious caller's schema or text, against all who are answered by the same worker."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import Verdict, attack
-from hostile.messages import chat
-from hostile.shapes import Test
+from hostile.shapes import Test, chat
 from lacre import ApiError
 from lacre.wire.bhttp import encode_request
 from lacre_backend.api.app import create_app
@@ -20,7 +19,7 @@ from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import THREADS, Constraint
 from parts.keys import MODEL
 from parts.stage import Stage
-from parts.tiny_model import tiny_model
+from parts.tiny_model import NORMAL, tiny_model, tiny_vocabulary
 
 CLOSED = {"type": "object", "additionalProperties": False}
 
@@ -109,3 +108,35 @@ test_remainders = refused("stall the worker with `multipleOf` values that have t
 test_options_inside = refused("weaken a schema by a grammar library's own options inside it",
     "a keyword outside the standard is refused by name", "invalid_value",
     {"type": "object", "x-guidance": {"lenient": True}, "properties": {"a": {"type": "string"}}})  # fmt: skip
+
+
+DEFENCE = "a text is tokenized in a process of its own, with limits of stack, memory and CPU time"
+
+
+def long_model(path: Path, pre: str) -> Path:
+    """One whose context admits texts of a megabyte: its longest token is long."""
+    vocabulary = tiny_vocabulary("gpt2", pre)
+    for name, value in (("tokens", "x" * 1024), ("scores", 0.0), ("token_type", NORMAL)):
+        vocabulary[f"tokenizer.ggml.{name}"] = [*vocabulary[f"tokenizer.ggml.{name}"], value]
+    return tiny_model(path, vocabulary=vocabulary)
+
+
+def hard(name: str, pre: str, text: str) -> Test:
+    """The attack of a caller whose text is hard on this tokenizer; a question is answered after it."""
+
+    @attack(name, "client", DEFENCE, ApiError, code="text_not_tokenizable")
+    async def test(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
+        with engine_of(long_model(tmp_path / "m.gguf", pre), n_ctx=2048, slots=1) as engine:
+            await stage.worker(create_app([engine]))
+            process = engine.tokenizer.pid
+            hostile = chat(stage, messages=[{"role": "user", "content": text}], max_tokens=4)
+            answer = await gateway.submit(encode_request(inner(hostile)), max_tokens=4)
+            verdict.answered(answer.status, answer.code)
+            await answers(stage, gateway)
+            assert engine.tokenizer.pid == process, "the vocabulary was not loaded anew"
+
+    return test
+
+
+test_recursion = hard("crash the worker with a run of characters on which its tokenizer recurses", "falcon", "!" * 1_000_000)
+test_square = hard("stall a worker with a run of digits on which its tokenizer takes quadratic time", "superbpe", "1" * 60_000)

@@ -1,30 +1,28 @@
-"""A sealed request, recorded and sent again.
-
-What is not refused by design: where the fabric lies about claims, a sealed request can run once in each worker *process* of its
-pool, inside the date window. What the fabric's owner wins are sealed answers to one and the same question.
-"""
+"""A sealed request that is sent again: recorded, or because it ended the worker that began it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
 from typing import Any
 
 import httpx2
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, Respond, SealedAnswer, inner, opened, response
+from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, Respond, SealedAnswer, framed, inner, opened, response
 from hostile.attacks import Verdict, attack
-from lacre import ApiError, OpenError, problems
+from lacre import ApiError, OpenError, StreamBroken, problems
 from lacre.asgi import Sealed
 from lacre.asgi.admission import DATE_WINDOW, ReplayMemory
+from lacre.client import DEFAULT_RESUMES
 from lacre.wire import bhttp
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOWN
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
-from lacre_fabric.work.contract import CLAIM_TTL
+from lacre_fabric.work.contract import CLAIM_TTL, WorkerLost
+from lacre_fabric.work.frames import Frame
 from parts.stage import Stage, Worker
 
 NOW = 1_800_000_000.0
@@ -267,3 +265,49 @@ async def test_recorded_answer(stage: Stage, gateway: GatewayOwner, fabric: Host
     gateway.change = lambda _answer: anew.sealed
     with verdict.refused():
         await stage.client(gateway).chat(stage.prompt)
+
+
+@attack("crash one worker after another with one call", "client",
+        "a redelivered request does not begin again, and the SDK counts the workers that a call lost", problems.UNCLAIMED,
+        gain="two workers for each SDK call, one for each sealed request")  # fmt: skip
+async def test_one_after_another(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+    worker = await stage.worker()
+    fabric.lost = 1  # each request has ended a worker already when this one gets it
+    with verdict.refused():
+        await stage.client(wire, honest.token, retries=5, resume=5).chat(stage.prompt)
+    assert (len(fabric.works), worker.calls) == (2, 0)
+
+
+@attack("crash one worker after another during its answer", "client",
+        "the gateway ends an answer in order if its worker may be lost, and the SDK counts that over all parts of a call",
+        StreamBroken, gain="two workers for each SDK call, one for each sealed request")  # fmt: skip
+async def test_in_mid_answer(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+    await stage.worker()
+
+    def die(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
+        if frame.sequence == 4:
+            fabric.inbound[request_id].fail(WorkerLost("silent"))
+        return [(request_id, frame)]
+
+    fabric.pass_on = die
+    with verdict.refused():
+        async for _ in stage.client(wire, honest.token, retries=5, resume=5).chat_stream(stage.prompt):
+            pass
+    assert len(fabric.works) == 2
+
+
+@attack("break each answer like a dying gateway, so that the caller counts no worker", "gateway",
+        "the SDK counts every broken answer of a call", StreamBroken,
+        gain=f"{DEFAULT_RESUMES} more sealed requests for each answer, with their sizes and token ceilings")  # fmt: skip
+async def test_as_if_it_had_died(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+    worker = await stage.worker()
+
+    async def breaking(answer: SealedAnswer) -> AsyncIterator[bytes]:
+        yield answer.nonce + b"".join(map(framed, answer.chunks[:4]))
+        raise httpx2.ReadError("reset by peer")
+
+    gateway.change = breaking
+    with verdict.refused():
+        async for _ in stage.client(gateway, resume=DEFAULT_RESUMES).chat_stream(stage.prompt):
+            pass
+    assert len(gateway.posts) == worker.calls == 1 + DEFAULT_RESUMES
