@@ -31,6 +31,7 @@ from lacre_fabric.work.contract import CREDIT
 from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
+from parts.waiting import until
 
 CLAIMS = BucketLimits(32 * 1024, 50, 512)  # so little room that it is quickly full
 PRESENT = b'{"models":["m1"],"busy":0,"free":9,"keys":[]}'
@@ -135,9 +136,7 @@ async def test_orders(site: Site) -> None:
 async def test_deputy(site: Site) -> None:
     delivery = await site.running(await site.gateway("g1"))
     other = await site.gateway("g2")
-    async with asyncio.timeout(10):
-        while "a" not in other._sides or not other._sides["a"].connected:  # where it hears what the pool's workers say
-            await asyncio.sleep(0.02)
+    await until(lambda: "a" in other._sides and other._sides["a"].connected)  # where it hears what the pool's workers say
     thief, request = await site.stolen("worker-a-n2"), delivery.work.request_id
     thief.publish(subjects.reply("a", "g2", request), b"x", headers={"A": "f" * 32, "S": "0", "K": "data"})
     await thief.settle()

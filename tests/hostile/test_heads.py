@@ -24,6 +24,7 @@ from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
 from parts.keys import MODEL
 from parts.stage import Stage
+from parts.waiting import until
 
 from .adversary import inner
 
@@ -156,17 +157,14 @@ async def test_one_address(honest: Stage) -> None:
     async with opened(honest, connections_per_address=3) as port:
         for _ in range(6):
             await port.dial(b"GET /")
-        async with asyncio.timeout(10):
-            while len(port.server.server_state.connections) != 3:
-                await asyncio.sleep(0.005)
+        await until(lambda: len(port.server.server_state.connections) == 3)
 
 
 @attack("hold connections whose TLS handshake never ends", "stranger",
         "a handshake counts as a connection, in total and for its address; the oldest makes room",
-        gain="that its own older connections end")  # fmt: skip
-@pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
-async def test_handshakes(honest: Stage, limit: str) -> None:
-    async with opened(honest, context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **{limit: 3}) as port:
+        gain="that its own older connections end", cases=["connections", "connections_per_address"])  # fmt: skip
+async def test_handshakes(honest: Stage, case: str) -> None:
+    async with opened(honest, context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **{case: 3}) as port:
         crowd = [await port.dial(b"\x16\x03") for _ in range(6)]
         async with asyncio.timeout(HEAD_TIMEOUT * 0.8):  # before time would end them
             for reader in crowd[:3]:

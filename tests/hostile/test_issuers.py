@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -27,36 +26,31 @@ from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.settings import Issuer as IssuerSettings
 from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.memory_fabric import MemoryFabric
+from parts.waiting import until
 
 KEY = {"kty": "OKP", "crv": "Ed25519", "kid": "a", "alg": "EdDSA", "x": b64u(raw_public_key(Ed25519PrivateKey.generate()))}
 ODD = [{"kid": ["a"]}, {"crv": ["Ed25519"]}, {"alg": {"a": 1}}, {"x": 7}, {"kty": ["OKP"]}, {"use": ["sig"]}]
 
 
 @attack("publish a key whose members are lists, numbers or objects, to stop the reading of keys", "issuer",
-        "text members of a key must be text", Unusable)  # fmt: skip
-@pytest.mark.parametrize("odd", ODD, ids=repr)
-async def test_odd_members(odd: dict[str, Any], verdict: Verdict) -> None:
+        "text members of a key must be text", Unusable, cases=ODD, ids=repr)  # fmt: skip
+async def test_odd_members(case: dict[str, Any], verdict: Verdict) -> None:
     with verdict.refused():
-        KeySet.parse({"keys": [{**KEY, **odd}]}, ["EdDSA"], "issuers.0")
+        KeySet.parse({"keys": [{**KEY, **case}]}, ["EdDSA"], "issuers.0")
+
+
+ANSWERS = (
+    b"", b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n{}",
+    b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nage: \xff\r\ncache-control: max-age=\xff\r\n\r\n{}",
+    b"HTTP/1.1 200 OK\r\netag: \xff\xfe\r\ncontent-length: 2\r\n\r\n{}",
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 304 Not Modified\r\n\r\n", b"\x00" * 4096,
+)  # fmt: skip
 
 
 @attack("answer with bytes that break client libraries, so that the gateway never looks again and accepts a withdrawn key",
-        "issuer", "any exception is a failed look: the next one follows, and old keys expire",
-        gain="the delay of one retry")  # fmt: skip
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"",
-        b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nage: \xff\r\ncache-control: max-age=\xff\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\netag: \xff\xfe\r\ncontent-length: 2\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-        b"HTTP/1.1 304 Not Modified\r\n\r\n",
-        b"\x00" * 4096,
-    ],
-    ids=range(7),
-)
-async def test_odd_answers(answer: bytes) -> None:
+        "issuer", "any exception is a failed look: the next one follows, and old keys expire", gain="the delay of one retry",
+        cases=ANSWERS, ids=range(7))  # fmt: skip
+async def test_odd_answers(case: bytes) -> None:
     served = whole(KEY)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -74,7 +68,7 @@ async def test_odd_answers(answer: bytes) -> None:
     try:
         keys.start()
         await until(lambda: keys.find("a", "EdDSA"))
-        served = answer
+        served = case
         await until(lambda: "not read" in log.getvalue())
         served = whole({**KEY, "kid": "c"})  # the owner of the issuer withdraws key a
         await until(lambda: keys.find("c", "EdDSA"))
@@ -87,12 +81,6 @@ async def test_odd_answers(answer: bytes) -> None:
 def whole(key: dict[str, Any]) -> bytes:
     body = json.dumps({"keys": [key]}).encode()
     return b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(8):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -112,28 +100,25 @@ async def shown(issuer: Issuer, verdict: Verdict, claims: dict[str, Any]) -> Non
     verdict.said(refused.value.problem.type)
 
 
+ELSEWHERE = {
+    "marked": {"hasgroups": True},
+    "distributed": {"_claim_names": {"groups": "a"}, "_claim_sources": {"a": {"endpoint": "https://graph.example"}}},
+    "in part": {"groups": ["staff"], "_claim_names": {"groups": "a"}},
+}
+
+
 @attack("join so many groups that the token only links to them, which hides one that a rule forbids", "client",
-        "a token whose groups are elsewhere is refused, unless the settings say otherwise",
-        problems.CLAIMS_ELSEWHERE)  # fmt: skip
-@pytest.mark.parametrize(
-    "claims",
-    [
-        {"hasgroups": True},
-        {"_claim_names": {"groups": "src1"}, "_claim_sources": {"src1": {"endpoint": "https://graph.example"}}},
-        {"groups": ["staff"], "_claim_names": {"groups": "src1"}},
-    ],
-    ids=["marked", "distributed", "in part"],
-)
-async def test_groups_elsewhere(issuer: Issuer, verdict: Verdict, claims: dict[str, Any]) -> None:
-    await shown(issuer, verdict, claims)
+        "a token whose groups are elsewhere is refused, unless the settings say otherwise", problems.CLAIMS_ELSEWHERE,
+        cases=ELSEWHERE.values(), ids=ELSEWHERE)  # fmt: skip
+async def test_groups_elsewhere(issuer: Issuer, verdict: Verdict, case: dict[str, Any]) -> None:
+    await shown(issuer, verdict, case)
 
 
 @attack("carry a name that reverses the text around it, so that a list of callers shows another name", "client",
-        "a name with control characters, or with characters that reorder text, is refused",
-        problems.UNUSABLE_CLAIMS)  # fmt: skip
-@pytest.mark.parametrize("name", ["nimda\u202e", "\u2066admin\u2069", "alice\u2028admin", "alice\x1b[2K"], ids=ascii)
-async def test_name_that_shows_another(issuer: Issuer, verdict: Verdict, name: str) -> None:
-    await shown(issuer, verdict, {"sub": name})
+        "a name with control characters, or with characters that reorder text, is refused", problems.UNUSABLE_CLAIMS,
+        cases=["nimda\u202e", "\u2066admin\u2069", "alice\u2028admin", "alice\x1b[2K"], ids=ascii)  # fmt: skip
+async def test_name_that_shows_another(issuer: Issuer, verdict: Verdict, case: str) -> None:
+    await shown(issuer, verdict, {"sub": case})
 
 
 @attack("use a token without a tenant, which would count as the tenant called default", "client",

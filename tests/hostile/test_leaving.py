@@ -6,8 +6,6 @@ import asyncio
 import email.utils
 import time
 
-import pytest
-
 from hostile.attacks import attack
 from lacre.asgi import Message, Receive, Scope, Sealed, Send
 from lacre.asgi.app_call import MAX_PENDING
@@ -77,9 +75,9 @@ async def test_stalled_at_a_service() -> None:
     assert app.begun == app.ended == TIMES
 
 
-@attack("ask a worker for streams again and again, read one frame and leave, until its slots are gone", "client", BY_LIMITS)
-@pytest.mark.parametrize("ends", ["the reader leaves", "the worker drains"])
-async def test_stalled_at_a_worker(ends: str) -> None:
+@attack("ask a worker for streams again and again, read one frame and leave, until its slots are gone", "client", BY_LIMITS,
+        cases=["the reader leaves", "the worker drains"])  # fmt: skip
+async def test_stalled_at_a_worker(case: str) -> None:
     flood, app = Flood(), App()
 
     async def answer(receive: Receive, send: Send, _call: object) -> None:
@@ -91,7 +89,7 @@ async def test_stalled_at_a_worker(ends: str) -> None:
     node = stage.node(app)
     async with running(node):
         [worker] = stage.hub.live
-        for _ in range(TIMES if ends == "the reader leaves" else 1):
+        for _ in range(TIMES if case == "the reader leaves" else 1):
             before = flood.sent
             frames = (await stage.dispatch(stage.seal())).frames()
             await anext(frames)
@@ -100,7 +98,7 @@ async def test_stalled_at_a_worker(ends: str) -> None:
             while flood.sent != settled:
                 settled = flood.sent
                 await asyncio.sleep(0.02)
-            if ends == "the worker drains":
+            if case == "the worker drains":
                 async with asyncio.timeout(3):
                     await node.drain(0.0)
             await frames.aclose()

@@ -24,6 +24,7 @@ from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS, Presence
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
+from parts.waiting import until
 
 THIEF = "worker-a-n2"
 BOUNDED = "the parser limits everything that a worker announces"
@@ -178,9 +179,7 @@ async def test_cut(site: Site, verdict: Verdict) -> None:
     dispatch = await site.gateway.dispatch(new_work("a"))
     delivery = await site.workers["a"].pull()
     site.way.cut()
-    async with asyncio.timeout(3):
-        while site.side("a").connected:
-            await asyncio.sleep(0.01)
+    await until(lambda: not site.side("a").connected, 3)
     await delivery.send(FrameKind.USAGE, b"")
     await delivery.drop()
     site.way.mend()
@@ -196,9 +195,7 @@ async def test_still(site: Site) -> None:
     await client.connect(site.way.url, user=credential.name, password=credential.password, max_reconnect_attempts=-1)
     site.stack.push_async_callback(client.close)
     site.way.flows.clear()
-    async with asyncio.timeout(3):
-        while client.is_connected:
-            await asyncio.sleep(0.01)
+    await until(lambda: not client.is_connected, 3)
 
 
 @attack("have JetStream's answers sent to other gateways as the presence of unknown pools", "gateway",

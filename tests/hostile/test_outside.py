@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import httpx2
-import pytest
 
 from hostile.adversary import AsgiWire, inner
 from hostile.attacks import Verdict, attack
@@ -22,6 +21,7 @@ from lacre_gateway.http.answers import BODY_TOO_LARGE
 from parts.issuer import Issuer
 from parts.keys import MODEL
 from parts.stage import Stage
+from parts.waiting import until
 
 OUTER_HEADERS = {
     "content-type": MEDIA_TYPE_REQUEST, "lacre-pool": "default", "lacre-model": MODEL, "lacre-action": "chat",
@@ -39,25 +39,24 @@ def headers_of(honest: Stage, **changes: str) -> list[tuple[str, str]]:
             ("authorization", f"Bearer {honest.token}")]  # fmt: skip
 
 
-@attack("send a request in the clear", "client",
-        "there is one media type, and no other endpoint", problems.UNSUPPORTED_MEDIA_TYPE)  # fmt: skip
-@pytest.mark.parametrize("media_type", ["application/json", "message/ohttp-req", "message/bhttp"])
-async def test_clear(honest: Stage, wire: AsgiWire, verdict: Verdict, media_type: str) -> None:
-    await refused_outside(wire, verdict, b'{"messages":[]}', headers_of(honest, content_type=media_type))
+@attack("send a request in the clear", "client", "there is one media type, and no other endpoint",
+        problems.UNSUPPORTED_MEDIA_TYPE, cases=["application/json", "message/ohttp-req", "message/bhttp"])  # fmt: skip
+async def test_clear(honest: Stage, wire: AsgiWire, verdict: Verdict, case: str) -> None:
+    await refused_outside(wire, verdict, b'{"messages":[]}', headers_of(honest, content_type=case))
 
 
 @attack("say one thing to policy and another to the worker, by an outer header given twice", "client",
-        "each outer header appears once", problems.INVALID_HEADERS)  # fmt: skip
-@pytest.mark.parametrize("name", ["lacre-model", "lacre-pool", "lacre-action", "lacre-max-tokens", "lacre-shape"])
-async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, name: str) -> None:
+        "each outer header appears once", problems.INVALID_HEADERS,
+        cases=["lacre-model", "lacre-pool", "lacre-action", "lacre-max-tokens", "lacre-shape"])  # fmt: skip
+async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, case: str) -> None:
     worker = await stage.worker()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
-    await refused_outside(wire, verdict, sealed, [*headers_of(honest), (name, OUTER_HEADERS[name])])
+    await refused_outside(wire, verdict, sealed, [*headers_of(honest), (case, OUTER_HEADERS[case])])
     assert worker.calls == 0
 
 
-@attack("send the gateway a request that is cut short", "client",
-        "the gateway walks the chunks to the final one", problems.INVALID_REQUEST)  # fmt: skip
+@attack("send the gateway a request that is cut short", "client", "the gateway walks the chunks to the final one",
+        problems.INVALID_REQUEST)  # fmt: skip
 async def test_cut_outside(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Any, verdict: Verdict) -> None:
     sealed, *_ = seal_request(stage.keys.pool.config, bytes(20_000))
     await refused_outside(wire, verdict, sealed[:8000], headers_of(honest))
@@ -78,11 +77,11 @@ async def test_policy(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verd
     assert worker.calls == 0
 
 
-@attack("seal to an older generation's key", "client", "the gateway knows each key's `not_after`", problems.UNKNOWN_KEY)
-@pytest.mark.parametrize("taken_out", [True, False])
-async def test_old_generation(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, taken_out: bool) -> None:
+@attack("seal to an older generation's key", "client", "the gateway knows each key's `not_after`", problems.UNKNOWN_KEY,
+        cases=[True, False])  # fmt: skip
+async def test_old_generation(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, case: bool) -> None:
     worker = await stage.worker()
-    older = stage.pools(PrivateKey.generate(7)) if taken_out else stage.pools(stage.keys.pool, lives=-1)
+    older = stage.pools(PrivateKey.generate(7)) if case else stage.pools(stage.keys.pool, lives=-1)
     stage.bucket = stage.document(2, pools=older)
     await honest.gateway.feed.refresh()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
@@ -113,11 +112,11 @@ def sealed(stage: Stage, size: int = 0) -> bytes:
 
 
 @attack("have the gateway read megabytes without a token", "stranger",
-        "the gateway checks the token before it reads the body or asks for it", problems.INVALID_TOKEN)  # fmt: skip
-@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
-async def test_nobody(honest: Stage, verdict: Verdict, expect: bytes) -> None:
+        "the gateway checks the token before it reads the body or asks for it", problems.INVALID_TOKEN,
+        cases=[b"", b"Expect: 100-continue\r\n"])  # fmt: skip
+async def test_nobody(honest: Stage, verdict: Verdict, case: bytes) -> None:
     async with opened(honest) as port:
-        told = await answer(port, POST + OUTER + expect + b"Content-Length: 7000000\r\n\r\n")
+        told = await answer(port, POST + OUTER + case + b"Content-Length: 7000000\r\n\r\n")
     assert told.startswith(b"HTTP/1.1 401 ")
     assert honest.gateway.metrics.received == 0
     verdict.said(problem_of(told))
@@ -157,16 +156,12 @@ async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
     async with opened(honest) as port:
         for _ in range(most // size):
             await port.dial(said)
-        async with asyncio.timeout(SOON):
-            while honest.gateway.bodies.held < most - size:
-                await asyncio.sleep(0.01)
+        await until(lambda: honest.gateway.bodies.held >= most - size, SOON)
         verdict.said(problem_of(await answer(port, said)))
         assert honest.gateway.bodies.held <= most
         for writer in port.open:
             writer.close()
-        async with asyncio.timeout(SOON):
-            while honest.gateway.bodies.held:
-                await asyncio.sleep(0.01)
+        await until(lambda: not honest.gateway.bodies.held, SOON)
 
 
 @attack("fill the disk of the audit log with requests that are refused", "client",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
@@ -24,6 +23,7 @@ from lacre.wire.opening import PrivateKey
 from lacre_fabric.work.contract import CLAIM_TTL, WorkerLost
 from lacre_fabric.work.frames import Frame
 from parts.stage import Stage, Worker
+from parts.waiting import until
 
 NOW = 1_800_000_000.0
 ONCE = "a worker remembers each opened digest for longer than its date is valid"
@@ -77,9 +77,7 @@ async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hostil
 
 
 async def settled(fabric: HostileFabric, ended: int) -> None:
-    async with asyncio.timeout(10):
-        while len(fabric.eyes.outcomes) < ended:
-            await asyncio.sleep(0.001)
+    await until(lambda: len(fabric.eyes.outcomes) >= ended)
 
 
 @attack("deliver a request to two workers at once", "fabric", CLAIM, gain=NO_MORE)

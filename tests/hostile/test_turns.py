@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
-from hostile.attacks import Verdict, attack
+from hostile.adversary import AsgiWire, HostileFabric
+from hostile.attacks import attack
+from hostile.shapes import Test, granted
 from hostile.workers import LyingWorker
 from lacre import problems
 from lacre.jose.jws import b64u_decode
@@ -28,6 +29,7 @@ from parts.issuer import ISSUER, Issuer
 from parts.keys import MODEL, OTHER_MODEL
 from parts.stage import Stage
 from parts.tiny_model import tiny_model
+from parts.waiting import until
 
 FLOOD = 8
 TOKENS = 300  # of each answer: all of the flood waits when the other one comes
@@ -44,9 +46,8 @@ def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
 
 @attack("send many requests at once, each with its own salt, to be served first", "client",
         "only the grant's pseudonyms of tenant and caller decide the order",
-        gain="nothing; another caller's single request is served next")  # fmt: skip
-@pytest.mark.parametrize("choices", [1, 4])
-async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, choices: int) -> None:
+        gain="nothing; another caller's single request is served next", cases=[1, 4])  # fmt: skip
+async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, case: int) -> None:
     await stage.worker(create_app([engine]), models=[MODEL], slots=4 * FLOOD)
     victim = stage.client(wire, issuer.token(sub="bob", tenant="other"))
     await victim.chat(stage.prompt, max_tokens=1)
@@ -56,13 +57,12 @@ async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer
         nonlocal done
         while True:
             client = stage.client(wire, honest.token)  # each draws its own salt
-            await client.chat(stage.prompt, max_tokens=choices * TOKENS, n=choices)
-            done += choices
+            await client.chat(stage.prompt, max_tokens=case * TOKENS, n=case)
+            done += case
 
-    flood = [tasks.spawn("flood", ask()) for _ in range(FLOOD // choices)]
-    while engine.held[0] < FLOOD - 1:
-        await asyncio.sleep(0.005)
-        assert not any(task.done() for task in flood)
+    flood = [tasks.spawn("flood", ask()) for _ in range(FLOOD // case)]
+    await until(lambda: engine.held[0] >= FLOOD - 1, 60)
+    assert not any(task.done() for task in flood)
     before = done
     await victim.chat(stage.prompt, max_tokens=TOKENS)
     assert done - before <= FLOOD // 2, "those that ran, and what ended while the victim's request was on its way"
@@ -76,10 +76,8 @@ async def flooding(stage: Stage, honest: Stage, wire: AsgiWire, engine: EchoEngi
         await stage.client(wire, honest.token).chat(stage.prompt, model=MODEL, max_tokens=TOKENS // n, n=n)
 
     flood = [tasks.spawn("flood", ask()) for _ in range(FLOOD)]
-    async with asyncio.timeout(5):
-        while not engine.running:
-            await asyncio.sleep(0.005)
-            assert not any(task.done() for task in flood)
+    await until(lambda: engine.running)
+    assert not any(task.done() for task in flood)
     return flood
 
 
@@ -113,54 +111,33 @@ async def test_choices(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
     slow.close()
 
 
-def fair(fabric: HostileFabric) -> list[tuple[str, str]]:
-    """Of each grant that came by."""
-    grants = [json.loads(b64u_decode(work.grant.split(".")[1])) for work in fabric.works]
-    return [tuple(grant["fair"]) for grant in grants]
+def linked(name: str, by: Literal["worker", "fabric"]) -> Test:
+    @attack(name, by, "pseudonyms under a key that only gateways have, new ones every hour",
+            gain="which requests are from one caller, and which callers from one tenant, within an hour; no names")  # fmt: skip
+    async def test(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
+        """Two requests of alice under two salts, then one of a colleague's and one of another tenant's."""
+        tokens = [honest.token, honest.token, issuer.token(sub="bob"), issuer.token(sub="alice", tenant="other")]
+        async with LyingWorker(stage):
+            for token in tokens:
+                await stage.client(wire, token).chat(stage.prompt)
+        grants = [json.loads(b64u_decode(work.grant.split(".")[1])) for work in fabric.works]
+        (tenant, alice), again, colleague, other = [tuple(grant["fair"]) for grant in grants]
+        assert again == (tenant, alice)
+        assert colleague[0] == tenant
+        assert len({tenant, alice, colleague[1], *other}) == 5
+        principal, now = Principal("alice", "acme", ISSUER), time.time()
+        known = Pseudonyms(stage.keys.gateway)
+        assert (tenant, alice) in (known.of(principal, now), known.of(principal, now - 60))
+        assert not {tenant, alice} & {*known.of(principal, now + 2 * HOUR), *known.of(principal, now - 2 * HOUR)}
+
+    return test
 
 
-async def pseudonyms(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
-    """Two requests of alice under two salts, then one of a colleague's and one of another tenant's."""
-    tokens = [honest.token, honest.token, issuer.token(sub="bob"), issuer.token(sub="alice", tenant="other")]
-    async with LyingWorker(stage):
-        for token in tokens:
-            await stage.client(wire, token).chat(stage.prompt)
-    (tenant, alice), again, colleague, other = fair(fabric)
-    assert again == (tenant, alice)
-    assert colleague[0] == tenant
-    assert len({tenant, alice, colleague[1], *other}) == 5
-    principal, now = Principal("alice", "acme", ISSUER), time.time()
-    known = Pseudonyms(stage.keys.gateway)
-    assert (tenant, alice) in (known.of(principal, now), known.of(principal, now - 60))
-    assert not {tenant, alice} & {*known.of(principal, now + 2 * HOUR), *known.of(principal, now - 2 * HOUR)}
-
-
-SEEN: dict[str, Any] = {
-    "refused": None,
-    "gain": "which requests are from one caller, and which callers from one tenant, within an hour; no names",
-    "defence": "pseudonyms under a key that only gateways have, new ones every hour",
-}
-
-
-@attack("link one caller's salts by the pseudonyms in its grants", by="worker", **SEEN)
-async def test_linked(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
-    await pseudonyms(stage, honest, wire, issuer, fabric)
-
-
-@attack("link one caller's requests by the pseudonyms in their grants", by="fabric", **SEEN)
-async def test_linked_outside(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
-    await pseudonyms(stage, honest, wire, issuer, fabric)
-
-
-@attack("grant invalid pseudonyms: a name, or kilobytes", "gateway",
-        "a grant has two pseudonyms of 22 characters", problems.INVALID_GRANT)  # fmt: skip
-@pytest.mark.parametrize("pair", [("alice", "acme"), ("A" * 22, "B" * 4000), ("A" * 22,), ()])
-async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdict, pair: tuple[str, ...]) -> None:
-    worker = await stage.worker()
-    gateway.grant = {"fair": pair}
-    with verdict.refused():
-        await stage.client(gateway).chat(stage.prompt)
-    assert worker.calls == 0
+test_linked = linked("link one caller's salts by the pseudonyms in its grants", "worker")
+test_linked_outside = linked("link one caller's requests by the pseudonyms in their grants", "fabric")
+test_no_pseudonyms = granted("grant invalid pseudonyms: a name, or kilobytes", "a grant has two pseudonyms of 22 characters",
+    problems.INVALID_GRANT,
+    *({"fair": pair} for pair in (("alice", "acme"), ("A" * 22, "B" * 4000), ("A" * 22,), ())))  # fmt: skip
 
 
 @attack("send many long prompts at once that begin alike, so that every stream waits for their comparison", "client",
