@@ -22,7 +22,6 @@ import structlog
 
 from lacre import problems
 from lacre.evidence import audit_proof
-from lacre.jose.jws import raw_public_key
 from lacre.wire import bhttp, varint
 from lacre.wire.framing import Deframer
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, SealedHeader
@@ -35,6 +34,7 @@ from parts import audited, by_hand
 from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage
+from parts.waiting import until
 from parts.wires import Pieces
 
 OUTER = ("pool", "model", "action", "max-tokens", "shape")
@@ -107,12 +107,10 @@ class HostileFabric(MemoryFabric):
         self.published.clear()
         self.claims.clear()
 
-    def lie_about_claims(self) -> None:
-        """Every attempt is told that it has the request."""
-        self.claims = _Agreeable()
 
+class Agreeable(dict[bytes, str]):
+    """In the place of a fabric's claims: every attempt is told that it has the request."""
 
-class _Agreeable(dict[bytes, str]):
     def setdefault(self, _key: bytes, value: str = "") -> str:
         return value
 
@@ -230,31 +228,34 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         work = Work(request_id, members["pool"], members["model"], header.digest, token, sealed)
         dispatch = await self.fabric.gateway().dispatch(work)
         frames: list[Frame] = []
-        collecting = asyncio.create_task(_collect(dispatch, frames))
-        outcome = await self.ended(request_id, until=collecting)
+
+        async def collect() -> None:
+            async with aclosing(dispatch.frames()) as coming:
+                async for frame in coming:
+                    frames.append(frame)
+                    await dispatch.consumed(len(frame.payload))
+
+        collecting = asyncio.create_task(collect())
+        await until(lambda: self._ended(request_id, collecting) is not None, 30)
+        outcome = self._ended(request_id, collecting)
+        assert outcome is not None
         collecting.cancel()
         await asyncio.gather(collecting, return_exceptions=True)
         data = b"".join(frame.payload for frame in frames if frame.kind is FrameKind.DATA)
         errors = [frame.payload.decode() for frame in frames if frame.kind is FrameKind.ERROR]
         return Ran(outcome, data, errors[0] if errors else None, dispatch.receipt)
 
-    async def ended(self, request_id: str, *, until: asyncio.Task[None]) -> str:
+    def _ended(self, request_id: str, collecting: asyncio.Task[None]) -> str | None:
         """How the worker ended it: by its frames or, where it says nothing, by its own log."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            for ended, outcome in self.eyes.outcomes:
-                if ended == request_id and (until.done() or outcome in ("replayed", "failed", "cancelled")):
-                    return outcome
-            await asyncio.sleep(0.001)
-        raise AssertionError("the work did not end")
+        silent = ("replayed", "failed", "cancelled")
+        ends = (outcome for ended, outcome in self.eyes.outcomes if ended == request_id)
+        return next((outcome for outcome in ends if collecting.done() or outcome in silent), None)
 
     @staticmethod
     def members(outer: Mapping[str, str]) -> dict[str, Any]:
         """Of an honest gateway's grant."""
-        return {
-            "pool": outer["pool"], "model": outer["model"], "action": outer["action"], "shape": outer["shape"],
-            "max_tokens": int(outer["max-tokens"]), "max_prompt_tokens": 4096,
-        }  # fmt: skip
+        same = {name: outer[name] for name in ("pool", "model", "action", "shape")}
+        return same | {"max_tokens": int(outer["max-tokens"]), "max_prompt_tokens": 4096}
 
     # The malicious client
 
@@ -262,13 +263,6 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         """A client's own BHTTP message, sealed as it stands, through an honest gateway."""
         sealed, _, opener = seal_request((key or self.stage.keys.pool).config, message)
         return opened(await self.run(sealed, **grant), opener)
-
-
-async def _collect(dispatch: Any, frames: list[Frame]) -> None:
-    async with aclosing(dispatch.frames()) as coming:
-        async for frame in coming:
-            frames.append(frame)
-            await dispatch.consumed(len(frame.payload))
 
 
 @dataclass(frozen=True)
@@ -372,7 +366,3 @@ class _Call:
         finally:
             self._gone.set()
             await self._task
-
-
-def public(key: Any) -> bytes:
-    return raw_public_key(key)

@@ -9,7 +9,18 @@ from typing import Any
 
 import httpx2
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, Respond, SealedAnswer, framed, inner, opened, response
+from hostile.adversary import (
+    Agreeable,
+    AsgiWire,
+    GatewayOwner,
+    HostileFabric,
+    Respond,
+    SealedAnswer,
+    framed,
+    inner,
+    opened,
+    response,
+)
 from hostile.attacks import Verdict, attack
 from lacre import ApiError, OpenError, StreamBroken, problems
 from lacre.asgi import Sealed
@@ -161,7 +172,7 @@ async def test_flood_of_dates() -> None:
 @attack("lie about claims, and send a request to every worker of the pool", "fabric", "nothing: the fabric keeps the claims",
         gain=f"{AGAIN} from each other worker process of the pool, all unreadable")  # fmt: skip
 async def test_every_worker(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
-    fabric.lie_about_claims()
+    fabric.claims = Agreeable()
     workers = await copied(stage, honest, wire, fabric, 3, 3)
     assert [worker.calls for worker in workers] == [1, 1, 1]
     fabric.deliver = lambda work: [work]

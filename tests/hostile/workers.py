@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u
+from lacre.runtime import tasks
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
@@ -43,12 +43,11 @@ class LyingWorker:
 
     async def __aenter__(self) -> LyingWorker:
         self._fabric = self.stage.hub.worker(POOL, [MODEL])
-        self._running = asyncio.create_task(self._run())
+        self._running = tasks.spawn("lying", self._run())
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        self._running.cancel()
-        await asyncio.gather(self._running, return_exceptions=True)
+        await tasks.end(self._running)
         await self._fabric.close()
 
     async def _run(self) -> None:
@@ -70,11 +69,8 @@ class LyingWorker:
         self.stage.hub.eyes.outcomes.append((delivery.work.request_id, "answered"))
 
     def receipt(self, header: SealedHeader, **members: Any) -> Receipt:
-        honest: dict[str, Any] = {
-            "enc": b64u(header.digest), "model": "sha256:00", "prompt_tokens": 9, "cached_tokens": 0,
-            "completion_tokens": TOKENS, "start": time.time(), "end": time.time(), "final": True,
-        }  # fmt: skip
-        return Receipt(**{**honest, **members})
+        now = time.time()
+        return replace(Receipt(b64u(header.digest), "sha256:00", 9, 0, TOKENS, now, now, final=True), **members)
 
     def sign(self, receipt: Receipt) -> str:
         return receipt.sign(self.stage.keys.receipts)
