@@ -16,7 +16,7 @@ import structlog
 
 from hostile.adversary import AsgiWire, Eyes, GatewayOwner, HostileFabric
 from hostile.attacks import Attack, Verdict
-from hostile.callers import AsyncCaller, Caller, SyncCaller
+from hostile.shapes import AsyncCaller, Caller, SyncCaller
 from parts.issuer import Issuer
 from parts.keys import MODEL, OTHER_MODEL, OTHER_POOL, POOL
 from parts.stage import Stage

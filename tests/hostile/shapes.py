@@ -1,20 +1,24 @@
-"""Attacks that differ in one thing alone: each function here makes the test of one, which is then a row of its file's table."""
+"""What attacks share: the application that is attacked, messages by hand, and attacks that differ in one thing alone.
+
+Each function of the last kind makes the test of one, which is then a row of its file's table.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import httpx2
 
+import lacre
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import NOTHING, Verdict, attack
-from hostile.callers import Caller
 from lacre import ApiError, problems
 from lacre.wire import varint
 from lacre.wire.bhttp import encode_request
@@ -23,6 +27,35 @@ from parts.stage import Stage
 from parts.wires import Pieces
 
 Test: TypeAlias = Callable[..., Awaitable[None]]
+
+
+class Caller(Protocol):
+    async def chat(self, prompt: str, **params: Any) -> lacre.Reply: ...
+
+    async def stream(self, prompt: str, **params: Any) -> str:
+        """The text, once the stream has ended well."""
+
+
+class AsyncCaller:
+    def __init__(self, client: lacre.AsyncClient) -> None:
+        self._client = client
+
+    async def chat(self, prompt: str, **params: Any) -> lacre.Reply:
+        return await self._client.chat(prompt, **params)
+
+    async def stream(self, prompt: str, **params: Any) -> str:
+        return "".join([piece async for piece in self._client.chat_stream(prompt, **params)])
+
+
+class SyncCaller:
+    def __init__(self, client: lacre.Client) -> None:
+        self._client = client
+
+    async def chat(self, prompt: str, **params: Any) -> lacre.Reply:
+        return await asyncio.to_thread(self._client.chat, prompt, **params)
+
+    async def stream(self, prompt: str, **params: Any) -> str:
+        return await asyncio.to_thread(lambda: "".join(self._client.chat_stream(prompt, **params)))
 
 
 def bent(

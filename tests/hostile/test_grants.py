@@ -15,8 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, inner
 from hostile.attacks import Verdict, attack
-from hostile.callers import Caller
-from hostile.shapes import Test, bent, granted
+from hostile.shapes import Caller, Test, bent, granted
 from lacre import ApiError, problems
 from lacre.errors import Expired, InvalidAudit, InvalidSignature
 from lacre.jose.jws import b64u, raw_public_key

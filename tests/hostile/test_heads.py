@@ -1,4 +1,4 @@
-"""A stranger: what anybody may send to a port of an honest gateway, before anybody knows who it is."""
+"""What an honest gateway hears from anybody who reaches its port, and from callers outside of the seal."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ import asyncio
 import contextlib
 import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hostile.adversary import AsgiWire, HostileFabric, inner
 from hostile.attacks import Verdict, attack
 from hostile.shapes import Test
 from lacre import problems
 from lacre.runtime.http1 import MAX_HEAD, UnreadableRequest
 from lacre.wire.bhttp import encode_request
-from lacre.wire.header import MEDIA_TYPE_REQUEST
+from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre.wire.ohttp import seal_request
+from lacre.wire.opening import PrivateKey
+from lacre_gateway.admin.api import MAX_BODY, create_admin
+from lacre_gateway.http.answers import BODY_TOO_LARGE
 from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
+from parts.issuer import Issuer
 from parts.keys import MODEL
 from parts.stage import Stage
 from parts.waiting import until
 
-from .adversary import inner
-
-OUTER = (
-    f"Content-Type: {MEDIA_TYPE_REQUEST}\r\nLacre-Pool: default\r\nLacre-Model: {MODEL}\r\nLacre-Action: chat\r\n"
-    "Lacre-Max-Tokens: 512\r\nLacre-Shape: none\r\n"
-).encode()
+OUTER_HEADERS = {
+    "content-type": MEDIA_TYPE_REQUEST, "lacre-pool": "default", "lacre-model": MODEL, "lacre-action": "chat",
+    "lacre-max-tokens": "512", "lacre-shape": "none",
+}  # fmt: skip
+OUTER = "".join(f"{name}: {value}\r\n" for name, value in OUTER_HEADERS.items()).encode()
 POST = b"POST /v1/sealed HTTP/1.1\r\nHost: x\r\n"
 HEAD_TIMEOUT = 3.0  # seconds; what is refused is refused much sooner
 
@@ -177,8 +182,8 @@ async def test_handshakes(honest: Stage, case: str) -> None:
         "a request's fields are those of its head; trailers are dropped", problems.INVALID_TOKEN)  # fmt: skip
 async def test_trailer(stage: Stage, honest: Stage, port: Port, verdict: Verdict) -> None:
     worker = await stage.worker()
-    sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
-    body = b"%x\r\n%b\r\n0\r\nAuthorization: Bearer %b\r\n\r\n" % (len(sealed), sealed, honest.token.encode())
+    content = sealed(stage)
+    body = b"%x\r\n%b\r\n0\r\nAuthorization: Bearer %b\r\n\r\n" % (len(content), content, honest.token.encode())
     verdict.said(problem_of(await port.told(POST + OUTER + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + body)))
     assert worker.calls == 0
 
@@ -203,3 +208,149 @@ async def test_ahead(honest: Stage) -> None:
             while answers.count(b"HTTP/1.1 200") < 1000 and (more := await reader.read(65536)):
                 answers += more
     assert (answers.count(b"HTTP/1.1 200"), most) == (1000, 1)
+
+
+def sealed(stage: Stage, size: int = 0, **parts: str) -> bytes:
+    return bytes(seal_request(stage.keys.pool.config, encode_request(inner(**parts)) + bytes(size))[0])
+
+
+def headers_of(honest: Stage, **changes: str) -> list[tuple[str, str]]:
+    return [*(OUTER_HEADERS | {name.replace("_", "-"): value for name, value in changes.items()}).items(),
+            ("authorization", f"Bearer {honest.token}")]  # fmt: skip
+
+
+async def told(wire: AsgiWire, content: bytes, headers: list[tuple[str, str]]) -> str | None:
+    """The problem that an honest gateway answers with."""
+    request = httpx2.Request("POST", "http://gateway.test/v1/sealed", headers=headers, content=content)
+    return problems.Problem.type_in(await (await wire.handle_async_request(request)).aread())
+
+
+def outside(
+    name: str, defence: str, refused: problems.Problem, *sent: Callable[[Stage], tuple[bytes, list[tuple[str, str]]]]
+) -> Test:
+    """The attack of a caller that sends one of these, a content and its headers: it becomes no work."""
+
+    @attack(name, "client", defence, refused, cases=sent, ids=range(len(sent)))
+    async def test(honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
+        await honest.worker()
+        verdict.said(await told(wire, *case(honest)))
+        assert not fabric.works
+
+    return test
+
+
+test_clear = outside(
+    "send a request in the clear", "there is one media type, and no other endpoint", problems.UNSUPPORTED_MEDIA_TYPE,
+    *(lambda stage, media_type=media_type: (b'{"messages":[]}', headers_of(stage, content_type=media_type))
+      for media_type in ("application/json", "message/ohttp-req", "message/bhttp")),
+)  # fmt: skip
+test_twice = outside(
+    "say one thing to policy and another to the worker, by an outer header given twice", "each outer header appears once",
+    problems.INVALID_HEADERS,
+    *(lambda stage, again=again: (sealed(stage), [*headers_of(stage), again]) for again in [*OUTER_HEADERS.items()][1:]),
+)  # fmt: skip
+test_cut_outside = outside("send the gateway a request that is cut short", "the gateway walks the chunks to the final one",
+    problems.INVALID_REQUEST, lambda stage: (sealed(stage, 20_000)[:8000], headers_of(stage)))  # fmt: skip
+test_too_large = outside("send the gateway more than 7 MiB", "a limit, counted while it is read", problems.TOO_LARGE,
+    lambda stage: (bytes(MAX_SEALED_REQUEST + 1), headers_of(stage)))  # fmt: skip
+test_policy = outside("use an action that policy does not grant", "Cedar policies, default deny", problems.PATH_NOT_ALLOWED,
+    lambda stage: (sealed(stage, path="/admin"), headers_of(stage, lacre_action="http")))  # fmt: skip
+
+
+@attack("seal to an older generation's key", "client", "the gateway knows each key's `not_after`", problems.UNKNOWN_KEY,
+        cases=[True, False])  # fmt: skip
+async def test_old_generation(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, case: bool) -> None:
+    worker = await stage.worker()
+    older = stage.pools(PrivateKey.generate(7)) if case else stage.pools(stage.keys.pool, lives=-1)
+    stage.bucket = stage.document(2, pools=older)
+    await honest.gateway.feed.refresh()
+    verdict.said(await told(wire, sealed(stage), headers_of(honest)))
+    assert worker.calls == 0
+
+
+SOON = 5.0  # seconds in which a refusal comes; none of these waits for a body
+REVOKE = b"POST /v1/revocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+async def answer(port: Port, said: bytes) -> bytes:
+    """The head and the problem that come back while the connection stays open: nothing more is sent."""
+    reader = await port.dial(said)
+    async with asyncio.timeout(SOON):
+        head = await reader.readuntil(b"\r\n\r\n")
+        found = re.search(rb"content-length: (\d+)", head)
+        body = await reader.readexactly(int(found[1])) if found else b""
+    return head + body
+
+
+def bearer(token: str) -> bytes:
+    return f"Authorization: Bearer {token}\r\n".encode()
+
+
+@attack("have the gateway read megabytes without a token", "stranger",
+        "the gateway checks the token before it reads the body or asks for it", problems.INVALID_TOKEN,
+        cases=[b"", b"Expect: 100-continue\r\n"])  # fmt: skip
+async def test_nobody(honest: Stage, verdict: Verdict, case: bytes) -> None:
+    async with opened(honest) as port:
+        heard = await answer(port, POST + OUTER + case + b"Content-Length: 7000000\r\n\r\n")
+    assert heard.startswith(b"HTTP/1.1 401 ")
+    assert honest.gateway.metrics.received == 0
+    verdict.said(problem_of(heard))
+
+
+@attack("have the admin API read megabytes without a token", "stranger",
+        "the gateway checks the token before it reads the body", problems.INVALID_TOKEN)  # fmt: skip
+async def test_admin(honest: Stage, verdict: Verdict) -> None:
+    async with opened(honest, create_admin(honest.gateway)) as port:
+        verdict.said(problem_of(await answer(port, REVOKE + b"Content-Length: 300000000\r\n\r\n" + bytes(100_000))))
+
+
+@attack("have the admin API read megabytes", "client", "a body has at most 16 KiB, counted while it is read", BODY_TOO_LARGE)
+async def test_admin_long(honest: Stage, verdict: Verdict) -> None:
+    async with opened(honest, create_admin(honest.gateway)) as port:
+        said = REVOKE + bearer(honest.token) + b"Content-Length: 300000000\r\n\r\n" + b" " * (MAX_BODY + 1)
+        verdict.said(problem_of(await answer(port, said)))
+
+
+@attack("have the gateway read megabytes that policy denies anyway", "client",
+        "policy decides on the outer headers and the length, before more is read than the sealed request's header",
+        problems.PATH_NOT_ALLOWED)  # fmt: skip
+async def test_denied(stage: Stage, honest: Stage, verdict: Verdict) -> None:
+    async with opened(honest) as port:
+        head = POST + OUTER.replace(b"action: chat", b"action: http") + bearer(honest.token)
+        heard = await answer(port, head + b"Content-Length: 7000000\r\n\r\n" + sealed(stage, 2000)[:MAX_HEADER])
+    verdict.said(problem_of(heard))
+    assert (await honest.outcomes())[0]["problem"] == "path-not-allowed"
+
+
+@attack("take a gateway's memory by bodies that are never whole", "client",
+        "bytes of bodies are counted before they are kept, for each caller and for all", problems.RATE_LIMITED)  # fmt: skip
+async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
+    most, size = honest.gateway.settings.limits.body_bytes_per_subject, MAX_SEALED_REQUEST - 1
+    start = sealed(stage, 2000)[:MAX_HEADER]
+    said = POST + OUTER + bearer(honest.token) + b"Content-Length: %d\r\n\r\n" % (size + 1) + start.ljust(size, b"\x00")
+    async with opened(honest) as port:
+        for _ in range(most // size):
+            await port.dial(said)
+        await until(lambda: honest.gateway.bodies.held >= most - size, SOON)
+        verdict.said(problem_of(await answer(port, said)))
+        assert honest.gateway.bodies.held <= most
+        for writer in port.open:
+            writer.close()
+        await until(lambda: not honest.gateway.bodies.held, SOON)
+
+
+@attack("fill the disk of the audit log with requests that are refused", "client",
+        "refusals have their own limit; beyond it they are counted, not recorded", problems.RATE_LIMITED)  # fmt: skip
+async def test_refusals(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:
+    async def ask(token: str) -> str | None:
+        headers = [*headers_of(honest, lacre_action="http")[:-1], ("authorization", f"Bearer {token}")]
+        return await told(wire, sealed(stage), headers)
+
+    allowed = honest.gateway.settings.limits.refused_per_minute
+    honest.gateway.refusals._clock = lambda: 0.0  # the minute does not end meanwhile
+    for _ in range(allowed):
+        assert await ask(honest.token) == problems.PATH_NOT_ALLOWED.type
+    verdict.said(await ask(honest.token))
+    assert await ask(issuer.token(sub="bob")) == problems.PATH_NOT_ALLOWED.type, "another caller is not concerned"
+    assert len(await honest.outcomes(allowed + 1)) == allowed + 1
+    assert honest.gateway.refusals.unrecorded == 1

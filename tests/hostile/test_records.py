@@ -7,8 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import GatewayOwner
 from hostile.attacks import Verdict, attack
-from hostile.callers import Caller
-from hostile.shapes import bent, recorded
+from hostile.shapes import Caller, bent, recorded
 from lacre.errors import InvalidAudit
 from parts.keys import OTHER_MODEL
 from parts.stage import Stage

@@ -16,19 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import lacre
 from hostile.adversary import GatewayOwner, response
 from hostile.attacks import Verdict, attack
-from hostile.callers import Caller
-from hostile.shapes import Test
+from hostile.shapes import Caller, Test
 from lacre import errors, problems
-from lacre.errors import (
-    Expired,
-    InvalidMessage,
-    InvalidSignature,
-    MessageTooLarge,
-    Rollback,
-    Unavailable,
-    UnsupportedSuite,
-    UntrustedRoot,
-)
+from lacre.errors import Expired, InvalidMessage, InvalidSignature, Rollback, Unavailable, UnsupportedSuite, UntrustedRoot
 from lacre.exchange.call import Sealing
 from lacre.jose.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.runtime.forks import PerLoop
@@ -266,7 +256,7 @@ test_no_manifest = served(
 )  # fmt: skip
 
 
-@attack("serve a manifest document of 100 MB", "gateway", "a limit, beyond which nothing is read", MessageTooLarge)
+@attack("serve a manifest document of 100 MB", "gateway", "a limit, beyond which nothing is read", errors.MessageTooLarge)
 async def test_huge(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     body = Pieces(b"[" * 65536 for _ in range(1600))
     gateway.manifest = lambda: httpx2.Response(200, stream=body)

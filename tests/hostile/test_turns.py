@@ -14,7 +14,7 @@ import pytest
 from hostile.adversary import AsgiWire, HostileFabric
 from hostile.attacks import attack
 from hostile.shapes import Test, granted
-from hostile.workers import LyingWorker
+from hostile.test_workers import LyingWorker
 from lacre import problems
 from lacre.jose.jws import b64u_decode
 from lacre.runtime import tasks

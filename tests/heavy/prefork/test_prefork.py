@@ -82,25 +82,24 @@ def test_gunicorn(environment: Environment, surroundings: dict[str, str], kind: 
     assert len({pid for pid, _ in seen}) > 1
 
 
+def called(command: Sequence[str], surroundings: dict[str, str], calls: int) -> None:
+    """The program tells of so many calls: each is good, and some were made in processes that replaced others."""
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    assert Counter(told for _, told in seen) == {"ok": calls}
+    assert len({pid for pid, _ in seen}) > WORKERS
+
+
 def test_celery(environment: Environment, surroundings: dict[str, str]) -> None:
     """With its pool of forked processes, which it replaces after some tasks."""
     python = environment("prefork")
     pool = ["--pool", "prefork", "--concurrency", str(WORKERS), "--max-tasks-per-child", "20", "--loglevel", "WARNING"]
     with running([python, "-P", "-m", "celery", "--app", "jobs", "worker", *pool], surroundings) as worker:
-        asking = [python, "-P", str(HERE / "jobs.py"), str(CALLS)]
-        done = subprocess.run(asking, env=surroundings, capture_output=True, text=True, timeout=400, check=False)
+        called([python, "-P", str(HERE / "jobs.py"), str(CALLS)], surroundings, CALLS)
         assert worker.poll() is None
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout)
-    assert Counter(told for _, told in seen) == {"ok": CALLS}
-    assert len({pid for pid, _ in seen}) > WORKERS
 
 
 def test_multiprocessing(environment: Environment, surroundings: dict[str, str]) -> None:
     """A pool that is forked from a process whose clients were used, and that replaces its processes after some tasks."""
-    asking = [environment("prefork"), "-P", str(HERE / "pooled.py"), str(CALLS), str(WORKERS)]
-    done = subprocess.run(asking, env=surroundings, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout)
-    assert Counter(told for _, told in seen) == {"ok": CALLS + 2}
-    assert len({pid for pid, _ in seen}) > WORKERS
+    called([environment("prefork"), "-P", str(HERE / "pooled.py"), str(CALLS), str(WORKERS)], surroundings, CALLS + 2)

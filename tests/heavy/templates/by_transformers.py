@@ -16,19 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 
 def rendered(case: dict[str, Any]) -> dict[str, str]:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")),
-        bos_token=case["bos_token"],
-        eos_token=case["eos_token"],
-        chat_template=case["template"],
-    )
+    words, given = models.WordLevel({"?": 0}, unk_token="?"), {name: case[name] for name in ("tools", "add_generation_prompt")}
+    tokens = {name: case[name] for name in ("bos_token", "eos_token")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), chat_template=case["template"], **tokens)
     try:
-        text = tokenizer.apply_chat_template(
-            case["messages"],
-            tools=case["tools"],
-            add_generation_prompt=case["add_generation_prompt"],
-            tokenize=False,
-        )
+        text = tokenizer.apply_chat_template(case["messages"], tokenize=False, **given)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         return {"refused": f"{type(error).__name__}: {error}"}
     return {"text": text}

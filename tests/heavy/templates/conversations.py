@@ -10,22 +10,16 @@ Tools = list[dict[str, Any]] | None
 
 WORD: Final = re.compile(r"w_[a-z]+")
 
-TIDE: Final[dict[str, Any]] = {
-    "type": "function",
-    "function": {
-        "name": "get_tide",
-        "description": "The tide at a port, é <now>",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "port": {"type": "string", "description": "Its name"},
-                "unit": {"type": "string", "enum": ["m", "ft"]},
-            },
-            "required": ["port"],
-        },
-    },
-}
-WAVES: Final[dict[str, Any]] = {"type": "function", "function": {**TIDE["function"], "name": "get_waves"}}
+_WHERE: Final = {"port": {"type": "string", "description": "Its name"}, "unit": {"type": "string", "enum": ["m", "ft"]}}
+
+
+def tool(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": _WHERE, "required": ["port"]}
+    described = {"name": name, "description": "The tide at a port, é <now>", "parameters": parameters}
+    return {"type": "function", "function": described}
+
+
+TIDE, WAVES = tool("get_tide"), tool("get_waves")
 
 
 def said(role: str, content: Any) -> dict[str, Any]:
@@ -34,10 +28,8 @@ def said(role: str, content: Any) -> dict[str, Any]:
 
 def calling(content: str, **calls: str) -> dict[str, Any]:
     """calls: the ports that tools are asked for, by the calls' ids."""
-    written = [
-        {"id": call, "type": "function", "function": {"name": "get_tide", "arguments": {"port": port, "unit": "m"}}}
-        for call, port in calls.items()
-    ]
+    asked = {call: {"name": "get_tide", "arguments": {"port": port, "unit": "m"}} for call, port in calls.items()}
+    written = [{"id": call, "type": "function", "function": function} for call, function in asked.items()]
     return {"role": "assistant", "content": content, "tool_calls": written}
 
 
@@ -52,6 +44,7 @@ AGAIN: Final = said("user", "And w_again?")
 TAGS: Final = (
     "<think> </think> <tool_call> <tool_response> <|im_end|>\n<|im_start|>system\n[/INST] </s> <|eot_id|> <end_of_turn>"
 )
+_TOLD: Final = result("call00001", "w_result")
 _USED: Final = [ASK, calling("", call00001="w_port é"), result("call00001", "2 m w_result <b>")]
 _DONE: Final = [*_USED, said("assistant", "Two metres, w_done."), AGAIN]
 
@@ -67,10 +60,7 @@ CONVERSATIONS: Final[dict[str, tuple[Messages, Tools]]] = {
     "reasoning apart": ([ASK, {**ANSWER, "reasoning_content": "Hidden.\n"}, AGAIN], None),
     "reasoning under another name": ([ASK, {**ANSWER, "reasoning": "Hidden."}, AGAIN], None),
     "reasoning at the end": ([ASK, {**ANSWER, "reasoning_content": "Hidden."}], None),
-    "reasoning before a call": (
-        [ASK, {**calling("", call00001="w_port"), "reasoning_content": "Hidden."}, result("call00001", "w_result")],
-        [TIDE],
-    ),
+    "reasoning before a call": ([ASK, {**calling("", call00001="w_port"), "reasoning_content": "Hidden."}, _TOLD], [TIDE]),
     "what is null": ([{**ASK, "name": None}, {**ANSWER, "tool_calls": None, "reasoning_content": None}, AGAIN], None),
     "a later system message": ([ASK, ANSWER, SYSTEM, AGAIN], None),
     "other alphabets": ([said("user", "w_greek Ωμέγα, 日本語, العربية, \u200d\u00a0\u3000, 👩‍👩‍👧")], None),
@@ -83,19 +73,8 @@ CONVERSATIONS: Final[dict[str, tuple[Messages, Tools]]] = {
     "a call and its result after a system message": ([SYSTEM, *_USED], [TIDE, WAVES]),
     "a call that is over": (_DONE, [TIDE]),
     "a call without tools": ([SYSTEM, *_DONE], None),
-    "words beside a call": (
-        [ASK, calling("Let me see, w_beside.", call00001="w_port"), result("call00001", "w_result")],
-        [TIDE],
-    ),
-    "two calls": (
-        [
-            ASK,
-            calling("", call00001="w_one", call00002="w_two"),
-            result("call00001", "w_result"),
-            result("call00002", "w_second"),
-        ],
-        [TIDE],
-    ),
+    "words beside a call": ([ASK, calling("Let me see, w_beside.", call00001="w_port"), _TOLD], [TIDE]),
+    "two calls": ([ASK, calling("", call00001="w_one", call00002="w_two"), _TOLD, result("call00002", "w_second")], [TIDE]),
 }
 
 

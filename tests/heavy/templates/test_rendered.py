@@ -102,13 +102,8 @@ def theirs(environment: Environment, templates: dict[str, str]) -> list[tuple[Ca
         in_parts = case.name.startswith(AS_PARTS)
         whole = joined(case.messages, "system", "user", "assistant") if in_parts else case.messages
         partly = joined(case.messages, "system") if in_parts else case.messages
-        for messages, tools in (
-            (case.messages, case.tools),
-            (whole, case.tools),
-            (partly, case.tools),
-            (whole, case.tools or []),
-        ):
-            asked.append(asking(templates[case.template], messages, tools, answering=case.answering))
+        forms = ((case.messages, case.tools), (whole, case.tools), (partly, case.tools), (whole, case.tools or []))
+        asked += [asking(templates[case.template], *form, answering=case.answering) for form in forms]
     texts = by_transformers(environment("templates"), asked)
     return [(case, Theirs(*texts[4 * i : 4 * i + 4])) for i, case in enumerate(found)]
 
