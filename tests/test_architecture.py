@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import rooms
+
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"lacre": "sdk", "lacre_fabric": "fabric", "lacre_gateway": "gateway", "lacre_backend": "backend"}
 # Of each other: the SDK needs none of them, and what stands on the fabric needs nothing beside it.
 MAY_IMPORT: dict[str, set[str]] = {
     "lacre": set(), "lacre_fabric": {"lacre"}, "lacre_gateway": {"lacre", "lacre_fabric"},
@@ -37,16 +38,16 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def files(package: str) -> list[Path]:
-    found = sorted((ROOT / ROOMS[package] / package).rglob("*.py"))
+    found = sorted((ROOT / rooms.PACKAGES[package].folder / package).rglob("*.py"))
     assert found
     return found
 
 
-@pytest.mark.parametrize("package", ROOMS)
+@pytest.mark.parametrize("package", rooms.PACKAGES)
 def test_rooms_import_one_way(package: str) -> None:
     for path in files(package):
         used = {name.partition(".")[0] for name in imports(path)}
-        assert used & set(ROOMS) <= MAY_IMPORT[package] | {package}, path
+        assert used & rooms.PACKAGES.keys() <= MAY_IMPORT[package] | {package}, path
 
 
 def test_wire_needs_cryptography_alone() -> None:
@@ -118,7 +119,7 @@ def unwatched(source: str) -> Iterator[str]:
         yield from (f"line {node.lineno}: {name}" for name in found)
 
 
-@pytest.mark.parametrize("package", ROOMS)
+@pytest.mark.parametrize("package", rooms.PACKAGES)
 def test_the_supervisor_alone_starts_background_work(package: str) -> None:
     found = {path: list(unwatched(path.read_text())) for path in files(package) if path != SUPERVISOR}
     assert not {path: places for path, places in found.items() if places}, "start it by `lacre.runtime.tasks`"
@@ -215,7 +216,7 @@ def unused(sources: Iterable[str], documents: Iterable[str] = ()) -> set[str]:
 
 def test_one_word_has_one_meaning_and_is_used() -> None:
     """What only tests use belongs to the tests."""
-    sources = {str(path.relative_to(ROOT)): path.read_text() for package in ROOMS for path in files(package)}
+    sources = {str(path.relative_to(ROOT)): path.read_text() for package in rooms.PACKAGES for path in files(package)}
     assert len(sources) > 300
     found = homonyms(sources.items())
     assert not found - SHARED.keys(), "rename one of each, or say in SHARED why they mean the same"
@@ -230,3 +231,83 @@ def test_homonyms_and_unused_names_are_seen() -> None:
     assert homonyms([("a.py", f"{classes}if True:\n    class Three: ...\n"), ("b.py", classes)]) == {("One", "a.py b.py")}
     one = '"""helped"""\nLIMIT = 1\ndef helped(): ...\nclass Kept:\n    def helps(self): ...\n    def told(self): ...\n'
     assert unused([one, "from one import LIMIT, Kept\n"], ["call `told`"]) == {"helped", "helps"}
+
+
+# The import picture of `tools/rooms.py`: few rooms, in floors, without circles, each with a front that says where to begin
+
+LONGEST = 12  # lines of a front
+
+
+FOLDERS = sorted(
+    path.parent
+    for name, package in rooms.PACKAGES.items()
+    for path in (ROOT / package.folder / name).rglob("__init__.py")
+    if path.parent.name != name
+)
+
+
+def test_this_tree_has_no_fault() -> None:
+    found = rooms.pictures()
+    assert len(found) == 4 and all(len(picture.files) > 50 for picture in found)
+    assert [fault for picture in found for fault in rooms.faults(picture)] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({"wire/a.py": "import lacre.cli.b\n", "cli/b.py": ""}, "wire imports cli"),
+        ({"wire/a.py": "def f():\n    from lacre.cli import b\n", "cli/b.py": ""}, "wire imports cli"),
+        ({"wire/a.py": "if TYPE_CHECKING:\n    from lacre.wire.b import B\n", "wire/b.py": "from lacre.wire import a\n"},
+         "files import each other"),
+        ({"wire/a.py": "from lacre.jose.b import x\n", "jose/b.py": "from lacre.wire.c import y\n", "wire/c.py": ""},
+         "rooms import"),
+        ({"new.py": ""}, "new is in FLOORS or in the tree, not in both"),
+        ({f"room{number}.py": "" for number in range(30)}, "30 rooms, at most 20"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named(tmp_path: Path, files: dict[str, str], fault: str) -> None:
+    for name, source in files.items():
+        path = tmp_path / "sdk/lacre" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    [picture] = [picture for picture in rooms.pictures(tmp_path) if picture.name == "lacre"]
+    assert any(fault in found for found in rooms.faults(picture))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_room_has_a_front(folder: Path) -> None:
+    """It says what the room is for, and names a file that is there."""
+    front = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert front, "write in `__init__.py` what the room is for, its rules, and which file to open first"
+    first = re.search(r"Open `([a-z0-9_]+\.py)`", front)
+    assert first is not None and (folder / first[1]).is_file()
+    assert len(front.splitlines()) <= LONGEST
+
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+PARTS = {package.folder: f"{package.folder}/{name}" for name, package in rooms.PACKAGES.items()}
+
+
+def named() -> list[tuple[str, str, str]]:
+    """The files that docs/architecture.md names in its tables of rooms: package, the row's rooms, file."""
+    found, package = [], ""
+    for line in PAGE.splitlines():
+        if (heading := re.match(r"\*\*(.+?)\*\*", line)) is not None:
+            package = PARTS.get(heading[1].lower(), "")
+        elif package and line.startswith("| `"):
+            _, rooms, _, files, _ = line.split("|")
+            found += [(package, rooms, name) for name in re.findall(r"`([\w/]+)`", files)]
+    return found
+
+
+@pytest.mark.parametrize(("package", "row", "name"), named(), ids=lambda value: value.strip())
+def test_the_architecture_page_names_files_that_exist(package: str, row: str, name: str) -> None:
+    folders = [ROOT / package, *(ROOT / package / room for room in re.findall(r"`([\w/]+/)`", row))]
+    assert any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for folder in folders)
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    for name, package in rooms.PACKAGES.items():
+        shown = {room for floor in package.floors for room in floor} - {"__init__", "__main__", "_version"}
+        rows = " ".join(row for part, row, _ in named() if part.endswith(f"/{name}"))
+        assert [room for room in sorted(shown) if f"`{room}/`" not in rows and f"`{room}.py`" not in rows] == []

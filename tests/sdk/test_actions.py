@@ -45,7 +45,12 @@ def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool =
         ("/v1/embeddings", b'{"model": "e", "input": "x"}', {}, "e", NO_OUTPUT),
         ("/v1/tokenize", b'{"model": "e", "prompt": "x"}', {}, "e", NO_OUTPUT),
         ("/v1/tokenize", b'{"prompt": "x"}', {}, "first", NO_OUTPUT),
+        (CHAT, b"{}", {}, "first", DEFAULT_MAX_TOKENS),
+        # the ceiling covers all choices
         (CHAT, b'{"model": "e", "n": 2, "max_tokens": 3}', {}, "e", 6),
+        (CHAT, b'{"n": 2, "max_completion_tokens": 5}', {}, "first", 10),
+        (CHAT, b'{"n": 3}', {}, "first", 3 * DEFAULT_MAX_TOKENS),
+        (CHAT, b'{"max_tokens": -1}', {}, "first", DEFAULT_MAX_TOKENS),
         # what a body cannot say, a header can
         ("/predict", b'{"user": "u"}', {}, "first", DEFAULT_MAX_TOKENS),
         ("/predict", b'{"user": "u"}', {"lacre_model": "e", "lacre_max_tokens": "4096"}, "e", 4096),

@@ -10,7 +10,6 @@ import json
 import os
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,16 +17,12 @@ import httpx2
 import pytest
 
 import lacre
-from lacre import asgi, errors, problems
-from lacre.exchange.call import Sealing
-from lacre.runtime.forks import PerProcess
+from lacre import problems
 from lacre.transport.options import AsyncOptions, Options
-from lacre.transport.sealed_sync import SealedTransport
-from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from parts.bent import without
 from parts.chat_app import ChatApp, reply
-from parts.relay import MANIFEST, SEALED, AsyncWire, Relay, Wire, connect, connect_async, on_sealed, refusing, served
+from parts.relay import SEALED, AsyncWire, Relay, Wire, connect, connect_async, on_sealed, refusing, served
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "the sea"}]}
@@ -60,11 +55,6 @@ def either(make: Callable[..., Any]) -> Iterator[Any]:
 
 
 class TestChat:
-    async def test_async(self, async_client: lacre.AsyncClient) -> None:
-        assert (await async_client.chat("Name three seas.")).text == "one two three"
-        assert [piece async for piece in async_client.chat_stream("Go on.")] == ["one ", "two ", "three"]
-        assert await async_client.models() == ("tiny",)
-
     def test_the_workers_error_is_an_api_error(self, client: lacre.Client) -> None:
         for ask in (client.chat, lambda messages: list(client.chat_stream(messages))):
             with pytest.raises(lacre.ApiError) as caught:
@@ -183,12 +173,6 @@ class TestEitherKind:
             assert response.status_code == 307
         assert len(relay.opened) == 3
 
-    async def test_to_an_async_client_too(self, async_client: lacre.AsyncClient, relay: Relay) -> None:
-        relay.app = elsewhere
-        async with async_client.stream("GET", "/v1/models", follow_redirects=True) as response:
-            assert response.status_code == 307
-        assert len(relay.opened) == 1
-
     def test_environment_proxies_do_not_unseal(
         self, make: Callable[..., Any], relay: Relay, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -225,14 +209,6 @@ class TestOutside:
         assert not relay.sealed
         assert "s3c" not in "".join(traceback.format_exception(caught.value))
 
-    @pytest.mark.parametrize(
-        ("params", "ceiling"),
-        [({}, "512"), ({"n": 3}, "1536"), ({"max_completion_tokens": 5, "n": 2}, "10"), ({"max_tokens": -1}, "512")],
-    )
-    def test_the_token_ceiling_covers_all_choices(self, client: lacre.Client, relay: Relay, params, ceiling: str) -> None:
-        client.chat("x", **params)
-        assert relay.sealed[0].headers["lacre-max-tokens"] == ceiling
-
     def test_inner_headers_and_fields_by_allow_list(self, client: lacre.Client, relay: Relay, app: ChatApp) -> None:
         headers = {"authorization": "Bearer inner", "cookie": "a=b", "x-stainless-os": "Linux", "traceparent": "00-1-1-01"}
         body = {**BODY, "user": "jo", "metadata": {"a": "b"}, "safety_identifier": "c"}
@@ -261,13 +237,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("kind", "error"),
         [
-            (problems.INVALID_TOKEN, lacre.Unauthenticated),
-            (problems.FORBIDDEN, lacre.Forbidden),
-            (problems.RATE_LIMITED, lacre.RateLimited),
-            (problems.NO_WORKER, lacre.Unavailable),
+            (problems.INVALID_TOKEN, lacre.Unauthenticated), (problems.FORBIDDEN, lacre.Forbidden),
+            (problems.RATE_LIMITED, lacre.RateLimited), (problems.NO_WORKER, lacre.Unavailable),
             (problems.REPLAYED, lacre.RefusedError),
         ],
-    )
+    )  # fmt: skip
     def test_typed(self, client: lacre.Client, relay: Relay, kind: problems.Problem, error: type[lacre.RefusedError]) -> None:
         relay.respond = refusing(kind, retry_after="70")
         for ask in (lambda: client.chat("x"), lambda: list(client.chat_stream("x"))):
@@ -275,64 +249,8 @@ class TestRefusals:
                 ask()
             assert (caught.value.problem, caught.value.retry_after) == (kind.type, 70.0)
 
-    def test_unknown_key_refreshes_and_retries_once(self, client: lacre.Client, relay: Relay) -> None:
-        answers = iter([refusing(problems.UNKNOWN_KEY), lambda _: None])
-        relay.respond = lambda request: next(answers)(request) if request.url.path == SEALED else None
-        assert client.chat("x").attempts == 2
-        assert [request.url.path for request in relay.requests] == [MANIFEST, SEALED, MANIFEST, SEALED]
-
-    def test_unreachable(self, relay: Relay) -> None:
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), retries=0) as client:
-            with pytest.raises(lacre.NetworkError) as caught:
-                client.chat("x")
-        assert isinstance(caught.value, httpx2.NetworkError)
-
-    def test_a_clock_is_corrected_once_with_a_fresh_seal(self) -> None:
-        """The worker's is a day ahead of the client's."""
-        now = 1_800_000_000.0
-        tomorrow = formatdate(now + 86400, usegmt=True).encode()
-
-        async def strict(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-            if dict(scope["headers"])[b"date"] == tomorrow:
-                return await ChatApp()(scope, receive, send)
-            headers = [(b"content-type", problems.MEDIA_TYPE.encode()), (b"date", tomorrow)]
-            await send({"type": "http.response.start", "status": 400, "headers": headers})
-            await send({"type": "http.response.body", "body": problems.DATE.body()})
-
-        relay = Relay(strict, clock=lambda: now)
-        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: now)
-        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
-        with httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client:
-            for attempts in (2, 1):
-                response = client.post("/chat/completions", json=BODY)
-                assert (response.status_code, response.extensions["lacre"].attempts) == (200, attempts)
-
-
-class TestBrokenStreams:
-    def test_without_the_final_chunk(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = without
-        got: list[str] = []
-        with pytest.raises(lacre.TruncatedStream):
-            got.extend(client.chat_stream("x"))
-        assert "".join(got) == "one two three"
-
-    def test_an_app_that_fails_leaves_no_whole_answer(self, client: lacre.Client, relay: Relay) -> None:
-        async def failing(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-            await send({"type": "http.response.body", "body": b'data: {"choices":[]}\n\n', "more_body": True})
-            raise ValueError("secret detail")
-
-        relay.app = failing
-        with pytest.raises(asgi.AppFailed):
-            client.chat("x")
-
 
 class TestSurroundings:
-    def test_a_gateway_without_a_manifest(self, relay: Relay) -> None:
-        relay.respond = lambda request: served(503, problems.UNAVAILABLE.body(), {"content-type": problems.MEDIA_TYPE})
-        with connect(relay, retries=0) as client, pytest.raises(errors.Unavailable):
-            client.chat("x")
-
     async def test_a_memory_that_others_hold_does_not_hold_the_loop(self, relay: Relay, tmp_path: Path) -> None:
         """The one that holds the file's lock lets go of it on this very loop: it could not, if the loop waited for it."""
         memory, holder = lacre.VersionFile(tmp_path), os.open(tmp_path / "seen.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -415,25 +333,6 @@ async def test_a_stream_left_early_is_closed(relay: Relay) -> None:
         async with client.stream("POST", CHAT, json=STREAM):
             pass
         assert (await wire.body).closed.is_set()
-
-
-async def test_a_real_timeout_is_both_kinds() -> None:
-    """Nobody answers: the connection is taken, and read until its end."""
-
-    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-        gone.set()
-
-    gone = asyncio.Event()
-    server = await asyncio.start_server(listen, "127.0.0.1", 0)
-    url = Relay(ChatApp()).url.replace(":9?", f":{server.sockets[0].getsockname()[1]}?")
-    async with server, lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
-        with pytest.raises(lacre.NetworkError) as caught:
-            async with asyncio.timeout(30):
-                await client.post(CHAT, json=STREAM, timeout=0.2)
-        await gone.wait()
-    assert isinstance(caught.value, httpx2.TimeoutException)
 
 
 def test_limits_are_of_the_connection_to_the_gateway(relay: Relay) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,7 +199,7 @@ class TestOrder:
 
 # Processes that fork: each has connections, locks and salts of its own, and nobody is accused for it.
 
-TESTS = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +217,10 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway,
         yield gateway, ca.file
 
 
-def seen(name: str, *arguments: str) -> Counter[str]:
+def seen(name: str, *arguments: str) -> set[str]:
     command = [sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-m", "parts.forking", name, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    program = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, start_new_session=True)
     try:
         told, complaints = program.communicate(timeout=60)
     except subprocess.TimeoutExpired:
@@ -231,19 +228,19 @@ def seen(name: str, *arguments: str) -> Counter[str]:
         told, complaints = program.communicate()
         raise AssertionError(f"{name} hangs: {told} {complaints}") from None
     assert (program.returncode, complaints) == (0, "")
-    return Counter(json.loads(told))
+    return set(json.loads(told))
 
 
 @pytest.mark.parametrize("name", [program.__name__ for program in PROGRAMS])
 def test_in_the_clear(gateway: Gateway, tmp_path: Path, name: str) -> None:
-    assert set(seen(name, gateway.url, *([str(tmp_path)] if name == "remembered" else []))) == {"ok"}
+    assert seen(name, gateway.url, *([str(tmp_path)] if name == "remembered" else [])) == {"ok"}
 
 
 @pytest.mark.parametrize("name", ["plain", "threads", "leaving", "loops", "forked_in_a_task"])
 def test_over_tls(secured: tuple[Gateway, Path], name: str) -> None:
     """Where the end of a connection is said aloud (`close_notify`), a child says nothing in its parent's name."""
     gateway, ca = secured
-    assert set(seen(name, gateway.url, str(ca))) == {"ok"}
+    assert seen(name, gateway.url, str(ca)) == {"ok"}
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of threads
@@ -270,7 +267,6 @@ def test_a_fork_waits_for_what_it_must_not_cut() -> None:
 
 # Ten thousand calls: nothing is left behind, and memory stays where it was after the first thousand.
 
-TESTS = Path(__file__).parents[1]
 CALLS, CONCURRENCY = 10_000, 50
 
 
@@ -278,13 +274,12 @@ CALLS, CONCURRENCY = 10_000, 50
 @pytest.mark.timeout(400)
 def test_ten_thousand_calls(record_property: Any) -> None:
     command = [sys.executable, "-m", "parts.many_calls"]
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    with subprocess.Popen([*command, "serve"], stdout=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen([*command, "serve"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as server:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().strip()
             asking = [*command, "ask", url, str(CALLS), str(CONCURRENCY)]
-            done = subprocess.run(asking, capture_output=True, text=True, env=environment, timeout=360, check=False)
+            done = subprocess.run(asking, capture_output=True, text=True, env=ENVIRONMENT, timeout=360, check=False)
         finally:
             server.terminate()
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lacre.asgi import App, Receive, Send
 from lacre.errors import SettingsError
 from lacre.runtime.http1 import (
     MAX_FIELDS,
@@ -28,11 +29,7 @@ from lacre.runtime.http1 import (
 from lacre.runtime.listening import AHEAD, DISCARDED, BoundedConfig, BoundedProtocol, Door, network_of
 from lacre.runtime.served_hosts import Hosts, as_origin, base_url
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-LOOK = b"LOOK / HTTP/1.1\r\nHost: x\r\n\r\n"
+ASKED = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 pytestmark = pytest.mark.timeout(30)  # a server that waits where it should not
 
 
@@ -41,12 +38,12 @@ async def reply(send: Send, body: bytes = b"ok") -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def deaf(_scope: object, _receive: Receive, send: Send) -> None:
+async def deaf(_scope: Any, _receive: Receive, send: Send) -> None:
     """Answers without a look at the body."""
     await reply(send)
 
 
-async def reading(_scope: object, receive: Receive, send: Send) -> None:
+async def reading(_scope: Any, receive: Receive, send: Send) -> None:
     """Answers with the length of the body."""
     size, more = 0, True
     while more:
@@ -103,7 +100,7 @@ async def served(app: App, **door: Any) -> AsyncIterator[Served]:
 async def test_a_long_body_and_the_next_request(framing: bytes) -> None:
     async with served(reading) as at:
         said = b"POST / HTTP/1.1\r\nHost: x\r\n" + framing.replace(b"%b", bytes(300_000))
-        told = await at.whole(said + said + LOOK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        told = await at.whole(said + said + ASKED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
     assert [part.rpartition(b"\r\n")[2] for part in told.split(b"HTTP/1.1 ")[1:]] == [b"300000", b"300000", b"0"]
 
 
@@ -111,7 +108,7 @@ async def test_what_nobody_asks_for_yet_stays_in_the_network() -> None:
     """A body before its app reads it; and the requests behind one under way."""
     asked, size = asyncio.Event(), 8 * 2**20
 
-    async def app(_scope: object, receive: Receive, send: Send) -> None:
+    async def app(_scope: Any, receive: Receive, send: Send) -> None:
         await asked.wait()
         await reading(_scope, receive, send)
 
@@ -124,7 +121,7 @@ async def test_what_nobody_asks_for_yet_stays_in_the_network() -> None:
         assert at.door.held_now == 0
         writer.close()
         asked.clear()
-        _reader, writer = await at.dial(LOOK * (4 * 2**20 // len(LOOK)))
+        _reader, writer = await at.dial(ASKED * (4 * 2**20 // len(ASKED)))
         assert await most_held(at) <= AHEAD + 2**18
         assert len(at.server.server_state.tasks) == 1
         writer.transport.abort()
@@ -157,11 +154,11 @@ async def test_a_body_that_is_not_read_has_an_end() -> None:
 
 @pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
 async def test_an_answer_that_nobody_reads(close: bytes) -> None:
-    async def app(_scope: object, _receive: Receive, send: Send) -> None:
+    async def app(_scope: Any, _receive: Receive, send: Send) -> None:
         await reply(send, bytes(32 * 2**20))
 
     async with served(app, stalled=0.3) as at:
-        reader, writer = await at.dial(b"LOOK / HTTP/1.1\r\nHost: x\r\n" + close + b"\r\n")
+        reader, writer = await at.dial(b"GET / HTTP/1.1\r\nHost: x\r\n" + close + b"\r\n")
         reader._transport.pause_reading()  # type: ignore[attr-defined]
         for there in (True, False):
             while bool(at.server.server_state.connections) is not there:
@@ -173,7 +170,7 @@ async def test_an_error_behind_a_request_under_way_does_not_answer_it() -> None:
     """Nobody may take a bare status for the answer that is still to come."""
     done = asyncio.Event()
 
-    async def app(_scope: object, receive: Receive, send: Send) -> None:
+    async def app(_scope: Any, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         done.set()
@@ -191,7 +188,7 @@ def test_whom_an_address_stands_for() -> None:
 
 async def test_a_trusted_proxy_has_no_limit_of_its_own() -> None:
     async with served(deaf, per_address=1, free=("127.0.0.0/8",)) as at:
-        crowd = [await at.dial(LOOK) for _ in range(5)]
+        crowd = [await at.dial(ASKED) for _ in range(5)]
         for reader, writer in crowd:
             assert await reader.readexactly(15) == b"HTTP/1.1 200 OK"
             writer.close()
