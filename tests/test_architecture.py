@@ -219,8 +219,8 @@ def test_one_word_has_one_meaning_and_is_used() -> None:
     sources = {str(path.relative_to(ROOT)): path.read_text() for package in rooms.PACKAGES for path in files(package)}
     assert len(sources) > 300
     found = homonyms(sources.items())
-    assert not found - SHARED.keys(), "rename one of each, or say in SHARED why they mean the same"
-    assert not SHARED.keys() - found, "these no longer share a name: take them out of SHARED"
+    assert found - SHARED.keys() == set(), "rename one of each, or say in SHARED why they mean the same"
+    assert SHARED.keys() - found == set(), "these no longer share a name: take them out of SHARED"
     documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     left = unused(sources.values(), (path.read_text() for path in documents))
     assert left == UNCALLED.keys(), "delete these, move them to the tests, or say in UNCALLED why they stay"

@@ -26,7 +26,7 @@ from lacre.errors import InvalidMessage, SettingsError
 from lacre_backend.commands.model import commands
 from lacre_backend.models.signatures import (
     FileDigests,
-    Signed,
+    SignedModel,
     UntrustedModel,
     claimed_signer,
     private_key,
@@ -52,7 +52,7 @@ def pem(
 def test_what_a_key_signed_it_verifies(tmp_path: Path, curve: ec.EllipticCurve) -> None:
     digests, key = FileDigests.read(tiny_model(tmp_path / "m.gguf")), ec.generate_private_key(curve)
     bundle = sign(digests, "m.gguf", key)
-    assert verify(digests, bundle, [OTHER.public_key(), key.public_key()]) == Signed(
+    assert verify(digests, bundle, [OTHER.public_key(), key.public_key()]) == SignedModel(
         signer_id(key.public_key()), "sha256:" + digests.model
     )
     assert claimed_signer(bundle) == signer_id(key.public_key())

@@ -17,7 +17,7 @@ from lacre.cli.output import AsJson, say_json, say_table
 from lacre.errors import SettingsError
 
 if TYPE_CHECKING:
-    from lacre_backend.models.signatures import Signed
+    from lacre_backend.models.signatures import SignedModel
     from lacre_backend.workshop.child import Job, Report
     from lacre_backend.workshop.inspection import Inspected
 
@@ -89,7 +89,7 @@ def sign(
     digests = signatures.FileDigests.read(file)
     replace(path, signatures.sign(digests, file.name, private))
     path.chmod(0o644)  # a signature is public
-    _say_signed(signatures.Signed(signatures.signer_id(private.public_key()), "sha256:" + digests.model), path, as_json)
+    _say_signed(signatures.SignedModel(signatures.signer_id(private.public_key()), "sha256:" + digests.model), path, as_json)
 
 
 @commands.command("verify")
@@ -114,7 +114,7 @@ def _passphrase() -> bytes:
     return str(typer.prompt("Passphrase of the key", hide_input=True, err=True)).encode()
 
 
-def _say_signed(signed: Signed, path: Path, as_json: bool) -> None:
+def _say_signed(signed: SignedModel, path: Path, as_json: bool) -> None:
     if as_json:
         say_json({"signature": str(path), "signer": signed.signer, "digest": signed.digest}, indent=2)
     else:

@@ -45,14 +45,14 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
+class MetadataArray:
     """An array of the metadata. kind: GGUF's type of its items. Their values are not kept."""
 
     kind: int
     count: int
 
 
-Value = int | float | bool | str | Items
+Value = int | float | bool | str | MetadataArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class _Reader:
         if kind == _ARRAY:
             inner, count = self._kind(), self._number()
             self._skip(inner, count, 1)
-            return Items(inner, count)
+            return MetadataArray(inner, count)
         raise Malformed(f"its metadata has a value of the unknown type {kind}")
 
     def _skip(self, kind: int, count: int, depth: int) -> None:

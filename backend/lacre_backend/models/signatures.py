@@ -59,7 +59,7 @@ class UntrustedModel(InvalidSignature):
 
 
 @dataclass(frozen=True, slots=True)
-class Signed:
+class SignedModel:
     """signer: id of the key. digest: of the model, as `lacre_backend.models.gguf.ModelFile`."""
 
     signer: str
@@ -119,7 +119,7 @@ def sign(digests: FileDigests, name: str, key: ec.EllipticCurvePrivateKey) -> by
     return json.dumps(bundle).encode()
 
 
-def verify(digests: FileDigests, bundle: bytes, keys: Iterable[ec.EllipticCurvePublicKey]) -> Signed:
+def verify(digests: FileDigests, bundle: bytes, keys: Iterable[ec.EllipticCurvePublicKey]) -> SignedModel:
     """Raises UntrustedModel if none of the keys signed it, or if it signs other bytes; InvalidMessage if it is no bundle."""
     payload, signature = _envelope(bundle)
     signer = next((key for key in keys if _is_of(key, signature, payload)), None)
@@ -130,7 +130,7 @@ def verify(digests: FileDigests, bundle: bytes, keys: Iterable[ec.EllipticCurveP
         wrong = sorted({*signed.items()} ^ {*digests.each.items()})[0][0]
         what = "the model" if wrong == _WHOLE else f"its file {wrong[:128]!r}"
         raise UntrustedModel(f"{what} is not what was signed: it changed afterwards")
-    return Signed(signer_id(signer), "sha256:" + digests.model)
+    return SignedModel(signer_id(signer), "sha256:" + digests.model)
 
 
 def claimed_signer(bundle: bytes) -> str:

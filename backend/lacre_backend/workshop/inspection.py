@@ -230,7 +230,7 @@ def _fell_back(mixture: str, tensors: list[Tensor]) -> dict[str, str]:
 
 def _items(header: Header, key: str) -> int | None:
     value = header.metadata.get(key)
-    return value.count if isinstance(value, gguf_header.Items) else None
+    return value.count if isinstance(value, gguf_header.MetadataArray) else None
 
 
 def _faults(header: Header, kind: TaskKind) -> Iterator[str]:
