@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,32 +152,24 @@ async def test_an_app_whose_thread_has_died_answers_nobody() -> None:
             await asked
 
 
-PROGRAM = """
-import asyncio, sys
-from contextlib import suppress
-from pathlib import Path
-from lacre.runtime import tasks
-from lacre_backend.app_thread import Elsewhere
-from lacre_fabric import logs
-from backend.test_engine_death import LlamaEmbedder, LlamaEngine, LlamaSettings, kill, kill_at_work, stops_its_loop, task
-
-async def main():
-    who, path = sys.argv[1:]
+async def dying(who: str, path: str) -> None:
     if who == "app":
-        app = Elsewhere(stops_its_loop, "api")
-        async def receive():
-            return {"type": "http.request", "body": b"", "more_body": False}
         with suppress(RuntimeError):
-            await app({"type": "http"}, receive, None)
+            await Elsewhere(stops_its_loop, "api")({"type": "http"}, asked, None)
     else:
         kind = LlamaEmbedder if who == "embed" else LlamaEngine
         engine = kind(Path(path), name="tiny", digest="", settings=LlamaSettings(n_ctx=512, slots=2, threads=1))
-        await kill_at_work(engine, who + " tiny")
+        await kill_at_work(engine, f"{who} tiny")
     await asyncio.sleep(3600)
 
+
+PROGRAM = """
+import asyncio, sys
+from backend.test_engine_death import dying, tasks
+from lacre_fabric import logs
 logs.configure(sys.stderr)
 with logs.last_words():
-    asyncio.run(tasks.run(main()))
+    asyncio.run(tasks.run(dying(*sys.argv[1:])))
 """
 
 

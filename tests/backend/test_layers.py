@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,26 +11,18 @@ import pytest
 import lacre_backend
 
 ROOT = Path(lacre_backend.__file__).parent
+ENGINE = [f"lacre_backend.engine.{name}" for name in ("generate", "model", "sampling")]
 FORBIDDEN = {
-    "api": (
-        "llama_cpp",
-        "numpy",
-        "lacre_backend.engine.generate",
-        "lacre_backend.engine.model",
-        "lacre_backend.engine.sampling",
-    ),
+    "api": ("llama_cpp", "numpy", *ENGINE),
     "engine": ("json", "starlette", "pydantic", "jinja2", "lacre.asgi", "lacre.wire", "lacre_fabric", "lacre_backend.api"),
 }
 
 
-def imports(path: Path) -> list[str]:
-    found: list[str] = []
+def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            yield from (prefix + alias.name for alias in node.names)
 
 
 @pytest.mark.parametrize("room", FORBIDDEN)

@@ -13,7 +13,7 @@ import pytest
 
 from backend.generating import GREEDY, made, make_task
 from lacre.errors import SettingsError
-from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.model import DEFAULT_N_CTX
 from lacre_backend.engine.plan import EngineLimits
 from lacre_backend.engine.protocol import Finish, PromptProgress, Sampling, Token
@@ -29,12 +29,6 @@ def test_facts_of_the_default_model(llama: LlamaEngine) -> None:
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= {token.text for token in model.control_tokens}
     assert model.eos is not None
     assert model.eos.text == "<|im_end|>"
-
-
-@pytest.mark.parametrize("settings", [LlamaSettings(n_ctx=3), LlamaSettings(threads=-1)])
-def test_settings_that_make_no_sense(settings: LlamaSettings) -> None:
-    with pytest.raises(SettingsError):
-        LlamaEngine(gguf.find().path, name="m", digest="", settings=settings)
 
 
 def test_a_file_that_only_looks_like_a_model(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,12 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from backend.generating import made, make_task, run
+from backend.generating import made, make_task, rest_of, run
 from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
@@ -21,17 +21,7 @@ from lacre_backend.api.tools.format import HERMES
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
 from lacre_backend.engine.plan import StepPlan
-from lacre_backend.engine.protocol import (
-    Event,
-    Finish,
-    Grammar,
-    GrammarTooCostly,
-    GrammarTooLarge,
-    Sampling,
-    Task,
-    TaskRefused,
-    Token,
-)
+from lacre_backend.engine.protocol import Finish, Grammar, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token
 from lacre_backend.engine.turns import Fair
 from parts.echo_engine import EchoEngine
 
@@ -54,11 +44,6 @@ class Held(Constraint):
         self._let_go.wait()
 
 
-async def drain(engine: LlamaEngine, task: Task, into: list[Event]) -> None:
-    async for event in engine.submit(task):
-        into.append(event)
-
-
 @pytest.fixture
 def held(small: LlamaEngine) -> Iterator[threading.Event]:
     """No mask is computed until it is set."""
@@ -70,18 +55,18 @@ def held(small: LlamaEngine) -> Iterator[threading.Event]:
 
 
 async def test_a_late_mask_holds_up_its_own_answer_alone(small: LlamaEngine, held: threading.Event) -> None:
-    late: list[Event] = []
     sampling = Sampling(temperature=0, grammar='start: "abcabc"')
-    waiting = asyncio.create_task(drain(small, make_task(small, "x", 20, sampling=sampling, endless=False), late))
+    stream = small.submit(make_task(small, "x", 20, sampling=sampling, endless=False))
+    first = await anext(stream)
+    assert isinstance(first, Token), "the first mask was there already"
+    late = asyncio.create_task(rest_of(stream))
     for _ in range(3):
-        _, finish = await made(small, "y", 10)
-        assert finish.completion_tokens == 10
-    assert [type(event) for event in late] == [Token], "the first mask was there already"
+        assert (await made(small, "y", 10)).finish.completion_tokens == 10
+    assert not late.done()
     held.set()
-    await waiting
-    assert "".join(event.text for event in late if isinstance(event, Token)) == "abcabc"
-    assert isinstance(late[-1], Finish)
-    assert late[-1].reason == "stop"
+    *tokens, finish = await late
+    assert isinstance(finish, Finish) and finish.reason == "stop"
+    assert "".join(token.text for token in (first, *tokens) if isinstance(token, Token)) == "abcabc"
 
 
 class LetGoMidway(LlamaEngine):
@@ -104,55 +89,41 @@ class LetGoMidway(LlamaEngine):
 async def test_what_waits_for_its_mask_and_is_read_again_says_each_token_once(tiny: Path) -> None:
     """Two that outgrow the cells send it back to its queue while it waits; its mask comes with the step that reads it again."""
     settings = LlamaSettings(n_ctx=256, threads=1, slots=3, unified=True, cells=512)
-    engine = LetGoMidway(tiny, name="tiny", digest="sha256:0", settings=settings)
-
-    async def said(name: str, prompt: range, max_tokens: int, sampling: Sampling) -> list[int]:
-        return [
-            e.id async for e in engine.submit(Task(name, tuple(prompt), max_tokens, sampling=sampling)) if isinstance(e, Token)
-        ]
-
     grammar = Sampling(temperature=0, grammar="start: /[a-f]{30}/")
     endless = Sampling(temperature=0, logit_bias={2: -1000.0})
-    try:
-        alone = await said("alone", range(3, 103), 40, grammar)
+    with closing(LetGoMidway(tiny, name="tiny", digest="sha256:0", settings=settings)) as engine, ExitStack() as at_last:
+        alone = await run(engine, Task("alone", tuple(range(3, 103)), 40, sampling=grammar))
         engine.let_go = threading.Event()
+        at_last.callback(engine.let_go.set)
         for _ in range(THREADS):
             engine._masks.want(Held(engine.let_go))
-        others = [asyncio.create_task(said(f"other {i}", range(20 + i, 80 + i), 190, endless)) for i in range(2)]
+        tasks = [Task(f"other {i}", tuple(range(20 + i, 80 + i)), 190, sampling=endless) for i in range(2)]
+        others = [asyncio.create_task(run(engine, task)) for task in tasks]
         await asyncio.sleep(0)
-        again = await asyncio.wait_for(said("again", range(3, 103), 40, grammar), 30)
+        again = await asyncio.wait_for(run(engine, Task("again", tuple(range(3, 103)), 40, sampling=grammar)), 30)
         await asyncio.gather(*others)
-        assert (engine.midway, again) == (1, alone)
-    finally:
-        if engine.let_go is not None:
-            engine.let_go.set()
-        engine.close()
+        assert (engine.midway, again.ids) == (1, alone.ids)
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "length"])
 async def test_an_answer_that_waits_for_its_mask_still_ends(reason: str, small: LlamaEngine, held: threading.Event) -> None:
-    late: list[Event] = []
     limit = 0.3 if reason == "length" else None
     task = make_task(small, "x", 20, sampling=Sampling(grammar='start: "abcabc"'), endless=False, time_limit=limit)
-    waiting = asyncio.create_task(drain(small, task, late))
+    waiting = asyncio.create_task(run(small, task))
     await asyncio.sleep(0.1)
     if reason == "cancelled":
         small.cancel(task.id)
-    await asyncio.wait_for(waiting, 15)
-    assert isinstance(late[-1], Finish)
-    assert late[-1].reason == reason
+    assert (await asyncio.wait_for(waiting, 15)).finish.reason == reason
     assert (small.held[0], len(small._parked)) == (0, 0)
 
 
 async def test_the_grammar_goes_on_through_all_ways_to_stop(small: LlamaEngine) -> None:
     sampling = Sampling(temperature=0, grammar="start: /[a-f]{40}/")
-    task = make_task(small, "x", 60, sampling=sampling, endless=False)
-    tokens, finish = await run(small, task)
-    text = "".join(token.text for token in tokens) + finish.text
-    assert (len(text), set(text) <= set("abcdef"), finish.reason) == (40, True, "stop")
-    tokens, finish = await made(small, "x", 60, sampling=sampling, endless=False, stop=(text[5:8],))
-    assert finish.reason == "stop"
-    assert len("".join(token.text for token in tokens) + finish.text) <= 5
+    answer = await made(small, "x", 60, sampling=sampling, endless=False)
+    assert (len(answer.text), set(answer.text) <= set("abcdef"), answer.finish.reason) == (40, True, "stop")
+    stopped = await made(small, "x", 60, sampling=sampling, endless=False, stop=(answer.text[5:8],))
+    assert stopped.finish.reason == "stop"
+    assert len(stopped.text) <= 5
 
 
 def test_choices_of_a_request_share_its_budget(small: LlamaEngine) -> None:
@@ -179,16 +150,13 @@ def test_what_an_engine_does_not_follow_is_refused(small: LlamaEngine) -> None:
 
 async def test_a_grammar_is_for_its_own_beginning(small: LlamaEngine) -> None:
     begun = tuple(small.tokenize("ab"))
-    grammar = small.grammar('start: "abab"', begun)
-    with pytest.raises(TaskRefused) as caught:
-        small.submit(make_task(small, "x", 5, sampling=Sampling(grammar=grammar)))
-    assert caught.value.field == "grammar"
-    async for _ in small.submit(make_task(small, "x", 5, sampling=Sampling(grammar=grammar), begun=begun)):
-        pass
+    sampling = Sampling(grammar=small.grammar('start: "abab"', begun))
+    with pytest.raises(TaskRefused, check=lambda refused: refused.field == "grammar"):
+        small.submit(make_task(small, "x", 5, sampling=sampling))
+    await made(small, "x", 5, sampling=sampling, begun=begun)
     for token in (-1, small.model.n_vocab, 2**32, 2**70):
-        with pytest.raises(TaskRefused) as caught:
+        with pytest.raises(TaskRefused, check=lambda refused: refused.field == "begun"):
             small.grammar('start: "abab"', (token,))
-        assert caught.value.field == "begun"
 
 
 def test_a_callers_text_never_reaches_the_tokenizer(small: LlamaEngine) -> None:

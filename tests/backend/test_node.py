@@ -28,7 +28,7 @@ from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SMALLEST, UNIT
 from lacre.wire.records import END
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
-from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
+from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable
 from lacre_fabric.work.frames import FrameKind
 from parts.bent import flipped
 from parts.by_hand import CHAT, Answer, Sealed
@@ -109,17 +109,12 @@ class TestAnswers:
 
     async def test_an_answer_larger_than_a_frame_may_be(self, stage: Stage, app: App) -> None:
         content = secrets.token_bytes(600_000)
-
         app.answer = sends({**HEAD, "headers": JSON}, piece(content, more=False))
         for shape in ("pad", "none"):
             sealed = stage.seal({"lacre-shape": shape})
             answer = await stage.ask(sealed, stage.grant(sealed.header, shape=shape))
             assert max(answer.sizes()) < 17_000
             assert answer.opened()[1] == content
-
-    async def test_two_at_once(self, stage: Stage) -> None:
-        answers = await asyncio.gather(*(stage.ask(stage.seal(content=b"%d" % number)) for number in range(6)))
-        assert [answer.opened()[1] for answer in answers] == [b"%d" % number for number in range(6)]
 
 
 async def refused(stage: Stage, app: App, problem: Problem, sealed: Sealed, grant: str | None = None) -> None:
@@ -254,46 +249,12 @@ class TestClaimsThatAreAway:
             assert (await stage.ask(stage.seal())).problem == problems.BUSY.type
 
 
-class TestReplay:
-    async def silence(self, stage: Stage, sealed: Sealed) -> None:
-        """A loser ends without a word: not one frame comes for it."""
-        with pytest.raises(QueueTimeout):
-            await stage.ask(sealed)
-
-    async def test_at_the_same_node(self, stage: Stage, app: App) -> None:
-        sealed = stage.seal()
-        assert (await stage.ask(sealed)).problem is None
-        stage.hub.claims.clear()  # the fabric forgot: the node's own memory is what is left
-        await self.silence(stage, sealed)
-        assert len(app.calls) == 1
-
-    async def test_at_another_node_of_the_pool(self, app: App) -> None:
-        stage = Stage(now=NOW)
-        sealed = stage.seal()
-        async with running(stage.node(app)):
-            assert (await stage.ask(sealed)).problem is None
-        async with running(stage.node(app)):
-            await self.silence(stage, sealed)
-        assert len(app.calls) == 1
-
-    async def test_after_the_window_the_date_refuses_it(self, app: App) -> None:
-        """A fabric that forgets, and a node that starts anew, gain at most what lies inside the date's window."""
-        stage = Stage(now=NOW)
-        sealed = stage.seal()
-        async with running(stage.node(app)):
-            assert (await stage.ask(sealed)).problem is None
-        stage.hub.claims.clear()
-        stage.now += DATE_WINDOW + 1
-        async with running(stage.node(app)):
-            head, _, _ = (await stage.ask(sealed)).opened()
-        assert (head.status, len(app.calls)) == (400, 1)
-
-    def test_memory_holds_as_long_as_a_claim_and_forgets_nothing_when_full(self) -> None:
-        seen = ReplayMemory(limit=2)
-        assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
-        assert seen.add(b"a", 0.0) and seen.add(b"b", 1.0)
-        assert not seen.add(b"c", 2.0) and not seen.add(b"a", CLAIM_TTL - 1)
-        assert seen.add(b"c", CLAIM_TTL)
+def test_memory_holds_as_long_as_a_claim_and_forgets_nothing_when_full(self) -> None:
+    seen = ReplayMemory(limit=2)
+    assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
+    assert seen.add(b"a", 0.0) and seen.add(b"b", 1.0)
+    assert not seen.add(b"c", 2.0) and not seen.add(b"a", CLAIM_TTL - 1)
+    assert seen.add(b"c", CLAIM_TTL)
 
 
 def dated(seconds: float) -> str:

@@ -134,7 +134,15 @@ def test_sizes_follow_the_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"n_ctx": 3}, {"threads": 0}, {"slots": 0}, {"slots": 257}, {"cells": 4096}, {"unified": True, "cells": 10}],
+    [
+        {"n_ctx": 3},
+        {"threads": 0},
+        {"threads": -1},
+        {"slots": 0},
+        {"slots": 257},
+        {"cells": 4096},
+        {"unified": True, "cells": 10},
+    ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(SettingsError):
