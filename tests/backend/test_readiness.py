@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from lacre_backend.settings import Upstream
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.operate.nats_server import free_port
+from parts.behind import saying
 
 NOW = 1_800_000_000.0
 CLASSIC, OLD, FOREIGN = (PrivateKey.generate(key_id, Kem.X25519).config for key_id in (1, 3, 1))
@@ -148,24 +147,6 @@ async def test_a_clock_that_is_off(ahead: float, said: str | None) -> None:
 # An upstream
 
 
-@asynccontextmanager
-async def server(answer: bytes, port: int = 0) -> AsyncIterator[int]:
-    served: list[asyncio.Task[None]] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        served.append(asyncio.current_task())  # type: ignore[arg-type]
-        with suppress(OSError):
-            await reader.read(4096)
-            writer.write(answer)
-            writer.close()
-            await writer.wait_closed()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", port) as listening:
-        yield listening.sockets[0].getsockname()[1]
-        await asyncio.sleep(0.02)
-        await asyncio.gather(*served)
-
-
 def probe(port: int, **settings: str) -> Probe:
     models = [{"name": "m1", "allow": ["POST /v1/chat/completions"]}]
     return Probe(Upstream.model_validate({"origin": f"http://127.0.0.1:{port}", "models": models, **settings}))
@@ -176,7 +157,7 @@ async def test_an_upstream_that_is_down_and_comes_back() -> None:
     assert looking.reason() is not None, "before it was looked at, nothing is known"
     for up in (False, True, False):
         if up:
-            async with server(b"", port):
+            async with saying(b"", port):
                 await looking.look()
         else:
             await looking.look()
@@ -196,7 +177,7 @@ async def test_an_upstream_that_is_down_and_comes_back() -> None:
     ],
 )
 async def test_an_upstream_that_listens_must_also_answer_where_that_is_asked(answer: bytes, ready: bool) -> None:
-    async with server(answer) as port:
+    async with saying(answer) as port:
         looking = probe(port, health="/health")
         await looking.look()
         assert (looking.reason() is None) is ready

@@ -6,8 +6,7 @@ import asyncio
 import json
 import re
 import tomllib
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lacre_backend.settings import Upstream, WorkerSettings
 from lacre_backend.upstream.app import create_app
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import parse, validated
-from parts.behind import Answered, Respond, Server, answering, ask, opened, serving
+from parts.behind import Answered, Respond, Server, answering, ask, opened, saying, serving
 from parts.upstream import CHAT, JSON, PREDICT, code, granted, settings, used
 
 
@@ -206,26 +205,13 @@ async def test_an_upstream_that_is_not_there() -> None:
     assert "Try again" in json.loads(answered.content)["error"]["message"]
 
 
-@asynccontextmanager
-async def breaking(answer: bytes) -> AsyncIterator[App]:
-    """In front of a program that says so much and hangs up."""
-
-    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as listener:
-        yield create_app(settings(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
-
-
 async def test_an_upstream_that_hangs_up() -> None:
-    async with breaking(b"") as app:
-        assert code(await ask(app, granted(), "POST", PREDICT)) == (502, "upstream_broken")
-    async with breaking(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf") as app:
+    async with saying(b"") as port:
+        answered = await ask(create_app(settings(f"http://127.0.0.1:{port}")), granted(), "POST", PREDICT)
+        assert code(answered) == (502, "upstream_broken")
+    async with saying(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf") as port:
         with pytest.raises(AppFailed):  # not passed for whole
-            await ask(app, granted(), "POST", PREDICT)
+            await ask(create_app(settings(f"http://127.0.0.1:{port}")), granted(), "POST", PREDICT)
 
 
 async def silence(_scope: Any, _body: bytes, _send: Send) -> None:

@@ -77,6 +77,25 @@ async def serving(respond: Respond) -> AsyncIterator[Server]:
             await running.shutdown([listener])
 
 
+@contextlib.asynccontextmanager
+async def saying(answer: bytes, port: int = 0) -> AsyncIterator[int]:
+    """A program that answers every request with these bytes and hangs up. Its port."""
+    served: list[asyncio.Task[None] | None] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(asyncio.current_task())
+        with contextlib.suppress(OSError):
+            await reader.read(4096)
+            writer.write(answer)
+            writer.close()
+            await writer.wait_closed()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port) as listening:
+        yield listening.sockets[0].getsockname()[1]
+        await asyncio.sleep(0.02)
+        await asyncio.gather(*(task for task in served if task))
+
+
 def answering(status: int, headers: Sequence[tuple[str, str]], *pieces: bytes) -> Respond:
     """Each piece by itself."""
 
