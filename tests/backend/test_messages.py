@@ -144,44 +144,60 @@ async def test_no_text_becomes_a_control_token_or_one_that_marks_a_call(template
 
 # Refusals
 
+SAYS: dict[str, Any] = {"role": "assistant", "content": "Cold."}
+
+
+def function(**members: Any) -> dict[str, Any]:
+    return {"type": "function", "function": members}
+
+
+# The part of a member that is at fault, and the member's value: what a message or a tool says is never dropped.
+REFUSED: list[tuple[str, Any]] = [
+    ("tools", "x"), ("tools[0].function", [{"type": "function"}]), ("tools[0].function.name", [function(name="a b")]),
+    ("tools[0].type", [{"type": "custom", "custom": {"name": "x"}}]), ("tools[0].function.zzz", [function(name="a", zzz=1)]),
+    ("tools[1].function.name", [TIDE, TIDE]), ("tools", [TIDE] * 129),
+    ("tools[0].function.parameters", [function(name="f", parameters={"type": "string"})]),
+    ("tool_choice", "maybe"), ("tool_choice", 1), ("tool_choice.function", {"type": "function"}),
+    ("tool_choice.type", {"type": "custom", "custom": {"name": "x"}}), ("tool_choice", function(name="other")),
+    ("tool_choice.allowed_tools.tools", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
+    ("parallel_tool_calls", "no"),
+    ("messages[1].tool_call_id", [ASK, {"role": "tool", "content": "x"}]), ("messages[1].tool_call_id", [ASK, RESULT]),
+    ("messages[2].tool_call_id", [ASK, CALLED, {**RESULT, "tool_call_id": "c2"}]),
+    ("messages[3].tool_call_id", [ASK, CALLED, RESULT, RESULT]), ("messages", [ASK, CALLED]),
+    ("messages[2]", [ASK, CALLED, ASK]),
+    ("messages[0].tool_calls", [{**ASK, "tool_calls": [CALL]}]), ("messages[0].tool_call_id", [{**ASK, "tool_call_id": "c1"}]),
+    ("messages[1].tool_calls[0].type", [ASK, {**CALLED, "tool_calls": [{**CALL, "type": "x"}]}]),
+    ("messages[0].zzz", [{**SAYS, "zzz": 1}]), ("messages[0].tool_cals", [{**SAYS, "tool_cals": [CALL]}]),
+    ("messages[0].audio", [{**SAYS, "audio": {"id": "a"}}]), ("messages[0].images", [{**SAYS, "images": [{"url": "x"}]}]),
+    ("messages[0].function_call", [{**SAYS, "function_call": {"name": "f", "arguments": "{}"}}]),
+    ("messages[0].refusal", [{**SAYS, "refusal": 5}]), ("messages[0].refusal", [{**ASK, "refusal": "No."}]),
+    ("messages[0].reasoning_content", [{**SAYS, "reasoning_content": {"a": 1}}]),
+    ("messages[0].content", [{**ASK, "content": []}]),
+    ("messages[0].content[0].type", [{**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("messages[0].content[0].text", [{**ASK, "content": [{"type": "text", "text": None}]}]),
+    ("messages[0].tool_calls[0].function.arguments",
+     [{**CALLED, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}]),
+    ("messages[0].tool_calls[0].id", [{**CALLED, "tool_calls": [{**CALL, "id": None}]}]),
+    ("messages[0].tool_calls", [{**CALLED, "tool_calls": {}}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("param", "value"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+async def test_refusals_of_messages_and_tools(app: App, param: str, value: Any) -> None:
+    change = {param.partition("[")[0].partition(".")[0]: value}
+    error = (await post(app, CHAT, {**body(), **change})).error(400)
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
 
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"tools": "x"}, "tools"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function"),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "zzz": 1}}]}, "tools[0].function.zzz"),
-        ({"tools": [TIDE, TIDE]}, "tools[1].function.name"),
-        ({"tools": [TIDE] * 129}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
-         "tools[0].function.parameters"),
-        ({"tool_choice": "maybe"}, "tool_choice"),
-        ({"tool_choice": 1}, "tool_choice"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
-        ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type"),
-        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
-         "tool_choice.allowed_tools.tools"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
-        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"resume": {"digest": "d", "tokens": [1]}, "stream": True}, "resume"),
-        ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
-        ({"messages": [ASK, {**RESULT}]}, "messages[1].tool_call_id"),
-        ({"messages": [ASK, CALLED, {**RESULT, "tool_call_id": "c2"}]}, "messages[2].tool_call_id"),
-        ({"messages": [ASK, CALLED, RESULT, RESULT]}, "messages[3].tool_call_id"),
-        ({"messages": [ASK, CALLED]}, "messages"),
-        ({"messages": [ASK, CALLED, ASK]}, "messages[2]"),
-        ({"messages": [{**ASK, "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
-        ({"messages": [{**ASK, "tool_call_id": "c1"}]}, "messages[0].tool_call_id"),
-        ({"messages": [ASK, {**CALLED, "tool_calls": [{**CALL, "type": "x"}]}]}, "messages[1].tool_calls[0].type"),
     ],
-    ids=str,
-)  # fmt: skip
-async def test_refusals_of_tools(app: App, change: dict[str, Any], param: str) -> None:
-    error = (await post(app, CHAT, {**body(), **change})).error(400)
-    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+)
+async def test_what_does_not_go_with_tools(app: App, change: dict[str, Any], param: str) -> None:
+    assert (await post(app, CHAT, {**body(), **change})).error(400)["param"] == param
 
 
 @pytest.mark.parametrize("choice", ["none", "auto", None])
@@ -249,8 +265,6 @@ async def test_arguments_of_too_many_values() -> None:
 
 # Messages that clients send back as they got them
 
-SAYS: dict[str, Any] = {"role": "assistant", "content": "Cold."}
-
 
 def answer(message: dict[str, Any], kind: Any) -> Any:
     choice = {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
@@ -312,32 +326,6 @@ async def test_a_refusal_is_what_its_message_says(app: App) -> None:
     ):
         request = parse_chat(json.dumps({"model": "m", "messages": [ASK, message, ASK]}).encode())
         assert request.messages[1].for_template()["content"] == "No."
-
-
-@pytest.mark.parametrize(
-    ("message", "member"),
-    [
-        ({**SAYS, "zzz": 1}, "zzz"),
-        ({**SAYS, "tool_cals": [CALL]}, "tool_cals"),
-        ({**SAYS, "audio": {"id": "a"}}, "audio"),
-        ({**SAYS, "function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
-        ({**SAYS, "images": [{"url": "x"}]}, "images"),
-        ({**SAYS, "refusal": 5}, "refusal"),
-        ({**SAYS, "reasoning_content": {"a": 1}}, "reasoning_content"),
-        ({**ASK, "refusal": "No."}, "refusal"),
-        ({**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content[0].type"),
-        ({**ASK, "content": [{"type": "text", "text": None}]}, "content[0].text"),
-        ({**ASK, "content": []}, "content"),
-        ({**CALLED, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}, "tool_calls[0].function.arguments"),
-        ({**CALLED, "tool_calls": [{**CALL, "id": None}]}, "tool_calls[0].id"),
-        ({**CALLED, "tool_calls": {}}, "tool_calls"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_a_message_says_is_never_dropped(message: dict[str, Any], member: str) -> None:
-    with pytest.raises(RequestRefused) as caught:
-        parse_chat(json.dumps({"model": "m", "messages": [message]}).encode())
-    assert caught.value.param == f"messages[0].{member}"
 
 
 # Every member of every request, of a wrong type

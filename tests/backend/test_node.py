@@ -249,7 +249,7 @@ class TestClaimsThatAreAway:
             assert (await stage.ask(stage.seal())).problem == problems.BUSY.type
 
 
-def test_memory_holds_as_long_as_a_claim_and_forgets_nothing_when_full(self) -> None:
+def test_memory_holds_as_long_as_a_claim_and_forgets_nothing_when_full() -> None:
     seen = ReplayMemory(limit=2)
     assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
     assert seen.add(b"a", 0.0) and seen.add(b"b", 1.0)
