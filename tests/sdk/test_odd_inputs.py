@@ -43,11 +43,7 @@ ORDINARY: Final = 12  # calls of each function; `slow` makes more
 MANY: Final = 50
 
 
-class Absent(httpx2.MockTransport):
-    """Where no sealed app is, for either kind of client."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda _request: served(404))
+ABSENT: Final = httpx2.MockTransport(lambda _request: served(404))  # where no sealed app is, for either kind of client
 
 
 class Samples:
@@ -85,8 +81,8 @@ class Samples:
             lacre.VersionFile: lambda: lacre.VersionFile(folder / "seen"),
             lacre.legacy.Client: lambda: lacre.legacy.Client(relay.url, transport=Wire(relay), **httpxs),
             lacre.legacy.AsyncClient: lambda: lacre.legacy.AsyncClient(relay.url, transport=AsyncWire(relay), **httpxs),
-            lacre.direct.Client: lambda: lacre.direct.Client("http://a.example", key=key, transport=Absent()),
-            lacre.direct.AsyncClient: lambda: lacre.direct.AsyncClient("http://a.example", key=key, transport=Absent()),
+            lacre.direct.Client: lambda: lacre.direct.Client("http://a.example", key=key, transport=ABSENT),
+            lacre.direct.AsyncClient: lambda: lacre.direct.AsyncClient("http://a.example", key=key, transport=ABSENT),
             lacre.asgi.Sealed: lambda: lacre.asgi.Sealed(relay.app, keys=relay.key),
         }
 
@@ -145,7 +141,9 @@ def found(samples: Samples, target: str) -> Callable[..., Any]:
     return getattr(sample, member)  # type: ignore[no-any-return]
 
 
-def check(samples: Samples, target: str, examples: int) -> None:
+@pytest.mark.parametrize("examples", [ORDINARY, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", targets())
+def test_nothing_but_our_errors(samples: Samples, target: str, examples: int) -> None:
     called = 0
     signed = found(samples, target)
     if inspect.isclass(signed) and issubclass(signed, BaseException) and signed.__init__ is Exception.__init__:
@@ -189,12 +187,6 @@ def _close(came: object) -> None:
 
 async def _awaited(ended: Any) -> None:
     await ended
-
-
-@pytest.mark.parametrize("examples", [ORDINARY, pytest.param(MANY, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", targets())
-def test_nothing_but_our_errors(samples: Samples, target: str, examples: int) -> None:
-    check(samples, target, examples)
 
 
 def test_the_usual_call_answers(samples: Samples) -> None:

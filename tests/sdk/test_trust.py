@@ -1,4 +1,4 @@
-"""The connection string, the chain of roots, and the manifest's rules. What is remembered: `test_memory`."""
+"""The connection string, the chain of roots, and the manifest's rules. What is remembered: `test_manifest`."""
 
 from __future__ import annotations
 
