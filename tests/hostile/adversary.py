@@ -318,51 +318,49 @@ class AsgiWire(httpx2.AsyncBaseTransport):
         self.requests.append(request)
         body = await request.aread()
         self.eyes.see(body, str(request.url), *(part for pair in request.headers.raw for part in pair))
-        call = _Call(self._app, request, body, self.meddle)
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request.method, "scheme": "http",
+            "path": request.url.path, "raw_path": request.url.raw_path, "query_string": b"", "root_path": "",
+            "headers": self.meddle([(name.lower(), value) for name, value in request.headers.raw]),
+            "client": ("192.0.2.1", 40000), "server": ("gateway.test", 80), "state": {},
+        }  # fmt: skip
+        call = _Call([{"type": "http.request", "body": body, "more_body": False}])
+        running = asyncio.create_task(call.run(self._app, scope))
         start = await call.messages.get()
         if start is None:
             raise httpx2.ReadError("the connection broke")
-        return httpx2.Response(start["status"], headers=start["headers"], stream=Pieces(call.pieces()))
+        return httpx2.Response(start["status"], headers=start["headers"], stream=Pieces(call.pieces(running)))
 
 
+@dataclass
 class _Call:
-    """One request to an ASGI app."""
+    """One request to an ASGI app. bodies: what it is still to hear."""
 
-    def __init__(self, app: Any, request: httpx2.Request, body: bytes, meddle: Any) -> None:
-        headers = meddle([(name.lower(), value) for name, value in request.headers.raw])
-        self._scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request.method, "scheme": "http",
-            "path": request.url.path, "raw_path": request.url.raw_path, "query_string": b"", "root_path": "",
-            "headers": headers, "client": ("192.0.2.1", 40000), "server": ("gateway.test", 80), "state": {},
-        }  # fmt: skip
-        self._body: bytes | None = body
-        self._gone = asyncio.Event()
-        self.messages: asyncio.Queue[Any] = asyncio.Queue()
-        self._task = asyncio.create_task(self._run(app))
+    bodies: list[dict[str, Any]]
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    messages: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
 
-    async def _run(self, app: Any) -> None:
+    async def run(self, app: Any, scope: dict[str, Any]) -> None:
         try:
-            await app(self._scope, self._receive, self.messages.put)
+            await app(scope, self._receive, self.messages.put)
         except Exception:  # noqa: BLE001 - what a server does: it logs, and closes the connection
             await self.messages.put(None)
 
     async def _receive(self) -> dict[str, Any]:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._gone.wait()
+        if self.bodies:
+            return self.bodies.pop()
+        await self.gone.wait()
         return {"type": "http.disconnect"}
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self, running: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        more = True
         try:
-            while True:
-                message = await self.messages.get()
-                if message is None:
+            while more:
+                if (message := await self.messages.get()) is None:
                     raise httpx2.RemoteProtocolError("the peer closed the connection without a last chunk")
                 if message["body"]:
                     yield message["body"]
-                if not message.get("more_body", False):
-                    return
+                more = message.get("more_body", False)
         finally:
-            self._gone.set()
-            await self._task
+            self.gone.set()
+            await running

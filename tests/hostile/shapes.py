@@ -60,20 +60,23 @@ class SyncCaller:
 
 def bent(
     attribute: str, name: str, defence: str, refused: Any, *values: Any, ask: str = "chat", calls: int = 0, code: str = "",
-    gain: str = NOTHING, status: int | None = None,
+    gain: str = NOTHING, status: int | None = None, posts: int | None = None, **worker: Any,
 ) -> Test:  # fmt: skip
     """The attack of a gateway's owner with that `attribute`, with each of `values` in turn: the caller raises.
 
-    calls: how often the worker's app was called. status: of the ApiError.
+    calls: how often the worker's app was called. status: of the ApiError. posts: how many sealed requests there were.
+    worker: options of its own.
     """
 
     @attack(name, "gateway", defence, refused, code=code, gain=gain, cases=values, ids=range(len(values)))
     async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: Any) -> None:
-        worker = await stage.worker()
+        running = await stage.worker(**worker)
         setattr(gateway, attribute, case)
         with verdict.refused() as caught:
             await getattr(caller, ask)(stage.prompt)
-        assert worker.calls == calls
+        assert running.calls == calls
+        assert posts is None or len(gateway.posts) == posts
+        assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
         if status is not None:
             assert isinstance(caught.value, ApiError)
             assert caught.value.status == status
@@ -146,19 +149,20 @@ def told(name: str, defence: str, code: str, *messages: Message, calls: int = 0,
 
 def flooded(
     name: str, defence: str, refused: Any, *types: str, below: int, start: bytes = b"", piece: bytes = bytes(65536),
-    pieces: int = 1600, status: int = 200,
+    pieces: int = 1600, status: int = 200, to: str = "respond",
 ) -> Test:  # fmt: skip
     """The attack of a gateway's owner that answers with `start` and so many pieces: `below` that, the caller stops to read.
 
-    types: of the media, each in turn.
+    types: of the media, each in turn. to: the gateway's attribute that says what it answers.
     """
 
     @attack(name, "gateway", defence, refused, cases=types, ids=range(len(types)))
     async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: str) -> None:
         body = Pieces(itertools.chain([start], itertools.repeat(piece, pieces)))
-        gateway.respond = lambda _request: httpx2.Response(status, headers={"content-type": case}, stream=body)
+        setattr(gateway, to, lambda *_request: httpx2.Response(status, headers={"content-type": case}, stream=body))
         with verdict.refused():
             await caller.stream(stage.prompt)
         assert body.pulled < below
+        assert to == "respond" or not gateway.posts
 
     return test

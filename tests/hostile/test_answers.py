@@ -239,6 +239,12 @@ test_plaintext_under_the_type = answered("answer in the clear under the sealed m
     lambda _request: response(200, FORGED, MEDIA_TYPE_RESPONSE))  # fmt: skip
 test_bomb = answered("answer with a decompression bomb", RAW, OpenError,
     lambda _request: httpx2.Response(200, headers=GZIPPED, stream=Pieces([BOMB])))  # fmt: skip
+TO = {"location": "http://evil.example/v1/sealed"}
+test_redirect = answered(
+    "redirect the request to another host", "redirects are not followed", Unavailable,
+    *(lambda _request, status=status: httpx2.Response(status, headers=TO, stream=Pieces([b""]))
+      for status in (301, 302, 307, 308)), posts=1,
+)  # fmt: skip
 test_endless_problem = flooded(
     "send a problem document without end", "64 KiB of it are read", Unavailable, "", piece=b" " * 1024, status=503, below=65537
 )
@@ -252,18 +258,6 @@ async def test_other_status(stage: Stage, caller: Caller, gateway: GatewayOwner,
     gateway.respond = lambda _request: response(case, gateway.answers[0], MEDIA_TYPE_RESPONSE)
     with verdict.refused():
         await caller.chat(stage.prompt)
-
-
-@attack(
-    "redirect the request to another host", "gateway", "redirects are not followed", Unavailable, cases=[301, 302, 307, 308]
-)
-async def test_redirect(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, case: int) -> None:
-    to = {"location": "http://evil.example/v1/sealed"}
-    gateway.respond = lambda _request: httpx2.Response(case, headers=to, stream=Pieces([b""]))
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert len(gateway.posts) == 1
-    assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
 
 
 @attack("omit `Incremental`, and hold the answer back until it is whole", "gateway",

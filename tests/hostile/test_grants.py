@@ -38,12 +38,14 @@ INVALID = problems.INVALID_GRANT
 # The fabric's owner: no key
 
 
-def delivered(name: str, defence: str, refused: problems.Problem, *changes: Callable[[Work], dict[str, Any]]) -> Test:
-    """The attack of a fabric that delivers other work than the gateway's, each with these changes: no app hears of it."""
+def delivered(
+    name: str, defence: str, refused: problems.Problem, *changes: Callable[[Work], dict[str, Any]], **options: Any
+) -> Test:
+    """The attack of a fabric that changes the gateway's work so: no app hears of it. options: of the workers."""
 
     @attack(name, "fabric", defence, refused, cases=changes, ids=range(len(changes)))
     async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
-        workers = [await stage.worker(pool=pool) for pool in (stage.pool, OTHER_POOL)]
+        workers = [await stage.worker(pool=pool, **options) for pool in (stage.pool, OTHER_POOL)]
         fabric.deliver = lambda work: [replace(work, **case(work))]
         with verdict.refused():
             await stage.client(wire, honest.token).chat(stage.prompt)
@@ -81,6 +83,8 @@ test_extend = delivered(
     *(rewritten(**members) for members in (
         {"exp": 9e9}, {"max_tokens": 2**31 - 1}, {"max_prompt_tokens": 10**6}, {"action": "http"}, {"features": ["all"]})),
 )  # fmt: skip
+test_late = delivered("hold a request back until its grant has expired", "`exp` of the grant: a minute", INVALID,
+    lambda _work: {}, clock=lambda: time.time() + 61)  # fmt: skip
 test_another_pool = delivered(
     "deliver a request to another pool", "a grant names its pool", INVALID, lambda _work: {"pool": OTHER_POOL}
 )
@@ -115,14 +119,6 @@ async def test_another_request(stage: Stage, honest: Stage, wire: AsgiWire, verd
 @attack("swap the sealed request under a good grant", "fabric", BOUND, INVALID)
 async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     await mixed(stage, honest, wire, verdict, "sealed")
-
-
-@attack("hold a request back until its grant has expired", "fabric", "`exp` of the grant: a minute", INVALID)
-async def test_late(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    worker = await stage.worker(clock=lambda: time.time() + 61)
-    with verdict.refused():
-        await stage.client(wire, honest.token).chat(stage.prompt)
-    assert worker.calls == 0
 
 
 # The manifest in the fabric, from which workers know the gateway's key
@@ -197,18 +193,11 @@ test_unknown_shape = granted(
 test_prompt_tokens = mismatch("grant so few prompt tokens that the request cannot run",
     "the worker refuses inside the seal: the gateway does not learn the reason", ApiError, {"max_prompt_tokens": 3},
     calls=1)  # fmt: skip
+test_pool = granted("send a request to another pool, under a grant for it", OTHER_KEYS, problems.INVALID_REQUEST,
+    {"pool": OTHER_POOL}, pool=OTHER_POOL)  # fmt: skip
 test_suite = bent("sealed", "change the suite in the header of a sealed request",
     "the header is bound into the keys (HPKE's `info`)", problems.INVALID_REQUEST,
     *(lambda sealed, aead=aead: sealed[:6] + bytes([aead]) + sealed[7:] for aead in (1, 3)))  # fmt: skip
-
-
-@attack("send a request to another pool, under a grant for it", "gateway", OTHER_KEYS, problems.INVALID_REQUEST)
-async def test_pool(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    worker = await stage.worker(pool=OTHER_POOL)
-    gateway.grant = {"pool": OTHER_POOL}
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert worker.calls == 0
 
 
 @attack("grant features that do not exist", "gateway", "workers know no features")

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import lacre
 from hostile.adversary import GatewayOwner, response
 from hostile.attacks import Verdict, attack
-from hostile.shapes import Caller, Test
+from hostile.shapes import Caller, Test, flooded
 from lacre import errors, problems
 from lacre.errors import Expired, InvalidMessage, InvalidSignature, Rollback, Unavailable, UnsupportedSuite, UntrustedRoot
 from lacre.exchange.call import Sealing
@@ -256,14 +256,8 @@ test_no_manifest = served(
 )  # fmt: skip
 
 
-@attack("serve a manifest document of 100 MB", "gateway", "a limit, beyond which nothing is read", errors.MessageTooLarge)
-async def test_huge(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    body = Pieces(b"[" * 65536 for _ in range(1600))
-    gateway.manifest = lambda: httpx2.Response(200, stream=body)
-    with verdict.refused():
-        await caller.chat(stage.prompt)
-    assert not gateway.posts
-    assert body.pulled < 2**21
+test_huge = flooded("serve a manifest document of 100 MB", "a limit, beyond which nothing is read", errors.MessageTooLarge, "",
+    piece=b"[" * 65536, below=2**21, to="manifest")  # fmt: skip
 
 
 @attack("put a thousand statements of its own before the pinned root's, to be verified for each root ever seen", "gateway",
