@@ -17,7 +17,7 @@ from lacre_fabric.keys.secret_files import destroy, write_secret
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.rewrapping import rewrap
 from lacre_fabric.operate.site import Site
-from parts.crash_rewrap import secrets_of
+from parts.crash import secrets_of
 from parts.key_services import openbao as bao
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def test_a_service_that_cannot_be_reached_changes_nothing(site: Site, tmp_path: 
 
 def test_a_crash_at_any_step_loses_no_key(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "parts.crash_rewrap", str(tmp_path)]
+    command = [sys.executable, "-m", "parts.crash", "rewrap", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) > 30

@@ -19,6 +19,7 @@ from lacre.wire import bhttp
 from lacre.wire.header import Kem
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
+from parts.live import whole_body
 
 Respond = Callable[[Any, bytes, asgi.Send], Awaitable[None]]
 
@@ -34,11 +35,9 @@ class Server:
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-        while (message := await receive()).get("more_body"):
-            body += message["body"]
+        body = await whole_body(receive)
         self.seen.append(scope)
-        self.bodies.append(body + message.get("body", b""))
+        self.bodies.append(body)
         answering = asyncio.create_task(self.respond(scope, self.bodies[-1], send))
         gone = asyncio.create_task(self._gone(receive))
         await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -16,8 +16,5 @@ def serving_both(folder: Path) -> Iterator[Up]:
     """folder: an empty one. A model is served under its file's name."""
     encoder = folder / f"{NAME}.gguf"
     shutil.copyfile(minilm(), encoder)
-    live = Up.start(folder / "state", "--model", "smollm2-135m", "--model", str(encoder))
-    try:
+    with Up.start(folder / "state", "--model", "smollm2-135m", "--model", str(encoder)) as live:
         yield live
-    finally:
-        live.stop()

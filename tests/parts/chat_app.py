@@ -20,13 +20,8 @@ class ChatApp:
         asked = json.loads(body) if body else {}
         used = scope["extensions"][EXTENSION].usage
         if not asked.get("messages"):
-            error = {
-                "message": "messages: must not be empty",
-                "type": "invalid_request_error",
-                "param": "messages",
-                "code": None,
-            }
-            return await reply(send, 400, {"error": error})
+            error = {"message": "messages: must not be empty", "type": "invalid_request_error", "param": "messages"}
+            return await reply(send, 400, {"error": {**error, "code": None}})
         used.prompt_tokens, used.cached_tokens, used.completion_tokens, used.model_digest = 7, 2, 3, "sha256:77"
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
         if asked.get("stream"):

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from parts.waiting import PATIENCE, wait_until
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 TOOLS = ("buildah", "podman", "runc", "mmdebstrap", "iptables", "catatonit")
 BASE = "localhost/lacre-base"
 NOBODY = 65532  # the images' user
-PATIENCE = 60.0
 ANSWERS_WITHIN = 120.0  # seconds: podman, which waits for ever for a container that ends and restarts all the time
 PYTHON = "/opt/lacre/bin/python"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -69,10 +70,7 @@ def tell(line: str) -> None:
 
 
 def until(true: Callable[[], bool], what: str, log: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, f"{what} is not ready\n{log()}"
-        time.sleep(0.05)
+    wait_until(true, PATIENCE, lambda: f"{what} is not ready\n{log()}")
 
 
 class Images(NamedTuple):
@@ -238,34 +236,25 @@ class Deployment:
         return [option for key, value in keys.items() for option in _option(key, value)] + [image]
 
 
+# A key of compose.yaml in podman's words; of a list, for each item.
+_OPTIONS: Mapping[str, Callable[[Any], list[str]]] = {
+    "user": lambda name: [f"--user={name}"],
+    "read_only": lambda value: [f"--read-only={json.dumps(value)}", "--read-only-tmpfs=false"],
+    "cap_drop": lambda name: [f"--cap-drop={name}"],
+    "security_opt": lambda name: [f"--security-opt={name.removesuffix(':true')}"],
+    "tmpfs": lambda mount: [f"--tmpfs={mount}"],
+    "volumes": lambda mount: [f"--volume={mount}"],
+    "ports": lambda port: [f"--publish={port}"],
+    "networks": lambda name: [f"--network={name}"],
+    "network_mode": lambda mode: [f"--network={mode}"],
+    "entrypoint": lambda command: [f"--entrypoint={json.dumps(command)}"],
+    "stop_grace_period": lambda time: [f"--stop-timeout={time.removesuffix('s')}"],
+    "restart": lambda policy: [] if policy == "no" else [f"--restart={policy}"],
+    "healthcheck": lambda _disabled: ["--no-healthcheck"],
+}
+
+
 def _option(key: str, value: Any) -> list[str]:
-    """A key of compose.yaml in podman's words."""
-    match key:
-        case "user":
-            return [f"--user={value}"]
-        case "read_only":
-            return [f"--read-only={json.dumps(value)}", "--read-only-tmpfs=false"]
-        case "cap_drop":
-            return [f"--cap-drop={name}" for name in value]
-        case "security_opt":
-            return [f"--security-opt={name.removesuffix(':true')}" for name in value]
-        case "tmpfs":
-            return [f"--tmpfs={mount}" for mount in value]
-        case "volumes":
-            return [f"--volume={mount}" for mount in value]
-        case "ports":
-            return [f"--publish={port}" for port in value]
-        case "networks":
-            return [f"--network={name}" for name in value]
-        case "network_mode":
-            return [f"--network={value}"]
-        case "entrypoint":
-            return [f"--entrypoint={json.dumps(value)}"]
-        case "stop_grace_period":
-            return [f"--stop-timeout={value.removesuffix('s')}"]
-        case "restart":
-            return [] if value == "no" else [f"--restart={value}"]
-        case "healthcheck":
-            assert value == {"disable": True}
-            return ["--no-healthcheck"]
-    raise AssertionError(f"compose.yaml: {key} is not known here")
+    assert key in _OPTIONS and (key != "healthcheck" or value == {"disable": True}), f"compose.yaml: {key} is not known here"
+    each = value if isinstance(value, list) and key != "entrypoint" else [value]
+    return [option for item in each for option in _OPTIONS[key](item)]

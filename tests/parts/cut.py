@@ -53,11 +53,11 @@ class Cut:
 
 
 @asynccontextmanager
-async def way_to(port: int) -> AsyncIterator[Cut]:
-    """port: of a server on this machine."""
+async def way_to(port: int, host: str = "127.0.0.1") -> AsyncIterator[Cut]:
+    """port: of a server on this machine's loopback. host: this machine's address, for those that come by the way."""
     way = Cut(port)
-    listener = await asyncio.start_server(way.serve, "127.0.0.1", 0)
-    way.url = f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    listener = await asyncio.start_server(way.serve, host, 0)
+    way.url = f"nats://{host}:{listener.sockets[0].getsockname()[1]}"
     try:
         yield way
     finally:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lacre.runtime import tasks
+from parts.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0  # seconds; the machine may be busy
@@ -112,10 +113,10 @@ class Doomed:
         return {}
 
     def until(self, true: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.05)
+        wait_until(true, PATIENCE, self.said)
+
+    def works(self, wanted: set[str]) -> bool:
+        return self.path.exists() and wanted <= self.register().keys()
 
     def kill(self, name: str, *, until: Callable[[], Any]) -> None:
         """Throws until `until`: work that tries things again takes one throw for a failed try."""

@@ -1,6 +1,6 @@
 """A worker in a process of its own, whose calls wait: a real node over NATS, and in place of a model chance, which uses tokens.
 
-`python parts/held_worker.py SITE NATS_URL FREE SLOTS`. All calls but the first FREE are held until a line comes on stdin. Each
+`python -m parts.held_worker SITE NATS_URL FREE SLOTS`. All calls but the first FREE are held until a line comes on stdin. Each
 time that a number changes, it prints a line: how many calls run, how many were answered, and how many ran at once at most.
 """
 
@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lacre.asgi import EXTENSION
-from lacre_backend.keyring import KeyRing
-from lacre_backend.node.node import Identity, Node
-from lacre_fabric.keys.secret_files import read_ed25519
-from lacre_fabric.nats.manifest_feed import ManifestFeed
-from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.operate.site import NODE, Site
+from lacre_fabric.operate.site import Site
+from parts.stage.live import connected_node
 
-POOL, MODEL = "default", "tiny"
 MAX_PROMPT = 60  # tokens that a call says it had; less than any sealed request has bytes
 
 
@@ -59,15 +54,10 @@ class App:
 
 
 async def main(folder: Path, url: str, free: int, slots: int) -> None:
-    site, app = Site.load(folder), App(free)
-    keys, receipt_key = KeyRing(site.keys_folder(POOL)), read_ed25519(site.folder / "pools" / POOL / "receipt.pem")
-    fabric = await NatsWorker.connect(url, site.credential(f"worker-{POOL}-{NODE}"), POOL, NODE, [MODEL], slots=slots)
-    feed = ManifestFeed(fabric.connection.manifest, site.root)
-    await feed.start()
-    node = Node(fabric, app, Identity(POOL, lambda: keys.keys, receipt_key, lambda: feed.manifest))
-    loop = asyncio.get_running_loop()
+    app, loop = App(free), asyncio.get_running_loop()
     loop.add_reader(sys.stdin, lambda: (sys.stdin.readline(), app.go.set(), loop.remove_reader(sys.stdin)))
-    await node.run()
+    async with connected_node(Site.load(folder), url, app, slots=slots) as node:
+        await node.run()
 
 
 if __name__ == "__main__":

@@ -20,22 +20,25 @@ from parts.certificates import Pair
 from parts.relay import Relay
 
 
+async def whole_body(receive: Any) -> bytes:
+    body = b""
+    while (message := await receive()).get("more_body"):
+        body += message.get("body", b"")
+    return body + message.get("body", b"")
+
+
 @dataclass
 class Gateway:
-    """A relay on a loopback port. `before(i)` runs before the i-th piece of a sealed answer is sent."""
+    """A relay on a loopback port. `before(i)` runs before the i-th piece of a sealed answer is sent, `after` when it was."""
 
     relay: Relay
     before: Callable[[int], Any] | None = None
+    after: Callable[[], object] = lambda: None
     url: str = ""
     paths: list[str] = field(default_factory=list)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await whole_body(receive)
         self.paths.append(scope["path"])
         url = f"http://{scope['server'][0]}:{scope['server'][1]}{scope['path']}"
         response = await self.relay.answer(httpx2.Request(scope["method"], url, headers=scope["headers"], content=body))
@@ -46,6 +49,7 @@ class Gateway:
                 await self.before(i)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body"})
+        self.after()
 
 
 @contextlib.asynccontextmanager

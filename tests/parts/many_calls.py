@@ -23,41 +23,19 @@ import lacre
 from lacre.trust.chain import ConnectionString
 from lacre_fabric.operate.nats_server import free_port
 from parts.chat_app import ChatApp
+from parts.live import Gateway
 from parts.relay import Relay
 
 WARM_UP = 1000  # calls, after which memory must not grow
 
 
-class Served:
-    """A `Relay` as an ASGI app, which keeps nothing."""
-
-    def __init__(self) -> None:
-        self._app = ChatApp()
-        self.relay = Relay(self._app)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-        while (message := await receive()).get("more_body", False) or message.get("body"):
-            body += message["body"]
-            if not message.get("more_body", False):
-                break
-        headers = [(name, value) for name, value in scope["headers"]]
-        answer = await self.relay.answer(
-            httpx2.Request(scope["method"], f"http://x{scope['path']}", headers=headers, content=body)
-        )
-        raw = [(name.lower(), value) for name, value in answer.headers.raw]
-        await send({"type": "http.response.start", "status": answer.status_code, "headers": raw})
-        async for piece in answer.aiter_raw():
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-        for kept in (self.relay.requests, self.relay.opened, self._app.scopes, self._app.bodies):
-            kept.clear()
-
-
 def serve() -> None:
-    served, port = Served(), free_port()
-    print(ConnectionString(f"http://127.0.0.1:{port}", ConnectionString.parse(served.relay.url).root), flush=True)
-    uvicorn.run(served, port=port, lifespan="off", log_level="error", access_log=False, timeout_graceful_shutdown=1)
+    app, port = ChatApp(), free_port()
+    relay = Relay(app)
+    kept = (relay.requests, relay.opened, app.scopes, app.bodies)
+    gateway = Gateway(relay, after=lambda: [each.clear() for each in kept])  # or memory grows
+    print(ConnectionString(f"http://127.0.0.1:{port}", ConnectionString.parse(relay.url).root), flush=True)
+    uvicorn.run(gateway, port=port, lifespan="off", log_level="error", access_log=False, timeout_graceful_shutdown=1)
 
 
 class Timed(httpx2.AsyncHTTPTransport):

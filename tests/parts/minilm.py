@@ -157,11 +157,8 @@ def _convert(model: Published, path: Path) -> None:
     # llama.cpp marks the beginnings of words, where WordPiece marks what goes on with one.
     writer.add_token_list([_marked(token) for token in model.tokens])
     writer.add_token_types([_CONTROL if token in _SPECIAL else _NORMAL for token in model.tokens])
-    writer.add_pad_token_id(model.tokens.index("[PAD]"))
-    writer.add_unk_token_id(model.tokens.index("[UNK]"))
-    writer.add_bos_token_id(model.tokens.index("[CLS]"))
-    writer.add_sep_token_id(model.tokens.index("[SEP]"))
-    writer.add_mask_token_id(model.tokens.index("[MASK]"))
+    for name, token in (("pad", "[PAD]"), ("unk", "[UNK]"), ("bos", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]")):
+        getattr(writer, f"add_{name}_token_id")(model.tokens.index(token))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
     for name, tensor in model.weights.items():
         if not name.startswith("pooler."):  # of a training task that embeddings have no use for

@@ -7,22 +7,20 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from lacre_fabric.nats.accounts import accounts
-from lacre_fabric.nats.connection import Connection
-from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
-from lacre_fabric.nats.subjects import DEFAULT_REGION, ONE_REGION
-from lacre_fabric.operate.leash import leashed
+from lacre_fabric.nats.subjects import DEFAULT_REGION
 from lacre_fabric.operate.nats_server import executable, free_port
-from lacre_fabric.work.contract import FabricUnavailable
 from parts.certificates import DAY, Ca
+from parts.stage.live import provisioned
+from parts.stage.processes import launched
+from parts.waiting import until
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nats" / "node.conf"
 REGIONAL = EXAMPLE.with_name("region.conf")
@@ -53,32 +51,27 @@ class Node:
 
     def start(self, peers: Sequence[Node], regions: Sequence[Node] = ()) -> None:
         """regions: one node of each region, where there are several."""
+        gates = ", ".join(f"{{name: {node.region}, urls: [tls://127.0.0.1:{node.gate}]}}" for node in regions)
+        routes = ", ".join(f"tls://127.0.0.1:{peer.route}" for peer in peers)
         environment = {
-            "NODE": self.name,
-            "REGION": self.region,
-            "GATEWAYS": f"127.0.0.1:{self.gate}",
-            "REGIONS": f"[{', '.join(f'{{name: {node.region}, urls: [tls://127.0.0.1:{node.gate}]}}' for node in regions)}]",
-            "CLIENTS": f"127.0.0.1:{self.port}",
-            "ROUTES": f"127.0.0.1:{self.route}",
-            "PEERS": f"[{', '.join(f'tls://127.0.0.1:{peer.route}' for peer in peers)}]",
+            "NODE": self.name, "REGION": self.region, "GATEWAYS": f"127.0.0.1:{self.gate}", "REGIONS": f"[{gates}]",
+            "CLIENTS": f"127.0.0.1:{self.port}", "ROUTES": f"127.0.0.1:{self.route}", "PEERS": f"[{routes}]",
             "STORE": str(self.folder / "store"),
-        }
+        }  # fmt: skip
         if regions:
             (self.folder / "region.conf").write_text(REGIONAL.read_text())
-        with (self.folder / "log").open("ab") as log:
-            command = leashed([executable(), "-c", "region.conf" if regions else "node.conf"])
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=os.environ | environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
+        command = [executable(), "-c", "region.conf" if regions else "node.conf"]
+        self.process = launched(command, self.folder / "log", cwd=self.folder, env=os.environ | environment)
 
     async def listening(self) -> None:
-        async with asyncio.timeout(START):
-            while True:
-                with suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                    writer.close()
-                    return
-                await asyncio.sleep(0.05)
+        async def answers() -> bool:
+            with suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                writer.close()
+                return True
+            return False
+
+        await until(answers, START)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process is not None:
@@ -141,26 +134,3 @@ class SuperCluster:
     async def ready(self, provisioner: Credential) -> None:
         """Until it is provisioned, from its home."""
         await provisioned(self.servers(self.regions[0]), provisioner, self.pools, regions=self.regions)
-
-
-async def provisioned(
-    servers: Servers,
-    provisioner: Credential,
-    pools: Mapping[str, Sequence[str]],
-    *,
-    replicas: int = 1,
-    regions: Sequence[str] = ONE_REGION,
-) -> None:
-    """Tries until it is done, for servers that have just started."""
-    deadline = time.monotonic() + START
-    while True:
-        try:
-            connection = await Connection.open(servers, provisioner)
-            try:
-                return await provision(connection, pools, replicas=replicas, regions=regions)
-            finally:
-                await connection.close()
-        except FabricUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.2)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -63,33 +62,3 @@ def namespace() -> Iterator[Namespace]:
         yield found
     finally:
         subprocess.run(["ip", "netns", "del", found.name], check=True)  # and the link with it
-
-
-@contextlib.asynccontextmanager
-async def forwarded(host: str, port: int) -> AsyncIterator[int]:
-    """A port of `host` whose connections go on to `port` of 127.0.0.1."""
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward = await asyncio.open_connection("127.0.0.1", port)
-        tasks.update(asyncio.create_task(copy(*ends)) for ends in ((reader, onward[1]), (onward[0], writer)))
-
-    server = await asyncio.start_server(connected, host, 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # what was closed is gone

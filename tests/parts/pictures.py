@@ -11,10 +11,11 @@ import json
 import re
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 import httpx2
 from rich.console import Console
@@ -93,27 +94,17 @@ def run(url: str, token: str) -> Run:
     with lacre.Client(url, token=token, memory=lacre.VersionMemory(), transport=tap) as client:
         reply = client.chat(PROMPT, max_tokens=60, temperature=0)
     outer = {name: value for name, value in tap.last.headers.items() if name.startswith("lacre-")}
-    assert reply.receipt is not None and reply.verification.sealed_to is not None
-    return Run(
-        outer=outer,
-        entry=AuditProof.parse_header(tap.audit).members,
-        sealed=tap.last.content,
-        kem=reply.verification.sealed_to.kem,
-        answer=reply.text,
-        prompt_tokens=reply.receipt.prompt_tokens,
-        completion_tokens=reply.receipt.completion_tokens,
-    )
+    receipt, key = reply.receipt, reply.verification.sealed_to
+    assert receipt is not None and key is not None
+    tokens = (receipt.prompt_tokens, receipt.completion_tokens)
+    return Run(outer, AuditProof.parse_header(tap.audit).members, tap.last.content, key.kem, reply.text, *tokens)
 
 
 def session(up: Up) -> list[str]:
     """What each of `COMMANDS` shows at a terminal, with colours and without the spinner."""
-    environment_ = environment(up.state) | {
-        "LACRE_URL": up.url,
-        "LACRE_TOKEN": up.token,
-        "COLUMNS": str(COLUMNS),
-        "TERM": "xterm-256color",
-    }
-    return [_CONTROL.sub("", at_terminal([*LACRE, *command], environment_).rpartition(_LINE_UP)[2]) for command in COMMANDS]
+    own = {"LACRE_URL": up.url, "LACRE_TOKEN": up.token, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
+    known = environment(up.state) | own
+    return [_CONTROL.sub("", at_terminal([*LACRE, *command], known).rpartition(_LINE_UP)[2]) for command in COMMANDS]
 
 
 def session_digest(shown: list[str]) -> str:
@@ -138,38 +129,15 @@ def terminal(shown: list[str]) -> str:
 
 
 def path(seen: Run) -> str:
-    entry = seen.entry
+    entry, asked, said = seen.entry, f"“{PROMPT}”", _wrapped(f"“{seen.answer}”", 34)
+    told = [f"{name}: {value}" for name, value in seen.outer.items()]
+    recorded = [f"{name.replace('_', ' ')}: {entry[name]}" for name in ("subject", "tenant", "decision", "reserved_tokens")]
+    bytes_seen = [f"{seen.sealed[:12].hex(' ', 2)} …", f"{len(seen.sealed)} bytes that it cannot open"]
+    receipt = ["signs a receipt:", f"{seen.prompt_tokens} + {seen.completion_tokens} tokens"]
     columns = (
-        (
-            "your program",
-            "#1a7f37",
-            ["asks:", f"“{PROMPT}”", "seals to a key of the pool:", seen.kem, "gets:", *_wrapped(f"“{seen.answer}”", 34)],
-        ),
-        (
-            "the gateway: who, never what",
-            "#bf3989",
-            [
-                *(f"{name}: {value}" for name, value in seen.outer.items()),
-                f"subject: {entry['subject']}",
-                f"tenant: {entry['tenant']}",
-                f"decision: {entry['decision']}",
-                f"reserved tokens: {entry['reserved_tokens']}",
-                f"{seen.sealed[:12].hex(' ', 2)} …",
-                f"{len(seen.sealed)} bytes that it cannot open",
-            ],
-        ),
-        (
-            "a worker: what, never who",
-            "#0969da",
-            [
-                "opens:",
-                f"“{PROMPT}”",
-                "answers:",
-                *_wrapped(f"“{seen.answer}”", 34),
-                "signs a receipt:",
-                f"{seen.prompt_tokens} + {seen.completion_tokens} tokens",
-            ],
-        ),
+        ("your program", "#1a7f37", ["asks:", asked, "seals to a key of the pool:", seen.kem, "gets:", *said]),
+        ("the gateway: who, never what", "#bf3989", [*told, *recorded, *bytes_seen]),
+        ("a worker: what, never who", "#0969da", ["opens:", asked, "answers:", *said, *receipt]),
     )
     height = 96 + 20 * max(len(lines) for _, _, lines in columns)
     parts = [
@@ -181,47 +149,35 @@ def path(seen: Run) -> str:
     ]
     for number, (title, colour, lines) in enumerate(columns):
         left = 10 + number * 330
-        parts.append(
-            f'<rect x="{left}" y="44" width="280" height="{height - 54}" rx="8" fill="#f6f8fa" '
-            f'stroke="{colour}" stroke-width="2"/>'
-        )
+        box = f'<rect x="{left}" y="44" width="280" height="{height - 54}" rx="8" fill="#f6f8fa"'
+        parts.append(f'{box} stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text class="title" x="{left + 12}" y="68" fill="{colour}">{escape(title)}</text>')
-        parts += [
-            f'<text x="{left + 12}" y="{92 + 20 * row}" xml:space="preserve">{escape(line)}</text>'
-            for row, line in enumerate(lines)
-        ]
+        for row, line in enumerate(lines):
+            parts.append(f'<text x="{left + 12}" y="{92 + 20 * row}" xml:space="preserve">{escape(line)}</text>')
     for left, text in ((290, "HTTPS"), (620, "NATS")):
-        parts.append(f'<path d="M{left} 100h46m-8 -5l8 5l-8 5" fill="none" stroke="#59636e" stroke-width="2"/>')
-        parts.append(f'<path d="M{left + 50} 130h-46m8 -5l-8 5l8 5" fill="none" stroke="#59636e" stroke-width="2"/>')
-        parts.append(f'<text class="arrow" x="{left + 25}" y="90" text-anchor="middle">{text}</text>')
-        parts.append(f'<text class="arrow" x="{left + 25}" y="150" text-anchor="middle">sealed</text>')
+        for way in (f"M{left} 100h46m-8 -5l8 5l-8 5", f"M{left + 50} 130h-46m8 -5l-8 5l8 5"):
+            parts.append(f'<path d="{way}" fill="none" stroke="#59636e" stroke-width="2"/>')
+        for y, word in ((90, text), (150, "sealed")):
+            parts.append(f'<text class="arrow" x="{left + 25}" y="{y}" text-anchor="middle">{word}</text>')
     parts.append('<text class="title" x="10" y="28">One sealed chat, and what each party saw of it</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def held(name: str) -> str:
     """The digest in a committed picture."""
     found = _METADATA.search((FOLDER / name).read_text())
     assert found is not None
-    return found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    return unescape(found[1])
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="lacre-pictures-") as folder:
-        up = Up.start(Path(folder) / "state")
-        try:
+        with Up.start(Path(folder) / "state") as up:
             seen, shown = run(up.url, up.token), session(up)
-        finally:
-            up.stop()
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "path.svg").write_text(path(seen))
     (FOLDER / "terminal.svg").write_text(terminal(shown))

@@ -32,14 +32,9 @@ class StolenNats:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
         info = json.loads((await reader.readline()).removeprefix(b"INFO "))
         raw = cls(credential, reader, writer, info)
-        options = {
-            "user": credential.name,
-            "pass": credential.password,
-            "headers": True,
-            "no_responders": True,
-            "verbose": False,
-        }
-        raw.say(b"CONNECT " + json.dumps({**options, "lang": "raw", "version": "0"}).encode() + b"\r\n")
+        who = {"user": credential.name, "pass": credential.password, "lang": "raw", "version": "0"}
+        options = {**who, "headers": True, "no_responders": True, "verbose": False}
+        raw.say(b"CONNECT " + json.dumps(options).encode() + b"\r\n")
         try:
             await raw.settle()
         except BaseException:

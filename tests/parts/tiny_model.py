@@ -1,21 +1,19 @@
-"""A GGUF model of two layers and random weights, below 1 MB, so that an engine loads in milliseconds. It says nonsense.
-
-Written by hand: the format is a header, metadata and tensors (github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-"""
+"""A GGUF model of two layers and random weights, below 1 MB, so that an engine loads in milliseconds. It says nonsense."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import gguf
 import numpy as np
+from gguf import GGUFValueType as Kind
 
-_UINT16, _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT32 = 2, 4, 6, 7, 8, 9, 5
-_ALIGNMENT = 32
-_F32 = 0
+_KINDS = {
+    bool: Kind.BOOL, np.uint16: Kind.UINT16, np.int32: Kind.INT32, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING,
+}  # fmt: skip
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF = 64, 2, 4, 2, 128
 D_CONV, D_INNER, D_STATE, DT_RANK = 4, 128, 16, 4  # of the recurrent one
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -31,46 +29,18 @@ _OTHERS = [byte for byte in range(256) if byte not in _ITSELF]
 PRINTABLE = "".join(chr(byte if byte in _ITSELF else 256 + _OTHERS.index(byte)) for byte in range(256))
 
 
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _value(value: Any) -> bytes:
-    """A typed value: int is uint32; a list takes its type from its first item, of which int is int32."""
-    match value:
-        case bool():
-            return struct.pack("<I?", _BOOL, value)
-        case np.uint16():
-            return struct.pack("<IH", _UINT16, value)
-        case np.int32():
-            return struct.pack("<Ii", _INT32, value)
-        case int():
-            return struct.pack("<II", _UINT32, value)
-        case float():
-            return struct.pack("<If", _FLOAT32, value)
-        case str():
-            return struct.pack("<I", _STRING) + _string(value)
-    kind, pack = {
-        str: (_STRING, _string),
-        int: (_INT32, lambda item: struct.pack("<i", item)),
-        float: (_FLOAT32, lambda item: struct.pack("<f", item)),
-    }[type(value[0])]
-    return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(pack(item) for item in value)
-
-
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]]) -> Path:
-    """Tensors are written as 32-bit floats, in numpy's order (llama.cpp names the last dimension first)."""
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
-    data = bytearray()
+    """An int is written as uint32, unless it is one of numpy's; those in lists as int32. Tensors are 32-bit floats."""
+    members = dict(metadata)
+    writer = gguf.GGUFWriter(path, members.pop("general.architecture", "llama"))
+    for key, value in members.items():
+        writer.add_key_value(key, value, _KINDS.get(type(value), Kind.ARRAY))
     for name, tensor in tensors.items():
-        data += b"\0" * (-len(data) % _ALIGNMENT)
-        shape = tensor.shape[::-1]
-        head += _string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
-        head += struct.pack("<IQ", _F32, len(data))
-        data += np.ascontiguousarray(tensor, dtype=np.float32).tobytes()
-    path.write_bytes(head + b"\0" * (-len(head) % _ALIGNMENT) + bytes(data))
+        writer.add_tensor(name, np.ascontiguousarray(tensor, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
@@ -106,11 +76,7 @@ def tiny_split_model(folder: Path, name: str = "tiny", *, count: int = 3) -> lis
     weights = list(_weights(len(vocabulary["tokenizer.ggml.tokens"]), 1).items())
     files = []
     for number in range(count):
-        split = {
-            "split.no": np.uint16(number),
-            "split.count": np.uint16(count),
-            "split.tensors.count": np.int32(len(weights)),
-        }
+        split = {"split.no": np.uint16(number), "split.count": np.uint16(count), "split.tensors.count": np.int32(len(weights))}
         metadata = _metadata(vocabulary, 4096) | {"tokenizer.chat_template": TEMPLATE} if number == 0 else {}
         path = folder / f"{name}-{number + 1:05d}-of-{count:05d}.gguf"
         files.append(write_gguf(path, metadata | split, dict(weights[number::count])))
@@ -118,48 +84,29 @@ def tiny_split_model(folder: Path, name: str = "tiny", *, count: int = 3) -> lis
 
 
 def _metadata(vocabulary: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
-    return {
-        "general.architecture": "llama",
-        "general.name": "tiny",
-        "llama.block_count": N_LAYER,
-        "llama.context_length": n_ctx,
-        "llama.embedding_length": N_EMBD,
-        "llama.feed_forward_length": N_FF,
-        "llama.attention.head_count": N_HEAD,
-        "llama.attention.head_count_kv": N_HEAD_KV,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": N_EMBD // N_HEAD,
-        **vocabulary,
-    }
+    own = {
+        "block_count": N_LAYER, "context_length": n_ctx, "embedding_length": N_EMBD, "feed_forward_length": N_FF,
+        "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD_KV, "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": N_EMBD // N_HEAD,
+    }  # fmt: skip
+    return _named("llama", own) | dict(vocabulary)
+
+
+def _named(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    members = {f"{architecture}.{name}": value for name, value in own.items()}
+    return {"general.architecture": architecture, "general.name": "tiny", **members}
 
 
 def tiny_recurrent_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Path:
     """A Mamba of two layers: it keeps one state for each sequence, which cannot be cut."""
+    own = {
+        "block_count": N_LAYER, "context_length": n_ctx, "embedding_length": N_EMBD, "feed_forward_length": 0,
+        "attention.head_count": 0, "attention.layer_norm_rms_epsilon": 1e-5, "ssm.conv_kernel": D_CONV,
+        "ssm.inner_size": D_INNER, "ssm.state_size": D_STATE, "ssm.time_step_rank": DT_RANK,
+    }  # fmt: skip
     vocabulary = tiny_vocabulary("llama")
-    metadata = {
-        "general.architecture": "mamba",
-        "general.name": "tiny",
-        "mamba.block_count": N_LAYER,
-        "mamba.context_length": n_ctx,
-        "mamba.embedding_length": N_EMBD,
-        "mamba.feed_forward_length": 0,
-        "mamba.attention.head_count": 0,
-        "mamba.attention.layer_norm_rms_epsilon": 1e-5,
-        "mamba.ssm.conv_kernel": D_CONV,
-        "mamba.ssm.inner_size": D_INNER,
-        "mamba.ssm.state_size": D_STATE,
-        "mamba.ssm.time_step_rank": DT_RANK,
-        **vocabulary,
-        "tokenizer.chat_template": TEMPLATE,
-    }
-    random = np.random.default_rng(seed)
-
-    def matrix(*shape: int) -> np.ndarray[Any, Any]:
-        return random.normal(0, shape[-1] ** -0.5, shape)
-
-    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
-    tensors = {"token_embd.weight": random.normal(0, 1, (n_vocab, N_EMBD)), "output_norm.weight": np.ones(N_EMBD)}
-    tensors["output.weight"] = 4 * matrix(n_vocab, N_EMBD)
+    metadata = _named("mamba", own) | vocabulary | {"tokenizer.chat_template": TEMPLATE}
+    tensors, matrix = _both_ends(len(vocabulary["tokenizer.ggml.tokens"]), seed)
     for layer in range(N_LAYER):
         tensors |= {
             f"blk.{layer}.attn_norm.weight": np.ones(N_EMBD),
@@ -224,30 +171,27 @@ def tiny_vocabulary(model: str, pre: str | None = None) -> dict[str, Any]:
     return vocabulary
 
 
-def _weights(n_vocab: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+def _both_ends(n_vocab: int, seed: int) -> tuple[dict[str, np.ndarray[Any, Any]], Callable[..., np.ndarray[Any, Any]]]:
+    """What every model has beside its layers, and what makes further weights."""
     random = np.random.default_rng(seed)
 
     def matrix(*shape: int) -> np.ndarray[Any, Any]:
         return random.normal(0, shape[-1] ** -0.5, shape)
 
-    def ones() -> np.ndarray[Any, Any]:
-        return np.ones(N_EMBD)
+    tensors = {"token_embd.weight": random.normal(0, 1, (n_vocab, N_EMBD)), "output_norm.weight": np.ones(N_EMBD)}
+    return tensors | {"output.weight": 4 * matrix(n_vocab, N_EMBD)}, matrix
 
+
+def _weights(n_vocab: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    tensors, matrix = _both_ends(n_vocab, seed)
     kv = N_EMBD * N_HEAD_KV // N_HEAD
-    tensors = {"token_embd.weight": random.normal(0, 1, (n_vocab, N_EMBD)), "output_norm.weight": ones()}
-    tensors["output.weight"] = 4 * matrix(n_vocab, N_EMBD)
-    shapes: Sequence[tuple[str, tuple[int, int]]] = (
-        ("attn_q", (N_EMBD, N_EMBD)),
-        ("attn_k", (kv, N_EMBD)),
-        ("attn_v", (kv, N_EMBD)),
-        ("attn_output", (N_EMBD, N_EMBD)),
-        ("ffn_gate", (N_FF, N_EMBD)),
-        ("ffn_up", (N_FF, N_EMBD)),
-        ("ffn_down", (N_EMBD, N_FF)),
-    )
+    shapes = {
+        "attn_q": (N_EMBD, N_EMBD), "attn_k": (kv, N_EMBD), "attn_v": (kv, N_EMBD), "attn_output": (N_EMBD, N_EMBD),
+        "ffn_gate": (N_FF, N_EMBD), "ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF),
+    }  # fmt: skip
     for layer in range(N_LAYER):
         for norm in ("attn_norm", "ffn_norm"):
-            tensors[f"blk.{layer}.{norm}.weight"] = ones()
-        for name, shape in shapes:
+            tensors[f"blk.{layer}.{norm}.weight"] = np.ones(N_EMBD)
+        for name, shape in shapes.items():
             tensors[f"blk.{layer}.{name}.weight"] = matrix(*shape)
     return tensors

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import selectors
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import lacre
+from parts.waiting import PATIENCE, wait_until
 
 LACRE = [sys.executable, "-P", "-m", "lacre"]  # as the installed command: without the current folder on its path
-START = 60.0  # seconds
+READY = re.compile(r"^ready (lacre\S+)$", re.MULTILINE)
 MARKS = {
     "nats-server": "nats-server",
     "lacre_gateway": "-m lacre_gateway ",
@@ -23,22 +27,45 @@ MARKS = {
 
 @dataclass
 class Up:
-    """A running `lacre up`. url and token: what it wrote into `env`."""
+    """A running `lacre up`. url and token: what it wrote into `env`. log: what it said."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     state: Path
-    url: str
-    token: str
-    output: str = ""
+    log: Path
+    url: str = ""
+    token: str = ""
 
     @classmethod
     def start(cls, state: Path, *arguments: str) -> Up:
+        log = state.with_name(f"up-{time.monotonic_ns()}.log")
         command = [*LACRE, "up", "--state", str(state), "--port", "0", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(state))
-        line = _line_with("ready lacre", process)
-        url, token = read_env(state)
-        assert line.split()[1] == url
-        return cls(process, state, url, token)
+        with log.open("wb") as output:
+            up = cls(subprocess.Popen(command, stdout=output, stderr=output, env=environment(state)), state, log)
+        try:
+            wait_until(lambda: READY.search(log.read_text()) or up.process.poll() is not None, PATIENCE, log.read_text)
+            found = READY.search(log.read_text())
+            assert found, log.read_text()
+        except BaseException:
+            up.process.kill()
+            raise
+        up.url, up.token = read_env(state)
+        assert found[1] == up.url
+        return up
+
+    def __enter__(self) -> Up:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+
+    def client(self, **options: Any) -> lacre.Client:
+        return lacre.Client(self.url, **{"token": self.token, "memory": lacre.VersionMemory(), **options})
+
+    def command(self, *arguments: str, **variables: str) -> str:
+        """What a command says that works on its state, and succeeds."""
+        done = run(*arguments, "--state", str(self.state), up=self, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
     @property
     def base_url(self) -> str:
@@ -62,24 +89,29 @@ class Up:
         return [pid for pid, command in found.items() if b"-m\0lacre_backend\0" in command and alive(pid)]
 
     def said(self) -> list[str]:
-        """The lines since it was ready, of a process that ended."""
-        if self.process.stdout is not None and not self.process.stdout.closed:
-            with self.process.stdout as output:
-                self.output = output.read()
-        return self.output.splitlines()
+        """The lines since it was ready."""
+        found = READY.search(self.log.read_text())
+        return [] if found is None else found.string[found.end() + 1 :].splitlines()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(30)
-        self.said()
-        return status
+        return self.process.wait(30)
 
 
 def environment(state: Path) -> dict[str, str]:
     """This process's environment, with a home for remembered manifests beside the state."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LACRE_")}
     return clean | {"XDG_STATE_HOME": str(state.parent / "xdg")}
+
+
+def run(
+    *arguments: str, up: Up | None = None, state: Path = Path("/nonexistent/x"), stdin: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A `lacre` command, as it is typed. up: which its environment names."""
+    named = {} if up is None else {"LACRE_URL": up.url, "LACRE_TOKEN": up.token}
+    env = environment(state if up is None else up.state) | named | variables
+    return subprocess.run([*LACRE, *arguments], check=False, capture_output=True, text=True, timeout=120, env=env, input=stdin)
 
 
 def read_env(state: Path) -> tuple[str, str]:
@@ -111,22 +143,6 @@ def ticks(pid: int) -> int:
 
 def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
     """Those that are still there after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(map(alive, pids)):
-        time.sleep(0.05)
+    with suppress(AssertionError):
+        wait_until(lambda: not any(map(alive, pids)), seconds)
     return [pid for pid in pids if alive(pid)]
-
-
-def _line_with(text: str, process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    selector = selectors.DefaultSelector()
-    selector.register(process.stdout, selectors.EVENT_READ)
-    deadline, seen = time.monotonic() + START, ""
-    while time.monotonic() < deadline and process.poll() is None:
-        if selector.select(timeout=0.5):
-            line = process.stdout.readline()
-            seen += line
-            if line.startswith(text):
-                return line
-    process.kill()
-    raise AssertionError(f"`lacre up` did not become ready: {seen}{process.communicate()[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,15 @@ from parts.up import Up
 
 @pytest.fixture(scope="session")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    live = Up.start(tmp_path_factory.mktemp("up") / "state")
-    yield live
-    live.stop()
+    with Up.start(tmp_path_factory.mktemp("up") / "state") as live:
+        yield live
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Up]:
+    """For tests that change or kill it."""
+    with Up.start(tmp_path / "state") as live:
+        yield live
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import os
 import subprocess
 import time
 from collections import Counter, defaultdict
@@ -20,12 +21,11 @@ import httpx2
 import pytest
 
 from lacre.wire.header import Aead, Kdf, Kem, Suite
-from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_gateway.audit.reader import LogReader
+from lacre_fabric.operate.leash import PYTHON
 from lacre_gateway.budget.plans import LimitKind, parse
 from parts import by_hand
-from parts.stage import POOL, TINY, LiveStage, own_issuer
-from parts.up import LACRE
+from parts.stage import POOL, TINY, LiveStage, launched, own_issuer
+from parts.up import run
 
 GATEWAYS = ("g1", "g2", "g3")
 REQUESTS = 200  # at once; who is refused asks again
@@ -63,10 +63,9 @@ class HeldWorker:
 
     def __init__(self, live: LiveStage, free: int, slots: int) -> None:
         self._log = live.site.log("worker")
-        program = Path(__file__).parents[1] / "parts" / "held_worker.py"
-        command = leashed([*PYTHON, str(program), str(live.site.folder), live.server.url, str(free), str(slots)])
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        command = [*PYTHON, "-m", "parts.held_worker", str(live.site.folder), live.server.url, str(free), str(slots)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        self._process = launched(command, self._log, stdin=subprocess.PIPE, env=environment)
 
     def let_go(self) -> None:
         """It holds nothing from now on."""
@@ -142,7 +141,7 @@ class Burst:
             return 0
         if response.status_code == 200:
             assert by_hand.opened(opener, response.content)
-        if response.status_code != 200:
+        else:
             self.problems[response.json()["type"].rpartition(":")[2]] += 1
         return response.status_code
 
@@ -168,15 +167,11 @@ async def test_no_limit_is_ever_crossed(kind: LimitKind, live: LiveStage, worker
     print(kind.value, dict(first.statuses), dict(second.statuses), "most at once", worker.counts()[2])
     assert statuses[200] > 0 and statuses[429] > 0 and statuses[0] > 0 and statuses[500] == 0
 
-    entries = {name: [json.loads(entry) for entry in LogReader(audit(live, name)).entries()] for name in GATEWAYS}
+    entries = {name: live.entries(gateway=name) for name in GATEWAYS}
     check_ceilings(kind, entries)
     if kind is LimitKind.CONCURRENT_STREAMS:
         assert 0 < worker.counts()[2] <= CEILINGS[kind]
     check_books(kind, live, entries)
-
-
-def audit(live: LiveStage, name: str) -> Path:
-    return live.site.folder / "gateway" / f"audit-{name}"
 
 
 def check_ceilings(kind: LimitKind, entries: dict[str, list[dict[str, Any]]]) -> None:
@@ -207,9 +202,8 @@ def check_ceilings(kind: LimitKind, entries: dict[str, list[dict[str, Any]]]) ->
 
 def check_books(kind: LimitKind, live: LiveStage, entries: dict[str, list[dict[str, Any]]]) -> None:
     """`lacre budget show`: what is gone from the ceiling is what receipts say, and what is listed as forfeited."""
-    audits = [argument for name in GATEWAYS for argument in ("--audit", str(audit(live, name)))]
-    command = [*LACRE, "budget", "show", "--json", "--state", str(live.site.folder), *audits]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    audits = [argument for name in GATEWAYS for argument in ("--audit", str(live.audit_of(name)))]
+    shown = run("budget", "show", "--json", "--state", str(live.site.folder), *audits)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     lines = [json.loads(line) for line in shown.stdout.splitlines()]
     if kind is LimitKind.CONCURRENT_STREAMS:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import pytest
 import lacre
 from lacre_gateway.audit.check import check_receipt
 from lacre_gateway.audit.reader import LogReader
+from parts.stage.standing import entries
 from parts.up import Up, ticks
+from parts.waiting import wait_until
 
 
 def test_the_readmes_python(env: Up) -> None:
@@ -40,19 +40,15 @@ async def test_the_readmes_python_awaited(env: Up) -> None:
         assert await client.models() == ("smollm2-135m",)
 
 
-def entries(audit: Path, kind: str) -> list[dict[str, Any]]:
-    return [entry for entry in map(json.loads, LogReader(audit).entries()) if entry["kind"] == kind]
-
-
 def outcome(audit: Path, request: str) -> dict[str, Any]:
     """Of one request: the gateway settles it after the answer."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if ends := [entry for entry in entries(audit, "outcome") if entry["request_id"] == request]:
-            [end] = ends
-            return end
-        time.sleep(0.02)
-    raise AssertionError("it was not settled")
+
+    def ends() -> list[dict[str, Any]]:
+        return [entry for entry in entries(audit, "outcome") if entry["request_id"] == request]
+
+    wait_until(ends, 30, lambda: "it was not settled")
+    [end] = ends()
+    return end
 
 
 def test_a_receipt_is_what_the_gateway_settles_on(env: Up, client: lacre.Client) -> None:
@@ -113,29 +109,26 @@ def test_a_reader_that_leaves_frees_the_worker(env: Up, client: lacre.Client) ->
     assert end["completion_tokens"] < 1000, "the worker went on with what nobody reads"
 
 
-class TestErrorsFromInsideTheSeal:
-    def test_context_length(self, client: lacre.Client) -> None:
-        with pytest.raises(lacre.ApiError) as caught:
-            client.chat("word " * 20000)
-        assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+HI = [{"role": "user", "content": "Hi."}]
 
-    @pytest.mark.parametrize("max_tokens", [0, -5])
-    def test_max_tokens(self, client: lacre.Client, max_tokens: int) -> None:
-        with pytest.raises(lacre.ApiError) as caught:
-            client.chat("Hi.", max_tokens=max_tokens)
-        assert (caught.value.status, caught.value.type) == (400, "invalid_request_error")
 
-    def test_no_messages(self, client: lacre.Client) -> None:
-        with pytest.raises(lacre.ApiError) as caught:
-            client.chat([])
-        assert caught.value.status == 400
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"messages": [{"role": "user", "content": "word " * 20000}]}, 400, "context_length_exceeded"),
+        ({"messages": HI, "max_tokens": 0}, 400, None),
+        ({"messages": HI, "max_tokens": -5}, 400, None),
+        ({"messages": []}, 400, None),
+        ({"messages": HI, "model": "gpt-9"}, 404, "model_not_found"),
+    ],
+    ids=["context length", "no tokens", "less than none", "no messages", "unknown model"],
+)
+def test_errors_from_inside_the_seal(client: lacre.Client, body: dict[str, Any], status: int, code: str | None) -> None:
+    response = client.post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["code"]) == (status, "invalid_request_error", code)
 
-    def test_unknown_model(self, client: lacre.Client) -> None:
-        response = client.post("/v1/chat/completions", json={"model": "gpt-9", "messages": [{"role": "user", "content": "x"}]})
-        assert response.status_code == 404
-        assert response.json()["error"]["code"] == "model_not_found"
 
-    def test_control_tokens_typed_by_a_user_stay_text(self, client: lacre.Client) -> None:
-        plain = client.chat("a b", max_tokens=1).usage.prompt
-        typed = client.chat("a<|im_end|>b", max_tokens=1).usage.prompt
-        assert typed > plain + 2  # several tokens of text, not the one control token
+def test_control_tokens_typed_by_a_user_stay_text(client: lacre.Client) -> None:
+    plain, typed = (client.chat(text, max_tokens=1).usage.prompt for text in ("a b", "a<|im_end|>b"))
+    assert typed > plain + 2  # several tokens of text, not the one control token

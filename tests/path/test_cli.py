@@ -3,100 +3,76 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 import lacre
-from parts.up import LACRE, Up, environment
+from parts.up import Up, run
+from parts.waiting import wait_until
 
 
-def run(*arguments: str, up: Up | None = None, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    variables = environment(up.state if up else Path("/nonexistent/x")) | env
-    if up is not None:
-        variables |= {"LACRE_URL": up.url, "LACRE_TOKEN": up.token}
-    return subprocess.run(
-        [*LACRE, *arguments], check=False, capture_output=True, text=True, timeout=90, env=variables, input=stdin
-    )
-
-
-def test_version() -> None:
+def test_version_and_every_command() -> None:
     assert run("--version").stdout.strip() == f"lacre {lacre.__version__}"
-
-
-def test_every_command_is_there() -> None:
     text = run("--help").stdout
     for name in ("up", "demo", "chat", "gateway", "worker", "token", "manifest", "keys", "signer", "root"):
         assert f" {name} " in text
 
 
-def test_chat(up: Up) -> None:
-    done = run("chat", "Say hello.", "--max-tokens", "8", up=up)
+@pytest.mark.parametrize(
+    ("words", "stdin", "answers"),
+    [
+        (("Say hello.", "--max-tokens", "8"), "", 1),
+        (("--max-tokens", "6"), "Hello.\n\nAnd again.\n", 2),
+    ],
+    ids=["one", "interactive"],
+)
+def test_chat(up: Up, words: tuple[str, ...], stdin: str, answers: int) -> None:
+    done = run("chat", *words, up=up, stdin=stdin)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert len(done.stdout.strip().splitlines()) >= answers
 
 
-def test_interactive_chat(up: Up) -> None:
-    done = run("chat", "--max-tokens", "6", up=up, stdin="Hello.\n\nAnd again.\n")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip().splitlines()) >= 2
+def manifest(up: Up) -> dict[str, dict[str, dict[str, list[str]]]]:
+    return json.loads(run("manifest", "show", "--json", up=up).stdout)  # type: ignore[no-any-return]
 
 
 def test_manifest_show(up: Up) -> None:
-    shown = json.loads(run("manifest", "show", "--json", up=up).stdout)
-    assert shown["pools"]["default"]["models"] == ["smollm2-135m"]
+    assert manifest(up)["pools"]["default"]["models"] == ["smollm2-135m"]
     assert "MLKEM768-X25519" in run("manifest", "show", up=up).stdout
 
 
 def test_manifest_publish_raises_the_version(up: Up) -> None:
-    before = json.loads(run("manifest", "show", "--json", up=up).stdout)["ver"]
-    done = run("manifest", "publish", "--state", str(up.state), up=up)
-    assert done.returncode == 0, done.stderr
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        if json.loads(run("manifest", "show", "--json", up=up).stdout)["ver"] > before:
-            return
-    pytest.fail("the gateway did not take up the new manifest")
+    before = manifest(up)["ver"]
+    up.command("manifest", "publish")
+    wait_until(lambda: manifest(up)["ver"] > before)
 
 
 def test_keys_list(up: Up) -> None:
-    shown = run("keys", "list", "--state", str(up.state)).stdout
+    shown = up.command("keys", "list")
     assert [line.count("current since") for line in shown.splitlines() if "default" in line] == [1, 1]
     assert "MLKEM768-X25519" in shown
-    listed = json.loads(run("keys", "list", "--json", "--state", str(up.state)).stdout)
-    assert [row["pool"] for row in listed] == ["default", "default"]
-
-
-def test_keys_of_a_pool_that_is_not_there(up: Up) -> None:
-    done = run("keys", "rotate", "--pool", "nowhere", "--state", str(up.state))
-    assert done.returncode == 1
-    assert "unknown pool nowhere: this state has default" in done.stderr
-
-
-def test_keys_without_a_fabric(tmp_path: Path) -> None:
-    run("keys", "init", "--state", str(tmp_path))
-    done = run("keys", "rotate", "--state", str(tmp_path))
-    assert done.returncode == 1
-    assert "lacre up" in done.stderr
+    assert [row["pool"] for row in json.loads(up.command("keys", "list", "--json"))] == ["default", "default"]
 
 
 def test_token_issue(up: Up) -> None:
-    token = run("token", "issue", "grace", "--state", str(up.state), up=up).stdout.strip()
-    with lacre.Client(up.url, token=token, memory=lacre.VersionMemory()) as client:
+    with up.client(token=up.command("token", "issue", "grace")) as client:
         assert client.chat("Hi.", max_tokens=2).text
 
 
-def test_errors_say_what_to_do() -> None:
-    done = run("chat", "Hi.")
-    assert done.returncode == 1
-    assert "LACRE_URL" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_errors_say_what_to_do(up: Up, tmp_path: Path) -> None:
+    run("keys", "init", "--state", str(tmp_path))
+    for words, told in (
+        (("chat", "Hi."), "LACRE_URL"),
+        (("keys", "rotate", "--state", str(tmp_path)), "lacre up"),  # it has no fabric
+        (("keys", "rotate", "--pool", "nowhere", "--state", str(up.state)), "unknown pool nowhere: this state has default"),
+    ):
+        done = run(*words)
+        assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
 
 
 @pytest.mark.parametrize("command", ["gateway", "worker"])
-def test_settings_errors_name_the_key(tmp_path, command: str) -> None:
+def test_settings_errors_name_the_key(tmp_path: Path, command: str) -> None:
     path = tmp_path / "settings.toml"
     path.write_text('trusted = "x"\n')
     done = run(command, "--settings", str(path))
@@ -111,10 +87,6 @@ def test_demo_as_json() -> None:
     done = run("demo", "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
-    assert shown["ok"] is True
-    assert shown["text"]
-    assert shown["kem"] == "MLKEM768-X25519"
-    assert shown["completion_tokens"] > 0
-    assert shown["ttft_ms"] > 0
-    assert shown["tokens_per_s"] > 0
+    assert (shown["ok"], shown["kem"], bool(shown["text"])) == (True, "MLKEM768-X25519", True)
+    assert all(shown[name] > 0 for name in ("completion_tokens", "ttft_ms", "tokens_per_s"))
     assert shown["sealed_request_bytes"] > 1120

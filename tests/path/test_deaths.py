@@ -20,7 +20,7 @@ import pytest
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.site import Site
 from parts.doomed import Doomed
-from parts.stage import ECHO, POOL, EchoStage
+from parts.stage import ECHO, POOL, EchoStage, issuer_table
 from parts.up import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -49,11 +49,16 @@ def is_killed(doomed: Doomed, name: str) -> None:
     assert "Doom" in str(death["traceback"]) or "RuntimeError" in str(death["traceback"])  # of a loop that was stopped
 
 
-def each_is_killed(start: Callable[[int], Doomed], wanted: set[str], stack: ExitStack) -> set[str]:
+def each_is_killed(start: Callable[[int], Doomed], wanted: set[str]) -> set[str]:
     """start: starts one more of the same process, by its number. wanted: what must be there. Returns the names of all work."""
+    with ExitStack() as stack:
+        return _each_is_killed(start, wanted, stack)
+
+
+def _each_is_killed(start: Callable[[int], Doomed], wanted: set[str], stack: ExitStack) -> set[str]:
     first = start(0)
     stack.callback(first.stop)
-    first.until(lambda: first.path.exists() and wanted <= first.register().keys())
+    first.until(lambda: first.works(wanted))
     register = first.register()
     for name, restarts in register.items():
         if restarts:
@@ -65,7 +70,7 @@ def each_is_killed(start: Callable[[int], Doomed], wanted: set[str], stack: Exit
     def die(number: int, name: str) -> None:
         doomed = start(number) if number else first
         stack.callback(doomed.stop)
-        doomed.until(lambda: doomed.path.exists() and wanted <= doomed.register().keys())
+        doomed.until(lambda: doomed.works(wanted))
         is_killed(doomed, name)
 
     with ThreadPoolExecutor(2) as threads:
@@ -82,14 +87,11 @@ async def test_a_gateway(site: EchoStage, tmp_path: Path) -> None:
         own = settings.with_name(f"gateway-{number}.toml")
         text = settings.read_text().replace(f"port = {site.base_url.rpartition(':')[2]}", f"port = {free_port()}")
         text = text.replace(f'audit = "{site.audit}"', f'audit = "audit-{number}"')
-        text = f'policies = "{policies}"\n' + text + f"\n[admin]\nport = {free_port()}\n"
-        text += '[[issuers]]\nissuer = "https://a.invalid"\naudience = "a"\nalgorithms = ["EdDSA"]\n'
-        text += f'jwks_url = "http://127.0.0.1:{free_port()}/jwks"\n'
-        own.write_text(text)
+        issuer = issuer_table("https://a.invalid", "a", f"http://127.0.0.1:{free_port()}/jwks").replace("jwks =", "jwks_url =")
+        own.write_text(f'policies = "{policies}"\n{text}\n[admin]\nport = {free_port()}\n{issuer}')
         return Doomed.start(tmp_path / f"gateway-{number}.log", "lacre_gateway", "--settings", str(own))
 
-    with ExitStack() as stack:
-        each_is_killed(start, GATEWAY, stack)
+    each_is_killed(start, GATEWAY)
 
 
 async def test_a_worker(site: EchoStage, tmp_path: Path) -> None:
@@ -102,8 +104,7 @@ async def test_a_worker(site: EchoStage, tmp_path: Path) -> None:
         own.write_text(before.replace('health = "health"', f'health = "health-{number}"') + "[[models]]" + models)
         return Doomed.start(tmp_path / f"worker-{number}.log", "lacre_backend", "--settings", str(own))
 
-    with ExitStack() as stack:
-        killed = each_is_killed(start, WORKER, stack)
+    killed = each_is_killed(start, WORKER)
     assert {name.partition(" ")[0] for name in killed} >= {"api", "decode"}  # the threads
 
 
@@ -121,8 +122,7 @@ def test_up(tmp_path: Path) -> None:
         up.log = Site(state, {}).log("up")
         return up
 
-    with ExitStack() as stack:
-        assert each_is_killed(start, UP, stack) == UP
+    assert each_is_killed(start, UP) == UP
 
 
 async def test_a_signer(site: EchoStage, tmp_path: Path) -> None:
@@ -131,13 +131,14 @@ async def test_a_signer(site: EchoStage, tmp_path: Path) -> None:
     signer = Doomed.start(
         tmp_path / "signer.log", "lacre", "keys", "tend", "--stay", "--state", str(state), environment=dict(os.environ)
     )
-    with ExitStack() as stack:
-        stack.callback(signer.stop)
-        signer.until(lambda: signer.path.exists() and len(signer.register()) == 2)
+    try:
+        signer.until(lambda: signer.works({"upkeep", "floods"}))
         assert signer.register() == {"upkeep": True, "floods": True}
         signer.kill("upkeep", until=lambda: "background work starts again: upkeep" in signer.said())
         assert "Doom" in signer.said()
         assert not signer.ended()
+    finally:
+        signer.stop()
 
 
 async def test_a_proxy(site: EchoStage, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ async def test_a_proxy(site: EchoStage, tmp_path: Path) -> None:
     await site.start()
     env = {
         **environment(tmp_path / "state"),
-        "LACRE_URL": site.site.connection_string(site.base_url),
+        "LACRE_URL": site.url,
         "LACRE_TOKEN": site.token("somebody"),
     }
 
@@ -155,5 +156,4 @@ async def test_a_proxy(site: EchoStage, tmp_path: Path) -> None:
         proxy.until(lambda: "base_url" in proxy.said())
         return proxy
 
-    with ExitStack() as stack:
-        await asyncio.to_thread(each_is_killed, start, set[str](), stack)
+    await asyncio.to_thread(each_is_killed, start, set[str]())

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from lacre_backend.health import READY, STALE, tell, wrong_with
+from parts.stage.standing import end
 from parts.up import Up
+from parts.waiting import until
 
 GATEWAY = ("lacre_gateway.probe", "gateway/gateway.toml")
 WORKER = ("lacre_backend.health", "workers/default/worker.toml")
@@ -22,13 +24,10 @@ WORKER = ("lacre_backend.health", "workers/default/worker.toml")
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    running = Up.start(tmp_path_factory.mktemp("health") / "state")
-    try:
+    with Up.start(tmp_path_factory.mktemp("health") / "state") as running:
         yield running
-    finally:
         for pid in running.children().values():
             os.kill(pid, signal.SIGCONT)
-        running.stop()
 
 
 def ask(live: Up, who: tuple[str, str], *options: str) -> tuple[int, str]:
@@ -68,15 +67,12 @@ async def test_a_worker_that_stands_still_or_cannot_serve_says_no(tmp_path: Path
     path, state = tmp_path / "health", READY
     assert "has not started" in str(wrong_with(path, time.time(), ready=False))
     telling = asyncio.create_task(tell(path, lambda: state))
-    while not path.exists():
-        await asyncio.sleep(0.01)
+    await until(path.exists)
     assert wrong_with(path, time.time(), ready=True) is None
     assert "been stuck" in str(wrong_with(path, time.time() + STALE + 1, ready=False))
     state = "draining"
-    while path.read_text() != state:
-        await asyncio.sleep(0.05)
+    await until(lambda: path.read_text() == state)
     assert wrong_with(path, time.time(), ready=False) is None, "it is not to be restarted"
     assert wrong_with(path, time.time(), ready=True) == "draining"
-    telling.cancel()
-    await asyncio.gather(telling, return_exceptions=True)
+    await end(telling)
     assert not path.exists(), "the next process must not seem ready before it is"

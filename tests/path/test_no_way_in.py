@@ -12,7 +12,8 @@ import pytest
 
 import lacre
 from lacre_fabric.operate.leash import PYTHON, leashed
-from parts.network import Namespace, forwarded, namespace
+from parts.cut import way_to
+from parts.network import Namespace, namespace
 from parts.stage import LiveStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -60,16 +61,16 @@ async def test_a_worker_that_nobody_can_reach_serves(
     worker.stop()
     port = urlsplit(workers.server.url).port
     assert port is not None
-    async with forwarded(closed.host, port) as outside:
+    async with way_to(port, closed.host) as way:
         text = worker.settings.read_text()
-        worker.settings.write_text(text.replace(workers.server.url, f"nats://{closed.host}:{outside}"))
+        worker.settings.write_text(text.replace(workers.server.url, way.url))
         worker.heard = 0.0
         worker.start(closed.inside)
         await workers.heard()
         assert network(worker.process.pid) != network("self")
         assert listening(worker.process.pid) == {7777}, "the probe's, and none of the worker's"
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
-        async with lacre.AsyncClient(workers.gateways[0].url, token=workers.site.token("developer")) as client:
+        async with lacre.AsyncClient(workers.gateways[0].url, token=workers.token("developer")) as client:
             reply = await client.chat("Name three seas.", max_tokens=8)
         assert reply.receipt is not None and reply.receipt.completion_tokens > 0
         worker.stop()

@@ -6,70 +6,56 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 import lacre
 from lacre_backend.models.gguf import find
-from parts.up import LACRE, Up, environment, ticks, wait_until_gone
+from parts.up import LACRE, Up, run, ticks, wait_until_gone
+from parts.waiting import wait_until
 
 INTERRUPTS = (signal.SIGINT, signal.SIGKILL)
 
 
-def lacre_up(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A `lacre up` that is expected to fail."""
-    command = [*LACRE, "up", "--state", str(state), *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment(state))
+def fails(state: Path, *arguments: str, port: int = 0) -> str:
+    """What a `lacre up` says that cannot start."""
+    failed = run("up", "--state", str(state), "--port", str(port), *arguments, state=state)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    return failed.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in INTERRUPTS)])
-def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
-    live = Up.start(tmp_path / "state")
-    try:
-        children = list(live.children().values())
-        assert len(children) == 3
-        # A terminal sends Ctrl-C to a whole process group: the others are ended in order, after the answers under way.
-        assert os.getpgid(live.process.pid) not in map(os.getpgid, children)
-        status = live.stop(number)
-    finally:
-        live.stop(signal.SIGKILL)
+def test_nothing_is_left_behind(own: Up, number: signal.Signals) -> None:
+    children = list(own.children().values())
+    assert len(children) == 3
+    # A terminal sends Ctrl-C to a whole process group: the others are ended in order, after the answers under way.
+    assert os.getpgid(own.process.pid) not in map(os.getpgid, children)
+    status = own.stop(number)
     assert wait_until_gone(children, 5) == []
     assert status == (-9 if number is signal.SIGKILL else 0)
 
 
 @pytest.mark.slow
-def test_a_second_up_finds_its_keys_again(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    first = Up.start(state)
-    again = lacre_up(state, "--port", "0")
-    assert again.returncode != 0
-    assert "already runs" in again.stderr
-    first.stop()
-    second = Up.start(state)
-    try:
-        assert second.url.partition("?")[2] == first.url.partition("?")[2]
-        with lacre.Client(second.url, token=first.token, memory=lacre.VersionMemory()) as client:
+def test_a_second_up_finds_its_keys_again(own: Up) -> None:
+    assert "already runs" in fails(own.state)
+    own.stop()
+    with Up.start(own.state) as second:
+        assert second.url.partition("?")[2] == own.url.partition("?")[2]
+        with second.client(token=own.token) as client:
             assert client.chat("Hi.", max_tokens=2).text
-    finally:
-        second.stop()
 
 
 def test_a_taken_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        failed = lacre_up(tmp_path / "state", "--port", str(port))
-    assert failed.returncode != 0
-    assert f"port {port} is taken" in failed.stderr
+        assert f"port {port} is taken" in fails(tmp_path / "state", port=port)
 
 
 def test_a_state_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    failed = lacre_up(tmp_path / "file" / "state", "--port", "0")
-    assert failed.returncode == 1
-    assert "--state" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert "--state" in fails(tmp_path / "file" / "state")
 
 
 @pytest.mark.slow
@@ -85,40 +71,32 @@ def test_a_model_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     model = tmp_path / "model.gguf"
     if content is not None:
         model.write_bytes(content)
-    failed = lacre_up(tmp_path / "state", "--port", "0", "--model", str(model))
-    assert failed.returncode != 0
-    assert "worker ended with status 1" in failed.stderr
-    assert str(model) in failed.stderr.replace("\n", "")
+    told = fails(tmp_path / "state", "--model", str(model))
+    assert "worker ended with status 1" in told
+    assert str(model) in told.replace("\n", "")
 
 
 @pytest.mark.slow
 def test_a_model_file_of_an_odd_name(tmp_path: Path) -> None:
     model = tmp_path / "-My Model (Q4) é#%20?.gguf"
     model.symlink_to(find().path)
-    live = Up.start(tmp_path / "state", "--model", str(model))
-    try:
-        with lacre.Client(live.url, token=live.token, memory=lacre.VersionMemory()) as client:
-            [name] = client.models()
-            assert name == "my-model-q4-e-20"
-            assert client.get(f"/v1/models/{name}").json()["id"] == name
-            assert client.chat("Hi.", max_tokens=2, model=name).text
-    finally:
-        live.stop()
+    with Up.start(tmp_path / "state", "--model", str(model)) as live, live.client() as client:
+        [name] = client.models()
+        assert name == "my-model-q4-e-20"
+        assert client.get(f"/v1/models/{name}").json()["id"] == name
+        assert client.chat("Hi.", max_tokens=2, model=name).text
 
 
 def test_two_model_files_with_one_id(tmp_path: Path) -> None:
     models = [tmp_path / "My Model.gguf", tmp_path / "my-model.gguf"]
-    failed = lacre_up(tmp_path / "state", "--port", "0", *(f"--model={model}" for model in models))
-    assert failed.returncode == 1
-    assert all(str(model) in failed.stderr for model in models)
+    told = fails(tmp_path / "state", *(f"--model={model}" for model in models))
+    assert all(str(model) in told for model in models)
 
 
 def test_a_state_of_message_servers_elsewhere_is_left_alone(tmp_path: Path) -> None:
     content = '{"pools": {"legal": ["m"]}, "nats": "tls://n:4222", "gateway": "https://g", "replicas": 3}'
     (tmp_path / "site.json").write_text(content)
-    failed = lacre_up(tmp_path, "--port", "0")
-    assert failed.returncode == 1
-    assert "--state" in failed.stderr
+    assert "--state" in fails(tmp_path)
     assert (tmp_path / "site.json").read_text() == content
 
 
@@ -134,17 +112,11 @@ def test_an_interrupted_demo(number: signal.Signals) -> None:
 
 
 class TestDeaths:
-    @pytest.fixture
-    def own(self, tmp_path: Path):
-        live = Up.start(tmp_path / "state")
-        yield live
-        live.stop()
-
     @pytest.mark.slow
     def test_the_worker_killed_in_mid_stream(self, own: Up) -> None:
         """The stream says that it broke; everything else runs on, and the worker comes back."""
         others = {name: pid for name, pid in own.children().items() if name != "lacre_backend"}
-        with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory(), resume=0) as client:
+        with own.client(resume=0) as client:
             stream = client.chat_stream("Tell me a very long story.", max_tokens=2000)
             next(stream)
             os.kill(own.children()["lacre_backend"], signal.SIGKILL)
@@ -168,32 +140,24 @@ class TestDeaths:
     def test_two_workers_finish_each_others_answers(self, tmp_path: Path, folder: str) -> None:
         """What the README promises, on one machine: the worker that answers is killed, and the stream goes on."""
         (tmp_path / folder).mkdir()
-        own = Up.start(tmp_path / folder / "state", "--workers", "2")
-        try:
+        with Up.start(tmp_path / folder / "state", "--workers", "2") as own, own.client() as client:
             first = own.workers()
             assert len(first) == 2
-            with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory()) as client:
-                before = {pid: ticks(pid) for pid in first}
-                stream = client.chat_stream("Tell me a long story about a fox.", max_tokens=120, temperature=0)
-                pieces = [next(stream) for _ in range(20)]
-                victim = max(first, key=lambda pid: ticks(pid) - before[pid])
-                os.kill(victim, signal.SIGKILL)
-                pieces += list(stream)
+            before = {pid: ticks(pid) for pid in first}
+            stream = client.chat_stream("Tell me a long story about a fox.", max_tokens=120, temperature=0)
+            pieces = [next(stream) for _ in range(20)]
+            victim = max(first, key=lambda pid: ticks(pid) - before[pid])
+            os.kill(victim, signal.SIGKILL)
+            pieces += list(stream)
             assert "".join(pieces) == stream.text and stream.finish_reason in ("stop", "length")
             assert len(stream.parts) == 1, "it was resumed once"
-            deadline = time.monotonic() + 30
-            while len(own.workers()) < 2 and time.monotonic() < deadline:
-                time.sleep(0.1)
+            wait_until(lambda: len(own.workers()) >= 2, 30)
             assert victim not in own.workers() and len(own.workers()) == 2
-        finally:
-            own.stop()
         said = own.said()
         hint = next(line for line in said if line.startswith("In another shell:")).removeprefix("In another shell:")
         shown = subprocess.run(
             ["sh", "-c", f'{hint.partition(" && ")[0]}; printf %s "$LACRE_URL"'], check=True, capture_output=True, text=True
         )
         assert shown.stdout == own.url, "the hint can be copied as it is"
-        assert [line for line in said if line.endswith("was restarted")] in (
-            ["worker-n1 was restarted"],
-            ["worker-n2 was restarted"],
-        )
+        [restarted] = [line for line in said if line.endswith("was restarted")]
+        assert restarted in ("worker-n1 was restarted", "worker-n2 was restarted")

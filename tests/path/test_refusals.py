@@ -2,102 +2,55 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
 
 import httpx2
+import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
 from lacre import problems
-from lacre.exchange.call import Sealing
-from lacre.exchange.request import Plain
-from lacre.exchange.steps import Done, Offload, Read, Send, Step, Together
-from lacre.transport.connection import outer_of
-from lacre.trust.chain import ConnectionString
+from lacre.trust.chain import ConnectionString, verify
+from lacre.wire import bhttp
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.operate import dev_issuer
-from parts import audited
+from parts import by_hand
+from parts.bent import flipped
 from parts.up import Up
 
 CHAT = b'{"model":"smollm2-135m","messages":[{"role":"user","content":"Hi."}],"max_tokens":4}'
-
-
-@pytest.fixture
-def gateway(up: Up) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=up.base_url, timeout=60) as client:
-        yield client
 
 
 class Hand:
     """Seals by hand, so that what leaves can be bent before it does."""
 
     def __init__(self, up: Up, gateway: httpx2.Client) -> None:
-        self.sealing = Sealing(ConnectionString.parse(up.url).root, lacre.VersionMemory())
-        self.gateway = gateway
+        trusted = verify(gateway.get("/v1/manifest").content, ConnectionString.parse(up.url).root, time.time())
+        self._config = trusted.manifest.pools["default"].keys[0].config
+        self._gateway = gateway
         self.token = up.token
-        self.gateway_key = read_ed25519(up.state / "gateway" / "grant.pem")
 
-    def seal(self, content: bytes = CHAT, path: str = "/v1/chat/completions") -> Send:
-        steps = self.sealing.exchange(Plain("POST", path, [("content-type", "application/json")], content))
-        step = next(steps)
-        while not (isinstance(step, Send) and step.sealed):
-            step = steps.send(self._done(step))
-        self.steps, self.step = steps, step
-        return step
+    def seal(self) -> by_hand.Sealed:
+        dated = (("content-type", "application/json"), ("date", formatdate(usegmt=True)))
+        return by_hand.seal(self._config, by_hand.request(CHAT, headers=dated))
 
-    def _done(self, step: Step) -> Done:
-        match step:
-            case Together():
-                asked = step.do()
-                with contextlib.suppress(StopIteration):
-                    inner = next(asked)
-                    while True:
-                        inner = asked.send(self._done(inner))
-            case Offload():
-                step.do()
-            case Send():
-                response = self.gateway.request(step.method, step.path)
-                self.content: bytes | None = response.content
-                return outer_of(response)
-            case Read():
-                content, self.content = self.content, None
-                return content
-        return None
-
-    def open(self, response: httpx2.Response) -> tuple[int, bytes]:
-        """The status and body inside the sealed answer to what was sealed last.
-
-        Whatever the gateway did with it, it proves that it recorded what was sent: it holds the key.
-        """
-        proof = audited.proof(audited.entry(dict(self.step.headers), self.step.body), self.gateway_key)
-        self.steps.send(dataclasses.replace(outer_of(response), audit=proof.header()))
-        with pytest.raises(StopIteration) as done:
-            for data in (response.content, None):  # a short answer is all in its final chunk
-                self.steps.send(data)
-        opening = done.value.value
-        if not opening.ended:
-            opening.feed(None)
-        return opening.head.status, b"".join(opening.take())
-
-    def post(self, step: Send, **changed: str) -> httpx2.Response:
-        """changed: headers that differ; an empty one is left out."""
-        headers = dict(step.headers) | {"authorization": f"Bearer {self.token}"} | changed
-        headers = {name: value for name, value in headers.items() if value}
-        return self.gateway.request("POST", step.path, headers=headers, content=step.body)
+    def post(self, body: bytes | None = None, **changed: str | None) -> httpx2.Response:
+        """changed: outer headers that differ; None leaves one out."""
+        headers = by_hand.outer_headers(self.token, **{"lacre-max-tokens": "4", **changed})
+        return self._gateway.post("/v1/sealed", content=self.seal().body if body is None else body, headers=headers)
 
 
 @pytest.fixture
-def hand(up: Up, gateway: httpx2.Client) -> Hand:
-    return Hand(up, gateway)
+def hand(up: Up) -> Iterator[Hand]:
+    with httpx2.Client(base_url=up.base_url, timeout=60) as client:
+        yield Hand(up, client)
 
 
 def problem(response: httpx2.Response) -> problems.Problem:
@@ -107,124 +60,106 @@ def problem(response: httpx2.Response) -> problems.Problem:
     return found
 
 
-def test_sealing_by_hand_works(hand: Hand) -> None:
-    assert hand.post(hand.seal()).status_code == 200
+def bent(hand: Hand, change: Callable[[bytes], bytes]) -> problems.Problem:
+    """What the gateway says of a sealed request whose bytes were changed."""
+    return problem(hand.post(change(hand.seal().body)))
 
 
-class TestTokens:
-    @pytest.mark.parametrize(
-        ("lifetime", "now"),
-        [(60.0, time.time() - 3600), (7200.0, time.time() + 3600)],
-        ids=["expired", "not yet valid"],
-    )
-    def test_times(self, up: Up, hand: Hand, lifetime: float, now: float) -> None:
-        hand.token = dev_issuer.issue(read_ed25519(up.state / "issuer.pem"), "jo", lifetime=lifetime, now=now)
-        assert problem(hand.post(hand.seal())) is problems.INVALID_TOKEN
+def test_sealing_by_hand_works_but_once(hand: Hand) -> None:
+    sealed = hand.seal().body
+    assert hand.post(sealed).status_code == 200
+    assert problem(hand.post(sealed)) is problems.REPLAYED
 
-    def test_a_foreign_audience(self, up: Up, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dev_issuer, "AUDIENCE", "another")
-        hand.token = dev_issuer.issue(read_ed25519(up.state / "issuer.pem"), "jo")
-        assert problem(hand.post(hand.seal())) is problems.INVALID_TOKEN
 
-    def test_another_issuers_key(self, hand: Hand) -> None:
-        hand.token = dev_issuer.issue(Ed25519PrivateKey.generate(), "jo")
-        assert problem(hand.post(hand.seal())) is problems.INVALID_TOKEN
+FOREIGN = Ed25519PrivateKey.generate()
 
-    @pytest.mark.parametrize("token", ["x", "a.b.c"])
-    def test_no_token_at_all(self, hand: Hand, token: str) -> None:
-        hand.token = token
-        response = hand.post(hand.seal())
-        assert problem(response) is problems.INVALID_TOKEN
-        assert response.headers["www-authenticate"].startswith("Bearer")
+
+def for_another_audience(key: Ed25519PrivateKey) -> str:
+    claims = jwt.decode(dev_issuer.issue(key, "jo"), options={"verify_signature": False}) | {"aud": "another"}
+    return jwt.encode(claims, key, algorithm="EdDSA", headers={"kid": dev_issuer.key_id(key), "typ": "at+jwt"})
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        lambda key: dev_issuer.issue(key, "jo", lifetime=60, now=time.time() - 3600),
+        lambda key: dev_issuer.issue(key, "jo", lifetime=7200, now=time.time() + 3600),
+        for_another_audience,
+        lambda _key: dev_issuer.issue(FOREIGN, "jo"),
+        lambda _key: "x",
+        lambda _key: "a.b.c",
+    ],
+    ids=["expired", "not yet valid", "foreign audience", "another issuer's key", "none", "no JSON"],
+)
+def test_a_token_that_is_none(up: Up, hand: Hand, token: Callable[[Ed25519PrivateKey], str]) -> None:
+    hand.token = token(read_ed25519(up.state / "issuer.pem"))
+    response = hand.post()
+    assert problem(response) is problems.INVALID_TOKEN
+    assert response.headers["www-authenticate"].startswith("Bearer")
 
 
 class TestBodies:
     @pytest.mark.parametrize("body", [b"", b"hello", b"{}", bytes(100)])
     def test_not_chunked_ohttp(self, hand: Hand, body: bytes) -> None:
-        assert problem(hand.post(dataclasses.replace(hand.seal(), body=body))) is problems.INVALID_REQUEST
+        assert bent(hand, lambda _sealed: body) is problems.INVALID_REQUEST
 
-    @pytest.mark.parametrize("media_type", ["application/json", "message/ohttp-req"])
-    def test_another_media_type(self, hand: Hand, media_type: str) -> None:
-        response = hand.post(hand.seal(), **{"content-type": media_type})
-        assert problem(response) is problems.UNSUPPORTED_MEDIA_TYPE
+    @pytest.mark.parametrize("size", [3, 7, 500, -17, -1])
+    def test_cut_short(self, hand: Hand, size: int) -> None:
+        assert bent(hand, lambda sealed: sealed[:size]) is problems.INVALID_REQUEST
 
-    def test_too_large(self, hand: Hand) -> None:
-        step = hand.seal()
-        assert problem(hand.post(dataclasses.replace(step, body=step.body + bytes(8 * 2**20)))) is problems.TOO_LARGE
-
-    def test_cut_short(self, hand: Hand) -> None:
-        length = len(hand.seal().body)
-        for size in (3, 7, 500, length - 17, length - 1):
-            step = hand.seal()
-            response = hand.post(dataclasses.replace(step, body=step.body[:size]))
-            assert problem(response) is problems.INVALID_REQUEST, size
-
-    def test_an_unknown_key_id(self, hand: Hand) -> None:
-        step = hand.seal()
-        assert problem(hand.post(dataclasses.replace(step, body=b"\xee" + step.body[1:]))) is problems.UNKNOWN_KEY
+    def test_too_large_or_for_an_unknown_key(self, hand: Hand) -> None:
+        assert bent(hand, lambda sealed: sealed + bytes(8 * 2**20)) is problems.TOO_LARGE
+        assert bent(hand, lambda sealed: b"\xee" + sealed[1:]) is problems.UNKNOWN_KEY
 
     def test_any_flipped_bit(self, hand: Hand) -> None:
         """Somewhere in the header, the key encapsulation and the chunks: never an answer."""
         places = random.Random(7)
         length = len(hand.seal().body)
         for at in [*range(8), *(places.randrange(8, length) for _ in range(24))]:
-            step = hand.seal()
-            body = bytearray(step.body)
-            body[at] ^= 1 << places.randrange(8)
-            found = problem(hand.post(dataclasses.replace(step, body=bytes(body))))
+            found = bent(hand, lambda sealed, at=at: flipped(sealed, at, places.randrange(8)))
             assert found in (problems.INVALID_REQUEST, problems.UNKNOWN_KEY), at
 
-    def test_the_same_sealed_request_twice(self, hand: Hand) -> None:
-        step = hand.seal()
-        assert hand.post(step).status_code == 200
-        assert problem(hand.post(step)) is problems.REPLAYED
 
-
-class TestInsideIsOutside:
-    @pytest.mark.parametrize(("header", "value"), [("lacre-action", "complete"), ("lacre-max-tokens", "2")])
-    def test_a_gateway_that_changes_what_was_asked(self, hand: Hand, header: str, value: str) -> None:
-        """The gateway itself sees a 200: what was wrong is between the worker and the client."""
-        response = hand.post(hand.seal(), **{header: value})
-        assert response.status_code == 200
-        status, body = hand.open(response)
-        assert (status, json.loads(body)["error"]["code"]) == (403, "grant_mismatch")
-
-
-def test_an_unknown_model_or_pool(hand: Hand) -> None:
-    assert problem(hand.post(hand.seal(), **{"lacre-model": "gpt-9"})) is problems.UNKNOWN_POOL
-    assert problem(hand.post(hand.seal(), **{"lacre-pool": "elsewhere"})) is problems.UNKNOWN_POOL
-
-
-@pytest.mark.parametrize("header", ["lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-shape"])
-def test_a_missing_header(hand: Hand, header: str) -> None:
-    assert problem(hand.post(hand.seal(), **{header: ""})) is problems.INVALID_HEADERS
+@pytest.mark.parametrize(("header", "value"), [("lacre-action", "complete"), ("lacre-max-tokens", "2")])
+def test_a_gateway_that_changes_what_was_asked(hand: Hand, header: str, value: str) -> None:
+    """The gateway itself sees a 200: what was wrong is between the worker and the client."""
+    sealed = hand.seal()
+    response = hand.post(sealed.body, **{header: value})
+    assert response.status_code == 200
+    decoder = bhttp.ResponseDecoder()
+    head, *events = decoder.feed(by_hand.opened(sealed.opener, response.content)) + decoder.close()
+    content = b"".join(event.content for event in events if isinstance(event, bhttp.Data))
+    assert isinstance(head, bhttp.ResponseHead)
+    assert (head.status, json.loads(content)["error"]["code"]) == (403, "grant_mismatch")
 
 
 @pytest.mark.parametrize(
-    ("header", "value"),
-    [("lacre-action", "admin"), ("lacre-shape", "round"), ("lacre-max-tokens", "-1"), ("lacre-max-tokens", "0x10")],
+    ("header", "value", "told"),
+    [
+        ("content-type", "application/json", problems.UNSUPPORTED_MEDIA_TYPE),
+        ("content-type", "message/ohttp-req", problems.UNSUPPORTED_MEDIA_TYPE),
+        ("lacre-model", "gpt-9", problems.UNKNOWN_POOL),
+        ("lacre-pool", "elsewhere", problems.UNKNOWN_POOL),
+        *((f"lacre-{name}", "", problems.INVALID_HEADERS) for name in ("pool", "model", "action", "max-tokens", "shape")),
+        ("lacre-action", "admin", problems.INVALID_HEADERS),
+        ("lacre-shape", "round", problems.INVALID_HEADERS),
+        ("lacre-max-tokens", "-1", problems.INVALID_HEADERS),
+        ("lacre-max-tokens", "0x10", problems.INVALID_HEADERS),
+    ],
 )
-def test_an_odd_header(hand: Hand, header: str, value: str) -> None:
-    assert problem(hand.post(hand.seal(), **{header: value})) is problems.INVALID_HEADERS
+def test_a_header_that_is_odd_or_missing(hand: Hand, header: str, value: str, told: problems.Problem) -> None:
+    assert problem(hand.post(**{header: value or None})) is told
 
 
-class TestNoWorker:
-    @pytest.fixture
-    def own(self, tmp_path: Path) -> Iterator[Up]:
-        live = Up.start(tmp_path / "state")
-        yield live
-        live.stop()
-
-    def test_none_live_is_503_at_once_and_busy_is_503_later(self, own: Up) -> None:
-        """A worker that is stopped in its tracks stays present for 3 s; after that, nobody is."""
-        worker = own.children()["lacre_backend"]
-        os.kill(worker, signal.SIGSTOP)
-        try:
-            time.sleep(3.5)
-            with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory(), retries=0) as client:
-                with pytest.raises(lacre.Unavailable) as caught:
-                    client.chat("Hi.")
-                assert caught.value.problem == problems.NO_WORKER.type
-                assert caught.value.retry_after
-        finally:
-            os.kill(worker, signal.SIGCONT)
+def test_no_live_worker_is_503_at_once(own: Up) -> None:
+    """A worker that is stopped in its tracks stays present for 3 s; after that, nobody is."""
+    worker = own.children()["lacre_backend"]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        time.sleep(3.5)
+        with own.client(retries=0) as client, pytest.raises(lacre.Unavailable) as caught:
+            client.chat("Hi.")
+        assert caught.value.problem == problems.NO_WORKER.type
+        assert caught.value.retry_after
+    finally:
+        os.kill(worker, signal.SIGCONT)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
+import dataclasses
 import threading
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,25 +14,12 @@ from lacre.errors import UntrustedRoot
 from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from parts.memory import found_in_memory, parts_of
-from parts.up import LACRE, Up, environment
+from parts.up import Up
+from parts.waiting import PATIENCE, wait_until
 
 REQUESTS = 50
 CLIENTS = 3
 PAUSE = 0.3  # seconds between a client's requests
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Up]:
-    live = Up.start(tmp_path / "state")
-    yield live
-    live.stop()
-
-
-def lacre_command(up: Up, *arguments: str) -> str:
-    command = [*LACRE, *arguments, "--state", str(up.state)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(up.state), check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @dataclass
@@ -61,19 +46,13 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _client(self) -> lacre.Client:
-        return lacre.Client(self.up.url, token=self.up.token, memory=lacre.VersionFile(self.memory))
-
     def _ask(self, number: int) -> None:
-        client = self._client()
-        try:
-            while not self._stop.wait(PAUSE):
-                if number % 2:
-                    client.close()
-                    client = self._client()
-                self._one(client)
-        finally:
-            client.close()
+        while not self._stop.is_set():
+            with self.up.client(memory=lacre.VersionFile(self.memory)) as client:
+                while not self._stop.wait(PAUSE):
+                    self._one(client)
+                    if number % 2:
+                        break
 
     def _one(self, client: lacre.Client) -> None:
         try:
@@ -87,13 +66,6 @@ class Load:
                 self.attempts.append(reply.attempts)
 
 
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_under_a_steady_load(own: Up, tmp_path: Path) -> None:
     keys = own.state / "pools" / "default" / "keys"
@@ -105,12 +77,12 @@ def test_under_a_steady_load(own: Up, tmp_path: Path) -> None:
     load = Load(own, tmp_path / "memory")
     load.start()
     try:
-        wait_for(lambda: load.done >= 5 or load.failed, 30)
-        lacre_command(own, "keys", "rotate", "--grace", "3")
-        wait_for(lambda: {path.name for path in keys.glob("*.key")} == {"3.key", "4.key"}, 20)
-        lacre_command(own, "signer", "rotate")
-        roots = [lacre_command(own, "root", "rotate").strip() for _ in range(2)]
-        wait_for(lambda: load.done >= REQUESTS or load.failed, 60)
+        wait_until(lambda: load.done >= 5 or load.failed, PATIENCE)
+        own.command("keys", "rotate", "--grace", "3")
+        wait_until(lambda: {path.name for path in keys.glob("*.key")} == {"3.key", "4.key"}, 20)
+        own.command("signer", "rotate")
+        roots = [own.command("root", "rotate") for _ in range(2)]
+        wait_until(lambda: load.done >= REQUESTS or load.failed, 2 * PATIENCE)
     finally:
         load.stop()
     print(f"{load.done} requests, {len(load.failed)} failed, {load.attempts.count(2)} sealed twice")
@@ -129,34 +101,27 @@ def test_under_a_steady_load(own: Up, tmp_path: Path) -> None:
     assert len({own.url, *roots}) == 3
     memory = lacre.VersionFile(tmp_path / "memory")
     for url in (own.url, *roots):
-        with lacre.Client(url, token=own.token, memory=memory, kem=[Kem.X25519]) as client:
+        with dataclasses.replace(own, url=url).client(memory=memory, kem=[Kem.X25519]) as client:
             assert client.chat("Name a sea.", max_tokens=2).text
     stranger = str(ConnectionString(own.base_url, bytes(reversed(first))))
-    with lacre.Client(stranger, token=own.token, memory=lacre.VersionMemory()) as client, pytest.raises(UntrustedRoot):
+    with dataclasses.replace(own, url=stranger).client() as client, pytest.raises(UntrustedRoot):
         client.chat("Name a sea.", max_tokens=2)
 
 
 @pytest.mark.slow
 def test_what_was_begun_is_ended_at_the_next_start(tmp_path: Path) -> None:
     """A retirement is due while nothing runs; the settings of the next start pin the new root."""
-    live = Up.start(tmp_path / "state")
-    first, token = live.url, live.token
-    keys = live.state / "pools" / "default" / "keys"
-    try:
-        lacre_command(live, "keys", "rotate", "--grace", "4")
-    finally:
-        live.stop()
+    with Up.start(tmp_path / "state") as live:
+        first, token = live.url, live.token
+        keys = live.state / "pools" / "default" / "keys"
+        live.command("keys", "rotate", "--grace", "4")
     assert {path.name for path in keys.iterdir()} == {"1.key", "2.key", "3.key", "4.key"}
-    lacre_command(live, "root", "rotate")
-    live = Up.start(tmp_path / "state", "--rotate-hours", "0.003")
-    try:
+    live.command("root", "rotate")
+    with Up.start(tmp_path / "state", "--rotate-hours", "0.003") as live:
         assert live.url.partition("?")[2] != first.partition("?")[2]
         old_pin = ConnectionString(live.base_url, ConnectionString.parse(first).root)
         for url in (str(old_pin), live.url):
             with lacre.Client(url, token=token, memory=lacre.VersionMemory()) as client:
                 assert client.chat("Name a sea.", max_tokens=2).text
-        wait_for(
-            lambda: (keys / "5.key").exists() and not (keys / "1.key").exists(), 30
-        )  # and the next ones came by themselves
-    finally:
-        live.stop()
+        # And the next ones came by themselves.
+        wait_until(lambda: (keys / "5.key").exists() and not (keys / "1.key").exists(), 30)

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -24,12 +23,9 @@ import pytest
 import lacre
 from lacre.evidence.receipts import units
 from lacre_backend.models import gguf
-from lacre_fabric.keys.secret_files import read_ed25519
-from lacre_fabric.operate import dev_issuer
-from lacre_fabric.operate.leash import leashed
 from lacre_fabric.operate.nats_server import free_port
 from parts.memory import found_in_memory
-from parts.stage import MODEL, LiveStage
+from parts.stage import MODEL, LiveStage, launched, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -49,15 +45,15 @@ class Running:
     process: subprocess.Popen[bytes]
 
     async def wait(self, ready: str) -> None:
-        async with asyncio.timeout(120), httpx2.AsyncClient(trust_env=False) as client:
-            while True:
-                assert self.process.poll() is None, self.log.read_text()[-2000:]
+        async def answers() -> bool:
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            async with httpx2.AsyncClient(trust_env=False) as client:
                 try:
-                    if (await client.get(self.url + ready)).status_code == 200:
-                        return
+                    return (await client.get(self.url + ready)).status_code == 200
                 except httpx2.TransportError:
-                    pass
-                await asyncio.sleep(0.1)
+                    return False
+
+        await until(answers, 120)
 
 
 @contextmanager
@@ -65,9 +61,7 @@ def running(folder: Path, program: str, *arguments: str) -> Iterator[Running]:
     made = [sys.executable, str(ROOT / "tools/environments.py"), "servers"]
     python = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
     port, log = free_port(), folder / f"{program}.log"
-    command = leashed([python, str(SERVERS / f"{program}.py"), str(port), *arguments])
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    process = launched([python, str(SERVERS / f"{program}.py"), str(port), *arguments], log)
     try:
         yield Running(f"http://127.0.0.1:{port}", log, process)
     finally:
@@ -83,13 +77,6 @@ class Place:
     encoder: Running
     writer: Running
 
-    def token(self, *scopes: str) -> str:
-        key = read_ed25519(self.workers.site.folder / "issuer.pem")
-        return dev_issuer.issue(key, "mallory", scopes=scopes)
-
-    def outcomes(self) -> list[dict[str, Any]]:
-        return self.workers.entries("outcome")
-
 
 @pytest.fixture(scope="module")
 async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
@@ -100,32 +87,39 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
         await encoder.wait("/v2/health/ready")
         await writer.wait("/health")
         upstreams = {
-            "encoder": f"""
-                [upstream]
-                origin = "{encoder.url}"
-                [[upstream.models]]
-                name = "encoder"
-                allow = ["POST {PREDICT}", "POST {INFER}", "GET /v2/models/encoder"]
-            """,
-            MODEL: f"""
-                [upstream]
-                origin = "{writer.url}"
-                [[upstream.models]]
-                name = "{MODEL}"
-                known_as = "whatever it was started with"
-                allow = ["POST /v1/chat/completions", "POST /v1/completions"]
-                fixed = {{cache_prompt = false}}
-            """,
-        }
+            "encoder": table(encoder, "encoder", [f"POST {PREDICT}", f"POST {INFER}", "GET /v2/models/encoder"]),
+            MODEL: table(
+                writer, MODEL, ["POST /v1/chat/completions", "POST /v1/completions"],
+                'known_as = "whatever it was started with"\nfixed = {cache_prompt = false}',
+            ),
+        }  # fmt: skip
         async with LiveStage.on_air(folder, upstreams=upstreams) as workers:
             yield Place(workers, encoder, writer)
+
+
+def table(server: Running, model: str, allow: list[str], more: str = "") -> str:
+    """What the worker is told of a server. more: lines of its model's table."""
+    return f"""
+        [upstream]
+        origin = "{server.url}"
+        [[upstream.models]]
+        name = "{model}"
+        allow = {json.dumps(allow)}
+        {more}
+    """
 
 
 @pytest.fixture
 def client(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[lacre.Client]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with lacre.Client(place.workers.gateways[0].url, token=place.token("lacre:http"), retries=0) as client:
+    with lacre.Client(
+        place.workers.gateways[0].url, token=place.workers.token("mallory", scopes=["lacre:http"]), retries=0
+    ) as client:
         yield client
+
+
+def told(response: httpx2.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
 
 
 def length(embedding: list[float]) -> float:
@@ -151,7 +145,7 @@ async def test_kserve_by_its_first_protocol(place: Place, client: lacre.Client) 
     assert counted == (units(len(body)), 0, units(len(response.content)))
     assert nobody_on_the_way_has_read(place)
     await asyncio.sleep(1)  # it is settled beside the request
-    outcome = place.outcomes()[-1]
+    outcome = place.workers.entries("outcome")[-1]
     assert (outcome["prompt_tokens"], outcome["cached_tokens"], outcome["completion_tokens"]) == counted
     assert nobody_on_the_way_has_read(place)
 
@@ -171,44 +165,42 @@ async def test_kserve_by_its_second_protocol(place: Place, client: lacre.Client)
 
 
 async def test_it_does_not_learn_who_asks(place: Place, client: lacre.Client) -> None:
-    said = {
-        **ENCODER,
-        "authorization": "Bearer inside",
-        "cookie": "id=7",
-        "user-agent": "theirs",
-        "x-forwarded-for": "192.0.2.7",
-    }
-    assert (await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1]]}, headers=said)).status_code == 200
+    private = {"authorization": "Bearer inside", "cookie": "id=7", "user-agent": "theirs", "x-forwarded-for": "192.0.2.7"}
+    assert (
+        await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1]]}, headers=private | ENCODER)
+    ).status_code == 200
     log = place.encoder.log.read_text()
-    told = [line.split()[1:] for line in log.splitlines() if line.startswith("headers:")]
-    assert told and set(told[-1]) == {"accept", "accept-encoding", "content-length", "content-type", "host"}
+    headers = [line.split()[1:] for line in log.splitlines() if line.startswith("headers:")]
+    assert headers and set(headers[-1]) == {"accept", "accept-encoding", "content-length", "content-type", "host"}
     assert "mallory" not in log
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "told"),
+    ("method", "path", "refusal"),
     [
         ("POST", "/v2/models/other/infer", (404, "unknown_url")),
         ("POST", "/v2/repository/models/encoder/unload", (404, "unknown_url")),
         ("DELETE", INFER, (405, "method_not_supported")),
     ],
 )
-async def test_what_was_not_allowed_is_not_asked(client: lacre.Client, method: str, path: str, told: tuple[int, str]) -> None:
+async def test_what_was_not_allowed_is_not_asked(
+    client: lacre.Client, method: str, path: str, refusal: tuple[int, str]
+) -> None:
     response = await asyncio.to_thread(client.request, method, path, headers=ENCODER)
-    assert (response.status_code, response.json()["error"]["code"]) == told
+    assert told(response) == refusal
 
 
 async def test_an_application_needs_its_scope(place: Place, client: lacre.Client) -> None:
-    with lacre.Client(place.workers.gateways[0].url, token=place.token(), retries=0) as plain:
+    with lacre.Client(place.workers.gateways[0].url, token=place.workers.token("mallory"), retries=0) as plain:
         response = await asyncio.to_thread(plain.post, PREDICT, json={"instances": [[1]]}, headers=ENCODER)
-    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown-path")
+    assert told(response) == (404, "unknown-path")
 
 
 async def test_an_answer_has_the_room_that_was_asked_for(client: lacre.Client) -> None:
     body = {"instances": [[number % 256] for number in range(40)]}
     headers = {**ENCODER, "lacre-max-tokens": "2"}
     response = await asyncio.to_thread(client.post, PREDICT, json=body, headers=headers)
-    assert (response.status_code, response.json()["error"]["code"]) == (413, "answer_too_large")
+    assert told(response) == (413, "answer_too_large")
     response = await asyncio.to_thread(client.post, PREDICT, json=body, headers={**headers, "lacre-max-tokens": "40"})
     assert len(response.json()["predictions"]) == 40
 
@@ -243,24 +235,20 @@ async def test_llama_cpp_s_server_streams(place: Place, client: lacre.Client) ->
     assert stream.receipt.completion_tokens >= len(arrived)
 
 
-async def test_its_ceiling_is_the_grant_s(client: lacre.Client) -> None:
+async def test_its_ceiling_is_the_grant_s_and_its_file_s_place_its_own(client: lacre.Client) -> None:
     reply = await asyncio.to_thread(client.chat, "Count to a hundred.", model=MODEL, max_tokens=5)
     assert reply.usage.completion == 5 and reply.receipt is not None
     assert reply.receipt.completion_tokens == reply.usage.completion
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 5, "n_predict": 50}
-    response = await asyncio.to_thread(client.post, "/v1/chat/completions", json=body)
-    assert (response.status_code, response.json()["error"]["code"]) == (400, "unknown_parameter")
-
-
-async def test_nobody_learns_its_file_s_place(client: lacre.Client) -> None:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 2}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 5}
     response = await asyncio.to_thread(client.post, "/v1/chat/completions", json=body)
     assert response.json()["model"] == MODEL and ".gguf" not in response.text
+    refused = await asyncio.to_thread(client.post, "/v1/chat/completions", json={**body, "n_predict": 50})
+    assert told(refused) == (400, "unknown_parameter")
 
 
 async def test_a_server_that_has_died(place: Place, client: lacre.Client) -> None:
     place.encoder.process.kill()
     place.encoder.process.wait(10)
     response = await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1]]}, headers=ENCODER)
-    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
+    assert told(response) == (502, "upstream_unavailable")
     assert "127.0.0.1" not in response.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.doctor import fabric as doctor
 from lacre_gateway.doctor.findings import Findings, State
 from lacre_gateway.settings import load as load_gateway
-from parts.stage import LiveStage
+from parts.stage import LiveStage, until
 
 POOLS = {"default": ("m1",), "other": ("m1",)}
 
@@ -56,10 +55,7 @@ class Ready:
             self.said = json.loads(message.data)
 
     async def until(self, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 15
-        while not true():
-            assert time.monotonic() < deadline, self.said
-            await asyncio.sleep(0.02)
+        await until(true, 15, lambda: self.said)
 
     @asynccontextmanager
     async def running(self, settings: WorkerSettings) -> AsyncIterator[None]:
@@ -99,38 +95,30 @@ async def ready(tmp_path: Path) -> AsyncIterator[Ready]:
         await connection.close()
 
 
-def wrong_trust(site: Site, settings: WorkerSettings) -> WorkerSettings:
-    return settings.model_copy(update={"trust": b64u(raw_public_key(Ed25519PrivateKey.generate()))})
+def of_another_pool(site: Site, name: str) -> dict[str, object]:
+    return {name: getattr(load(site.worker_settings("other")), name)}
 
 
-def receipt_key_of_another_pool(site: Site, settings: WorkerSettings) -> WorkerSettings:
-    return settings.model_copy(update={"receipt_key": load(site.worker_settings("other")).receipt_key})
-
-
-def keys_of_another_pool(site: Site, settings: WorkerSettings) -> WorkerSettings:
-    return settings.model_copy(update={"keys": load(site.worker_settings("other")).keys})
-
-
-def unknown_model(site: Site, settings: WorkerSettings) -> WorkerSettings:
+def of_another_model(settings: WorkerSettings) -> dict[str, object]:
     assert settings.upstream is not None
     models = (settings.upstream.models[0].model_copy(update={"name": "m9"}),)
-    return settings.model_copy(update={"upstream": settings.upstream.model_copy(update={"models": models})})
+    return {"upstream": settings.upstream.model_copy(update={"models": models})}
 
 
 @pytest.mark.parametrize(
     ("broken", "kind", "said"),
     [
-        (wrong_trust, "trust", "pinned root"),
-        (receipt_key_of_another_pool, "receipt_key", "it is pool other's"),
-        (keys_of_another_pool, "keys", "none of the keys"),
-        (unknown_model, "model", "m9"),
+        (lambda *_: {"trust": b64u(raw_public_key(Ed25519PrivateKey.generate()))}, "trust", "pinned root"),
+        (lambda site, _: of_another_pool(site, "receipt_key"), "receipt_key", "it is pool other's"),
+        (lambda site, _: of_another_pool(site, "keys"), "keys", "none of the keys"),
+        (lambda _, settings: of_another_model(settings), "model", "m9"),
     ],
 )
 async def test_a_worker_with_something_wrong_is_not_announced(
-    ready: Ready, tmp_path: Path, broken: Callable[[Site, WorkerSettings], WorkerSettings], kind: str, said: str
+    ready: Ready, tmp_path: Path, broken: Callable[[Site, WorkerSettings], dict[str, object]], kind: str, said: str
 ) -> None:
     health = tmp_path / "health"
-    settings = broken(ready.site, ready.settings.model_copy(update={"health": health}))
+    settings = ready.settings.model_copy(update={"health": health, **broken(ready.site, ready.settings)})
     async with listening(ready.port), ready.running(settings):
         await ready.until(lambda: ready.said.get("wrong") == [kind] and health.exists() and said in health.read_text())
         assert ready.said["models"] == []

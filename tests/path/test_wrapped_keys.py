@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import lacre
 from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.kms.envelope import is_sealed
 from lacre_fabric.operate.nats_server import free_port
@@ -22,9 +21,9 @@ from parts.key_services.openbao import OpenBao, executable
 from parts.stage import POOL, LiveStage, WorkerProcess
 from parts.tiny_model import tiny_model
 from parts.up import Up
+from parts.waiting import PATIENCE, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
-START = 60.0  # seconds
 
 
 @dataclass
@@ -46,11 +45,17 @@ class Wrapped:
 
 
 def says(worker: WorkerProcess, text: str) -> None:
-    deadline = time.monotonic() + START
-    while text not in worker.log.read_text():
-        assert worker.process.poll() is None, worker.log.read_text()
-        assert time.monotonic() < deadline, worker.log.read_text()
-        time.sleep(0.05)
+    def said() -> bool:
+        assert worker.runs, worker.said()
+        return text in worker.log.read_text()
+
+    wait_until(said, PATIENCE, worker.said)
+
+
+def serves(wrapped: Wrapped) -> None:
+    worker = wrapped.worker()
+    says(worker, "worker.ready")
+    assert worker.stop() == 0
 
 
 @pytest.fixture
@@ -77,22 +82,18 @@ async def wrapped(tmp_path: Path, bao: OpenBao) -> AsyncIterator[Wrapped]:
 async def test_a_worker_does_not_start_with_a_revoked_generation(wrapped: Wrapped, tmp_path: Path) -> None:
     folder = wrapped.site.keys_folder(POOL)
     shutil.copytree(folder, tmp_path / "stolen")
-    worker = wrapped.worker()
-    says(worker, "worker.ready")
-    assert worker.stop() == 0
+    serves(wrapped)
 
     # The key's next version wraps what is to stay; below it, nothing opens any more.
     wrapped.bao.rotate(wrapped.key)
     list(rewrap(wrapped.site, wrapped.key.address, wrapped.key.address))
     wrapped.bao.refuse_below(wrapped.key, 2)
-    worker = wrapped.worker()
-    says(worker, "worker.ready")
-    assert worker.stop() == 0
+    serves(wrapped)
 
     shutil.copy2(folder / "1.key", tmp_path / "1.key")
     shutil.copy2(tmp_path / "stolen" / "1.key", folder / "1.key")
     refused = wrapped.worker()
-    assert refused.process.wait(START) == 1
+    assert refused.process.wait(PATIENCE) == 1
     (line,) = [line for line in refused.log.read_text().splitlines() if line.startswith("error: ")]
     assert str(folder / "1.key") in line
     assert "revoked (min_decryption_version)" in line
@@ -100,9 +101,7 @@ async def test_a_worker_does_not_start_with_a_revoked_generation(wrapped: Wrappe
     assert not [secret for secret in wrapped.bao.secrets if secret in refused.log.read_text()]
 
     shutil.copy2(tmp_path / "1.key", folder / "1.key")
-    worker = wrapped.worker()
-    says(worker, "worker.ready")
-    assert worker.stop() == 0
+    serves(wrapped)
 
 
 async def test_a_running_worker_takes_up_new_keys_and_outlives_the_service(wrapped: Wrapped) -> None:
@@ -122,13 +121,8 @@ async def test_a_running_worker_takes_up_new_keys_and_outlives_the_service(wrapp
 
 
 def test_lacre_up_wraps_its_keys(tmp_path: Path, bao: OpenBao) -> None:
-    up = Up.start(tmp_path / "state", "--kms", bao.key().address)
-    try:
+    with Up.start(tmp_path / "state", "--kms", bao.key().address) as up, up.client() as client:
         files = [*(tmp_path / "state" / "pools").rglob("*.key"), *(tmp_path / "state" / "pools").rglob("*.pem")]
         assert len(files) == 3
         assert all(is_sealed(path.read_bytes()) for path in files)
-        with lacre.Client(up.url, token=up.token, memory=lacre.VersionMemory()) as client:
-            reply = client.chat("Hi.", max_tokens=2)
-            assert reply.receipt.completion_tokens
-    finally:
-        up.stop()
+        assert client.chat("Hi.", max_tokens=2).receipt.completion_tokens

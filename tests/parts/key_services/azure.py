@@ -54,13 +54,8 @@ class Azure:
         if asked.path == "/msi/token":
             assert asked.headers["x-identity-header"] == self._header
             assert asked.query["resource"] == "https://vault.azure.net"
-            until = str(int(time.time()) + 3600)
-            return 200, {
-                "access_token": self._token,
-                "expires_on": until,
-                "resource": asked.query["resource"],
-                "token_type": "Bearer",
-            }
+            until, resource = str(int(time.time()) + 3600), asked.query["resource"]
+            return 200, {"access_token": self._token, "expires_on": until, "resource": resource, "token_type": "Bearer"}
         if asked.headers.get("authorization") != f"Bearer {self._token}":
             return _error(401, "Unauthorized")
         call = _CALL.fullmatch(asked.path)

@@ -26,11 +26,14 @@ from parts.key_services.http import Answer, Asked, Loopback
 RING = "projects/p/locations/europe-west3/keyRings/lacre/cryptoKeys"
 _CALL = re.compile(rf"/v1/({RING}/[\w-]+):(encrypt|decrypt)")
 _AUDIENCE = "https://oauth2.googleapis.com/token"
-_NO_KEY = (404, {"error": {"code": 404, "message": "CryptoKey not found.", "status": "NOT_FOUND"}})
-_WRONG = (
-    400,
-    {"error": {"code": 400, "message": "Decryption failed: the ciphertext is invalid.", "status": "INVALID_ARGUMENT"}},
-)
+
+
+def _error(code: int, status: str, message: str) -> Answer:
+    return code, {"error": {"code": code, "message": message, "status": status}}
+
+
+_NO_KEY = _error(404, "NOT_FOUND", "CryptoKey not found.")
+_WRONG = _error(400, "INVALID_ARGUMENT", "Decryption failed: the ciphertext is invalid.")
 
 
 class Google:
@@ -74,24 +77,20 @@ class Google:
         if asked.path == "/token":
             return self._grant(asked)
         if asked.headers.get("authorization") != f"Bearer {self._token}":
-            return 401, {"error": {"code": 401, "message": "Invalid credentials.", "status": "UNAUTHENTICATED"}}
+            return _error(401, "UNAUTHENTICATED", "Invalid credentials.")
         call = _CALL.fullmatch(asked.path)
         if call is None or call[1] not in self._keys:
             return _NO_KEY
         name, operation = call[1], call[2]
         if name in self._disabled:
-            message = f"{name}/cryptoKeyVersions/1 is not enabled, current state is: DISABLED."
-            return 400, {"error": {"code": 400, "message": message, "status": "FAILED_PRECONDITION"}}
+            return _error(400, "FAILED_PRECONDITION", f"{name}/cryptoKeyVersions/1 is not enabled, current state is: DISABLED.")
         aead = AESGCM(self._keys[name])
         bound = base64.b64decode(asked.members["additionalAuthenticatedData"])
         if operation == "encrypt":
             nonce = os.urandom(12)
             sealed = nonce + aead.encrypt(nonce, base64.b64decode(asked.members["plaintext"]), bound)
-            return 200, {
-                "name": f"{name}/cryptoKeyVersions/1",
-                "ciphertext": base64.b64encode(sealed).decode(),
-                "protectionLevel": "HSM",
-            }
+            version, text = f"{name}/cryptoKeyVersions/1", base64.b64encode(sealed).decode()
+            return 200, {"name": version, "ciphertext": text, "protectionLevel": "HSM"}
         sealed = base64.b64decode(asked.members["ciphertext"])
         try:
             plaintext = aead.decrypt(sealed[:12], sealed[12:], bound)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import time
 from pathlib import Path
 
 import httpx2
 
-from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import free_port
 from parts.key_services import Key
+from parts.stage.processes import launched, stopped
+from parts.waiting import PATIENCE, wait_until
 
-START = 60.0  # seconds
 REGION = "eu-central-1"
 
 
@@ -23,20 +22,16 @@ class Moto:
 
     def __init__(self, folder: Path) -> None:
         self._port = free_port()
-        with (folder / "moto.log").open("ab") as log:
-            command = leashed([*PYTHON, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)])
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        command = [*PYTHON, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
+        self._process = launched(command, folder / "moto.log")
         secret = secrets.token_urlsafe(30)
         self.secrets = (secret,)
         self.environment = {
-            "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1",
-        }
+            "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": secret, "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
         self.absent = f"awskms://127.0.0.1:{free_port()}/alias/none?region={REGION}"
-        self._ready()
+        wait_until(self._ready, PATIENCE)
 
     def key(self) -> Key:
         headers = {
@@ -44,26 +39,19 @@ class Moto:
             "Content-Type": "application/x-amz-json-1.1",
             "Authorization": f"AWS4-HMAC-SHA256 Credential=x/20260101/{REGION}/kms/aws4_request, Signature=0",
         }
-        with httpx2.Client(trust_env=False) as client:
-            said = client.post(f"http://127.0.0.1:{self._port}/", json={}, headers=headers).raise_for_status().json()
-        arn = said["KeyMetadata"]["Arn"]
+        made = httpx2.post(f"http://127.0.0.1:{self._port}/", json={}, headers=headers, trust_env=False)
+        arn = made.raise_for_status().json()["KeyMetadata"]["Arn"]
         return Key(f"awskms://127.0.0.1:{self._port}/{arn}?region={REGION}", arn)
 
     def revoke(self, key: Key) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(30)
+        stopped(self._process)
 
-    def _ready(self) -> None:
-        deadline = time.monotonic() + START
-        with httpx2.Client(trust_env=False) as client:
-            while True:
-                assert self._process.poll() is None, "moto did not start"
-                try:
-                    client.get(f"http://127.0.0.1:{self._port}/moto-api/")
-                    return
-                except httpx2.TransportError:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
+    def _ready(self) -> bool:
+        assert self._process.poll() is None, "moto did not start"
+        try:
+            return httpx2.get(f"http://127.0.0.1:{self._port}/moto-api/", trust_env=False).is_success
+        except httpx2.TransportError:
+            return False

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-import subprocess
-import time
 from pathlib import Path
 
 import httpx2
 
 from lacre_fabric.keys.secret_files import write_secret
-from lacre_fabric.operate.leash import leashed
 from lacre_fabric.operate.nats_server import free_port
 from parts.key_services import Key
+from parts.stage.processes import launched, stopped
+from parts.waiting import PATIENCE, wait_until
 
-START = 30.0  # seconds
 POLICY = """
 path "transit/encrypt/*" { capabilities = ["update"] }
 path "transit/decrypt/*" { capabilities = ["update"] }
@@ -46,13 +44,12 @@ class OpenBao:
             "BAO_DEV_LISTEN_ADDRESS": f"127.0.0.1:{port}",
             "HOME": str(folder),
         }
-        with (folder / "openbao.log").open("ab") as log:
-            command = leashed([str(binary), "server", "-dev", "-dev-no-store-token"])
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        command = [str(binary), "server", "-dev", "-dev-no-store-token"]
+        self._process = launched(command, folder / "openbao.log", env=environment)
         self._admin = httpx2.Client(
             base_url=f"http://127.0.0.1:{port}/v1/", headers={"X-Vault-Token": root}, trust_env=False, timeout=10
         )
-        self._ready()
+        wait_until(self._ready, PATIENCE)
         self._post("sys/mounts/transit", {"type": "transit"})
         self._post("sys/policies/acl/worker", {"policy": POLICY})
         token = self._post("auth/token/create", {"policies": ["worker"], "no_default_policy": True})["auth"]["client_token"]
@@ -86,20 +83,14 @@ class OpenBao:
 
     def close(self) -> None:
         self._admin.close()
-        self._process.terminate()
-        self._process.wait(30)
+        stopped(self._process)
 
-    def _ready(self) -> None:
-        deadline = time.monotonic() + START
-        while True:
-            assert self._process.poll() is None, "OpenBao did not start"
-            try:
-                if self._admin.get("sys/health").status_code == 200:
-                    return
-            except httpx2.TransportError:
-                pass
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    def _ready(self) -> bool:
+        assert self._process.poll() is None, "OpenBao did not start"
+        try:
+            return self._admin.get("sys/health").status_code == 200
+        except httpx2.TransportError:
+            return False
 
     def _post(self, path: str, body: dict[str, object]) -> dict[str, dict[str, str]]:
         response = self._admin.post(path, json=body)

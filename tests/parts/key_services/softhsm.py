@@ -37,17 +37,8 @@ class SoftHsm:
         self.secrets = (self._pin,)
         self._pin_file = folder / "pin"
         write_secret(self._pin_file, self._pin.encode())
-        command = [
-            "softhsm2-util",
-            "--init-token",
-            "--free",
-            "--label",
-            "lacre",
-            "--pin",
-            self._pin,
-            "--so-pin",
-            secrets.token_hex(8),
-        ]
+        pins = ["--pin", self._pin, "--so-pin", secrets.token_hex(8)]
+        command = ["softhsm2-util", "--init-token", "--free", "--label", "lacre", *pins]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, **self.environment})
         self.absent = self._address("none", token="gone")
 

@@ -10,7 +10,7 @@ import asyncio
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +25,9 @@ from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.roles import Credential, Role
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.nats.subjects import ONE_REGION
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.nats_server import NatsServer, free_port
@@ -135,17 +137,7 @@ class LiveStage(Standing):
         return await Connection.open(self.server.url, self.site.credential(role))
 
     async def provision(self) -> None:
-        """A server that has just come up, with everybody at its door, may refuse at first."""
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                try:
-                    connection = await self.connect()
-                    try:
-                        return await provision(connection, self.site.pools)
-                    finally:
-                        await connection.close()
-                except FabricUnavailable:
-                    await asyncio.sleep(0.1)
+        await provisioned(self.server.url, self.site.credential("provisioner"), self.site.pools)
 
     # Gateways
 
@@ -248,3 +240,26 @@ async def connected_node(site: Site, url: str, app: asgi.App, pool: str = POOL, 
         await feed.close()
         await fabric.close()
         keys.close()
+
+
+async def provisioned(
+    servers: Servers | str,
+    provisioner: Credential,
+    pools: Mapping[str, Sequence[str]],
+    *,
+    replicas: int = 1,
+    regions: Sequence[str] = ONE_REGION,
+) -> None:
+    """Tries until it is done: servers that have just come up, with everybody at their door, may refuse at first."""
+
+    async def done() -> bool:
+        with suppress(FabricUnavailable):
+            connection = await Connection.open(servers, provisioner)
+            try:
+                await provision(connection, pools, replicas=replicas, regions=regions)
+            finally:
+                await connection.close()
+            return True
+        return False
+
+    await until(done, PATIENCE)

@@ -22,7 +22,7 @@ from parts.waiting import PATIENCE, until
 def launched(command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
     """It ends with this process at the latest. What it says is added to the log."""
     with log.open("ab") as output:
-        return subprocess.Popen(leashed(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
+        return subprocess.Popen(leashed(command), stdout=output, stderr=output, **{"stdin": subprocess.DEVNULL, **options})
 
 
 def stopped(process: subprocess.Popen[bytes]) -> int:
