@@ -32,7 +32,6 @@ class Script:
 
     pieces: tuple[bytes, ...] = PIECES
     ending: str = "usage"
-    final_chunk: bool = True
     before: Callable[[], Awaitable[None]] | None = None
     between: Callable[[], Awaitable[None]] | None = None
     usage: dict[str, Any] = field(default_factory=dict)  # members of the receipt that differ from the honest ones

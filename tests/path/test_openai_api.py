@@ -383,16 +383,6 @@ class TestEmbeddings:
             assert np.array(by_text[i].embedding) @ published().embed(ids[i]) > 0.999
             assert np.array(by_text[i].embedding) @ np.array(by_ids[i].embedding) > 0.999
 
-    @pytest.mark.parametrize(
-        ("fields", "param"),
-        [({"input": ""}, "input[0]"), ({"input": [15339, 1917]}, "input"), ({"dimensions": 8}, "dimensions"),
-         ({"encoding_format": "int8"}, "encoding_format"), ({"model": CHAT_MODEL}, "model")],
-    )  # fmt: skip
-    def test_refuses(self, client: openai.OpenAI, fields: Any, param: str) -> None:
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.embeddings.create(**{"model": NAME, "input": "x", **fields})
-        assert caught.value.param == param
-
 
 class TestModels:
     """With the token that `lacre up` writes: no scope is needed to look."""
@@ -407,13 +397,10 @@ class TestModels:
         assert (found.id, found.object, found.owned_by) == (CHAT_MODEL, "model", "lacre")
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("gpt-9")
-
-    def test_deleting_is_no_look(self, client: openai.OpenAI) -> None:
-        with pytest.raises(openai.APIStatusError) as refused:
+        with pytest.raises(openai.APIStatusError, match="405"):
             client.models.delete(CHAT_MODEL)
-        assert refused.value.status_code == 405
 
-    def test_tokenize(self, client: openai.OpenAI) -> None:
-        for model in (CHAT_MODEL, NAME):
-            counted: Any = client.post("/tokenize", cast_to=object, body={"model": model, "prompt": "Two seas"})
-            assert counted["count"] == len(counted["tokens"]) >= 2
+    @pytest.mark.parametrize("model", [CHAT_MODEL, NAME])
+    def test_tokenize(self, client: openai.OpenAI, model: str) -> None:
+        counted: Any = client.post("/tokenize", cast_to=object, body={"model": model, "prompt": "Two seas"})
+        assert counted["count"] == len(counted["tokens"]) >= 2
