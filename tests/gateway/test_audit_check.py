@@ -1,4 +1,4 @@
-"""Whoever can write to the disk changes a log; `verify` names the first place where it no longer holds."""
+"""Whoever can write to the disk changes a log; `verify` names the first place where it no longer holds. And `lacre audit`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.errors import InvalidAudit
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import b64u
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import tiles
 from lacre_gateway.audit.check import SELF_CONSISTENT, AuditResult, check_receipt, verify
@@ -243,3 +246,82 @@ def test_a_receipt_that_proves_nothing(log: Path) -> None:
     note = Checkpoint(ORIGIN, 1, merkle.leaf_hash(proof.entry)).sign(other, checkpoints.key_id(ORIGIN, PUBLIC))
     with pytest.raises(InvalidAudit):
         check_receipt(type(proof)(proof.entry, 0, (), note), reader)
+
+
+# `lacre audit`, as an auditor uses it: on a folder of files, without a gateway
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "audit"
+    asyncio.run(written(folder, 150))
+    return folder
+
+
+def lacre(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lacre", "audit", *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+def test_verify(small: Path, tmp_path: Path) -> None:
+    said = lacre("verify", small)
+    assert (said.returncode, said.stdout.splitlines()[-1]) == (0, "self-consistent only")
+    kept = tmp_path / "kept"
+    kept.write_bytes((small / "checkpoint").read_bytes())
+    found = json.loads(lacre("verify", small, "--checkpoint", kept, "--key", b64u(PUBLIC), "--json").stdout)
+    assert (found["ok"], found["entries"], found["requests"], found["under_way"]) == (True, 302, 150, 0)
+    assert found["verdict"] == "holds, and extends the kept checkpoint of 302 entries"
+
+
+def test_verify_says_where(small: Path, tmp_path: Path) -> None:
+    bent = tmp_path / "bent"
+    shutil.copytree(small, bent)
+    bundle = bent / "tile" / "entries" / "000"
+    bundle.write_bytes(bundle.read_bytes().replace(b"alice", b"mallo", 1))
+    said = lacre("verify", bent)
+    assert said.returncode == 1
+    assert said.stdout.splitlines()[-1].startswith("does not hold: tile/entries/000, entry 1: ")
+    assert lacre("verify", small, "--key", b64u(bytes(32))).returncode == 1
+
+
+def test_check_receipt(small: Path, tmp_path: Path) -> None:
+    proof = LogReader(small, PUBLIC).proof(7)
+    for name, text in (("file", proof.text()), ("header", proof.header() + "\n")):
+        (tmp_path / name).write_text(text)
+        said = lacre("check-receipt", tmp_path / name, small)
+        assert (said.returncode, said.stdout[:24]) == (0, "entry 7 is in the log, a")
+    (tmp_path / "bent").write_text(proof.header().replace("index=7", "index=8"))
+    said = lacre("check-receipt", tmp_path / "bent", small)
+    assert said.returncode == 5 and "does not hold" in said.stderr
+
+
+def test_prove(small: Path, tmp_path: Path) -> None:
+    by_index, by_request = lacre("prove", small, "--index", "21"), lacre("prove", small, "--request", f"{10:032x}")
+    assert by_index.stdout == by_request.stdout == LogReader(small, PUBLIC).proof(21).text()
+    for args in ([], ["--index", "1", "--request", "x"], ["--index", "302"], ["--request", "none"]):
+        assert lacre("prove", small, *args).returncode == 1
+
+
+def test_tail(small: Path) -> None:
+    lines = lacre("tail", small, "-n", "2").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["outcome", "event"]
+
+
+def test_query(small: Path, tmp_path: Path) -> None:
+    lines = lacre("query", small, "--subject", "alice", "--decision", "allow", "--limit", "3").stdout.splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [295, 297, 299]
+    assert len(lacre("query", small, "--request", f"{4:032x}").stdout.splitlines()) == 2
+    assert len(lacre("query", small, "--until", "1970-01-01T00:00:10").stdout.splitlines()) == 17
+    sql = "SELECT outcome, count(*) AS requests FROM entries WHERE kind = 'outcome' GROUP BY outcome"
+    said = lacre("query", small, "--sql", sql, "--index", tmp_path / "index.sqlite")
+    assert json.loads(said.stdout) == {"outcome": "answered", "requests": 150}
+    assert (tmp_path / "index.sqlite").stat().st_mode & 0o777 == 0o600
+    for bad in ("DELETE FROM entries", "SELECT x"):
+        refused = lacre("query", small, "--sql", bad)
+        assert refused.returncode == 1 and "--sql" in refused.stderr
+
+
+def test_no_log(tmp_path: Path) -> None:
+    said = lacre("verify", tmp_path / "none")
+    assert said.returncode == 1 and "is not the folder of an audit log" in said.stderr and "Traceback" not in said.stderr

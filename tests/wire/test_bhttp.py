@@ -151,23 +151,16 @@ def test_events_come_as_soon_as_they_are_complete() -> None:
 
 # Fields with rules of their own; those are tested beside what is invalid.
 RULED = ("content-length", "te", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade")
-tokens = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_!#$%&'*+.^`|~", min_size=1, max_size=20).filter(
-    lambda name: name not in RULED
-)
-values = st.text([chr(code) for code in (*range(0x20, 0x7F), *range(0x80, 0x100))], max_size=30).map(
-    lambda text: text.strip(" ")
-)
+TOKEN = "abcdefghijklmnopqrstuvwxyz0123456789-_!#$%&'*+.^`|~"
+LATIN = [chr(code) for code in (*range(0x20, 0x7F), *range(0x80, 0x100))]
+tokens = st.text(TOKEN, min_size=1, max_size=20).filter(lambda name: name not in RULED)
+values = st.text(LATIN, max_size=30).map(lambda text: text.strip(" "))
 fields = st.lists(st.tuples(tokens, values), max_size=5).map(tuple)
 requests = st.builds(
-    Request,
-    st.sampled_from(["GET", "POST", "DELETE", "M-SEARCH"]),
-    st.sampled_from(["https", "http"]),
+    Request, st.sampled_from(["GET", "POST", "DELETE", "M-SEARCH"]), st.sampled_from(["https", "http"]),
     st.sampled_from(["", "lacre.invalid", "[::1]:8080", "a.example:443"]),
-    st.text("abc/?&=%20~;", max_size=20).map("/".__add__) | st.just("*"),
-    fields,
-    st.binary(max_size=200),
-    fields,
-)
+    st.text("abc/?&=%20~;", max_size=20).map("/".__add__) | st.just("*"), fields, st.binary(max_size=200), fields,
+)  # fmt: skip
 heads = st.builds(ResponseHead, st.integers(200, 599), fields)
 informational = st.builds(ResponseHead, st.sampled_from([100, 102, 103, 199]), fields, st.just(True))
 pieces = st.builds(Data, st.binary(max_size=60))
