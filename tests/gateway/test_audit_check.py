@@ -122,13 +122,21 @@ def test_tiles_made_anew_over_a_changed_entry(log: Path) -> None:
     assert begin <= 801 <= end
 
 
-def test_cut_to_an_older_checkpoint(log: Path) -> None:
-    """Truncated and rolled back as far as signed checkpoints allow: only a kept checkpoint tells, and says from where."""
-    kept, size = (log / "checkpoint").read_bytes(), 2 * REQUESTS + 2
-    rebuilt(log, all_entries(log)[:601])
+REBUILT: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str, str]] = {
+    "cut": (lambda e: e[:601], "entry 601", f"it has 601 entries, the checkpoint kept elsewhere has {2 * REQUESTS + 2}"),
+    "forked": (lambda e: changed(e, 1001), f"to {2 * REQUESTS + 1}", "forked"),
+}
+
+
+@pytest.mark.parametrize("how", REBUILT)
+def test_made_anew_with_the_key(log: Path, how: str) -> None:
+    """It agrees with itself. Only a checkpoint that was kept elsewhere tells, and says from where."""
+    change, place, why = REBUILT[how]
+    kept = (log / "checkpoint").read_bytes()
+    rebuilt(log, change(all_entries(log)))
     assert verify(log, PUBLIC).words == SELF_CONSISTENT
     found = wrong(log, kept)
-    assert found.place == "entry 601" and f"it has 601 entries, the checkpoint kept elsewhere has {size}" in found.why
+    assert found.place.endswith(place) and why in found.why
 
 
 def test_history_that_was_not_cut_with_it(log: Path) -> None:
@@ -136,14 +144,6 @@ def test_history_that_was_not_cut_with_it(log: Path) -> None:
     rebuilt(log, all_entries(log)[:301])
     (log / "checkpoints").write_bytes(history)
     assert wrong(log).place == "entry 301"
-
-
-def test_forked(log: Path) -> None:
-    """By whoever holds the key: it agrees with itself, and not with what was kept."""
-    kept = (log / "checkpoint").read_bytes()
-    rebuilt(log, changed(all_entries(log), 1001))
-    assert verify(log, PUBLIC).words == SELF_CONSISTENT
-    assert wrong(log, kept).place.endswith(f"to {2 * REQUESTS + 1}") and "forked" in wrong(log, kept).why
 
 
 def test_several_kept_checkpoints_close_in_on_it(log: Path) -> None:
