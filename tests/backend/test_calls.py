@@ -133,17 +133,13 @@ async def test_without_a_limit_the_grants_holds(app: App, n: int, each: int) -> 
 @pytest.mark.parametrize(
     ("call", "change", "param"),
     [
-        ({"model": "other"}, {}, "model"),
-        ({"model": "echo"}, {"model": "other"}, "model"),
-        ({"action": "embed"}, {}, "action"),
-        ({}, {"max_tokens": 13}, "max_tokens"),
-        ({}, {"max_completion_tokens": 13}, "max_completion_tokens"),
-        ({}, {"max_tokens": 5, "n": 3}, "max_tokens"),
-        ({"max_tokens": 2}, {"n": 3}, "max_tokens"),
-        ({"max_tokens": 0}, {}, "max_tokens"),
+        ({"model": "other"}, {}, "model"), ({"model": "echo"}, {"model": "other"}, "model"),
+        ({"action": "embed"}, {}, "action"), ({}, {"max_tokens": 13}, "max_tokens"),
+        ({}, {"max_completion_tokens": 13}, "max_completion_tokens"), ({}, {"max_tokens": 5, "n": 3}, "max_tokens"),
+        ({"max_tokens": 2}, {"n": 3}, "max_tokens"), ({"max_tokens": 0}, {}, "max_tokens"),
         ({"max_prompt_tokens": 10}, {}, "messages"),
     ],
-)
+)  # fmt: skip
 async def test_more_than_granted(app: App, call: dict[str, Any], change: dict[str, Any], param: str) -> None:
     grant = granted(**call)
     error = (await post(app, CHAT, chat(**change), call=grant)).error(403)

@@ -306,13 +306,10 @@ async def test_tokenize_is_what_a_request_would_cost(app: App, slow: EchoEngine,
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        ({"prompt": None}, 400),
-        ({"messages": [ASK]}, 400),
-        ({"model": "none"}, 404),
-        ({"prompt": "x" * 10_000}, 400),
-        ({"odd": 1}, 400),
+        ({"prompt": None}, 400), ({"messages": [ASK]}, 400), ({"model": "none"}, 404),
+        ({"prompt": "x" * 10_000}, 400), ({"odd": 1}, 400),
     ],
-)
+)  # fmt: skip
 async def test_tokenize_refuses(app: App, change: dict[str, Any], status: int) -> None:
     body = {"model": "echo", "prompt": "x", **change}
     (await post(app, TOKENIZE, {k: v for k, v in body.items() if v is not None})).error(status)

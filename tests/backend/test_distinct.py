@@ -95,21 +95,21 @@ def test_what_is_drawn_has_no_repeated_items() -> None:
             assert len(each) == len(set(each)) >= 3
 
 
+NODE = objects(tags=TEXTS, next={"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]})
+ITEMS: list[dict[str, Any]] = [
+    {"type": "string", "maxLength": 4}, {"type": "integer", "maximum": 1000}, {"type": "string", "format": "date"},
+    {"type": "array"}, {},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "schema",
     [
-        {**TEXTS, "items": {"type": "string", "maxLength": 4}},
-        {**TEXTS, "items": {"type": "integer", "maximum": 1000}},
-        {**TEXTS, "items": {"type": "string", "format": "date"}},
-        {**TEXTS, "items": {"type": "array"}},
-        {**TEXTS, "items": {}},
-        {
-            "$ref": "#/$defs/Node",
-            "$defs": {"Node": objects(tags=TEXTS, next={"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]})},
-        },
+        *({**TEXTS, "items": items} for items in ITEMS),
+        {"$ref": "#/$defs/Node", "$defs": {"Node": NODE}},
         {"type": "object", "patternProperties": {"^a": TEXTS}},
     ],
-)  # fmt: skip
+)
 def test_where_they_cannot_be_told_the_schema_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(RequestRefused, match="'uniqueItems' at #"):
         grammar(schema)

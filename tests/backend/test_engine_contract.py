@@ -113,18 +113,13 @@ async def test_context_end_is_length(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"prompt": ()}, "prompt"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"prompt": (-1,)}, "prompt"),
-        ({"prompt": (10**6,)}, "prompt"),
-        ({"kind": TaskKind.EMBED}, "kind"),
+        ({"prompt": ()}, "prompt"), ({"max_tokens": 0}, "max_tokens"), ({"prompt": (-1,)}, "prompt"),
+        ({"prompt": (10**6,)}, "prompt"), ({"kind": TaskKind.EMBED}, "kind"),
         ({"sampling": Sampling(logit_bias={10**6: 1.0})}, "logit_bias"),
-        ({"sampling": Sampling(grammar="no rule here")}, "grammar"),
-        ({"begun": (10**6,)}, "begun"),
-        ({"begun": (-1,)}, "begun"),
-        ({"begun": "eos"}, "begun"),
+        ({"sampling": Sampling(grammar="no rule here")}, "grammar"), ({"begun": (10**6,)}, "begun"),
+        ({"begun": (-1,)}, "begun"), ({"begun": "eos"}, "begun"),
     ],
-)
+)  # fmt: skip
 async def test_refusals(engine: Engine, change: dict[str, Any], field: str) -> None:
     if change.get("begun") == "eos":
         assert engine.model.eos is not None

@@ -297,17 +297,13 @@ class TestInside:
     @pytest.mark.parametrize(
         ("sealed", "param"),
         [
-            ({"headers": {"lacre-pool": "other"}}, "pool"),
-            ({"headers": {"lacre-model": "big"}}, "model"),
-            ({"headers": {"lacre-action": "embed"}}, "action"),
-            ({"headers": {"lacre-max-tokens": "10"}}, "max_tokens"),
-            ({"headers": {"lacre-shape": "none"}}, "shape"),
-            ({"path": "/v1/completions"}, "action"),
-            ({"path": "/admin"}, "action"),
-            ({"authority": "metadata.internal"}, "authority"),
-            ({"scheme": "http"}, "authority"),
+        ({"headers": {"lacre-pool": "other"}}, "pool"), ({"headers": {"lacre-model": "big"}}, "model"),
+        ({"headers": {"lacre-action": "embed"}}, "action"), ({"headers": {"lacre-max-tokens": "10"}}, "max_tokens"),
+        ({"headers": {"lacre-shape": "none"}}, "shape"), ({"path": "/v1/completions"}, "action"),
+        ({"path": "/admin"}, "action"), ({"authority": "metadata.internal"}, "authority"),
+        ({"scheme": "http"}, "authority"),
         ],
-    )
+    )  # fmt: skip
     async def test_what_differs_from_the_grant(self, stage: Stage, app: App, sealed: dict[str, Any], param: str) -> None:
         _, content = self.check(stage, await stage.ask(stage.seal(**sealed)), 403)
         error = json.loads(content)["error"]

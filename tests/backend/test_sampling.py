@@ -44,13 +44,10 @@ def expected(logits: Sequence[float], sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(),
-        Sampling(temperature=0.5),
-        Sampling(top_p=0.7),
-        Sampling(min_p=0.2),
+        Sampling(), Sampling(temperature=0.5), Sampling(top_p=0.7), Sampling(min_p=0.2),
         Sampling(top_p=0.9, min_p=0.1, temperature=2),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("size", [5, 700])
 def test_every_token_has_its_share_of_the_draws(sampling: Sampling, size: int) -> None:
     logits = np.random.default_rng(size).normal(0, 2, size).astype(np.float32)
@@ -135,15 +132,10 @@ def test_sizes_follow_the_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"n_ctx": 3},
-        {"threads": 0},
-        {"threads": -1},
-        {"slots": 0},
-        {"slots": 257},
-        {"cells": 4096},
+        {"n_ctx": 3}, {"threads": 0}, {"threads": -1}, {"slots": 0}, {"slots": 257}, {"cells": 4096},
         {"unified": True, "cells": 10},
     ],
-)
+)  # fmt: skip
 def test_settings_that_make_no_sense(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(SettingsError):
         derive(tiny_model(tmp_path / "tiny.gguf"), LlamaSettings(**wrong), available=2**40)  # type: ignore[arg-type]

@@ -122,13 +122,10 @@ async def test_what_belongs_to_the_connection_stays_on_it() -> None:
 @pytest.mark.parametrize(
     ("status", "headers"),
     [
-        (307, [("location", "http://127.0.0.1:1/")]),
-        (301, [("location", "/v2")]),
-        (304, []),
-        (200, GZIP),
+        (307, [("location", "http://127.0.0.1:1/")]), (301, [("location", "/v2")]), (304, []), (200, GZIP),
         (200, [("content-encoding", "identity, br")]),
     ],
-)
+)  # fmt: skip
 async def test_what_clients_could_not_use_is_not_passed_on(status: int, headers: list[tuple[str, str]]) -> None:
     answered, server = await passed(answering(status, headers), content=b"x")
     assert code(answered) == (502, "upstream_unusable")
