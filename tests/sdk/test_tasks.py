@@ -213,7 +213,7 @@ async def main():
     finally:
         if {hangs}:
             time.sleep(60)
-asyncio.run(tasks.run(main(), grace=0.2))
+asyncio.run(tasks.run(main(), grace={0.2 if hangs else 20}))
 """
     ended = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, timeout=30, text=True)
     assert ended.returncode == (tasks.STATUS if hangs else 1), ended.stderr
