@@ -86,6 +86,13 @@ def test_a_mistake_is_told_by_name_before_anything_is_sent(
     assert relay.requests == []
 
 
+def test_half_an_emoji_in_a_request_of_httpx2s_own_is_not_told(client: lacre.Client, relay: Relay) -> None:
+    with pytest.raises(lacre.UsageError) as caught:
+        client.get("/v1/models", headers={"x-a": "s3cret\ud83d"})
+    assert caught.value.__cause__ is None and "s3cret" not in str(caught.value)
+    assert relay.requests == []
+
+
 def test_the_other_method(client: lacre.Client, relay: Relay) -> None:
     with pytest.raises(lacre.UsageError, match="call chat_stream"):
         client.chat("hi", stream=True)

@@ -166,6 +166,13 @@ async def test_an_answer_that_nobody_reads(close: bytes) -> None:
         writer.transport.abort()
 
 
+async def test_upgrades_are_answered_as_what_they_are() -> None:
+    upgrade = ASKED.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+    async with served(deaf) as at:
+        told = await at.whole(upgrade + b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 200 OK") and b"HTTP/1.1 505 " in told
+
+
 async def test_an_error_behind_a_request_under_way_does_not_answer_it() -> None:
     """Nobody may take a bare status for the answer that is still to come."""
     done = asyncio.Event()
