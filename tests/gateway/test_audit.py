@@ -35,6 +35,7 @@ from lacre_gateway.audit.entries import Entry, EntryTooLarge, Event, encode, par
 from lacre_gateway.audit.log import AuditLog, AuditUnavailable
 from lacre_gateway.audit.reader import LogReader
 from parts.auditing import ORIGIN, PUBLIC, intent, opened, outcome, written
+from parts.small_disk import NO_DISK, small_disk
 from parts.stage import until
 
 
@@ -215,6 +216,32 @@ async def test_disk_that_is_full(folder: Path) -> None:
     assert [entry.get("request_id", entry.get("event"))[-1] for entry in found] == ["d", "1", "d", "1", "3", "3", "d"]
     assert found[2] == {**found[2], "event": "resumed", "count": 1}
     assert "audit log cannot be written" in said.getvalue() and "audit log written again" in said.getvalue()
+
+
+@pytest.mark.skipif(NO_DISK is not None, reason=str(NO_DISK))
+async def test_small_disk(tmp_path: Path) -> None:
+    """A real file system, filled by the log itself: valid at each moment, and it goes on when there is space."""
+    acknowledged = refused = 0
+    with small_disk(tmp_path / "disk", "400k") as disk:
+        async with writing(disk / "audit") as log:
+            (disk / "ballast").write_bytes(bytes(150_000))
+            for number in range(2000):
+                try:
+                    await log.append(intent(number))
+                    acknowledged = number + 1
+                except AuditUnavailable:
+                    refused += 1
+                log.append(outcome(number))
+                if refused > 20:
+                    break
+            assert refused > 20 and acknowledged > 100
+            assert sound(disk / "audit")
+            (disk / "ballast").unlink()
+            await until(lambda: log.writable)
+            proof = (await log.append(intent(5000))).proof()
+            log.append(outcome(5000))
+        assert verify(disk / "audit", PUBLIC).under_way == 0
+        assert LogReader(disk / "audit").entry(proof.index) == proof.entry
 
 
 @pytest.mark.parametrize("name", ["missing/audit", "file"])

@@ -202,6 +202,20 @@ async def test_a_handshake_that_does_not_come(stage: Stage, tls: Tls) -> None:
         writer.close()
 
 
+@pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
+async def test_too_many_handshakes(stage: Stage, tls: Tls, ca: Ca, limit: str) -> None:
+    """A handshake takes a place like any connection: the one that takes longest makes room, and its successor is served."""
+    async with served(stage.app, tls_context(tls), **{limit: 3}) as (server, port):
+        waiting = [await dial(port, b"\x16\x03") for _ in range(5)]
+        for reader, _ in waiting[:2]:
+            assert await heard(reader) == b""
+        assert await named(port, ca) == "first TLSv1.3"
+        assert server.config.door.cut == 3
+        for _, writer in waiting:
+            writer.close()
+        await until(lambda: not server.config.door.inside)
+
+
 async def test_a_handshake_makes_room_for_its_connection(stage: Stage, tls: Tls, ca: Ca) -> None:
     """It is not counted twice: with one place, each of many requests is served."""
     verify = ssl.create_default_context(cafile=str(ca.file))
