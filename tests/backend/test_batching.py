@@ -313,6 +313,7 @@ async def test_more_than_the_cells_hold(tiny: Path) -> None:
     """Tasks that outgrow a unified cache go back and come again; none fails, and none loses or repeats a token."""
     settings = LlamaSettings(n_ctx=256, threads=1, slots=8, unified=True, cells=600)
     with engine_of(tiny, settings) as engine:
+        assert engine.slots == 8
         tasks = [make_task(engine, f"{i} " * 10, 150, sampling=GREEDY) for i in range(8)]
         together = await asyncio.gather(*(run(engine, task) for task in tasks))
         assert [finish.completion_tokens for _, finish in together] == [150] * 8

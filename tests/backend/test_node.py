@@ -28,7 +28,7 @@ from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SMALLEST, UNIT
 from lacre.wire.records import END
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
-from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable
+from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import FrameKind
 from parts.bent import flipped
 from parts.by_hand import CHAT, Answer, Sealed
@@ -247,6 +247,15 @@ class TestClaimsThatAreAway:
         stage = Stage(Leaderless(10**6), now=NOW)
         async with running(stage.node(app, claim_patience=0.1)):
             assert (await stage.ask(stage.seal())).problem == problems.BUSY.type
+
+
+async def test_a_replay_at_the_same_node_ends_without_a_word(stage: Stage, app: App) -> None:
+    sealed = stage.seal()
+    assert (await stage.ask(sealed)).problem is None
+    stage.hub.claims.clear()  # the fabric forgot: the node's own memory is what is left
+    with pytest.raises(QueueTimeout):
+        await stage.ask(sealed)
+    assert len(app.calls) == 1
 
 
 def test_memory_holds_as_long_as_a_claim_and_forgets_nothing_when_full() -> None:
