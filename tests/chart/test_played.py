@@ -14,11 +14,11 @@ import pytest
 
 from chart.playing import Machine
 from chart.preparing import MODEL, NATS, POOL, Prepared
-from chart.rendering import NPM, Pod
+from chart.rendering import Pod
 from lacre_backend.models.gguf import find
 from lacre_fabric.operate.site import Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")]
+pytestmark = pytest.mark.slow
 
 
 @contextmanager

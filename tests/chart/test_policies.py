@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from chart.edges import Party, like, matches, passes, reaches
-from chart.rendering import CASES, NAMESPACE, NPM, Object, Rendered, render
+from chart.rendering import CASES, NAMESPACE, Object, Rendered, render
 
 pytestmark = pytest.mark.slow
 Edge = tuple[str, str, int, str]  # from, to, port, protocol
@@ -29,8 +29,6 @@ STRANGERS = (
 
 @pytest.fixture(params=[name for name in CASES if name != "off"])
 def guarded(request: pytest.FixtureRequest) -> Rendered:
-    if NPM is None:
-        pytest.skip("npm, which Helm is fetched with, is not installed")
     return render(str(request.param))
 
 
@@ -143,12 +141,10 @@ def test_a_pod_of_the_release_that_no_policy_names_is_shut_off(guarded: Rendered
             assert not reaches(guarded.of("NetworkPolicy"), party, new, port, "TCP")
 
 
-@pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")
 def test_policies_can_be_left_out() -> None:
     assert not render("off").of("NetworkPolicy")
 
 
-@pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")
 def test_the_evaluation_itself() -> None:
     """Without the policies everything is reached; without one of them, what it alone lets through is not."""
     chart = render("defaults")

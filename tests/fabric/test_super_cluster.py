@@ -7,7 +7,7 @@ import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,9 +111,9 @@ def every_role(credentials: dict[str, Credential]) -> list[roles.Role]:
     ]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, names: dict[str, Credential]) -> Iterator[SuperCluster]:
-    cluster = SuperCluster(tmp_path_factory.mktemp("regions"), every_role(names), POOLS, REGIONS)
+@contextmanager
+def running(folder: Path, names: dict[str, Credential]) -> Iterator[SuperCluster]:
+    cluster = SuperCluster(folder, every_role(names), POOLS, REGIONS)
     try:
         cluster.start()
         yield cluster
@@ -121,17 +121,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, names: dict[str, Credentia
         cluster.stop()
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, names: dict[str, Credential]) -> Iterator[SuperCluster]:
+    with running(tmp_path_factory.mktemp("regions"), names) as cluster:
+        yield cluster
+
+
 @pytest.fixture
 async def own(tmp_path: Path, names: dict[str, Credential]) -> AsyncIterator[Regions]:
     """Regions that may be lost."""
-    cluster = SuperCluster(tmp_path, every_role(names), POOLS, REGIONS)
-    try:
-        cluster.start()
+    with running(tmp_path, names) as cluster:
         await cluster.ready(names["provisioner"])
         async with AsyncExitStack() as stack:
             yield Regions(stack, cluster, names)
-    finally:
-        cluster.stop()
 
 
 @pytest.fixture
@@ -294,11 +296,9 @@ async def test_revocations_and_budgets_are_the_same_everywhere(regions: Regions)
         for _ in range(50):
             entry = await buckets[number].read(key)
             assert entry is not None
-            try:
+            with suppress(Conflict):
                 await buckets[number].write(key, b"%d" % (int(entry.value or 0) + 1), entry.revision)
-            except Conflict:
-                continue
-            won[number] += 1
+                won[number] += 1
 
     await asyncio.gather(draw(0), draw(1))
     entry = await buckets[1].read(key)
