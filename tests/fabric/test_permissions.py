@@ -30,16 +30,12 @@ ID = "0123456789abcdef" * 2
 M1 = subjects.model_token("m1")
 NEXT = f"CONSUMER.MSG.NEXT.WORK_a_lacre.model-{M1}"
 ONE = b'{"batch":1,"expires":1000000000}'
+API = ("$JS.API", subjects.API)
 STREAM_CALLS = ("UPDATE", "DELETE", "PURGE", "INFO", "MSG.GET", "MSG.DELETE")
 # What tells which streams, consumers, subjects and connections there are.
 LISTS = [
-    *(f"{api}.{call}" for api in ("$JS.API", subjects.API) for call in ("INFO", "STREAM.NAMES", "STREAM.LIST")),
-    *(
-        f"{api}.CONSUMER.{call}.WORK_{pool}_lacre"
-        for api in ("$JS.API", subjects.API)
-        for call in ("NAMES", "LIST")
-        for pool in POOLS
-    ),
+    *(f"{api}.{call}" for api in API for call in ("INFO", "STREAM.NAMES", "STREAM.LIST")),
+    *(f"{api}.CONSUMER.{call}.WORK_{pool}_lacre" for api in API for call in ("NAMES", "LIST") for pool in POOLS),
     *(f"$SYS.REQ.SERVER.PING{what}" for what in ("", ".SUBSZ", ".CONNZ", ".JSZ", ".ACCOUNTZ")),
     *(
         f"$SYS.REQ.ACCOUNT.{account}.{what}"
@@ -75,59 +71,40 @@ async def state(provisioner: Connection) -> dict[str, tuple[int, int, int]]:
     return {info.config.name or "": (info.state.messages, info.state.last_seq, info.state.consumer_count) for info in streams}
 
 
-API = ("$JS.API", subjects.API)
+QUEUES = [f"WORK_{pool}_lacre" for pool in POOLS]
+
+
+def of_both_apis(*calls: str) -> list[str]:
+    return [f"{api}.{call}" for api in API for call in calls]
+
+
 NOT_FOR_WORKERS = [
-    *(f"{api}.{NEXT}" for api in API),
-    f"$JS.ACK.WORK_a_lacre.model-{M1}.1.1.1.1.0",
-    f"reply.a.g1.{ID}",
-    f"work.a.lacre.{M1}",
-    f"work.b.lacre.{M1}",
-    f"$KV.claims_a.{ID}",
-    "$KV.trust.manifest",
-    "$KV.budgets.user.a.b",
-    f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
+    *of_both_apis(NEXT, "STREAM.CREATE.MINE", "STREAM.INFO.KV_claims_b"),
+    *of_both_apis(*(f"STREAM.{call}.{stream}" for call in STREAM_CALLS for stream in (*QUEUES, "KV_claims_a"))),
+    *of_both_apis(*(f"STREAM.{call}.KV_claims_b" for call in ("UPDATE", "DELETE", "PURGE", "MSG.DELETE"))),
+    *of_both_apis(*(f"DIRECT.GET.{queue}" for queue in QUEUES), *(f"CONSUMER.INFO.{queue}.model-{M1}" for queue in QUEUES)),
+    *of_both_apis(*(f"CONSUMER.{how}CREATE.{queue}.mine" for how in ("", "DURABLE.") for queue in QUEUES)),
+    *of_both_apis(*(f"{call}.GET.{subjects.REVOCATIONS_STREAM}" for call in ("DIRECT", "STREAM.MSG"))),
+    *(f"{subjects.API}.DIRECT.GET.{held}" for held in ("KV_budgets.$KV.budgets.user.a.b", f"KV_claims_a.$KV.claims_a.{ID}")),
+    *LISTS,
+    *(f"$JS.ACK.WORK_a_lacre.model-{M1}.1.1.1.1.0", f"reply.a.g1.{ID}", *(f"work.{pool}.lacre.{M1}" for pool in POOLS)),
+    *(f"$KV.claims_a.{ID}", "$KV.trust.manifest", "$KV.budgets.user.a.b", subjects.revocation("x")),
     *(f"{order}.{pool}.{ID}" for order in ("cancel", "credit") for pool in POOLS),
     *(f"presence.{node}" for node in ("a.lacre.n1", "a.lacre.n9", "b.lacre.n2", "a.n1")),
-    *(f"{api}.STREAM.CREATE.MINE" for api in API),
-    *(f"{api}.STREAM.{call}.WORK_{pool}_lacre" for api in API for call in STREAM_CALLS for pool in POOLS),
-    *(f"{api}.STREAM.{call}.KV_claims_a" for api in API for call in STREAM_CALLS),
-    *(f"{api}.DIRECT.GET.WORK_{pool}_lacre" for api in API for pool in POOLS),
-    *(f"{api}.CONSUMER.INFO.WORK_{pool}_lacre.model-{M1}" for api in API for pool in POOLS),
-    *LISTS,
-    *(f"{api}.STREAM.{call}.KV_claims_b" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.DELETE")),
-    *(f"{api}.CONSUMER.{how}CREATE.WORK_{pool}_lacre.mine" for api in API for how in ("", "DURABLE.") for pool in POOLS),
-    f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{ID}",
-    *(f"{api}.STREAM.INFO.KV_claims_b" for api in API),
-    subjects.revocation("x"),
-    *(f"{api}.{call}.GET.{subjects.REVOCATIONS_STREAM}" for api in API for call in ("DIRECT", "STREAM.MSG")),
     "_INBOX_worker-a-n1.x",
 ]
+OF_ALL = [f"KV_{bucket}" for bucket in ("trust", "claims_a", "revocations", "budgets")]
 NOT_FOR_GATEWAYS = [
-    *(f"{api}.{NEXT}" for api in API),
-    f"$JS.ACK.WORK_a_lacre.model-{M1}.1.1.1.1.0",
-    f"reply.a.g1.{ID}",
-    f"$KV.claims_a.{ID}",
-    "$KV.trust.manifest",
-    f"{subjects.API}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}",
+    *of_both_apis(NEXT, "STREAM.CREATE.MINE", "CONSUMER.CREATE.WORK_a_lacre.mine"),
+    *of_both_apis(*(f"STREAM.{call}.WORK_a_lacre" for call in ("UPDATE", "DELETE", "PURGE", "MSG.GET"))),
+    *of_both_apis(*(f"STREAM.{call}.{bucket}" for bucket in OF_ALL for call in ("DELETE", "MSG.DELETE"))),
+    *(f"{subjects.API}.DIRECT.GET.{held}" for held in (subjects.REVOCATIONS_STREAM, "KV_budgets.$KV.budgets.user.a.b")),
+    *LISTS,
+    *(f"$JS.ACK.WORK_a_lacre.model-{M1}.1.1.1.1.0", f"reply.a.g1.{ID}", f"$KV.claims_a.{ID}", "$KV.trust.manifest"),
     *(subjects.revocation(writer) for writer in ("x", "gateway-g1", "provisioner")),
     *(f"$KV.budgets.{key}" for key in ("x", "user.a.b", "gateway-g1.user.a.b", "gateway-g2")),
-    f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
-    "presence.a.lacre.n1",
-    *(f"{api}.STREAM.CREATE.MINE" for api in API),
-    *(f"{api}.STREAM.{call}.WORK_a_lacre" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.GET")),
-    *(
-        f"{api}.STREAM.{call}.KV_{bucket}"
-        for api in API
-        for bucket in ("trust", "claims_a", "revocations", "budgets")
-        for call in ("DELETE", "MSG.DELETE")
-    ),
-    *(f"{api}.CONSUMER.CREATE.WORK_a_lacre.mine" for api in API),
-    *LISTS,
-    "_INBOX_gateway-g1.x",
-    "_INBOX_worker-a-n1.x",
+    *("presence.a.lacre.n1", "_INBOX_gateway-g1.x", "_INBOX_worker-a-n1.x"),
 ]
-
-
 # What nobody but the colleague that it concerns may say, in one's own pool either.
 NOT_FOR_COLLEAGUES = [f"cancel.a.{ID}", f"credit.a.{ID}", "presence.a.lacre.n1", "presence.a.lacre.n9", "$KV.trust.manifest"]
 NOT_HEARD_BY = {
