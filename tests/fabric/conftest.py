@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,17 @@ def site(tmp_path: Path) -> Site:
     site = Site(tmp_path / "state", {"default": ("m",)})
     site.create()
     return site
+
+
+@pytest.fixture
+def crashed(tmp_path: Path) -> Callable[[str], int]:
+    """How many steps on disk a process was ended at, and what was left worked. It forks, and so is a process of its own."""
+
+    def steps(change: str) -> int:
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "parts.crash", change, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.splitlines()[-1])
+
+    return steps

@@ -20,7 +20,6 @@ from lacre_fabric.operate.site import Site
 from parts.crash import secrets_of
 from parts.key_services import openbao as bao
 
-TESTS = Path(__file__).resolve().parents[1]
 POOL = "default"
 LACRE = [sys.executable, "-P", "-m", "lacre"]
 
@@ -124,12 +123,8 @@ def test_a_service_that_cannot_be_reached_changes_nothing(site: Site, tmp_path: 
     assert site.kms == "plain:"
 
 
-def test_a_crash_at_any_step_loses_no_key(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "parts.crash", "rewrap", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) > 30
+def test_a_crash_at_any_step_loses_no_key(crashed: Callable[[str], int]) -> None:
+    assert crashed("rewrap") > 30
 
 
 def test_the_command_says_what_it_did(site: Site, local: str) -> None:
