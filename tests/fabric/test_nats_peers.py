@@ -19,7 +19,7 @@ from lacre_fabric.nats.client import MAX_SILENT, DirectClient
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
-from lacre_fabric.nats.pool import GRACE, KEEP, PoolSide
+from lacre_fabric.nats.pool import GRACE, KEEP, MAX_STRAY, PoolSide, _Stray
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable, WorkerLost
 from lacre_fabric.work.frames import FrameKind
@@ -190,6 +190,26 @@ async def listening(gateway: NatsGateway, pool: str) -> Connection:
     return side._connection
 
 
+async def test_no_peer_silences_a_gateway(parties: Parties) -> None:
+    """Whatever the headers of its presence and its frames: the gateway's answers come, over the connections that it had."""
+    gateway, workers = await parties.gateway(), {pool: await parties.worker(pool) for pool in POOLS}
+    attacked = await listening(gateway, "a")
+    async with stolen(parties, "worker-a-n1") as say:
+        for headers in HEADERS:
+            for subject in (b"presence.a.lacre.n1", b"reply.a.g1." + b"0" * 32, b"reply.a.g1.x"):
+                await say((subject, b"", headers), (subject, b"{}", headers))
+        for pool, worker in workers.items():
+            await goes_through(gateway, worker, pool)
+    for connection in (gateway.connection, gateway._lobby, attacked):
+        assert connection.client.stats["reconnects"] == 0
+
+
+def test_words_to_workers_of_unknown_requests_are_limited() -> None:
+    strays = _Stray()
+    assert [strays.add(f"r{number}") for number in range(MAX_STRAY + 2)] == [True] * MAX_STRAY + [False] * 2
+    assert not strays.add("r0"), "each once"
+
+
 async def goes_through(gateway: NatsGateway, worker: NatsWorker, pool: str = "a") -> None:
     dispatch = await gateway.dispatch(new_work(pool))
     await answer(worker)
@@ -208,7 +228,8 @@ async def test_no_message_of_a_gateway_silences_a_worker(parties: Parties) -> No
         for headers in HEADERS:
             told = (b"credit.a." + request, b"credit.a.\xff\xfe", b"cancel.a.x\x0c1")
             await say(*((subject, b"9" * 5000, headers) for subject in told), (work, b"x", headers))
-        await say((b"credit.a." + request, "²".encode(), None), (b"credit.a." + request, b"7" * 9, None))
+        await say(*((b"credit.a." + request, told, None) for told in ("²".encode(), b"7" * 9, b"7")))
+        await say((b"cancel.a." + request, b"", None))  # without a proof, like the 7
     assert not delivery.cancelled.is_set()
     await delivery.send(FrameKind.USAGE, b"")
     await delivery.drop()
@@ -222,6 +243,7 @@ async def test_no_entry_breaks_the_readers_of_its_bucket(parties: Parties) -> No
     gateway, worker = await parties.gateway(), await parties.worker("a")
     short = [headers for headers in HEADERS if len(headers) < 256]
     work = new_work()
+    await gateway.revoked()  # those of other tests
     claim = f"$KV.claims_a.{work.digest.hex()}".encode()
     async with stolen(parties, "gateway-g1") as say:
         await say(*((subjects.revocation("gateway-g1").encode(), b"x", headers) for headers in short))
