@@ -15,8 +15,9 @@ from lacre_fabric.nats.kv import Bucket, Conflict, Entry, NatsBucket
 from lacre_fabric.nats.revocations import RevocationReader, RevocationsFull, revoke
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.revocations import Revocation, subject_key, token_key
-from parts.fabric import Parties, until
+from parts.fabric import Parties
 from parts.memory_bucket import MemoryBucket
+from parts.waiting import until
 
 
 @pytest.fixture(params=["nats", "memory"])

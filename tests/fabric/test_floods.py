@@ -31,8 +31,9 @@ from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.plans import parse
-from parts.fabric import LiveFabric, Parties, new_work, until
+from parts.fabric import LiveFabric, Parties, new_work
 from parts.stolen_nats import StolenNats, published
+from parts.waiting import until
 
 from .test_buckets import some
 

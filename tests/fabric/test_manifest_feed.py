@@ -19,7 +19,7 @@ from lacre.trust.manifest_store import VersionFile
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.work.contract import FabricUnavailable
-from parts.fabric import until
+from parts.waiting import until
 
 ROOT, SIGNER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 NOW = time.time()

@@ -24,9 +24,10 @@ from lacre_fabric.operate import floods
 from lacre_fabric.operate.fabric_check import Severity, inspect
 from lacre_fabric.work.contract import FabricError
 from lacre_fabric.work.frames import FrameKind
-from parts.fabric import Kept, new_work, read, until
+from parts.fabric import Kept, new_work, read
 from parts.nats_cluster import NatsCluster
 from parts.stolen_nats import published
+from parts.waiting import until
 
 POOLS = {"a": ("m1",)}
 CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "inspector", "warden", "gateway-g1", "worker-a-n1")}

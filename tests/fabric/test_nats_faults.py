@@ -22,7 +22,8 @@ from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work import contract
 from lacre_fabric.work.contract import Dispatch, FabricError, FabricUnavailable, NoWorkers, WorkerLost
 from lacre_fabric.work.frames import FrameKind
-from parts.fabric import POOLS, Parties, answer, new_work, read, sealed_bytes, until
+from parts.fabric import POOLS, Parties, answer, new_work, read, sealed_bytes
+from parts.waiting import until
 
 
 async def die(worker: NatsWorker) -> None:

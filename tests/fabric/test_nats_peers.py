@@ -24,7 +24,8 @@ from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from parts.cut import Cut, way_to
-from parts.fabric import POOLS, LiveFabric, Parties, answer, new_work, read, until
+from parts.fabric import POOLS, LiveFabric, Parties, answer, new_work, read
+from parts.waiting import until
 
 WHOLE = [b"x", b"receipt"]  # an answer
 

@@ -25,7 +25,8 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.operate.rotation import NotTakenUp, Schedule, publish, retire, rotate, upkeep
 from lacre_fabric.operate.site import Site
-from parts.fabric import POOLS, LiveFabric, Parties, until
+from parts.fabric import POOLS, LiveFabric, Parties
+from parts.waiting import until
 
 POOL = "a"
 

@@ -24,7 +24,8 @@ from lacre_fabric.operate.nats_server import executable, free_port
 from lacre_fabric.operate.site import GATEWAY_ID, Site
 from lacre_fabric.work.contract import Capacity, FabricUnavailable
 from lacre_gateway import settings as gateway
-from parts.fabric import LiveFabric, Parties, until
+from parts.fabric import LiveFabric, Parties
+from parts.waiting import until
 
 TABLES = [{"name": "small", "path": "/models/small.gguf"}, {"name": "large", "path": "/models/large.gguf"}]
 

@@ -25,8 +25,9 @@ from lacre_fabric.operate.fabric_check import Severity, _majority, inspect
 from lacre_fabric.work.contract import CREDIT, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.revocations import Revocation, subject_key
-from parts.fabric import Kept, new_work, read, until
+from parts.fabric import Kept, new_work, read
 from parts.nats_cluster import VOTER, SuperCluster
+from parts.waiting import until
 
 POOL, MODEL = "a", "m1"
 POOLS = {POOL: (MODEL, "m2"), "b": (MODEL,)}

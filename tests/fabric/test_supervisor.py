@@ -17,8 +17,8 @@ from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.supervisor import FIRST_INTERVAL, LONGEST_INTERVAL, SETTLED, ChildDied, Supervisor
 from lacre_fabric.operate.up import ENV_RENEWAL, keep_env
-from parts.fabric import until
 from parts.up import read_env
+from parts.waiting import until
 
 SLEEPS = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 DIES = [sys.executable, "-S", "-c", "print('no such model'); raise SystemExit(3)"]

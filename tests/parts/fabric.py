@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import secrets
 import subprocess
@@ -172,13 +171,6 @@ class Parties(Kept):
     async def stolen(self, role: str) -> StolenNats:
         """A raw connection with the role's credential."""
         return await self.kept(StolenNats.open(self.live.server.port, self.live.credentials[role]))
-
-
-async def until(true: Callable[[], object], seconds: float = 15.0) -> None:
-    """Until a call, or what it awaits, is true. Raises TimeoutError."""
-    async with asyncio.timeout(seconds):
-        while not (await found if inspect.isawaitable(found := true()) else found):
-            await asyncio.sleep(0.02)
 
 
 async def answer(worker: NatsWorker, *pieces: bytes) -> Work:
