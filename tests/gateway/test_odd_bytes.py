@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
 
 import pytest
 
-from lacre_gateway.http.server import bind, make_server
-from lacre_gateway.settings import Listen
 from parts.stage import Stage
+
+from .test_streaming import connected, served
 
 VALUES = (
     b"", b"\xff\xfe", b"\xc3\xa9", b"\t", b"[", b"%00", b"a" * 30_000, b"=?utf-8?q?x?=", b'; ; =;"', b"9" * 400, b"-1", b"{}",
@@ -22,35 +21,12 @@ FIELDS = (
 )  # fmt: skip
 CALLS = {
     "public": (
-        b"POST /v1/sealed",
-        b"GET /v1/manifest",
-        b"GET /readyz",
-        b"HEAD /healthz",
-        b"OPTIONS /v1/sealed",
-        b"DELETE /nowhere",
+        b"POST /v1/sealed", b"GET /v1/manifest", b"GET /readyz", b"HEAD /healthz", b"OPTIONS /v1/sealed", b"DELETE /nowhere",
     ),
     "admin": (
-        b"POST /v1/revocations",
-        b"GET /v1/usage?tenant=%C3%A9&tenant=x",
-        b"GET /v1/status",
-        b"GET /metrics",
-        b"PUT /v1/drain",
+        b"POST /v1/revocations", b"GET /v1/usage?tenant=%C3%A9&tenant=x", b"GET /v1/status", b"GET /metrics", b"PUT /v1/drain",
     ),
-}
-
-
-@pytest.fixture(params=CALLS)
-async def port(request: pytest.FixtureRequest, stage: Stage) -> AsyncIterator[tuple[str, int]]:
-    settings = Listen(port=0, drain=1, trusted_proxies=("127.0.0.1",))
-    with bind(settings) as listener:
-        server = make_server(stage.app if request.param == "public" else stage.admin, settings)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield request.param, listener.getsockname()[1]
-        server.should_exit = True
-        await serving
-        await server.settle()
+}  # fmt: skip
 
 
 def request_of(call: bytes, name: bytes, *values: bytes, token: bytes) -> bytes:
@@ -62,25 +38,25 @@ def request_of(call: bytes, name: bytes, *values: bytes, token: bytes) -> bytes:
     return b"\r\n".join([call + b" HTTP/1.1", *lines, b"content-length: 2", b"", b"{}"])
 
 
-async def status(port: int, said: bytes) -> int:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(said)
-    async with asyncio.timeout(20):
+async def status(url: str, said: bytes) -> int:
+    async with connected(url) as (reader, writer), asyncio.timeout(20):
+        writer.write(said)
         line = await reader.readline()
-    writer.transport.abort()
+        writer.transport.abort()
     found = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n", line)
     assert found, line
     return int(found[1])
 
 
 @pytest.mark.parametrize("name", FIELDS)
-async def test_any_value(port: tuple[str, int], stage: Stage, name: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    which, at = port
+@pytest.mark.parametrize("which", CALLS)
+async def test_any_value(which: str, stage: Stage, name: bytes, caplog: pytest.LogCaptureFixture) -> None:
     stage.gateway.refusals._clock = lambda: 0.0
     stage.gateway.refusals._limits = {"subject": 10**6, "address": 10**6}
     token = stage.issuer.token(scope="lacre:admin", sub="root").encode()
-    for call in CALLS[which]:
-        for values in [*((value,) for value in VALUES), (b"a", b"b")]:
-            got = await status(at, request_of(call, name, *values, token=token))
-            assert got < 500 or got == 503, (call, name, values, got)
+    async with served(stage, drain=1, app=stage.app if which == "public" else stage.admin) as url:
+        for call in CALLS[which]:
+            for values in [*((value,) for value in VALUES), (b"a", b"b")]:
+                got = await status(url, request_of(call, name, *values, token=token))
+                assert got < 500 or got == 503, (call, name, values, got)
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []

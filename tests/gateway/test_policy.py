@@ -15,7 +15,7 @@ from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question
 from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, RuleSet, shipped
-from parts.policies import BROKEN, FAMILY, RULES, SCHEMA, USAGE, asked, copied
+from parts.policies import BROKEN, CHAT, FAMILY, RULES, SCHEMA, USAGE, asked, copied
 
 
 @pytest.mark.parametrize("case", RULES.cases, ids=lambda case: case.name)
@@ -43,61 +43,50 @@ def decide(policy: str, *questions: AnyQuestion) -> list[bool]:
     return [policies.decide(question).allowed for question in questions]
 
 
-def test_default_is_no() -> None:
-    assert decide('permit (principal, action == Action::"embed", resource);', asked()) == [False]
+OF_CALLERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ('principal in Group::"acme/engineers"', {}, {"principal": {"groups": ["sales"]}}),
+    ('principal in Tenant::"acme"', {}, {"principal": {"tenant": "other"}}),
+    ('principal == User::"acme/alice"', {}, {"principal": {"subject": "bob"}}),
+    ('principal.issuer == "https://issuer.example"', {}, {"principal": {"issuer": "https://evil.example"}}),
+    ('principal.name == "alice"', {}, {"principal": {"subject": "bob"}}),
+    ('resource in Pool::"default"', {}, {"pool": "other"}),
+    ('resource == Model::"default/smollm2-135m"', {}, {"model": "other"}),
+    ('resource.name == "smollm2-135m"', {}, {"model": "other"}),
+    ('action == Action::"chat"', {}, {"action": "complete"}),
+    ("context.post_quantum", {}, {"kem": "X25519"}),
+    ('context.kem == "MLKEM768-X25519"', {}, {"kem": "X25519"}),
+    ('context.shape == "pad"', {"shape": "pad"}, {}),
+    ("context.max_tokens <= 512", {}, {"max_tokens": 513}),
+    ("context.sealed_bytes < 5000", {}, {"sealed_bytes": 5000}),
+    ('context.scopes.contains("a")', {"principal": {"scopes": ["a", "b"]}}, {"principal": {"scopes": ["ab"]}}),
+    ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
+    ("context.hour >= 8 && context.hour < 18", {"hour": 8}, {"hour": 18}),
+    ('context.address.isInRange(ip("192.0.2.0/24"))', {}, {"address": "198.51.100.1"}),
+    ('context.address.isInRange(ip("192.0.2.0/24"))', {"address": "::ffff:192.0.2.9"}, {"address": "::1"}),
+    ('context.address.isInRange(ip("fe80::/10"))', {"address": "fe80::1%eth0"}, {"address": "nonsense"}),
+]
+OF_ADMINISTRATORS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ('resource == Gateway::"g1"', {}, {"gateway": "g2"}),
+    ('action == Action::"admin:usage"', {}, {"action": "admin:drain"}),
+    ('principal in Group::"acme/engineers"', {}, {"principal": {"groups": []}}),
+    ('context.scopes.contains("lacre:admin")', {}, {"principal": {"scopes": []}}),
+    ("context.address.isLoopback()", {"address": "127.0.0.1"}, {}),
+    ("context.hour == 3", {"hour": 3}, {}),
+    ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
+]
+ADMIN = 'principal, action in Action::"admin", resource'
 
 
 @pytest.mark.parametrize(
-    ("condition", "yes", "no"),
-    [
-        ('principal in Group::"acme/engineers"', {}, {"principal": {"groups": ["sales"]}}),
-        ('principal in Tenant::"acme"', {}, {"principal": {"tenant": "other"}}),
-        ('principal == User::"acme/alice"', {}, {"principal": {"subject": "bob"}}),
-        ('principal.issuer == "https://issuer.example"', {}, {"principal": {"issuer": "https://evil.example"}}),
-        ('principal.name == "alice"', {}, {"principal": {"subject": "bob"}}),
-        ('resource in Pool::"default"', {}, {"pool": "other"}),
-        ('resource == Model::"default/smollm2-135m"', {}, {"model": "other"}),
-        ('resource.name == "smollm2-135m"', {}, {"model": "other"}),
-        ('action == Action::"chat"', {}, {"action": "complete"}),
-        ("context.post_quantum", {}, {"kem": "X25519"}),
-        ('context.kem == "MLKEM768-X25519"', {}, {"kem": "X25519"}),
-        ('context.shape == "pad"', {"shape": "pad"}, {}),
-        ("context.max_tokens <= 512", {}, {"max_tokens": 513}),
-        ("context.sealed_bytes < 5000", {}, {"sealed_bytes": 5000}),
-        ('context.scopes.contains("a")', {"principal": {"scopes": ["a", "b"]}}, {"principal": {"scopes": ["ab"]}}),
-        ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
-        ("context.hour >= 8 && context.hour < 18", {"hour": 8}, {"hour": 18}),
-        ('context.address.isInRange(ip("192.0.2.0/24"))', {}, {"address": "198.51.100.1"}),
-        ('context.address.isInRange(ip("192.0.2.0/24"))', {"address": "::ffff:192.0.2.9"}, {"address": "::1"}),
-        ('context.address.isInRange(ip("fe80::/10"))', {"address": "fe80::1%eth0"}, {"address": "nonsense"}),
-    ],
+    ("family", "base", "row"),
+    [*((FAMILY, CHAT, row) for row in OF_CALLERS), *((ADMIN, USAGE, row) for row in OF_ADMINISTRATORS)],
 )
-def test_all_of_the_context_can_be_asked_for(condition: str, yes: dict[str, Any], no: dict[str, Any]) -> None:
-    """In one set, so that a decision which is remembered under too little shows."""
-    policy = f"permit ({FAMILY}) when {{ {condition} }};"
-    questions = (asked(**yes), asked(**no), asked(**yes), asked(**no))
-    assert decide(policy, *questions) == [True, False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("condition", "yes", "no"),
-    [
-        ('resource == Gateway::"g1"', {}, {"gateway": "g2"}),
-        ('action == Action::"admin:usage"', {}, {"action": "admin:drain"}),
-        ('principal in Group::"acme/engineers"', {}, {"principal": {"groups": []}}),
-        ('context.scopes.contains("lacre:admin")', {}, {"principal": {"scopes": []}}),
-        ("context.address.isLoopback()", {"address": "127.0.0.1"}, {}),
-        ("context.hour == 3", {"hour": 3}, {}),
-        ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
-    ],
-)
-def test_what_administrators_do_can_be_asked_for(condition: str, yes: dict[str, Any], no: dict[str, Any]) -> None:
-    policy = f'permit (principal, action in Action::"admin", resource) when {{ {condition} }};'
-    assert decide(policy, asked(USAGE, **yes), asked(USAGE, **no), asked()) == [True, False, False]
-
-
-def test_what_is_asked_of_a_gateway_is_no_request_to_a_model() -> None:
-    assert decide(f"permit ({FAMILY});", asked(), asked(USAGE)) == [True, False]
+def test_all_of_the_context_can_be_asked_for(family: str, base: dict[str, Any], row: tuple[str, Any, Any]) -> None:
+    """In one set, so that a decision which is remembered under too little shows. Neither family gets what the other may."""
+    condition, yes, no = row
+    other = asked(CHAT if base is USAGE else USAGE)
+    questions = [asked(base, **yes), asked(base, **no)] * 2
+    assert decide(f"permit ({family}) when {{ {condition} }};", *questions, other) == [True, False, True, False, False]
 
 
 def test_a_group_of_another_tenant_is_another_group() -> None:
@@ -162,21 +151,12 @@ def test_policies_that_cannot_be_used(policy: str, fault: str) -> None:
     assert (refused.value.fault, refused.value.place) == (fault, "x.cedar")
 
 
-def test_one_name_in_two_files() -> None:
+def test_broken_sets_of_texts() -> None:
     policy = '@id("x") permit (principal, action, resource);'
     with pytest.raises(PolicyError, match="two policies"):
         PolicySet.parse(SCHEMA, {"a.cedar": policy, "b.cedar": policy})
-
-
-def test_broken_schema() -> None:
     with pytest.raises(SettingsError, match=r"^policies: the schema"):
         PolicySet.parse("entity;", {})
-
-
-def test_shipped_rules_hold(tmp_path: Path) -> None:
-    rules = RuleSet.load(copied(tmp_path))
-    assert rules.digest == RULES.digest
-    assert rules.plans.plan_of("acme", None) == rules.plans.plans["standard"]
 
 
 @pytest.mark.parametrize("word", ["  hour: Long,", "principal: [User],", "in [Group, Tenant]", "  name: String,"])
@@ -202,19 +182,17 @@ def test_broken_sets(kind: str, tmp_path: Path) -> None:
     assert str(refused.value).startswith("policies: ")
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_folders(tmp_path: Path) -> None:
     with pytest.raises(PolicyError) as refused:
         RuleSet.load(tmp_path / "none")
     assert refused.value.fault == MISSING
-
-
-def test_own_folder(tmp_path: Path) -> None:
+    assert RuleSet.load(copied(tmp_path)).digest == RULES.digest
+    own = tmp_path / "own"
+    own.mkdir()
     for name in (SCHEMA_FILE, "plans.toml"):
-        shutil.copy(shipped() / name, tmp_path)
-    (tmp_path / "a.cedar").write_text('@id("a") permit (principal, action, resource);')
-    (tmp_path / "b.cedar").write_text(
-        '@id("b") forbid (principal, action in Action::"sealed", resource) unless { context.post_quantum };'
-    )
-    policies = RuleSet.load(tmp_path).policies
+        shutil.copy(shipped() / name, own)
+    (own / "a.cedar").write_text('@id("a") permit (principal, action, resource);')
+    (own / "b.cedar").write_text(f'@id("b") forbid ({FAMILY}) unless {{ context.post_quantum }};')
+    policies = RuleSet.load(own).policies
     assert policies.decide(asked()) == Decision(True, ("a",))
     assert policies.decide(asked(kem="X25519")) == Decision(False, ("b",))

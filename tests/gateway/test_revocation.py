@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -40,8 +42,7 @@ DAY = 86400.0
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.now = NOW
+    now = NOW
 
     def __call__(self) -> float:
         return self.now
@@ -59,17 +60,12 @@ def known(clock: Clock) -> RevocationList:
 
 def test_until_its_time_is_over(known: RevocationList, clock: Clock) -> None:
     known.add(Revocation("k", NOW + 100))
-    assert known.refuses(["other", "k"], NOW - 50)
-    assert known.refuses(["k"], NOW + 50)
+    known.add(Revocation("later", NOW + 100, issued_until=NOW))
+    assert known.refuses(["other", "k"], NOW - 50) and known.refuses(["k"], NOW + 50)
     assert not known.refuses(["other"], NOW - 50)
+    assert known.refuses(["later"], NOW) and not known.refuses(["later"], NOW + 0.001)  # what was issued later is not meant
     clock.now += 100
     assert not known.refuses(["k"], NOW - 50)
-
-
-def test_what_was_issued_later_is_not_meant(known: RevocationList) -> None:
-    known.add(Revocation("k", NOW + 100, issued_until=NOW))
-    assert known.refuses(["k"], NOW)
-    assert not known.refuses(["k"], NOW + 0.001)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -125,75 +121,71 @@ async def test_it_goes_on_looking(known: RevocationList, monkeypatch: pytest.Mon
 async def test_a_gateway_that_does_not_know_serves_nobody(
     stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = stage.headers(stage.issuer.token())
-    assert (await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)).status_code == 200
+    token = stage.issuer.token()
+    assert (await stage.post(client, token)).status_code == 200
     monkeypatch.setattr(module, "MAX_AGE", 0.0)
-    response = await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)
-    assert response.content == problems.UNAVAILABLE.body()
-    assert response.headers["retry-after"] == "5"
+    response = await stage.post(client, token)
+    assert (response.content, response.headers["retry-after"]) == (problems.UNAVAILABLE.body(), "5")
     assert (await client.get("/readyz")).json()["missing"].keys() == {"revocations"}
     assert len(worker.opened) == 1
     monkeypatch.setattr(module, "MAX_AGE", MAX_AGE)
-    assert (await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)).status_code == 200
+    assert (await stage.post(client, token)).status_code == 200
 
 
 # What is asked for
 
 
-def issuers(*names: str, **changes: float) -> list[IssuerSettings]:
-    return [IssuerSettings(issuer=name, audience="a", algorithms=("EdDSA",), jwks={}, **changes) for name in names]
+OTHER = "https://other.example"
 
 
-def test_a_token_and_a_subject() -> None:
-    one = issuers(ISSUER, leeway=10.0, token_lifetime=DAY)
-    assert revocation(one, jti="t1", now=NOW) == Revocation(token_key(ISSUER, "t1"), NOW + DAY + 20)
-    assert revocation(one, subject="bob", now=NOW) == Revocation(subject_key(ISSUER, "bob"), NOW + DAY + 20, NOW)
+def asked(*names: str, **said: Any) -> Revocation:
+    issuers = [
+        IssuerSettings(issuer=name, audience="a", algorithms=("EdDSA",), jwks={}, leeway=10.0, token_lifetime=DAY)
+        for name in names or (ISSUER,)
+    ]
+    return revocation(issuers, now=NOW, **said)
 
 
-def test_until_the_token_expires_and_is_not_taken_any_more() -> None:
-    one = issuers(ISSUER, leeway=10.0, token_lifetime=DAY)
-    assert revocation(one, jti="t1", until=NOW + 60, now=NOW).until == NOW + 70
-    assert revocation(one, jti="t1", until=NOW + 99 * DAY, now=NOW).until == NOW + DAY + 20
+def test_what_is_revoked_and_until_when() -> None:
+    """Until the token expires and no clock that may be off takes it any more; at most a token's whole life."""
+    t1, most = token_key(ISSUER, "t1"), NOW + DAY + 20
+    assert asked(jti="t1") == Revocation(t1, most)
+    assert asked(subject="bob") == Revocation(subject_key(ISSUER, "bob"), most, NOW)
+    assert asked(jti="t1", until=NOW + 60) == Revocation(t1, NOW + 70)
+    assert asked(jti="t1", until=NOW + 99 * DAY) == Revocation(t1, most)
+    assert asked(ISSUER, OTHER, jti="t1", issuer=OTHER) == Revocation(token_key(OTHER, "t1"), most)
 
 
 @pytest.mark.parametrize(
-    ("asked", "remedy"),
+    ("names", "said", "remedy"),
     [
-        ({}, "--jti"),
-        ({"jti": "t1", "subject": "bob"}, "--jti"),
-        ({"jti": " "}, "--jti or --sub is empty"),
-        ({"subject": ""}, "--jti or --sub is empty"),
-        ({"jti": "t1", "until": NOW - 60}, "--until"),
-        ({"jti": "t1", "issuer": "https://third.example"}, "--issuer"),
+        ([ISSUER], {}, "--jti"),
+        ([ISSUER], {"jti": "t1", "subject": "bob"}, "--jti"),
+        ([ISSUER], {"jti": " "}, "--jti or --sub is empty"),
+        ([ISSUER], {"subject": ""}, "--jti or --sub is empty"),
+        ([ISSUER], {"jti": "t1", "until": NOW - 60}, "--until"),
+        ([ISSUER], {"jti": "t1", "issuer": "https://third.example"}, "--issuer"),
+        ([ISSUER, OTHER], {"jti": "t1"}, "--issuer"),
     ],
 )
-def test_what_cannot_be_meant_is_said(asked: dict[str, object], remedy: str) -> None:
+def test_what_cannot_be_meant_is_said(names: list[str], said: dict[str, object], remedy: str) -> None:
     with pytest.raises(UsageError, match=remedy):
-        revocation(issuers(ISSUER), now=NOW, **asked)  # type: ignore[arg-type]
+        asked(*names, **said)
 
 
-def test_of_several_issuers_one_is_named() -> None:
-    two = issuers(ISSUER, "https://other.example")
-    with pytest.raises(UsageError, match="--issuer"):
-        revocation(two, jti="t1", now=NOW)
-    assert revocation(two, jti="t1", issuer="https://other.example", now=NOW).key == token_key("https://other.example", "t1")
-
-
-async def test_a_subject_is_let_in_again_with_a_token_issued_later(
-    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
-) -> None:
-    async def status(token: str) -> int:
-        return (await stage.post(client, token)).status_code
-
+async def test_a_later_token_lets_a_subject_in_again(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     now = int(time.time())
-    before, during = stage.issuer.token(sub="bob", iat=now - 5), stage.issuer.token(sub="bob", iat=now + 5)
-    assert [await status(before), await status(during)] == [200, 200]
+    tokens = [stage.issuer.token(sub="bob", iat=now + away) for away in (-5, 5)]
+
+    async def statuses() -> list[int]:
+        return [(await stage.post(client, token)).status_code for token in tokens]
+
+    assert await statuses() == [200, 200]
     revoked = await stage.gateway.revoke(subject="bob")
-    stage.gateway.revocations._entries[revoked.key] = (revoked.until, now - 3.0)
     # Its issuer's clock may be 10 s ahead: what says that it was issued soon after may have been issued before.
-    assert [await status(before), await status(during)] == [401, 401]
-    stage.gateway.revocations._entries[revoked.key] = (revoked.until, now - 6.0)
-    assert [await status(before), await status(during)] == [401, 200]
+    for ago, expected in ((3.0, [401, 401]), (6.0, [401, 200])):
+        stage.gateway.revocations._entries[revoked.key] = (revoked.until, now - ago)
+        assert await statuses() == expected
 
 
 # On real gateways
@@ -217,18 +209,13 @@ async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[LiveStage]:
 
 async def refused_by(gateways: list[GatewayProcess], token: str) -> None:
     """Until all of these refuse the token. What they answer before says that they let it in."""
-    await asyncio.gather(*(_refused_by(gateway, token) for gateway in gateways))
-
-
-async def _refused_by(gateway: GatewayProcess, token: str) -> None:
     headers = {"lacre-pool": POOL, "lacre-model": TINY, "lacre-action": "chat", "content-type": "text/plain"}
-    async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False, verify=False) as client, asyncio.timeout(20):
-        while True:
-            response = await client.post("/v1/sealed", headers={**headers, "authorization": f"Bearer {token}"})
-            if response.status_code == 401:
-                return
-            assert response.status_code == 415
-            await asyncio.sleep(0.005)
+    headers["authorization"] = f"Bearer {token}"
+    for gateway in gateways:
+        async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False, verify=False) as client, asyncio.timeout(20):
+            while (response := await client.post("/v1/sealed", headers=headers)).status_code != 401:
+                assert response.status_code == 415
+                await asyncio.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -262,12 +249,8 @@ async def test_lacre_revoke(what: str, cluster: LiveStage, issuer: Issuer) -> No
     done = await asyncio.to_thread(lacre_command, "revoke", *arguments)
     assert done.returncode == 0 and done.stdout.startswith("revoked until "), done.stderr
     await refused_by(cluster.gateways, token)
-    for wrong in (
-        ["--until", "2020-01-01"],
-        ["--issuer", "https://third.example"],
-        ["--sub" if what == "--jti" else "--jti", "x"],
-    ):
-        done = await asyncio.to_thread(lacre_command, "revoke", *arguments, *wrong)
+    for wrong in ("--until=2020-01-01", "--issuer=https://third.example", "--sub=x" if what == "--jti" else "--jti=x"):
+        done = await asyncio.to_thread(lacre_command, "revoke", *arguments, wrong)
         assert done.returncode == 1 and done.stderr.startswith("error: "), done.stdout
 
 
@@ -292,13 +275,11 @@ async def test_without_its_bucket_a_gateway_is_not_ready(cluster: LiveStage) -> 
     first = cluster.gateways[0]
     first.stop()
     first.start()
+    missing: dict[str, str] = {}
     async with asyncio.timeout(60):
-        while True:
-            try:
-                if (missing := await first.missing()).keys() == {"revocations"}:
-                    break
-            except httpx2.TransportError:
-                pass
+        while missing.keys() != {"revocations"}:
+            with contextlib.suppress(httpx2.TransportError):
+                missing = await first.missing()
             await asyncio.sleep(0.05)
     assert "cannot be read" in missing["revocations"]
     assert "no bucket of revocations" in first.log.read_text()
