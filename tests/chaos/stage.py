@@ -20,8 +20,7 @@ from typing import Final, Protocol
 
 from chaos.balancer import Balancer
 from chaos.echo_worker import POOL
-from chaos.message_servers import MessageServer
-from chaos.network import network
+from chaos.message_servers import MessageServer, network
 from chaos.schedule import GATEWAYS, REAL_WORKERS, SERVERS, SMALL_DISK, WORKERS
 from lacre_fabric.nats import roles
 from lacre_fabric.nats.connection import Connection

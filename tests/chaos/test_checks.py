@@ -1,10 +1,11 @@
-"""Each check is silent where all is well, and goes red on an outcome that was doctored."""
+"""Each check is silent where all is well, and goes red on what was doctored. A schedule comes from its seed alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from chaos import checks
 from chaos.findings import broken, outage, price
 from chaos.load import DEADLINE, Ended
+from chaos.schedule import CALM, OF_SERVERS, REJOIN, SPARED, WARM_UP, Kind, draw
 from chaos.vitals import SETTLED, Life
 from lacre_gateway.audit.reader import LogReader
 from parts.auditing import written
@@ -57,98 +59,99 @@ LINES = [
     line("concurrent_streams", 4),
 ]
 KILLED = frozenset({"g2"})
+SOUND = Life("g1", 0.0, settled=(100 * MIB, 40), now=(150 * MIB, 50), seen=SETTLED + 60)
 
 
-def test_what_holds_is_not_complained_of() -> None:
-    assert not list(checks.ends(ENDS, 3))
-    assert not list(checks.receipts(ENTRIES, ENDS))
-    assert not list(checks.books(ENTRIES, price(), LINES, KILLED))
+IDLE = {"holder": "g3.7", "drawn": COST, "used": COST, "lost": False, "forfeited": 0}
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"how": "hung"}, "did not end"),
-        ({"took": DEADLINE + 1}, "took 91.0 s"),
-        ({"how": "error", "error": "KeyError", "typed": False}, "KeyError, which is no error of Lacre's"),
-        ({"right": False}, "got another answer"),
-        ({"receipts": []}, "whole without a receipt"),
-    ],
-)
-def test_an_end_that_is_none(changes: dict[str, Any], says: str) -> None:
-    [wrong] = checks.ends([whole(0), whole(1, **changes)], 2)
-    assert says in wrong
+def again(number: int) -> dict[str, Any]:
+    """A log in which that digest stands under another request."""
+    return {**ENTRIES, "g3": [{**entry, "request_id": "r9"} for entry in (intent(number), outcome(number))]}
 
 
-def test_a_request_that_nobody_heard_of_again() -> None:
-    assert list(checks.ends(ENDS, 4)) == ["4 requests were made, and 3 ended"]
-
-
-def test_a_digest_with_two_receipts() -> None:
-    twice = {**ENTRIES, "g3": [{**intent(1), "request_id": "r9"}, {**outcome(1), "request_id": "r9"}]}
-    assert list(checks.receipts(twice, ENDS)) == ["digest enc1 has 2 receipts"]
-
-
-def test_a_digest_that_answered_two_requests() -> None:
-    [wrong] = checks.receipts(ENTRIES, [*ENDS, whole(4, receipts=ENDS[0].receipts)])
-    assert wrong == "digest enc0 answered 2 requests"
-
-
-@pytest.mark.parametrize("receipt", [("enc0", 30, 0, 13), ("enc8", 30, 0, 12)])
-def test_a_receipt_that_the_log_does_not_have(receipt: tuple[str, int, int, int]) -> None:
-    [wrong] = checks.receipts(ENTRIES, [whole(0, receipts=[receipt])])
-    assert receipt[0] in wrong
-
-
-def test_a_request_whose_gateway_died_has_no_outcome_to_compare() -> None:
-    assert not list(checks.receipts(ENTRIES, [*ENDS, whole(3)]))
-
-
-def test_a_micro_unit_too_much() -> None:
+def dearer() -> dict[str, Any]:
     entries = copy.deepcopy(ENTRIES)
     entries["g1"][1]["money"] += 1
-    assert "costs" in " ".join(checks.books(entries, price(), LINES, KILLED))
+    return entries
 
 
-def test_what_is_gone_from_a_budget_and_stands_on_no_receipt() -> None:
-    lines = [line("money_per_month", 3 * COST + 11, [LOST]), *LINES[1:]]
-    [wrong] = checks.books(ENTRIES, price(), lines, KILLED)
-    assert wrong == f"money_per_month of window {WINDOW}: {3 * COST + 1} is gone from the budgets, and receipts say {3 * COST}"
+def minutes(*kept: int) -> list[dict[str, Any]]:
+    """Lines of a limit per minute, of the last two of three."""
+    return [line("requests_per_minute", drawn) | {"window": number} for number, drawn in enumerate(kept, 1)]
 
 
-@pytest.mark.parametrize(("kept", "wrong"), [((1, 1), 0), ((0, 1), 1), ((1, 0), 1)])
-def test_of_minutes_the_last_two_are_held_against_the_books(kept: tuple[int, int], wrong: int) -> None:
-    minutes = [intent(number) | {"limits": [f"user:p/requests_per_minute@{number}"]} for number in range(3)]
-    entries = {"g1": [entry for number in range(3) for entry in (minutes[number], outcome(number))]}
-    lines = [line("requests_per_minute", drawn) | {"window": number} for number, drawn in zip((1, 2), kept, strict=True)]
-    assert len(list(checks.books(entries, price(), lines, frozenset()))) == wrong
+EACH_MINUTE = {
+    "g1": [
+        entry
+        for number in range(3)
+        for entry in (intent(number) | {"limits": [f"user:p/requests_per_minute@{number}"]}, outcome(number))
+    ]
+}
 
 
-def test_a_lease_that_was_not_given_back() -> None:
-    wrong = list(checks.books(ENTRIES, price(), LINES, frozenset()))
-    assert wrong and all("did not give back its lease" in each for each in wrong)
+def books(entries: Any = ENTRIES, lines: Sequence[dict[str, Any]] = LINES, killed: frozenset[str] = KILLED) -> list[str]:
+    return list(checks.books(entries, price(), lines, killed))
 
 
-def test_a_lease_that_was_given_back_and_is_open_forfeits_nothing() -> None:
-    idle = {"holder": "g3.7", "drawn": COST, "used": COST, "lost": False, "forfeited": 0}
-    lines = [line("money_per_month", 3 * COST + 10, [LOST, idle]), *LINES[1:]]
-    assert not list(checks.books(ENTRIES, price(), lines, KILLED))
+# What was found, and what is said of it: nothing where all is well.
+FOUND: dict[str, tuple[Callable[[], Iterable[str]], list[str]]] = {
+    "all ended": (lambda: checks.ends(ENDS, 3), []),
+    "an end that hung": (lambda: checks.ends([whole(0, how="hung")], 1), ["did not end"]),
+    "an end that took long": (lambda: checks.ends([whole(0, took=DEADLINE + 1)], 1), ["took 91.0 s"]),
+    "an error of no type": (
+        lambda: checks.ends([whole(0, how="error", error="KeyError", typed=False)], 1),
+        ["KeyError, which is no error of Lacre's"],
+    ),
+    "another answer": (lambda: checks.ends([whole(0, right=False)], 1), ["got another answer"]),
+    "no receipt": (lambda: checks.ends([whole(0, receipts=[])], 1), ["whole without a receipt"]),
+    "one that nobody heard of again": (lambda: checks.ends(ENDS, 4), ["4 requests were made, and 3 ended"]),
+    "receipts that hold": (lambda: checks.receipts(ENTRIES, ENDS), []),
+    "a digest with two receipts": (lambda: checks.receipts(again(1), ENDS), ["digest enc1 has 2 receipts"]),
+    "a digest that answered two requests": (
+        lambda: checks.receipts(ENTRIES, [*ENDS, whole(4, receipts=ENDS[0].receipts)]), ["digest enc0 answered 2 requests"],
+    ),
+    "a receipt of other counts": (lambda: checks.receipts(ENTRIES, [whole(0, receipts=[("enc0", 30, 0, 13)])]), ["enc0"]),
+    "a receipt of no log": (lambda: checks.receipts(ENTRIES, [whole(0, receipts=[("enc8", 30, 0, 12)])]), ["enc8"]),
+    "no outcome to compare, as its gateway died": (lambda: checks.receipts(ENTRIES, [*ENDS, whole(3)]), []),
+    "books that hold": (books, []),
+    "a micro-unit too much": (
+        lambda: books(dearer()), [f"request r0 was charged {COST + 1}, and costs {COST}", "is gone from the budgets"],
+    ),
+    "gone from a budget, and on no receipt": (
+        lambda: books(lines=[line("money_per_month", 3 * COST + 11, [LOST]), *LINES[1:]]),
+        [f"money_per_month of window {WINDOW}: {3 * COST + 1} is gone from the budgets, and receipts say {3 * COST}"],
+    ),
+    "of minutes the last two are held": (lambda: books(EACH_MINUTE, minutes(1, 1)), []),
+    "of minutes the last but one is wrong": (lambda: books(EACH_MINUTE, minutes(0, 1)), ["window 1"]),
+    "of minutes the last is wrong": (lambda: books(EACH_MINUTE, minutes(1, 0)), ["window 2"]),
+    "leases that were not given back": (lambda: books(killed=frozenset()), ["did not give back its lease"] * 2),
+    "an open lease that was given back": (
+        lambda: books(lines=[line("money_per_month", 3 * COST + 10, [LOST, IDLE]), *LINES[1:]]), [],
+    ),
+    "sums that the budget itself finds wrong": (
+        lambda: books(lines=[{**LINES[0], "wrong": "g2.1: drew 1"}, *LINES[1:]]), ["acme, money_per_month: g2.1: drew 1"],
+    ),
+    "books that nobody wrote in": (lambda: books({}, []), ["nothing was drawn from any budget"]),
+    "a log that holds": (lambda: checks.logs({"g1": None}, 1, {}), []),
+    "a log that does not": (lambda: checks.logs({"g1": "a tile"}, 1, {}), ["g1 does not hold: a tile"]),
+    "a proof that no log covers": (lambda: checks.logs({"g1": None}, 1, {"proof": "rolled back"}), ["covered: rolled back"]),
+    "no proof": (lambda: checks.logs({"g1": None}, 0, {}), ["no client received a proof"]),
+    "a sound life": (lambda: checks.lives([SOUND]), []),
+    "memory that grew": (lambda: checks.lives([replace(SOUND, now=(250 * MIB, 50))]), ["g1 held 100 MiB"]),
+    "descriptors that leaked": (lambda: checks.lives([replace(SOUND, now=(150 * MIB, 90))]), ["g1 held 40 descriptors"]),
+    "nobody who lived for long": (
+        lambda: checks.lives([replace(SOUND, seen=SETTLED + 1)]), ["no process lived long enough to be judged"],
+    ),
+}  # fmt: skip
 
 
-def test_sums_that_the_budget_itself_finds_wrong() -> None:
-    lines = [{**LINES[0], "wrong": "g2.1: drew 1"}, *LINES[1:]]
-    assert list(checks.books(ENTRIES, price(), lines, KILLED)) == ["acme, money_per_month: g2.1: drew 1"]
-
-
-def test_books_that_nobody_wrote_in() -> None:
-    assert "nothing was drawn from any budget" in list(checks.books({}, price(), [], KILLED))
-
-
-def test_a_log_that_does_not_hold() -> None:
-    assert not list(checks.logs({"g1": None}, 1, {}))
-    assert "g1 does not hold: a tile" in next(checks.logs({"g1": "a tile"}, 1, {}))
-    assert "not covered: rolled back" in next(checks.logs({"g1": None}, 1, {"proof": "rolled back"}))
-    assert list(checks.logs({"g1": None}, 0, {})) == ["no client received a proof"]
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_said_of(name: str) -> None:
+    found, expected = FOUND[name]
+    said = list(found())
+    assert len(said) == len(expected)
+    assert all(part in each for part, each in zip(expected, said, strict=True)), said
 
 
 async def test_a_proof_whose_entry_the_log_lost(tmp_path: Path) -> None:
@@ -163,13 +166,27 @@ async def test_a_proof_whose_entry_the_log_lost(tmp_path: Path) -> None:
     assert header in broken([header], {"g2": long})
 
 
-def test_a_leak() -> None:
-    sound = Life("g1", 0.0, settled=(100 * MIB, 40), now=(150 * MIB, 50), seen=SETTLED + 60)
-    assert not list(checks.lives([sound]))
-    assert "g1 held 100 MiB" in next(checks.lives([replace(sound, now=(250 * MIB, 50))]))
-    assert "g1 held 40 descriptors" in next(checks.lives([replace(sound, now=(150 * MIB, 90))]))
-    assert list(checks.lives([replace(sound, seen=SETTLED + 1)])) == ["no process lived long enough to be judged"]
-
-
 def test_the_longest_outage_is_between_two_answers() -> None:
     assert outage([whole(0), whole(1, how="error"), whole(7), whole(8)]) == 7.0
+
+
+KINDS: set[Kind] = {
+    "kill-gateway", "kill-worker", "kill-server", "stop-gateway", "stop-worker", "stop-server",
+    "leader", "partition", "skew", "disk", "keys", "policies",
+}  # fmt: skip
+
+
+def test_the_same_seed_strikes_the_same_way() -> None:
+    assert draw(7, 600) == draw(7, 600) != draw(8, 600)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_its_rules(seed: int) -> None:
+    schedule = draw(seed, 600)
+    assert {strike.kind for strike in schedule} == KINDS
+    assert [strike.at for strike in schedule] == sorted(strike.at for strike in schedule)
+    assert schedule[0].at >= WARM_UP and max(strike.at + strike.lasting for strike in schedule) <= 600 - CALM
+    assert not [strike for strike in schedule if strike.kind.startswith("kill") and strike.target in SPARED]
+    away = [strike for strike in schedule if strike.kind in OF_SERVERS]
+    for before, after in pairwise(away):
+        assert after.at >= before.at + before.lasting + REJOIN - 0.02

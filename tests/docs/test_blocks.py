@@ -7,16 +7,13 @@ with `# uvicorn MODULE:APP` runs while that app is served, and reaches it where 
 from __future__ import annotations
 
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import pytest
+
+from .conftest import ran, served
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,27 +51,8 @@ def test_blocks_run(document: Path, tmp_path: Path, shell: dict[str, str]) -> No
         if named := re.match(r"# (\w+\.py)", first):
             (tmp_path / named[1]).write_text(block.text)
         elif app := re.match(r"# uvicorn (\w+:\w+)", first):
-            with served(app[1], tmp_path, shell) as port:
-                run(block, block.text.replace("127.0.0.1:8000", f"127.0.0.1:{port}"), tmp_path, shell)
+            with served(app[1], tmp_path, shell) as client:
+                text = block.text.replace("127.0.0.1:8000", client.base_url.netloc.decode())
+                ran(["-c", text], shell, block, cwd=tmp_path)
         else:
-            run(block, block.text, tmp_path, shell)
-
-
-def run(block: Block, text: str, folder: Path, shell: dict[str, str]) -> None:
-    command = [sys.executable, "-W", "error", "-c", text]
-    done = subprocess.run(command, check=False, cwd=folder, env=shell, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
-
-
-@contextmanager
-def served(app: str, folder: Path, shell: dict[str, str]) -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        command = [sys.executable, "-m", "uvicorn", "--fd", str(listener.fileno()), "--log-level", "warning", app]
-        process = subprocess.Popen(command, cwd=folder, env=shell, pass_fds=[listener.fileno()])
-        try:
-            port = listener.getsockname()[1]
-            httpx2.get(f"http://127.0.0.1:{port}/", timeout=60)  # it waits in the socket's queue until the app is there
-            yield port
-        finally:
-            process.terminate()
-            process.wait(30)
+            ran(["-c", block.text], shell, block, cwd=tmp_path)

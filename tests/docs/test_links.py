@@ -31,11 +31,6 @@ def broken(page: Path) -> Iterator[str]:
             yield target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_of(page: Path) -> None:
-    assert list(broken(page)) == []
-
-
 ROOMS = "sdk/|fabric/lacre_|gateway/lacre_|backend/lacre_|tests/|tools/|bench/|deploy/|examples/|policies/|requirements/"
 NAMED = re.compile(rf"(?<![\w/.-])(?:{ROOMS})[\w./-]*\w")
 MODULE = re.compile(r"(?<![\w.])python -m ((?:lacre|tests|bench)[\w.]*)")
@@ -48,18 +43,14 @@ def missing(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_names_of(page: Path) -> None:
-    assert missing(page.read_text()) == []
+def test_links_and_names_of(page: Path) -> None:
+    assert (list(broken(page)), missing(page.read_text())) == ([], [])
 
 
-def test_a_missing_name_is_seen() -> None:
+def test_what_is_broken_is_seen(tmp_path: Path) -> None:
     text = "`tests/none.py`, `tests/docs/test_links.py`, `sdk/lacre/`; `python -m lacre.none`, `python -m lacre`"
     assert missing(text) == ["tests/none.py", "lacre.none"]
-
-
-def test_a_broken_link_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(
-        "# The `x`: a title\n[a](#the-x-a-title) [b](none.md) [c](#none) [d](https://e.example/) `[f](code.md)` [g](page.md)\n"
-    )
+    links = "[a](#the-x-a-title) [b](none.md) [c](#none) [d](https://e.example/) `[f](code.md)` [g](page.md)"
+    page.write_text(f"# The `x`: a title\n{links}\n")
     assert list(broken(page)) == ["none.md", "#none"]

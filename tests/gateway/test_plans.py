@@ -53,35 +53,25 @@ def test_values() -> None:
     found = plans()
     assert found.currency == "EUR"
     assert found.plans["free"].user == PlanLimits(requests_per_minute=10, tokens_per_day=0)
+    # Zero is a limit, and one that is absent is none.
+    limits = {LimitKind.REQUESTS_PER_MINUTE: 10, LimitKind.TOKENS_PER_DAY: 0}
+    assert dict(found.plans["free"].user.each()) == limits
     assert found.plans["free"].tenant == found.plans["free"].everyone == PlanLimits()
     assert found.plans["paid"].tenant == PlanLimits(money_per_month=30_000_001, tokens_per_minute=1000)
     assert found.tenants["acme"].limits == PlanLimits(concurrent_streams=5)
-    assert found.prices["large"] == Price(3_000_000, 300_000, 15_500_000)
-
-
-def test_zero_is_a_limit_and_absent_is_none() -> None:
-    assert dict(plans().plans["free"].user.each()) == {LimitKind.REQUESTS_PER_MINUTE: 10, LimitKind.TOKENS_PER_DAY: 0}
+    assert found.price_of("large") == Price(3_000_000, 300_000, 15_500_000)
+    assert found.price_of("small") == found.prices["*"]
 
 
 @pytest.mark.parametrize(
     ("tenant", "named", "plan"),
     [
-        ("acme", None, "paid"),
-        ("acme", "free", "free"),
-        ("else", None, "free"),
-        ("else", "paid", "paid"),
-        ("acme", "gold", None),
+        ("acme", None, "paid"), ("acme", "free", "free"), ("acme", "gold", None), ("else", None, "free"), ("else", "paid", "paid"),
     ],
-)
+)  # fmt: skip
 def test_whose_plan(tenant: str, named: str | None, plan: str | None) -> None:
     found = plans().plan_of(tenant, named)
     assert (found and found.name) == plan
-
-
-def test_whose_price() -> None:
-    found = plans()
-    assert found.price_of("large") == found.prices["large"]
-    assert found.price_of("small") == found.prices["*"]
 
 
 @given(prices=st.tuples(COUNTS, COUNTS, COUNTS), fresh=COUNTS, cached=COUNTS, completion=COUNTS)
@@ -100,39 +90,35 @@ def test_money_as_text(amount: int, text: str) -> None:
 
 # What is written in place of what; what the error must say.
 MISTAKES = {
-    '"30.000001"': ("30.0", ["plans.paid.tenant.money_per_month: write an amount as text"]),
-    '"0.30"': ('"0.0000001"', ["prices.large.cached: write an amount as text, with at most six decimals"]),
-    '"15.5"': ('"-1"', ["prices.large.completion: write an amount"]),
-    "= 10\n": ("= 1.5\n", ["plans.free.user.requests_per_minute: must be a valid integer"]),
-    "= 1000\n": ("= -1\n", ["plans.paid.tenant.tokens_per_minute: must be greater than or equal to 0"]),
-    "tokens_per_day": ("token_per_day", ["plans.free.user.token_per_day: unknown key", "'tokens_per_day'"]),
-    "[plans.paid.everyone]": ("[plans.paid.all]", ["plans.paid.all: unknown key"]),
-    "default_plan": ("default", ["default_plan: missing"]),
-    'default_plan = "free"': ('default_plan = "fre"', ["default_plan: no such plan; write one of free, paid"]),
-    'plan = "paid"': ('plan = "gold"', ["tenants.acme.plan: no such plan"]),
-    '[prices."*"]': ("[prices.small]", ['add a table [prices."*"]']),
-    '"EUR"': ('"euro"', ["currency: must match pattern"]),
-    "[tenants.acme]": ("[tenants.acme", ["not TOML"]),
+    '"30.000001"': ("30.0", "plans.paid.tenant.money_per_month: write an amount as text"),
+    '"0.30"': ('"0.0000001"', "prices.large.cached: write an amount as text, with at most six decimals"),
+    '"15.5"': ('"-1"', "prices.large.completion: write an amount"),
+    "= 10\n": ("= 1.5\n", "plans.free.user.requests_per_minute: must be a valid integer"),
+    "= 1000\n": ("= -1\n", "plans.paid.tenant.tokens_per_minute: must be greater than or equal to 0"),
+    "tokens_per_day": (
+        "token_per_day",
+        "plans.free.user.token_per_day: unknown key; the nearest known one is 'tokens_per_day'",
+    ),
+    "[plans.paid.everyone]": ("[plans.paid.all]", "plans.paid.all: unknown key"),
+    "default_plan": ("default", "default_plan: missing"),
+    'default_plan = "free"': ('default_plan = "fre"', "default_plan: no such plan; write one of free, paid"),
+    'plan = "paid"': ('plan = "gold"', "tenants.acme.plan: no such plan"),
+    '[prices."*"]': ("[prices.small]", r'add a table \[prices\."\*"\]'),
+    '"EUR"': ('"euro"', "currency: must match pattern"),
+    "[tenants.acme]": ("[tenants.acme", "not TOML"),
 }
 
 
 @pytest.mark.parametrize("old", MISTAKES)
 def test_mistakes(old: str) -> None:
     new, said = MISTAKES[old]
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(SettingsError, match=rf"^/etc/lacre/plans\.toml: .*{said}") as error:
         plans(TEXT.replace(old, new, 1))
-    message = str(error.value)
-    assert message.startswith("/etc/lacre/plans.toml: ")
-    for part in said:
-        assert part in message
-    assert "pydantic" not in message
+    assert "pydantic" not in str(error.value)
 
 
-def test_what_ships_with_lacre() -> None:
+def test_files(tmp_path: Path) -> None:
     found = load(shipped())
     assert found.plan_of("anybody", None) is found.plans["standard"]
-
-
-def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot read"):
         load(tmp_path)

@@ -68,38 +68,42 @@ def test_which_receipt_counts(tokens: tuple[bytes, ...], settled: int | None, re
     assert (verdict.receipt.completion_tokens if verdict.receipt else None, verdict.refused) == (settled, refused)
 
 
-async def broken(stage: Stage, client: httpx2.AsyncClient) -> dict[str, Any]:
-    """The outcome of an answer that breaks off."""
-    await stage.post(client)
-    return (await stage.trail())[1]
+FORGED_BEAT = receipt(7).sign(OTHER_KEY).encode()
 
 
-async def test_broken_answer_is_settled_on_the_last_beat(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
-    outcome = await broken(stage, client)
-    assert (outcome["outcome"], outcome["completion_tokens"], outcome["refused_receipt"]) == ("broken", 5, None)
-
-
-async def test_a_beat_that_proves_nothing_leaves_the_one_before(
-    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
+@pytest.mark.parametrize(
+    ("beats", "tokens", "refused"),
+    [
+        (({"completion_tokens": 3}, {"completion_tokens": 5}), 5, None),
+        # A beat that proves nothing leaves the one before.
+        (({"completion_tokens": 3}, FORGED_BEAT, b"", b"no receipt"), 3, "not-by-the-pool"),
+    ],
+)
+async def test_broken_answer_is_settled_on_the_last_beat(
+    beats: tuple[Any, ...], tokens: int, refused: str | None, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
-    forged = receipt(7).sign(OTHER_KEY).encode()
-    worker.script = Script(beats=({"completion_tokens": 3}, forged, b"", b"no receipt"), ending="error:x")
-    outcome = await broken(stage, client)
-    assert (outcome["unreceipted"], outcome["completion_tokens"]) == (False, 3)
-    assert outcome["refused_receipt"] == "not-by-the-pool"
+    worker.script = Script(beats=beats, ending="error:x")
+    await stage.post(client)
+    outcome = (await stage.trail())[1]
+    assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("broken", False, tokens)
+    assert outcome["refused_receipt"] == refused
 
 
 async def test_above_the_grant_is_not_settled_at_all(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """The answer is whole, and the client gets it; what the worker wants to be paid for it is refused."""
     worker.script = Script(beats=({"completion_tokens": 3},), usage={"completion_tokens": 257})
-    body, _, opener = stage.seal()
-    response = await stage.post(client, body=body)
-    assert opened(opener, response.content) == b"".join(PIECES)
+    assert await ask(stage, client)
     outcome = (await stage.trail())[1]
-    assert (outcome["unreceipted"], outcome["completion_tokens"]) == (True, None)
+    assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("answered", True, None)
     assert outcome["refused_receipt"] == "above-the-grant"
     [warning] = [entry for entry in stage.logged() if entry["level"] == "warning"]
     assert (warning["event"], warning["reason"]) == ("receipt refused", "above-the-grant")
+
+
+async def ask(stage: Stage, client: httpx2.AsyncClient) -> bool:
+    body, _, opener = stage.seal(key=2)
+    response = await stage.post(client, body=body)
+    return opened(opener, response.content) == b"".join(PIECES)
 
 
 @contextlib.asynccontextmanager
@@ -113,12 +117,6 @@ async def no_thread_free() -> AsyncIterator[threading.Event]:
     finally:
         go.set()
         await asyncio.gather(*busy)
-
-
-async def ask(stage: Stage, client: httpx2.AsyncClient) -> bool:
-    body, _, opener = stage.seal(key=2)
-    response = await stage.post(client, body=body)
-    return opened(opener, response.content) == b"".join(PIECES)
 
 
 async def test_no_answer_waits_and_many_are_settled_at_once(
@@ -145,16 +143,8 @@ async def test_closing_waits_for_what_is_not_settled_yet(stage: Stage, worker: F
     assert [entry["kind"] for entry in await stage.trail()] == ["intent", "outcome"]
 
 
-async def test_verdicts_come_in_the_order_of_the_claims(stage: Stage) -> None:
-    verdicts: list[Verdict] = []
-    for completion in range(1, 9):
-        stage.gateway.settlement.settle(claim(token(completion)), verdicts.append)
-    await stage.gateway.settlement.close()
-    assert [verdict.receipt.completion_tokens for verdict in verdicts if verdict.receipt] == list(range(1, 9))
-
-
 class Told:
-    """Claims that were settled, by their number, and what was told of each."""
+    """Claims that were settled, by their number, and what was told of each, in its order."""
 
     def __init__(self) -> None:
         self.settlement = Settlement(make_log(io.StringIO()))
@@ -168,16 +158,21 @@ class Told:
 
         self.settlement.settle(settled, then)
 
+    def counts(self) -> list[int | None]:
+        """The tokens of each verdict, in the order in which they were told."""
+        told = [verdict for verdicts in self.verdicts.values() for verdict in verdicts]
+        return [verdict.receipt.completion_tokens if verdict.receipt else None for verdict in told]
+
 
 async def test_a_fault_in_one_claim_costs_no_other_its_verdict(caplog: pytest.LogCaptureFixture) -> None:
+    """And they come in the order of the claims."""
     told = Told()
     for number in range(5):
-        told.settle(number, claim(token(3)), fails=number == 1)
+        told.settle(number, claim(token(number + 1)), fails=number == 1)
     broken = dataclasses.replace(claim(token(3)), reservation=None)  # type: ignore[arg-type]  # a fault of ours, say
     told.settle(5, broken)
     await told.settlement.close()
-    assert {number: len(verdicts) for number, verdicts in told.verdicts.items()} == dict.fromkeys(range(6), 1)
-    assert all(told.verdicts[number][0].receipt for number in range(5))
+    assert told.counts() == [1, 2, 3, 4, 5, None]
     assert told.verdicts[5] == [Verdict(refused=ReceiptFault.NOT_THE_POOLS)]
     assert caplog.messages == ["a try failed: settlement"] * 2
 
@@ -193,7 +188,7 @@ async def test_a_drain_that_is_cut_off_loses_nothing() -> None:
         await asyncio.sleep(0.01)
         assert not told.verdicts
         await told.settlement.close()
-    assert [len(told.verdicts[number]) for number in range(3)] == [1, 1, 1]
+    assert told.counts() == [3, 3, 3]
 
 
 async def test_a_system_without_a_thread_to_give_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -203,5 +198,5 @@ async def test_a_system_without_a_thread_to_give_loses_nothing(caplog: pytest.Lo
     told = Told()
     told.settle(0, claim(token(3)))
     await told.settlement.close()
-    assert len(told.verdicts[0]) == 1 and told.verdicts[0][0].receipt is not None
+    assert told.counts() == [3]
     assert caplog.messages == ["a try failed: settlement"]

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI
 
 from lacre import problems
@@ -174,21 +173,6 @@ async def test_abort_in_raw_bytes_and_in_the_log(
     caplog.handler.removeFilter(not_ours)
 
 
-@pytest.mark.parametrize("usage", [{"completion_tokens": 257}, {"prompt_tokens": 2049}, {"enc": "AAAA"}, {"key": "another"}])
-async def test_receipt_that_does_not_hold(
-    usage: dict[str, object], stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient
-) -> None:
-    """The answer is whole, and the client gets it; what the worker wants to be paid for it is refused."""
-    key = Ed25519PrivateKey.generate() if "key" in usage else None
-    worker.script = Script(usage={} if key else usage, receipt_key=key)
-    body, _, opener = stage.seal(content=b"x" * 9000)
-    response = await stage.post(http, body=body)
-    assert opened(opener, response.content) == WHOLE
-    outcome = (await stage.trail())[1]
-    assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("answered", True, None)
-    assert [entry["event"] for entry in stage.logged() if entry["level"] == "warning"] == ["receipt refused"]
-
-
 @pytest.mark.parametrize("when", ["before the answer", "in mid-answer"])
 async def test_client_that_leaves(when: str, stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
     """The worker is told at once, its slot is free, and the outcome says so."""
@@ -268,15 +252,6 @@ async def test_chunked_upload_without_length(stage: Stage, worker: FakeWorker, h
     assert opened(opener, response.content) == WHOLE
 
 
-async def test_many_at_once(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
-    async def one() -> bool:
-        body, _, opener = stage.seal(key=2)
-        return opened(opener, (await stage.post(http, body=body)).content) == WHOLE
-
-    assert all(await asyncio.gather(*(one() for _ in range(20))))
-    assert len({entry["request_id"] for entry in await stage.trail(20)}) == 20
-
-
 async def test_shutdown_lets_streams_finish(stage: Stage, worker: FakeWorker) -> None:
     go = asyncio.Event()
     worker.script = Script(between=go.wait)
@@ -300,7 +275,3 @@ async def test_shutdown_aborts_what_takes_too_long(stage: Stage, worker: FakeWor
             await answering
     assert (await stage.trail())[1]["outcome"] == "interrupted"
     assert worker.cancelled == 1
-
-
-async def test_manifest_over_http(stage: Stage, http: httpx2.AsyncClient) -> None:
-    assert (await http.get("/v1/manifest")).content == stage.gateway.feed.document

@@ -27,43 +27,40 @@ TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PROMPT = b'{"messages":[{"role":"user","content":"s3cr3t-canary"}]}'
 
 
-class Collector:
-    """What was exported."""
+class Collector(ThreadingHTTPServer):
+    """bodies: what was exported."""
 
     def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Taking)
         self.bodies: list[bytes] = []
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                assert self.path == "/v1/traces"
-                collector.bodies.append(self.rfile.read(int(self.headers["content-length"])))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever)
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def spans(self) -> list[Any]:
         requests = map(ExportTraceServiceRequest.FromString, self.bodies)
         return [span for sent in requests for at in sent.resource_spans for scope in at.scope_spans for span in scope.spans]
 
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+
+class Taking(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/traces"
+        self.server.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    collector = Collector()
-    yield collector
-    collector.close()
+    with Collector() as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        yield collector
+        collector.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -71,11 +68,9 @@ async def traced(collector: Collector, put_up: PutUp) -> Stage:
     return await put_up(settings=f'tracing = {{ endpoint = "{collector.url}" }}')
 
 
-async def ask(stage: Stage, **headers: str | None) -> httpx2.Response:
-    transport = httpx2.ASGITransport(stage.app, client=("192.0.2.1", 40000))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
-        body, _, _ = stage.seal(content=PROMPT)
-        return await stage.post(client, **headers, body=body)
+async def ask(stage: Stage, token: str | None = None, **headers: str | None) -> httpx2.Response:
+    async with stage.http("203.0.113.77") as client:
+        return await stage.post(client, token, **headers, body=stage.seal(content=PROMPT)[0])
 
 
 def attributes(span: Any) -> dict[str, Any]:
@@ -117,10 +112,7 @@ async def test_nobody_is_named(traced: Stage, collector: Collector) -> None:
     """Neither content nor who asks: of the token, of its claims, of the address."""
     token = traced.issuer.token(sub="canary-sub", tenant="canary-tenant", groups=["canary-group"], jti="canary-jti")
     async with traced.fake_worker():
-        body, _, _ = traced.seal(content=PROMPT)
-        transport = httpx2.ASGITransport(traced.app, client=("203.0.113.77", 40000))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
-            await client.post("/v1/sealed", content=body, headers=traced.headers(token) | {"cookie": "canary-cookie"})
+        await ask(traced, token, cookie="canary-cookie")
     await traced.gateway.close()
     sent = b"".join(collector.bodies)
     assert collector.spans()
@@ -158,20 +150,24 @@ async def test_a_collector_that_is_away(put_up: PutUp) -> None:
     assert (await ask(stage)).status_code == 503  # as ever: there is no worker
 
 
+NAMES = {
+    gen_ai_attributes: {
+        "PROVIDER_NAME": "GEN_AI_PROVIDER_NAME", "OPERATION_NAME": "GEN_AI_OPERATION_NAME",
+        "REQUEST_MODEL": "GEN_AI_REQUEST_MODEL", "REQUEST_MAX_TOKENS": "GEN_AI_REQUEST_MAX_TOKENS",
+        "INPUT_TOKENS": "GEN_AI_USAGE_INPUT_TOKENS", "OUTPUT_TOKENS": "GEN_AI_USAGE_OUTPUT_TOKENS",
+        "CACHED_TOKENS": "GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS",
+    },
+    http_attributes: {"METHOD": "HTTP_REQUEST_METHOD", "ROUTE": "HTTP_ROUTE", "STATUS": "HTTP_RESPONSE_STATUS_CODE"},
+    error_attributes: {"ERROR": "ERROR_TYPE"},
+    service_attributes: {"SERVICE_NAME": "SERVICE_NAME"},
+}  # fmt: skip
+
+
 def test_the_names_are_opentelemetrys() -> None:
-    for name in (
-        "PROVIDER_NAME", "OPERATION_NAME", "REQUEST_MODEL", "REQUEST_MAX_TOKENS",
-    ):  # fmt: skip
-        assert getattr(tracing, name) == getattr(gen_ai_attributes, f"GEN_AI_{name}")
-    assert tracing.INPUT_TOKENS == gen_ai_attributes.GEN_AI_USAGE_INPUT_TOKENS
-    assert tracing.OUTPUT_TOKENS == gen_ai_attributes.GEN_AI_USAGE_OUTPUT_TOKENS
-    assert tracing.CACHED_TOKENS == gen_ai_attributes.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS
-    assert (tracing.METHOD, tracing.ROUTE) == (http_attributes.HTTP_REQUEST_METHOD, http_attributes.HTTP_ROUTE)
-    assert tracing.STATUS == http_attributes.HTTP_RESPONSE_STATUS_CODE
-    assert tracing.ERROR == error_attributes.ERROR_TYPE
-    assert tracing.SERVICE_NAME == service_attributes.SERVICE_NAME
-    known = {value.value for value in gen_ai_attributes.GenAiOperationNameValues}
-    assert set(tracing._OPERATIONS.values()) <= known
+    for theirs, names in NAMES.items():
+        for ours, name in names.items():
+            assert getattr(tracing, ours) == getattr(theirs, name), ours
+    assert set(tracing._OPERATIONS.values()) <= {value.value for value in gen_ai_attributes.GenAiOperationNameValues}
 
 
 def test_off_it_is_not_even_imported() -> None:

@@ -47,7 +47,7 @@ async def test_kill_9(tmp_path: Path) -> None:
             for _ in range(LIVES):
                 await gateway.start()
                 before = len(load.proofs)
-                await gateway.until(lambda goal=before + 20: _reached(load.proofs, goal))
+                await gateway.until(lambda goal=before + 20: len(load.proofs) >= goal)
                 await asyncio.sleep(chance.uniform(0, 0.3))
                 assert await gateway.kill() == -signal.SIGKILL
                 verdict = await asyncio.to_thread(checked, gateway, load.proofs[before:], kept)
@@ -66,10 +66,6 @@ async def test_kill_9(tmp_path: Path) -> None:
     assert sum(load.failed.values()) >= LIVES, load.failed
 
 
-async def _reached(proofs: Sequence[AuditProof], goal: int) -> bool:
-    return len(proofs) >= goal
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk", "1m") as disk:
@@ -82,28 +78,26 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 async def test_full_disk(tmp_path: Path, disk: Path) -> None:
     """A real file system that is full: requests are refused with the problem that says so, and served again when it is not."""
     async with EchoStage.standing(tmp_path, audit=disk / "audit") as gateway:
+
+        async def starved() -> bool:
+            return "audit" in (await gateway.detail()).get("missing", {})
+
         await gateway.start()
         async with gateway.load(6) as load:
-            await gateway.until(lambda: _reached(load.proofs, 20))
+            await gateway.until(lambda: len(load.proofs) >= 20)
             with filled(disk):
-                await gateway.until(lambda: _missing(gateway, "audit"))
-                refused = load.failed.get("Unavailable", 0)
-                served = load.whole
-                await gateway.until(lambda: _reached([None] * (load.failed.get("Unavailable", 0) - refused), 20))
+                await gateway.until(starved)
+                refused, served = load.failed["Unavailable"], load.whole
+                await gateway.until(lambda: load.failed["Unavailable"] >= refused + 20)
                 assert load.whole <= served + 6  # what was under way then
                 await asyncio.to_thread(checked, gateway, load.proofs)
-                problems = {problem for wire in load.wires for problem in wire.problems}
-                assert problems == {(503, "2")}
+                assert {problem for wire in load.wires for problem in wire.problems} == {(503, "2")}
             await gateway.until(gateway.ready)  # by itself
             served = load.whole
-            await gateway.until(lambda: _reached([None] * (load.whole - served), 20))
+            await gateway.until(lambda: load.whole >= served + 20)
         assert await gateway.kill(signal.SIGTERM) == 0
         verdict = checked(gateway, load.proofs)
         assert (verdict.under_way, verdict.torn) == (0, 0)
         resumed = events(gateway, kinds.RESUMED)
         assert resumed and all(event["count"] for event in resumed[:1])
         assert set(load.failed) == {"Unavailable"}, load.failed
-
-
-async def _missing(gateway: EchoStage, what: str) -> bool:
-    return what in (await gateway.detail()).get("missing", {})

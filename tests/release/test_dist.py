@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from email.parser import HeaderParser
 from hashlib import sha256
 from pathlib import Path
@@ -92,47 +93,45 @@ def test_a_file_more_or_less(made: Path, copy: Path) -> None:
         verify(copy, made / "allowed_signers")
 
 
-def test_a_key_that_is_not_trusted(made: Path, copy: Path, tmp_path: Path) -> None:
-    sign_again(copy, new_key(tmp_path))
-    with pytest.raises(VerifyError, match="signature"):
-        verify(copy, made / "allowed_signers")
-
-
-def test_a_signature_that_was_made_for_something_else(made: Path, copy: Path, key: Path) -> None:
-    sign_again(copy, key, namespace="git")
-    with pytest.raises(VerifyError, match="signature"):
-        verify(copy, made / "allowed_signers")
-
-
-def test_provenance_by_another_key(made: Path, copy: Path, key: Path) -> None:
-    payload = statement({name: sha256((copy / name).read_bytes()).hexdigest() for name in ARTIFACTS}, {})
-    (copy / PROVENANCE).write_bytes(seal(payload, Ed25519PrivateKey.generate()))
-    sign_again(copy, key)
-    with pytest.raises(AttestationError, match="no trusted key"):
-        verify(copy, made / "allowed_signers")
-
-
-def test_provenance_of_other_files(made: Path, copy: Path, key: Path) -> None:
+def opened(key: Path) -> Ed25519PrivateKey:
     private = load_ssh_private_key(key.read_bytes(), password=None)
     assert isinstance(private, Ed25519PrivateKey)
-    (copy / PROVENANCE).write_bytes(seal(statement({ARTIFACTS[0]: "00" * 32}, {}), private))
-    sign_again(copy, key)
-    with pytest.raises(VerifyError, match="other files"):
+    return private
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: sha256((folder / name).read_bytes()).hexdigest() for name in ARTIFACTS}
+
+
+@pytest.mark.parametrize("wrong", ["another key", "another purpose"])
+def test_a_signature_that_is_not_trusted(made: Path, copy: Path, key: Path, tmp_path: Path, wrong: str) -> None:
+    sign_again(copy, *((new_key(tmp_path),) if wrong == "another key" else (key, "git")))
+    with pytest.raises(VerifyError, match="signature"):
         verify(copy, made / "allowed_signers")
 
 
-def test_no_provenance(made: Path, copy: Path, key: Path) -> None:
-    (copy / PROVENANCE).unlink()
+@pytest.mark.parametrize(
+    ("provenance", "said"),
+    [
+        (lambda copy, _key: seal(statement(digests(copy), {}), Ed25519PrivateKey.generate()), "no trusted key"),
+        (lambda _copy, key: seal(statement({ARTIFACTS[0]: "00" * 32}, {}), opened(key)), "other files"),
+        (None, "0 files of provenance"),
+    ],
+    ids=["by another key", "of other files", "none"],
+)
+def test_provenance(made: Path, copy: Path, key: Path, provenance: Callable[[Path, Path], bytes] | None, said: str) -> None:
+    if provenance is None:
+        (copy / PROVENANCE).unlink()
+    else:
+        (copy / PROVENANCE).write_bytes(provenance(copy, key))
     sign_again(copy, key)
-    with pytest.raises(VerifyError, match="0 files of provenance"):
+    with pytest.raises((AttestationError, VerifyError), match=said):
         verify(copy, made / "allowed_signers")
 
 
 def test_what_the_provenance_says(made: Path, key: Path) -> None:
-    private = load_ssh_private_key(key.read_bytes(), password=None)
-    assert isinstance(private, Ed25519PrivateKey)
-    digests, predicate = read_statement(open_envelope((made / PROVENANCE).read_bytes(), [private.public_key()]))
-    assert digests == {name: sha256((made / name).read_bytes()).hexdigest() for name in ARTIFACTS}
+    said, predicate = read_statement(open_envelope((made / PROVENANCE).read_bytes(), [opened(key).public_key()]))
+    assert said == digests(made)
     definition, details = predicate["buildDefinition"], predicate["runDetails"]
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert definition["buildType"] == "urn:lacre:dist:v1"
@@ -191,50 +190,44 @@ def test_source_distributions_hold_sources_alone(made: Path) -> None:
     assert folders == {"backend", "fabric", "gateway", "policies", "sdk"}
 
 
-class TestWhatIsRefused:
-    def test_a_tree_with_changes(self, tmp_path: Path) -> None:
-        clone = tmp_path / "clone"
-        subprocess.run(["git", "clone", "-q", "--shared", ROOT, clone], check=True, capture_output=True)
-        for name in ("dist.py", "verify_dist.py", "attestation.py", "bootstrap.py"):
-            shutil.copy(ROOT / "tools" / name, clone / "tools" / name)
-        (clone / "README.md").write_text("another\n")
-        (clone / "sdk/lacre/added.py").write_text("")
-        command = [sys.executable, clone / "tools/dist.py"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "commit first" in done.stderr
-        assert "README.md" in done.stderr
-        assert "sdk/lacre/added.py" in done.stderr
-        assert not (clone / "dist").exists()
+def test_a_tree_with_changes_is_refused(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", "--shared", ROOT, clone], check=True, capture_output=True)
+    for name in ("dist.py", "verify_dist.py", "attestation.py", "bootstrap.py"):
+        shutil.copy(ROOT / "tools" / name, clone / "tools" / name)
+    (clone / "README.md").write_text("another\n")
+    (clone / "sdk/lacre/added.py").write_text("")
+    done = subprocess.run([sys.executable, clone / "tools/dist.py"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and not (clone / "dist").exists()
+    assert [said for said in ("commit first", "README.md", "sdk/lacre/added.py") if said not in done.stderr] == []
 
-    def test_a_key_that_others_can_read(self, tmp_path: Path) -> None:
-        path = new_key(tmp_path)
-        path.chmod(0o640)
-        with pytest.raises(SystemExit, match="can be read by others"):
-            dist.read_key(path)
 
-    def test_a_key_of_another_kind(self, tmp_path: Path) -> None:
-        with pytest.raises(SystemExit, match="not an Ed25519 key"):
-            dist.read_key(new_key(tmp_path, kind="ecdsa"))
+@pytest.mark.parametrize(
+    ("made_with", "mode", "said"),
+    [
+        ({}, 0o640, "can be read by others"),
+        ({"kind": "ecdsa"}, 0o600, "not an Ed25519 key"),
+        ({"passphrase": "secret"}, 0o600, "without a passphrase"),
+    ],
+)
+def test_a_key_is_refused(tmp_path: Path, made_with: dict[str, str], mode: int, said: str) -> None:
+    path = new_key(tmp_path, **made_with)
+    path.chmod(mode)
+    with pytest.raises(SystemExit, match=said):
+        dist.read_key(path)
 
-    def test_a_key_with_a_passphrase(self, tmp_path: Path) -> None:
-        with pytest.raises(SystemExit, match="without a passphrase"):
-            dist.read_key(new_key(tmp_path, passphrase="secret"))
 
-    def test_a_folder_of_someone_else(self, tmp_path: Path) -> None:
-        theirs = tmp_path / "theirs"
-        theirs.mkdir()
-        (theirs / "thesis.tex").write_text("")
-        with pytest.raises(SystemExit, match="did not make"):
-            dist.replace(theirs, tmp_path)
-        assert (theirs / "thesis.tex").exists()
-
-    def test_a_file_of_someone_else_among_ours(self, copy: Path, tmp_path: Path) -> None:
-        (copy / "thesis.tex").write_text("")
-        with pytest.raises(SystemExit, match=r"did not make, move them away first: thesis\.tex"):
-            dist.replace(copy, tmp_path)
+@pytest.mark.parametrize("among_ours", [False, True])
+def test_files_of_someone_else_stay(copy: Path, tmp_path: Path, among_ours: bool) -> None:
+    folder = copy if among_ours else tmp_path / "theirs"
+    folder.mkdir(exist_ok=True)
+    (folder / "thesis.tex").write_text("")
+    (tmp_path / "new").mkdir()
+    with pytest.raises(SystemExit, match=r"did not make.*thesis\.tex" if among_ours else "did not make"):
+        dist.replace(folder, tmp_path / "new")
+    assert (folder / "thesis.tex").exists()
+    if among_ours:
         (copy / "thesis.tex").unlink()
-        (tmp_path / "new").mkdir()
         dist.replace(copy, tmp_path / "new")
         assert list(copy.iterdir()) == []
 

@@ -47,9 +47,8 @@ def binding() -> dict[str, Any]:
     answer = model(max_tokens=64).bind_tools([add], tool_choice="add", parallel_tool_calls=False).invoke([asked])
     [call] = answer.tool_calls
     result = add.invoke(call["args"])
-    after = (
-        model().bind_tools([add], tool_choice="none").invoke([asked, answer, ToolMessage(str(result), tool_call_id=call["id"])])
-    )
+    said = ToolMessage(str(result), tool_call_id=call["id"])
+    after = model().bind_tools([add], tool_choice="none").invoke([asked, answer, said])
     return {"name": call["name"], "arguments": call["args"], "then": after.content}
 
 

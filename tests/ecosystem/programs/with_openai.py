@@ -13,32 +13,20 @@ from sealed import CHAT, EMBED, arguments, async_arguments
 
 ASK: list[Any] = [{"role": "user", "content": "Name the colours of the rainbow."}]
 GREEDY: dict[str, Any] = {"model": CHAT, "messages": ASK, "max_tokens": 12, "temperature": 0}
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 24}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
+WEATHER: Any = {"type": "function", "function": {
+    "name": "get_weather", "description": "The weather in a city",
+    "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 24}}, "required": ["city"],
+        "additionalProperties": False,
     },
-}
-MOOD: Any = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "mood",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {"mood": {"type": "string", "enum": ["good", "bad"]}, "points": {"type": "integer"}},
-            "required": ["mood", "points"],
-            "additionalProperties": False,
-        },
+}}  # fmt: skip
+MOOD: Any = {"type": "json_schema", "json_schema": {
+    "name": "mood", "strict": True,
+    "schema": {
+        "type": "object", "properties": {"mood": {"type": "string", "enum": ["good", "bad"]}, "points": {"type": "integer"}},
+        "required": ["mood", "points"], "additionalProperties": False,
     },
-}
+}}  # fmt: skip
 
 
 def chat() -> dict[str, Any]:
@@ -78,33 +66,22 @@ def asynchronous() -> dict[str, Any]:
 def tools() -> dict[str, Any]:
     forced: Any = {"type": "function", "function": {"name": "get_weather"}}
     asked: list[Any] = [{"role": "user", "content": "What is the weather in Vienna?"}]
-    options: dict[str, Any] = {
-        "model": CHAT,
-        "temperature": 0,
-        "tools": [WEATHER],
-        "max_tokens": 64,
-        "parallel_tool_calls": False,
-    }
+    options: dict[str, Any] = {**GREEDY, "tools": [WEATHER], "max_tokens": 64, "parallel_tool_calls": False}
     with openai.OpenAI(**arguments()) as client:
-        completion = client.chat.completions.create(messages=asked, tool_choice=forced, **options)
+        completion = client.chat.completions.create(**{**options, "messages": asked, "tool_choice": forced})
         message = completion.choices[0].message
         [call] = message.tool_calls or []
-        answer = {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 degrees"}
-        after = client.chat.completions.create(messages=[*asked, message, answer], tool_choice="none", **options)
-    return {
-        "name": call.function.name,
-        "arguments": json.loads(call.function.arguments),
-        "then": after.choices[0].message.content,
-    }
+        asked += [message, {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 degrees"}]
+        after = client.chat.completions.create(**{**options, "messages": asked, "tool_choice": "none"})
+    said = after.choices[0].message.content
+    return {"name": call.function.name, "arguments": json.loads(call.function.arguments), "then": said}
 
 
 def schema() -> dict[str, Any]:
     asked: list[Any] = [{"role": "user", "content": "Rate this: a lovely day."}]
+    options = {**GREEDY, "messages": asked, "response_format": MOOD, "max_tokens": 48}
     with openai.OpenAI(**arguments()) as client:
-        completion = client.chat.completions.create(
-            model=CHAT, messages=asked, response_format=MOOD, temperature=0, max_tokens=48
-        )
-    return {"answer": json.loads(completion.choices[0].message.content or "")}
+        return {"answer": json.loads(client.chat.completions.create(**options).choices[0].message.content or "")}
 
 
 def embeddings() -> dict[str, Any]:
@@ -112,11 +89,8 @@ def embeddings() -> dict[str, Any]:
     with openai.OpenAI(**arguments()) as client:
         found = client.embeddings.create(model=EMBED, input=texts)
     cat, kitten, market = (item.embedding for item in found.data)
-    return {"length": len(cat), "near": dot(cat, kitten), "far": dot(cat, market)}
-
-
-def dot(one: list[float], other: list[float]) -> float:
-    return sum(a * b for a, b in zip(one, other, strict=True))
+    near, far = (sum(a * b for a, b in zip(cat, other, strict=True)) for other in (kitten, market))
+    return {"length": len(cat), "near": near, "far": far}
 
 
 def models() -> dict[str, Any]:
