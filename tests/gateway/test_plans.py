@@ -66,7 +66,8 @@ def test_values() -> None:
 @pytest.mark.parametrize(
     ("tenant", "named", "plan"),
     [
-        ("acme", None, "paid"), ("acme", "free", "free"), ("acme", "gold", None), ("else", None, "free"), ("else", "paid", "paid"),
+        ("acme", None, "paid"), ("acme", "free", "free"), ("acme", "gold", None),
+        ("else", None, "free"), ("else", "paid", "paid"),
     ],
 )  # fmt: skip
 def test_whose_plan(tenant: str, named: str | None, plan: str | None) -> None:
@@ -97,7 +98,7 @@ MISTAKES = {
     "= 1000\n": ("= -1\n", "plans.paid.tenant.tokens_per_minute: must be greater than or equal to 0"),
     "tokens_per_day": (
         "token_per_day",
-        "plans.free.user.token_per_day: unknown key; the nearest known one is 'tokens_per_day'",
+        "user.token_per_day: unknown key; the nearest known one is 'tokens_per_day'",
     ),
     "[plans.paid.everyone]": ("[plans.paid.all]", "plans.paid.all: unknown key"),
     "default_plan": ("default", "default_plan: missing"),
