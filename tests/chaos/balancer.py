@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lacre_fabric.operate.leash import leashed
+from parts.stage.processes import launched
 
 # A request whose bytes went out is never sent to a second gateway: nginx holds a POST to be no idempotent method.
 _CONFIG = """
@@ -26,10 +26,7 @@ http {{
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
     client_max_body_size 8m;
-    upstream gateways {{
-{gateways}
-        keepalive 16;
-    }}
+    upstream gateways {{ {servers} keepalive 16; }}
     server {{
         listen 127.0.0.1:{port};
         location / {{
@@ -70,8 +67,6 @@ class Balancer:
         program = installed()
         assert program is not None, "nginx is not installed (Debian: apt-get install nginx-light)"
         self.folder.mkdir()
-        lines = (f"        server {urlsplit(url).netloc} max_fails=1 fail_timeout=2s;" for url in self.gateways)
-        config = self.folder / "nginx.conf"
-        config.write_text(_CONFIG.format(folder=self.folder, port=self.port, gateways="\n".join(lines)))
-        command = leashed([program, "-c", str(config), "-e", str(self.folder / "start.log")])
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        servers = " ".join(f"server {urlsplit(url).netloc} max_fails=1 fail_timeout=2s;" for url in self.gateways)
+        (config := self.folder / "nginx.conf").write_text(_CONFIG.format(folder=self.folder, port=self.port, servers=servers))
+        self.process = launched([program, "-c", str(config)], self.folder / "start.log")

@@ -21,6 +21,7 @@ from lacre.evidence.audit_proof import AuditProof
 from lacre_gateway.audit.check import check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.plans import Price, parse
+from parts.stage.standing import entries
 from parts.up import LACRE
 
 
@@ -56,13 +57,14 @@ def violations(
     stage: Stage, ends: Sequence[Ended], asked: int, proofs: Sequence[str], lives: Sequence[Life], killed: frozenset[str]
 ) -> dict[str, list[str]]:
     """By check. The gateways were stopped, and message servers still run."""
-    entries = {name: _entries(stage.audit(name)) for name in GATEWAYS}
-    verdicts = {name: _verdict(stage.audit(name)) for name in GATEWAYS}
+    folders = {name: stage.audit(name) for name in GATEWAYS}
+    read = {name: entries(folder) for name, folder in folders.items()}
+    verdicts = {name: _verdict(folder) for name, folder in folders.items()}
     found = {
         "ends": checks.ends(ends, asked),
-        "receipts": checks.receipts(entries, ends),
-        "books": checks.books(entries, price(), _budget_lines(stage), killed),
-        "logs": checks.logs(verdicts, len(proofs), broken(proofs, {name: stage.audit(name) for name in GATEWAYS})),
+        "receipts": checks.receipts(read, ends),
+        "books": checks.books(read, price(), _budget_lines(stage), killed),
+        "logs": checks.logs(verdicts, len(proofs), broken(proofs, folders)),
         "lives": checks.lives(lives),
     }
     return {name: list(wrong) for name, wrong in found.items()}
@@ -98,10 +100,6 @@ def summed(ends: Sequence[Ended]) -> tuple[dict[str, int], dict[str, int]]:
     """How requests ended, and the errors of those that ended in one."""
     how, errors = Counter(end.how for end in ends), Counter(end.error for end in ends if end.error)
     return dict(how), dict(errors.most_common())
-
-
-def _entries(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(entry) for entry in LogReader(folder).entries()]
 
 
 def _verdict(folder: Path) -> str | None:

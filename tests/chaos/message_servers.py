@@ -19,8 +19,8 @@ from lacre_fabric.keys.secret_files import write_secret
 from lacre_fabric.nats.accounts import accounts
 from lacre_fabric.nats.roles import Role
 from lacre_fabric.nats.streams import MAX_PAYLOAD
-from lacre_fabric.operate.leash import leashed
 from lacre_fabric.operate.nats_server import MAX_FILES, MAX_MEMORY, executable
+from parts.stage.processes import launched
 
 _PREFIX: Final = f"lc{os.getpid() % 1_000_000}"  # names of devices have 15 characters at most
 
@@ -144,5 +144,4 @@ class MessageServer:
 
     def start(self) -> None:
         command = self.network.command(self.name, [executable(), "-c", str(self.folder / "nats.conf")])
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(leashed(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        self.process = launched(command, self.log)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from typing import Final
 from chaos import findings, load
 from chaos.findings import Result
 from chaos.schedule import draw
-from chaos.stage import Stage
+from chaos.stage import TESTS, Stage
 from chaos.strikes import Strikes
 from chaos.vitals import Life, Vitals
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.operate import dev_issuer
-from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.leash import PYTHON
+from parts.stage.processes import launched
 
 RATE: Final = 4.0  # requests in a second, in the mix of `load`: what two cores serve and have time left for the rest
 CALLERS: Final = 6
@@ -58,10 +58,8 @@ async def _struck(stage: Stage, folder: Path, seed: int, seconds: float) -> Resu
 @contextmanager
 def _asking(folder: Path, plan: load.Plan) -> Iterator[subprocess.Popen[bytes]]:
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-    command = leashed([*PYTHON, "-m", "chaos.load", str(folder / "plan.json"), str(folder / "ends.jsonl")])
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with (folder / "load.log").open("wb") as log:
-        asking = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    command = [*PYTHON, "-m", "chaos.load", str(folder / "plan.json"), str(folder / "ends.jsonl")]
+    asking = launched(command, folder / "load.log", env=TESTS)
     try:
         yield asking
     finally:

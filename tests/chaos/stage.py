@@ -8,9 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import subprocess
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,17 +23,18 @@ from chaos.schedule import GATEWAYS, REAL_WORKERS, SERVERS, SMALL_DISK, WORKERS
 from lacre_fabric.nats import roles
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
 from lacre_fabric.work.contract import FabricUnavailable
-from lacre_gateway.budget.plans import PLANS_FILE
-from lacre_gateway.policy.rules import shipped
 from parts.small_disk import NO_DISK, small_disk
 from parts.stage import GatewayProcess, WorkerProcess, own_issuer, worker_settings
+from parts.stage.processes import launched
+from parts.stage.settings import policies_with
 
 REAL, ECHO = "smollm2-135m", "echo"
+TESTS: Final = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # the environment of a module of the tests
 READY: Final = 180.0  # seconds for all of it to come up, on a machine that has other things to do
 PRICES: Final = '[prices."*"]\nprompt = "1.1"\ncached = "0.3"\ncompletion = "2.7"\n'
 # Far more than the load takes, and all of it drawn on leases by every gateway: what is held against the books is their sums.
@@ -73,18 +72,15 @@ class EchoWorker:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
-        command = leashed([*PYTHON, "-m", "chaos.echo_worker", str(self.site.folder), self.name, ECHO, *self.urls])
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = dict(TESTS)
         if self.clock is not None:
             self.skew(0.0)
             environment |= {
-                "LD_PRELOAD": _clock_library() or "",
-                "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-                "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+                "LD_PRELOAD": _clock_library() or "", "FAKETIME_TIMESTAMP_FILE": str(self.clock),
+                "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }  # fmt: skip
+        command = [*PYTHON, "-m", "chaos.echo_worker", str(self.site.folder), self.name, ECHO, *self.urls]
+        self.process = launched(command, self.log, env=environment)
 
     def skew(self, seconds: float) -> None:
         if self.clock is not None:
@@ -98,9 +94,7 @@ class Stage:
         self._open = AsyncExitStack()
         self.site = Site(folder / "state", {POOL: (REAL, ECHO)}, replicas=len(SERVERS))
         self.site.create()
-        self.policies = folder / "policies"
-        shutil.copytree(shipped(), self.policies)
-        (self.policies / PLANS_FILE).write_text(PLANS)
+        self.policies = policies_with(PLANS, folder / "policies")
         self.network = network(SERVERS)
         self._open.callback(self.network.close)
         ports = (free_port(), free_port()) if self.network.partitions else None
@@ -179,7 +173,7 @@ class Stage:
         self.balancer.start()
         self._open.callback(_end, self.balancer.process)
         async with asyncio.timeout(READY):
-            await asyncio.gather(*map(_ready, self.gateways.values()))
+            await asyncio.gather(*(gateway.ready(READY) for gateway in self.gateways.values()))
         keeping = asyncio.create_task(self._keep())
         self._open.callback(keeping.cancel)
 
@@ -250,14 +244,3 @@ def _clock_library() -> str | None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-
-
-async def _ready(gateway: GatewayProcess) -> None:
-    """For as long as it takes."""
-    began = time.monotonic()
-    while True:
-        try:
-            return await gateway.ready()
-        except TimeoutError:
-            if time.monotonic() - began > READY:
-                raise

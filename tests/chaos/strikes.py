@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,7 +15,6 @@ from chaos.schedule import Kind, Strike
 from chaos.stage import PLANS, EchoWorker, Stage
 from lacre.errors import LacreError
 from lacre_fabric.nats import subjects
-from lacre_fabric.nats.connection import Connection
 from lacre_fabric.operate import rotation
 from lacre_gateway.budget.plans import PLANS_FILE
 from parts.small_disk import filled
@@ -56,9 +55,15 @@ class Strikes:
             case "leader":
                 await self._kill(await self._leader(), strike.lasting)
             case "partition":
-                await self._while(strike, self.stage.network.cut, self.stage.network.mend)
+                self.stage.network.cut(strike.target)
+                await asyncio.sleep(strike.lasting)
+                self.stage.network.mend(strike.target)
             case "skew":
-                await self._skew(strike)
+                worker = self.stage.workers[strike.target]
+                assert isinstance(worker, EchoWorker)
+                worker.skew(strike.skew)
+                await asyncio.sleep(strike.lasting)
+                worker.skew(0.0)
             case "disk":
                 assert self.stage.disk is not None
                 async with self._filling:  # a disk that is full still is filled again when it is free
@@ -99,37 +104,17 @@ class Strikes:
                     return cluster.leader
         return next(iter(self.stage.servers))
 
-    @staticmethod
-    async def _while(strike: Strike, begin: Callable[[str], None], end: Callable[[str], None]) -> None:
-        begin(strike.target)
-        try:
-            await asyncio.sleep(strike.lasting)
-        finally:
-            end(strike.target)
-
-    async def _skew(self, strike: Strike) -> None:
-        worker = self.stage.workers[strike.target]
-        assert isinstance(worker, EchoWorker)
-        worker.skew(strike.skew)
-        await asyncio.sleep(strike.lasting)
-        worker.skew(0.0)
-
     async def _rotate(self) -> bool:
         """New keys, and an end to those whose grace is over; tried again, as `upkeep` does, while servers have no leader."""
-
-        async def change(connection: Connection) -> None:
-            await rotation.rotate(self.stage.site, connection, POOL, grace=GRACE, wait=TAKEN_UP)
-            await rotation.retire(self.stage.site, connection, wait=0.0)
-
         for _ in range(ROTATION_TRIES):
             try:
                 async with self.stage.connected() as connection:
-                    await change(connection)
+                    await rotation.rotate(self.stage.site, connection, POOL, grace=GRACE, wait=TAKEN_UP)
+                    await rotation.retire(self.stage.site, connection, wait=0.0)
+                    return True
             except LacreError as exc:
                 self.failed.append(f"keys: {exc}")
                 await asyncio.sleep(1.0)
-            else:
-                return True
         return False
 
     def _rewrite(self) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from lacre_gateway.policy.trial import try_out
 from lacre_gateway.serve import reloading
 from parts.policies import BROKEN, asked
 from parts.stage import Stage
+from parts.waiting import until
 
 STRICT = '@id("strict") forbid (principal, action in Action::"sealed", resource) when { context.max_tokens > 100 };\n'
 
@@ -108,12 +109,6 @@ async def test_rules_that_would_end_the_process(scene: Scene) -> None:
     assert len(await try_out(scene.folder)) == 64  # cases too
 
 
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not true():
-            await asyncio.sleep(0.01)
-
-
 @asynccontextmanager
 async def watched(scene: Scene, interval: float) -> AsyncIterator[None]:
     watching = asyncio.create_task(scene.rules.watch(scene.events.append, interval=interval))
@@ -129,18 +124,18 @@ async def test_files_are_watched(scene: Scene) -> None:
     rules = scene.rules
     async with watched(scene, 0.05):
         scene.tighten()
-        await until(lambda: rules.status.reloads == 1)
+        await until(lambda: rules.status.reloads == 1, 30)
         (scene.folder / "strict.cedar").write_text("forbid (")
-        await until(lambda: rules.status.refused)
+        await until(lambda: rules.status.refused, 30)
         assert not scene.allows
         (scene.folder / "strict.cedar").write_text(STRICT)
-        await until(lambda: not rules.status.refused)
+        await until(lambda: not rules.status.refused, 30)
         assert rules.status.reloads == 2  # the same set as before, and it is said that it holds again
         scene.folder.rename(scene.folder.with_name("away"))
-        await until(lambda: rules.status.refused)
+        await until(lambda: rules.status.refused, 30)
         assert not scene.allows
         shutil.copytree(shipped(), scene.folder)
-        await until(lambda: rules.status.reloads == 3)
+        await until(lambda: rules.status.reloads == 3, 30)
         assert scene.allows
         (scene.folder / "default.cedar").touch()
         await asyncio.sleep(0.5)
@@ -157,7 +152,7 @@ async def test_half_a_set_is_waited_for(scene: Scene) -> None:
         scene.tighten()
         for number in range(8):
             (scene.folder / f"{number}.cedar").unlink()
-        await until(lambda: scene.rules.status.reloads)
+        await until(lambda: scene.rules.status.reloads, 30)
     assert scene.rules.status.refusals == 0
 
 
@@ -185,11 +180,11 @@ async def test_hanging_up(scene: Scene, stage: Stage) -> None:
         assert [each.name for each in running] == ["reload"]
         (scene.folder / "strict.cedar").write_text("forbid (")
         os.kill(os.getpid(), signal.SIGHUP)
-        await until(lambda: scene.rules.status.refused)
+        await until(lambda: scene.rules.status.refused, 30)
         assert scene.allows
         scene.tighten()
         os.kill(os.getpid(), signal.SIGHUP)
-        await until(lambda: scene.rules.status.reloads)
+        await until(lambda: scene.rules.status.reloads, 30)
         assert not scene.allows
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)

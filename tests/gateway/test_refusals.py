@@ -21,6 +21,7 @@ from parts.by_hand import opened
 from parts.fake_worker import PIECES, FakeWorker, Script
 from parts.issuer import Issuer
 from parts.stage import Stage
+from parts.waiting import until
 
 from .conftest import PutUp
 
@@ -64,14 +65,9 @@ HEADERS: list[tuple[str, str | None, Problem, dict[str, Detail]]] = [
 
 @pytest.mark.parametrize(("name", "value", "problem", "told"), HEADERS)
 async def test_headers(
-    name: str,
-    value: str | None,
-    problem: Problem,
-    told: dict[str, Detail],
-    stage: Stage,
-    worker: FakeWorker,
+    name: str, value: str | None, problem: Problem, told: dict[str, Detail], stage: Stage, worker: FakeWorker,
     client: httpx2.AsyncClient,
-) -> None:
+) -> None:  # fmt: skip
     assert_problem(await stage.post(client, **{name: value}), problem, **told)
     assert worker.opened == []
 
@@ -209,12 +205,10 @@ async def test_requests_at_once(impatient: Stage) -> None:
         worker.script = Script(before=hold.wait)
         bob = impatient.issuer.token(sub="bob")
         running = [asyncio.create_task(impatient.post(client)) for _ in range(2)]
-        while len(worker.opened) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(worker.opened) == 2)
         assert_problem(await impatient.post(client), problems.RATE_LIMITED, **AT_ONCE)  # a third of alice's
         running.append(asyncio.create_task(impatient.post(client, bob)))
-        while len(worker.opened) < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(worker.opened) == 3)
         fourth = await impatient.post(client, bob)  # of all
         assert_problem(fourth, problems.OVERLOADED, limit="requests_in_flight", scope="gateway")
         hold.set()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
 import math
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,9 +31,12 @@ from lacre_gateway.settings import Issuer as IssuerSettings
 from lacre_gateway.settings import load
 from parts.chat_app import ChatApp
 from parts.fake_worker import FakeWorker
-from parts.issuer import ISSUER, Issuer
+from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.memory_fabric import MemoryFabric
 from parts.stage import POOL, TINY, GatewayProcess, LiveStage, Stage
+from parts.stage.settings import issuer_table
+from parts.up import LACRE
+from parts.waiting import until
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -112,9 +113,7 @@ async def test_it_goes_on_looking(known: RevocationList, monkeypatch: pytest.Mon
     assert not known.current
     fabric.connected = True
     hub.revocations.append(Revocation("k", NOW + 100))
-    async with asyncio.timeout(10):
-        while not known.refuses(["k"], NOW):
-            await asyncio.sleep(0.005)
+    await until(lambda: known.refuses(["k"], NOW))
     await known.close()
 
 
@@ -194,15 +193,7 @@ async def test_a_later_token_lets_a_subject_in_again(stage: Stage, worker: FakeW
 @pytest.fixture
 async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[LiveStage]:
     (tmp_path / "jwks.json").write_text(json.dumps(issuer.jwks()))
-    tables = f"""
-        [[issuers]]
-        issuer = "{ISSUER}"
-        audience = "lacre-test"
-        algorithms = ["EdDSA"]
-        jwks = "{tmp_path}/jwks.json"
-        [limits]
-        failed_auth_per_minute = 100000
-    """
+    tables = f"{issuer_table(ISSUER, AUDIENCE, tmp_path / 'jwks.json')}\n[limits]\nfailed_auth_per_minute = 100000"
     async with LiveStage.on_air(tmp_path, ChatApp(), gateways=2, tables=tables) as cluster:
         yield cluster
 
@@ -255,8 +246,7 @@ async def test_lacre_revoke(what: str, cluster: LiveStage, issuer: Issuer) -> No
 
 
 def lacre_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "lacre", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([*LACRE, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
 async def let_in(cluster: LiveStage, token: str) -> None:
@@ -275,11 +265,7 @@ async def test_without_its_bucket_a_gateway_is_not_ready(cluster: LiveStage) -> 
     first = cluster.gateways[0]
     first.stop()
     first.start()
-    missing: dict[str, str] = {}
-    async with asyncio.timeout(60):
-        while missing.keys() != {"revocations"}:
-            with contextlib.suppress(httpx2.TransportError):
-                missing = await first.missing()
-            await asyncio.sleep(0.05)
+    while (missing := await first.missing()).keys() != {"revocations"}:
+        await asyncio.sleep(0.05)
     assert "cannot be read" in missing["revocations"]
     assert "no bucket of revocations" in first.log.read_text()

@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from urllib.parse import urlsplit
 
 import httpx2
@@ -25,6 +24,7 @@ from lacre_gateway.settings import Listen
 from parts.by_hand import opened
 from parts.fake_worker import PIECES, FakeWorker, Script
 from parts.stage import Stage
+from parts.waiting import until
 
 WHOLE = b"".join(PIECES)
 FOREIGN = problems.INVALID_TOKEN.body({"reason": "for-another-audience", "claim": "aud"})
@@ -37,8 +37,7 @@ async def served(stage: Stage, drain: int = 5, app: FastAPI | None = None) -> As
     with bind(listen) as listener:
         server = make_server(app or stage.app, listen)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.started)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
@@ -73,13 +72,6 @@ def raw_request(headers: Mapping[str, str], body: bytes, length: int | None = No
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     size = len(body) if length is None else length
     return f"POST /v1/sealed HTTP/1.1\r\nhost: x\r\n{lines}content-length: {size}\r\n\r\n".encode() + body
-
-
-async def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(0.01)
 
 
 async def test_pieces_arrive_as_they_are_sent(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
