@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backend.generating import made, make_task, run
@@ -330,6 +330,7 @@ schemas = st.recursive(
 )
 
 
+@example(source={"not": {"allOf": [{"type": "string"}, {"minLength": 2}]}})
 @given(source=schemas)
 @settings(max_examples=60, deadline=None)
 def test_every_grammar_is_compiled_or_its_schema_refused(source: dict[str, Any], llama: LlamaEngine) -> None:
