@@ -24,7 +24,7 @@ from lacre_backend.engine.model import Gpu, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
-from lacre_backend.models.gguf import find
+from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
@@ -33,6 +33,7 @@ from lacre_backend.upstream import app as upstream
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric import logs
 from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.nats.roles import Credential
@@ -143,7 +144,7 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
         # Another program's actions must never run twice.
         return ServedApp(app, names, settings.forwarded, frozenset(), parts, (probe,))
     _check_names(settings.models)
-    engines = [load_engine(model) for model in settings.models]
+    engines = [load_engine(model, settings.kms) for model in settings.models]
     for engine in engines:
         stack.callback(engine.close)
     app = Elsewhere(create_app(engines), "api")
@@ -182,15 +183,25 @@ async def _signalled() -> None:
     await stop.wait()
 
 
-def load_engine(model: ModelSettings) -> LlamaEngine | LlamaEmbedder:
-    """The engine for a model's file. Raises SettingsError if the file is missing, not GGUF or too large, or if its tokenizer
-    fails its trial.
+def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEmbedder:
+    """The engine for a model's file. kms: the address of the service that opens sealed models.
+
+    Raises SettingsError if the file is missing, not GGUF or too large, or if its tokenizer fails its trial; or what
+    `open_model` raises.
     """
-    file = find(model.path, model.name)
+    opened = open_model(model.path, model.name, model.conditions(kms))
+    file = opened.file
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
         engine = LlamaEmbedder if ModelMetadata.read(file.path).kind is TaskKind.EMBED else LlamaEngine
-        return engine(file.path, name=file.name, digest=file.digest, settings=options(model), tokenizer=tokenizer)
+        return engine(
+            file.path,
+            name=file.name,
+            digest=file.digest,
+            settings=options(model),
+            tokenizer=tokenizer,
+            weights=opened.weights,
+        )
     except BaseException:
         tokenizer.close()
         raise

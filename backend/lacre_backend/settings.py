@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from lacre.jose.jws import b64u_decode
+from lacre_backend.models.opening import Conditions
 from lacre_backend.upstream.settings import Upstream
 from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.settings import FilePath, KmsAddress, ModelName, Name, Nats, RootKey, Seconds, Table
@@ -34,6 +35,19 @@ class ModelSettings(Table):
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0
     tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    sealed: bool = False  # refuse a file that is not sealed
+    signers: tuple[FilePath, ...] = ()  # public keys in PEM, one of which must have signed the model
+    require_signature: bool = False  # refuse a model without a signature by one of `signers`
+
+    @model_validator(mode="after")
+    def _someone_signs(self) -> ModelSettings:
+        if self.require_signature and not self.signers:
+            raise PydanticCustomError("signers", "require_signature: name the public keys to trust in `signers`")
+        return self
+
+    def conditions(self, kms: str) -> Conditions:
+        """What the model's file must meet. kms: the worker's."""
+        return Conditions(kms, self.sealed, self.signers)
 
 
 class WorkerSettings(Table):

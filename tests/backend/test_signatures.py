@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre_backend.commands.model import commands
+from lacre_backend.models.gguf import FileDigests, find
 from lacre_backend.models.signatures import (
-    FileDigests,
     SignedModel,
     UntrustedModel,
     claimed_signer,
@@ -35,6 +35,11 @@ from lacre_backend.models.signatures import (
     signer_id,
     verify,
 )
+
+
+def read(path: Path) -> FileDigests:
+    return find(path).digests
+
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 OTHER = ec.generate_private_key(ec.SECP256R1())
@@ -50,7 +55,7 @@ def pem(
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)
 def test_what_a_key_signed_it_verifies(tmp_path: Path, curve: ec.EllipticCurve) -> None:
-    digests, key = FileDigests.read(tiny_model(tmp_path / "m.gguf")), ec.generate_private_key(curve)
+    digests, key = read(tiny_model(tmp_path / "m.gguf")), ec.generate_private_key(curve)
     bundle = sign(digests, "m.gguf", key)
     assert verify(digests, bundle, [OTHER.public_key(), key.public_key()]) == SignedModel(
         signer_id(key.public_key()), "sha256:" + digests.model
@@ -62,22 +67,22 @@ def test_what_a_key_signed_it_verifies(tmp_path: Path, curve: ec.EllipticCurve) 
 
 def test_each_shard_is_signed_by_name(tmp_path: Path) -> None:
     files = tiny_split_model(tmp_path)
-    digests = FileDigests.read(files[1])
+    digests = read(files[1])
     assert list(digests.each) == [file.name for file in files]
     bundle = sign(digests, "tiny", KEY)
     data = files[2].read_bytes()
     files[2].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(UntrustedModel, match=f"its file '{files[2].name}' is not what was signed"):
-        verify(FileDigests.read(files[0]), bundle, [KEY.public_key()])
+    with pytest.raises(UntrustedModel, match=f"its file '{files[2].name}' differs from the signed one"):
+        verify(read(files[0]), bundle, [KEY.public_key()])
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m.gguf")
-    whole, bundle = path.read_bytes(), sign(FileDigests.read(path), "m.gguf", KEY)
+    whole, bundle = path.read_bytes(), sign(read(path), "m.gguf", KEY)
     for at in (100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(UntrustedModel, match="it changed afterwards"):
-            verify(FileDigests.read(path), bundle, [KEY.public_key()])
+            verify(read(path), bundle, [KEY.public_key()])
 
 
 Bundle = dict[str, Any]
@@ -138,7 +143,7 @@ CHANGES: dict[str, tuple[Callable[[Bundle], Bundle], type[Exception], str]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_bent_bundles_are_refused(tmp_path: Path, name: str) -> None:
     change, error, said = CHANGES[name]
-    digests = FileDigests.read(tiny_model(tmp_path / "m.gguf"))
+    digests = read(tiny_model(tmp_path / "m.gguf"))
     bundle = change(json.loads(sign(digests, "m.gguf", KEY)))
     with pytest.raises(error, match=said):
         verify(digests, json.dumps(bundle).encode(), [KEY.public_key()])
@@ -181,7 +186,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert told == {
         "signature": f"{model}.sig",
         "signer": signer_id(KEY.public_key()),
-        "digest": "sha256:" + FileDigests.read(model).model,
+        "digest": "sha256:" + read(model).model,
     }
     for given in (public, key):
         assert json.loads(CliRunner().invoke(commands, ["verify", str(model), "--key", str(given), "--json"]).stdout) == told

@@ -15,7 +15,7 @@ from pathlib import Path
 from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
 from lacre_backend.keyring import KeyRing
-from lacre_backend.models.gguf import find
+from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
 from lacre_backend.settings import WorkerSettings, load
@@ -59,7 +59,7 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
     names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
     for model in settings.models:
         with _noted(found, "model"):
-            names += (find(model.path, model.name).name,)
+            names += (open_model(model.path, model.name, model.conditions(settings.kms)).file.name,)
     with _noted(found, "keys"), keeping(settings.kms, settings.pool) as kept:
         ring = KeyRing(settings.keys, kept)
         keys = frozenset(ring.fingerprints())

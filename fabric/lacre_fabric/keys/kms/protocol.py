@@ -16,21 +16,25 @@ from lacre.errors import LacreError, SettingsError, VerificationError
 
 DATA_KEY: Final = 32  # bytes: AES-256
 
-Purpose = Literal["pool-key", "receipt-key"]
+Purpose = Literal["pool-key", "receipt-key", "model"]
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionContext:
     """The use of a wrapped key. generation: the pool key's id; 0 for a receipt key.
 
+    A model's key belongs to no pool: `pool` is empty, and digest is the model's, `sha256:` and hex.
     It is not secret: services log it.
     """
 
     purpose: Purpose
     pool: str
     generation: int = 0
+    digest: str = ""
 
     def members(self) -> dict[str, str]:
+        if self.purpose == "model":
+            return {"digest": self.digest, "purpose": self.purpose}
         return {"generation": str(self.generation), "pool": self.pool, "purpose": self.purpose}
 
     def encode(self) -> bytes:

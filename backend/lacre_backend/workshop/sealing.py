@@ -1,0 +1,62 @@
+"""Seals a model file, and wraps a sealed model's key anew: `lacre model seal` and `rewrap`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lacre.errors import SettingsError
+from lacre_backend.engine.shards import files_of
+from lacre_backend.models import sealed
+from lacre_backend.models.chunked import sealed_size
+from lacre_backend.models.gguf import find
+from lacre_backend.models.sealed import About
+from lacre_backend.models.signatures import read_bundle, signature_path
+from lacre_backend.workshop.child import Report
+from lacre_backend.workshop.draft import draft
+from lacre_fabric.keys.kms import Kms, connect
+
+_HEAD = 2**21  # bytes that the head takes at most, to check the free space
+
+
+def seal_model(source: Path, out: Path, kms: str, report: Report) -> About:
+    """Writes `out`. A signature beside the model goes into the sealed file. Raises SettingsError, KmsError or OSError."""
+    if not source.is_file():
+        raise SettingsError(f"No such model file: {source}. Check the path.")
+    if sealed.is_sealed(source):
+        raise SettingsError(f"{source} is sealed already. To change who can open it, use `lacre model rewrap`.")
+    if len(files_of(source)) > 1:
+        raise SettingsError(f"{source} is split into several files. Merge them first: llama-gguf-split --merge.")
+    with connected(kms) as service:
+        report("digest", 0.0)
+        file = find(source)
+        size, signature = source.stat().st_size, signature_path(source)
+        about = About(file.name, file.digest, size, read_bundle(signature) if signature.is_file() else b"")
+        with draft(out, [source], size=sealed_size(size) + _HEAD) as path, path.open("xb") as written:
+            for done in sealed.seal(source, written, about, service):
+                report("sealing", 0.3 + 0.7 * done / max(size, 1))
+    return about
+
+
+def rewrap_model(path: Path, old: str, new: str) -> About:
+    """Replaces the file. Raises as `seal_model`, and SealedModelInvalid."""
+    if not path.is_file():
+        raise SettingsError(f"No such model file: {path}. Check the path.")
+    about = sealed.read_head(path).about
+    size = path.stat().st_size
+    with connected(old) as before, connected(new) as after, draft(path, [], size=size) as out, out.open("xb") as written:
+        sealed.rewrap(path, written, before, after)
+    return about
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Kms]:
+    """The service at `address`. Raises SettingsError."""
+    service = connect(address)
+    if service is None:
+        raise SettingsError("`plain:` wraps nothing: give the address of a key management service, see docs/kms.md.")
+    try:
+        yield service
+    finally:
+        service.close()
