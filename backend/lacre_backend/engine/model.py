@@ -84,7 +84,7 @@ class Weights(Readable, Protocol):
     """A model that is read through this object, not from a file: a sealed one."""
 
     def loaded(self) -> None:
-        """Called when nothing reads it any more."""
+        """Called when nothing reads it any longer."""
 
 
 def _load(path: Path, params: Any, weights: Weights | None = None) -> Any:

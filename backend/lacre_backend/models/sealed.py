@@ -1,8 +1,8 @@
 """A sealed model: a GGUF file encrypted at rest. Its key is wrapped by a key management service (KMS).
 
-The file is `MAGIC`, then two blocks of JSON, each after its length (4 bytes, big-endian), then a message of C2SP
+The file is `MAGIC`, two blocks of JSON, each after its length (4 bytes, big-endian), and a message. The message is one of C2SP
 *chunked-encryption*, Cobblestone-256: AES-256-GCM in chunks of 16 KiB, with key commitment and random access.
-- The first block says what is sealed: name, digest, size, and the model's signature, if it has one. It is the context of
+- The first block describes the model: name, digest, size, and the model's signature, if it has one. It is the context of
   the message: if a byte of it changes, nothing opens.
 - The second block is the wrapped input key, with the purpose `model` and the digest as encryption context. `rewrap` replaces
   this block alone.
@@ -45,7 +45,7 @@ _PIECE: Final = AT_ONCE * CHUNK
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is sealed. name: of the model. digest: `sha256:` and hex. size: bytes. signature: its bundle, or empty."""
+    """The model in a sealed file. name: of the model. digest: `sha256:` and hex. size: bytes. signature: its bundle, or empty."""
 
     name: str
     digest: str
@@ -202,7 +202,7 @@ class SealedWeights:
         self._reader.read_into(at, target)
 
     def loaded(self) -> None:
-        """Closes the sealed file, and overwrites what was opened of it. The head stays."""
+        """Closes the sealed file, and overwrites its text. The head stays."""
         self._reader.close()
         self._close()
 

@@ -1,4 +1,4 @@
-"""Seals a model file, and wraps a sealed model's key anew: `lacre model seal` and `rewrap`."""
+"""Seals a model file, and wraps a sealed model's key again: `lacre model seal` and `rewrap`."""
 
 from __future__ import annotations
 
