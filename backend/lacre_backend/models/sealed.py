@@ -45,7 +45,7 @@ _PIECE: Final = AT_ONCE * CHUNK
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """The model in a sealed file. name: of the model. digest: `sha256:` and hex. size: bytes. signature: its bundle, or empty."""
+    """The model in a sealed file. digest: `sha256:` and hex. size: bytes. signature: its bundle, or empty."""
 
     name: str
     digest: str
