@@ -15,6 +15,13 @@ hypothesis.settings.register_profile("lacre", deadline=None)
 hypothesis.settings.load_profile("lacre")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The processes of `pytest -n` must agree on the ids of the cases: an object's address differs in each."""
+    odd = [item.nodeid for item in items if " object at 0x" in item.nodeid]
+    if odd:
+        raise pytest.UsageError(f"give these cases ids of their own: {odd[:3]}")
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"

@@ -141,7 +141,7 @@ class TestGrants:
             {"shape": "paced"},
             {"key": Ed25519PrivateKey.generate()},
         ],
-        ids=str,
+        ids=" ".join,
     )
     async def test_members(self, stage: Stage, app: App, members: dict[str, Any]) -> None:
         sealed = stage.seal()
