@@ -216,6 +216,7 @@ def options(model: ModelSettings) -> LlamaSettings:
         unified=model.unified,
         cells=model.cells,
         flash=model.flash,
+        kv_type=model.kv_type,
         beyond_training=model.beyond_training,
         gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
     )

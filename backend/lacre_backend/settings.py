@@ -30,6 +30,7 @@ class ModelSettings(Table):
     slots: PositiveInt | None = None  # requests at a time
     threads: PositiveInt | None = None
     flash: bool | None = None  # flash attention
+    kv_type: Literal["f16", "q8_0"] = "f16"  # of the numbers in the cache; q8_0 takes about half the memory
     unified: bool = False  # one cache for all slots instead of one each
     gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers on a GPU; -1: all
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model

@@ -42,7 +42,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
         wanted = options(model)
         most = max((slots for slots in SLOTS if _fits(file.path, replace(wanted, slots=slots, cells=None))), default=1)
         report(f"{file.name}: measuring")
-        choice = tune(file.path, wanted.gpu, most=most)
+        choice = tune(file.path, wanted.gpu, most=most, kv_type=wanted.kv_type)
         for line in choice.table():
             report("  " + line)
         report(f"  chosen: {choice.way}, {choice.slots} slots")

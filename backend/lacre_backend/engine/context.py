@@ -10,15 +10,16 @@ Rules:
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.model import Model
+from lacre_backend.engine.model import Model, logged_errors
 from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
 from lacre_backend.engine.protocol import EngineError
 
@@ -30,13 +31,17 @@ FLASH: Final = {
     False: L.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 
+KvType = Literal["f16", "q8_0"]
+_KV_TYPES: Final[dict[KvType, int]] = {"f16": L.GGML_TYPE_F16, "q8_0": L.GGML_TYPE_Q8_0}
+
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How a context computes. threads: for one step. flash: flash attention; None: llama.cpp decides."""
+    """How a context computes. threads: for one step. flash: flash attention; None: llama.cpp decides. kv_type: of the cache."""
 
     threads: int
     flash: bool | None = None
+    kv_type: KvType = "f16"
 
 
 class Batch:
@@ -80,8 +85,23 @@ class Batch:
         return outputs
 
 
+def _refused(limits: EngineLimits, compute: Compute, errors: Sequence[str]) -> str:
+    if compute.kv_type != "f16":
+        reason = "; ".join(errors) or "it gives no reason"
+        return (
+            f"llama.cpp makes no {compute.kv_type} cache of {limits.slots} sequences of {limits.context} tokens: {reason}. "
+            'Set kv_type = "f16", fewer slots or a smaller context.'
+        )
+    return (
+        f"No memory for {limits.slots} sequences of {limits.context} tokens. Set fewer slots, a smaller context, "
+        "or a smaller model."
+    )
+
+
 class LlamaContext:
-    """A context for `limits.slots` sequences. Raises SettingsError if there is not enough memory for it."""
+    """A context for `limits.slots` sequences. Raises SettingsError if there is not enough memory for it, or if
+    the model cannot have a cache of this type.
+    """
 
     def __init__(self, model: Model, limits: EngineLimits, compute: Compute) -> None:
         params = L.llama_context_default_params()
@@ -92,13 +112,12 @@ class LlamaContext:
         params.n_threads = params.n_threads_batch = compute.threads
         params.kv_unified = limits.unified
         params.flash_attn_type = FLASH[compute.flash]
+        params.type_k = params.type_v = _KV_TYPES[compute.kv_type]
         params.no_perf = True
-        self.pointer = L.llama_init_from_model(model.pointer, params)
+        with logged_errors() as errors:
+            self.pointer = L.llama_init_from_model(model.pointer, params)
         if not self.pointer:
-            raise SettingsError(
-                f"No memory for {limits.slots} sequences of {limits.context} tokens. Set fewer slots, a smaller context, "
-                "or a smaller model."
-            )
+            raise SettingsError(_refused(limits, compute, errors))
         self._n_vocab = model.n_vocab
         self._memory = L.llama_get_memory(self.pointer)
         self._batch = Batch(limits.step)

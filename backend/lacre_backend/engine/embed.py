@@ -279,6 +279,8 @@ def _context(path: Path, settings: LlamaSettings) -> int:
         )
     if settings.unified or settings.cells is not None:
         raise SettingsError(f"{path.name} embeds and has no cache: remove `unified` and `cells`.")
+    if settings.kv_type != "f16":
+        raise SettingsError(f"{path.name} embeds and has no cache: remove `kv_type`.")
     memory_for_caches(path, facts, settings)
     if settings.n_ctx is not None and facts.n_ctx_most is not None and settings.n_ctx > facts.n_ctx_most:
         raise SettingsError(f"context is {settings.n_ctx}; {path.name} was trained on at most {facts.n_ctx_most} tokens.")

@@ -128,7 +128,7 @@ class LlamaEngine:
             tokenizer=tokenizer,
             weights=weights,
         )
-        self._context = LlamaContext(self._model, shape.limits, Compute(shape.threads, settings.flash))
+        self._context = LlamaContext(self._model, shape.limits, Compute(shape.threads, settings.flash, settings.kv_type))
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
         self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, except that the next token waits for its mask

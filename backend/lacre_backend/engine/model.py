@@ -14,6 +14,8 @@ import re
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -87,25 +89,32 @@ class Weights(Readable, Protocol):
         """Called when nothing reads it any longer."""
 
 
-def _load(path: Path, params: Any, weights: Weights | None = None) -> Any:
-    """The model. Raises SettingsError with llama.cpp's last error messages, or what reading `weights` raised."""
+@contextmanager
+def logged_errors() -> Iterator[Sequence[str]]:
+    """Keeps llama.cpp's last error messages while the block loads something. One block runs at a time."""
     errors: deque[str] = deque(maxlen=8)
 
     @L.llama_log_callback  # type: ignore[untyped-decorator]
     def keep_errors(level: int, text: bytes, _user_data: object) -> None:
-        if level == _LOG_LEVEL_ERROR:
-            errors.append(text.decode("utf-8", "replace").strip())
+        if level == _LOG_LEVEL_ERROR and (said := text.decode("utf-8", "replace").strip(" .\n")):
+            errors.append(said)
 
     with _loading:
         L.llama_log_set(keep_errors, ctypes.c_void_p(0))
         try:
-            _load_kernels()
-            L.llama_backend_init()
-            pointer = _pointer(path, params, weights)
+            yield errors
         finally:
             silence()
+
+
+def _load(path: Path, params: Any, weights: Weights | None = None) -> Any:
+    """The model. Raises SettingsError with llama.cpp's last error messages, or what reading `weights` raised."""
+    with logged_errors() as errors:
+        _load_kernels()
+        L.llama_backend_init()
+        pointer = _pointer(path, params, weights)
     if not pointer:
-        reason = "; ".join(filter(None, errors)) or "it gives no reason"
+        reason = "; ".join(errors) or "it gives no reason"
         raise SettingsError(
             f"llama.cpp cannot load {path}: {reason}. "
             "Check that the file is complete, and of an architecture that this llama.cpp supports."

@@ -17,6 +17,7 @@ import llama_cpp as L
 
 from lacre.errors import SettingsError
 from lacre_backend.engine import shards
+from lacre_backend.engine.context import KvType
 from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Gpu, ModelMetadata
 from lacre_backend.engine.plan import EngineLimits
 
@@ -26,6 +27,7 @@ OVERHEAD: Final = 192 * 2**20  # bytes: llama.cpp's buffers for one step, and th
 CPU_ROWS: Final = 4  # rows that ggml's kernels for repacked weights process at once
 # Of the memory left beside the weights, for caches without a set size: other programs run here too
 SHARE_OF_MEMORY: Final = 0.5
+_Q8_BYTES: Final = (17, 32)  # of q8_0 for 16-bit ones: a block of 32 numbers takes 34 bytes, not 64
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -36,6 +38,7 @@ class LlamaSettings:
     - n_ctx: tokens of one sequence. beyond_training: whether it may exceed the length in the file.
     - slots: parallel sequences. unified: one cache for all of them, with `cells` tokens in total, instead of one each.
     - flash: flash attention; None: llama.cpp decides. threads: None: every core that the process may use.
+    - kv_type: the type of the caches' numbers. q8_0 takes 8.5 bits of each, and needs flash attention.
     """
 
     n_ctx: int | None = None
@@ -44,6 +47,7 @@ class LlamaSettings:
     unified: bool = False
     cells: int | None = None
     flash: bool | None = None
+    kv_type: KvType = "f16"
     gpu: Gpu = field(default_factory=Gpu)
     beyond_training: bool = False
 
@@ -63,12 +67,13 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
     facts = ModelMetadata.read(path)
     _check_file(path, facts, settings)
     room = memory_for_caches(path, facts, settings, available=available)
-    context = settings.n_ctx or _context(facts, room)
-    slots = settings.slots or _slots(facts, room, context)
+    cell = bytes_per_token(facts, settings)
+    context = settings.n_ctx or _context(facts, room, cell)
+    slots = settings.slots or _slots(room, context * cell)
     cells = (settings.cells or slots * context) if settings.unified else slots * context
     if not context <= cells <= slots * context:
         raise SettingsError(f"cells is {cells}; with {slots} slots of {context} tokens, use {context} to {slots * context}.")
-    size = cells * facts.bytes_per_token
+    size = cells * cell
     if room is not None and size > room:
         raise SettingsError(
             f"The caches of {path.name} ({cells} tokens) take {_mib(size)}, and {_mib(room)} is free beside its weights. "
@@ -82,7 +87,15 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
     return EngineSizing(limits, threads, size)
 
 
+def bytes_per_token(facts: ModelMetadata, settings: LlamaSettings) -> int:
+    """Bytes of one cell in a cache of the type that the settings name."""
+    of, at_16_bits = _Q8_BYTES if settings.kv_type == "q8_0" else (1, 1)
+    return -(-facts.bytes_per_token * of // at_16_bits)
+
+
 def _check(settings: LlamaSettings) -> None:
+    if settings.kv_type != "f16" and settings.flash is False:
+        raise SettingsError(f"kv_type {settings.kv_type} needs flash attention: remove `flash = false`, or use f16.")
     if settings.n_ctx is not None and settings.n_ctx < MIN_N_CTX:
         raise SettingsError(f"n_ctx is {settings.n_ctx}; a context must hold at least {MIN_N_CTX} tokens.")
     if settings.threads is not None and settings.threads < 1:
@@ -118,7 +131,7 @@ def memory_for_caches(path: Path, facts: ModelMetadata, settings: LlamaSettings,
     weights = shards.size(path)
     free = free_memory() if available is None else available
     room = free - weights - OVERHEAD
-    if room < MIN_N_CTX * facts.bytes_per_token:
+    if room < MIN_N_CTX * bytes_per_token(facts, settings):
         raise SettingsError(
             f"{path.name} does not fit: it takes {_mib(weights + OVERHEAD)} without any cache, and {_mib(free)} is free. "
             "Serve a smaller model, or one of fewer bits."
@@ -126,17 +139,18 @@ def memory_for_caches(path: Path, facts: ModelMetadata, settings: LlamaSettings,
     return room
 
 
-def _context(facts: ModelMetadata, room: int | None) -> int:
+def _context(facts: ModelMetadata, room: int | None, cell: int) -> int:
     wanted = min(facts.n_ctx_train, DEFAULT_N_CTX)
     if room is None:
         return wanted
-    return max(min(wanted, int(room * SHARE_OF_MEMORY) // max(facts.bytes_per_token, 1)), MIN_N_CTX)
+    return max(min(wanted, int(room * SHARE_OF_MEMORY) // max(cell, 1)), MIN_N_CTX)
 
 
-def _slots(facts: ModelMetadata, room: int | None, context: int) -> int:
+def _slots(room: int | None, size: int) -> int:
+    """size: bytes of one sequence's cache."""
     if room is None:
         return DEFAULT_SLOTS
-    return max(1, min(DEFAULT_SLOTS, int(room * SHARE_OF_MEMORY) // max(context * facts.bytes_per_token, 1)))
+    return max(1, min(DEFAULT_SLOTS, int(room * SHARE_OF_MEMORY) // max(size, 1)))
 
 
 def free_memory() -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lacre_backend.engine.context import Compute, LlamaContext
+from lacre_backend.engine.context import Compute, KvType, LlamaContext
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.tokenizer import Tokenizer
@@ -59,17 +59,20 @@ class TuningResult:
         return [heads, *(f"{way!s:<42}" + "  ".join(f"{self.rates[way][n]:>4.0f}" for n in SLOTS) for way in ways)]
 
 
-def tune(path: Path, gpu: Gpu, *, most: int) -> TuningResult:
-    """most: slots that fit into memory. Takes about a minute for a small model on two cores. Raises SettingsError."""
+def tune(path: Path, gpu: Gpu, *, most: int, kv_type: KvType = "f16") -> TuningResult:
+    """most: slots that fit into memory. kv_type: of the cache; only f16 is tried without flash attention.
+
+    Takes about a minute for a small model on two cores. Raises SettingsError.
+    """
     with closing(Tokenizer(path)) as tokenizer:
         model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu, tokenizer=tokenizer)
-    ways = list(_ways())
+    ways = [way for way in _ways() if way.flash or kv_type == "f16"]
     rates: dict[Way, dict[int, float]] = {way: dict.fromkeys(SLOTS, 0.0) for way in ways}
     for way in ways:
         limits = EngineLimits(
             slots=max(SLOTS), context=_CONTEXT, cells=max(SLOTS) * _CONTEXT, unified=way.unified, step=max(SLOTS) * 16
         )
-        context = LlamaContext(model, limits, Compute(way.threads, way.flash))
+        context = LlamaContext(model, limits, Compute(way.threads, way.flash, kv_type))
         try:
             _fill(context)
             for _, n in itertools.product(range(_ROUNDS), SLOTS):
