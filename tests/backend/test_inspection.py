@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.parts.tiny_model import TEMPLATE, tiny_model
 from typer.testing import CliRunner
 
 from lacre.errors import SettingsError
@@ -19,6 +18,7 @@ from lacre_backend.commands.model import commands
 from lacre_backend.workshop.child import Job, JobFailed, Report, run
 from lacre_backend.workshop.draft import draft
 from lacre_backend.workshop.inspection import INSPECT, InspectAsked, Inspected
+from parts.tiny_model import TEMPLATE, tiny_model
 
 
 def inspected(path: Path) -> Inspected:

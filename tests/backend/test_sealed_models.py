@@ -18,7 +18,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from tests.parts.tiny_model import tiny_model, tiny_split_model
 from typer.testing import CliRunner
 
 from lacre.errors import LacreError, SettingsError
@@ -36,6 +35,7 @@ from lacre_backend.models.signatures import SUFFIX, UntrustedModel, sign, signer
 from lacre_backend.settings import ModelSettings
 from lacre_backend.workshop.sealing import rewrap_model, seal_model
 from lacre_fabric.keys.kms import KmsError, WrongWrapping
+from parts.tiny_model import tiny_model, tiny_split_model
 
 VECTORS = json.loads((files("cryptography_vectors") / "chunked-encryption" / "vectors.json").read_text())["vectors"]
 

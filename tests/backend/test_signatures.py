@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from tests.parts.tiny_model import tiny_model, tiny_split_model
 from typer.testing import CliRunner
 
 from lacre.errors import InvalidMessage, SettingsError
@@ -35,6 +34,7 @@ from lacre_backend.models.signatures import (
     signer_id,
     verify,
 )
+from parts.tiny_model import tiny_model, tiny_split_model
 
 
 def read(path: Path) -> FileDigests:
