@@ -116,7 +116,8 @@ FAILS = Job(f"{__name__}:FAILS", Asked, Told, fails)
 @pytest.fixture
 def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a child import the jobs above."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    tests = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{tests.parent}{os.pathsep}{tests}")
 
 
 @pytest.mark.usefixtures("reachable")
