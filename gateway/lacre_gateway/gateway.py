@@ -15,6 +15,7 @@ from lacre.jose.dpop import plain_url
 from lacre.jose.jws import raw_public_key
 from lacre.runtime.listening import Door
 from lacre.wire.header import SEALED_PATH, SealedHeader
+from lacre.wire.outer import MAX_PARTS
 from lacre.wire.padding import SMALLEST
 from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
@@ -118,7 +119,8 @@ class Gateway:
     def ceilings(self, outer: OuterHeaders, header: SealedHeader, sealed_bytes: int) -> Reservation:
         """The most that a request may use. A prompt token takes at least one byte of the request, and JSON and HTTP add more
         bytes than a chat template adds tokens. Below the least padded length these may be too few, so the whole size counts.
-        The worker refuses longer prompts. For the action `http`, bytes count instead of tokens.
+        The worker refuses longer prompts. For the action `http`, bytes count instead of tokens. The action `explain` computes
+        the prompt once whole and once without each part, each time with an answer of at most `max_tokens` behind it.
         """
         model, action, max_tokens = outer.model, outer.action, outer.max_tokens
         if action is Action.HTTP:
@@ -127,9 +129,10 @@ class Gateway:
         room = header.room(sealed_bytes)
         padded = room >= SMALLEST
         bound = room if padded else sealed_bytes
-        prompt = bound if configured is None else min(configured.context, bound)
-        enough = bound // ORDINARY if padded else None
-        return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens, shrinks=True, enough=enough)
+        runs, answer = (MAX_PARTS + 1, max_tokens) if action is Action.EXPLAIN else (1, 0)
+        prompt = bound + answer if configured is None else min(configured.context, bound + answer)
+        enough = runs * (bound // ORDINARY + answer) if padded else None
+        return Reservation(max_prompt_tokens=runs * prompt, max_tokens=max_tokens, shrinks=True, enough=enough)
 
     def missing(self) -> dict[str, str]:
         """The parts that are missing before requests can be served, and who can help; empty if none is."""

@@ -71,6 +71,21 @@ async def test_logprobs(engine: Engine) -> None:
             assert (token.logprob is None, token.top) == (asked is None, ())
 
 
+async def test_a_given_answer_is_scored_as_if_sampled(engine: Engine) -> None:
+    answer = await made(engine, max_tokens=6, sampling=GREEDY, logprobs=0)
+    scored = await made(engine, given=tuple(answer.ids), max_tokens=len(answer.ids), logprobs=0)
+    assert (scored.ids, scored.text) == (answer.ids, answer.text)
+    assert [token.logprob for token in scored.tokens] == pytest.approx([token.logprob for token in answer.tokens], abs=0.01)
+    assert scored.finish.completion_tokens == len(answer.ids)
+
+
+async def test_an_unlikely_given_answer_keeps_its_tokens(engine: Engine) -> None:
+    given = tuple(engine.tokenize("zq zq zq", special=False))
+    scored = await made(engine, given=given, max_tokens=len(given), sampling=GREEDY, logprobs=0, endless=False)
+    assert scored.ids == list(given)
+    assert sum(token.logprob or 0 for token in scored.tokens) < -10
+
+
 async def test_cancel_while_running(engine: Engine) -> None:
     task, seen = make_task(engine, max_tokens=500), []
     async for event in engine.submit(task):
@@ -117,7 +132,9 @@ async def test_context_end_is_length(engine: Engine) -> None:
         ({"prompt": (10**6,)}, "prompt"), ({"kind": TaskKind.EMBED}, "kind"),
         ({"sampling": Sampling(logit_bias={10**6: 1.0})}, "logit_bias"),
         ({"sampling": Sampling(grammar="no rule here")}, "grammar"), ({"begun": (10**6,)}, "begun"),
-        ({"begun": (-1,)}, "begun"), ({"begun": "eos"}, "begun"),
+        ({"begun": (-1,)}, "begun"), ({"begun": "eos"}, "begun"), ({"given": (5, 5)}, "given"),
+        ({"given": (10**6,), "max_tokens": 1}, "given"), ({"given": (5,), "max_tokens": 1, "stop": ("x",)}, "given"),
+        ({"given": (5,) * 10**4, "max_tokens": 10**4}, "prompt"),
     ],
 )  # fmt: skip
 async def test_refusals(engine: Engine, change: dict[str, Any], field: str) -> None:

@@ -106,6 +106,11 @@ async def test_each_of_several_prompts_is_bounded(prompt: Any, each: int) -> Non
     assert code(answered) == (403, "grant_mismatch")
 
 
+async def test_an_upstream_explains_nothing_because_nobody_counts_it() -> None:
+    answered, server = await asked(whole(), text("a"), granted("explain", "writer"), "/v1/explain")
+    assert (code(answered), server.bodies) == ((404, "unknown_url"), [])
+
+
 @pytest.mark.parametrize(("action", "path", "content"), [("chat", CHAT, chat(n=2)), ("complete", TEXT, text(["a", "b"]))])
 async def test_several_choices_need_an_upstream_that_counts_them(action: str, path: str, content: bytes) -> None:
     answered, server = await asked(whole(), content, granted(action, "writer"), path)

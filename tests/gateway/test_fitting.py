@@ -14,6 +14,7 @@ from lacre import problems
 from lacre.problems import details
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
+from lacre.wire.outer import MAX_PARTS
 from lacre.wire.padding import SMALLEST, request_length
 from lacre_gateway.budget import fitting
 from lacre_gateway.budget.callers import BudgetScope, Caller, ceiling_of
@@ -128,6 +129,21 @@ async def test_what_is_sealed_bounds_the_prompt_and_not_the_seal(put_up: PutUp, 
             response = await stage.post(client, token, body=body)
             assert response.status_code == 200
             assert worker.grants[-1].max_prompt_tokens == (SMALLEST if len(body) > 5000 else len(body))
+
+
+async def test_an_explanation_reserves_each_of_its_runs(put_up: PutUp, issuer: Issuer) -> None:
+    """Whatever the number of its parts, which the gateway cannot see; each run has the answer behind the prompt."""
+    stage = await put_up(plans=PLANS)
+    async with stage.fake_worker() as worker, stage.http() as client:
+        for context, each in ((2048, 2048), (None, SMALLEST + 16)):
+            if context is None:
+                stage.gateway.settings.models.clear()
+            token = stage.issuer.token(plan="plenty", scope="lacre:explain")
+            outer = {"lacre_action": "explain", "lacre_max_tokens": "16"}
+            assert (await stage.post(client, token, body=padded(stage), **outer)).status_code == 200
+            assert worker.grants[-1].max_prompt_tokens == (MAX_PARTS + 1) * each
+        refused = await stage.post(client, stage.issuer.token(plan="plenty"), body=padded(stage), **outer)
+        assert_problem(refused, problems.FORBIDDEN)
 
 
 async def test_two_at_once_never_reserve_more_than_there_is(

@@ -38,6 +38,7 @@ BOS: Final = ControlToken(256, "<|bos|>")
 START: Final = ControlToken(257, "<|start|>")
 END: Final = ControlToken(258, "<|end|>")
 _CONTROL: Final = (BOS, START, END)
+UNLIKELY: Final = -20.0  # log-probability of a token that it does not say
 N_VOCAB: Final = 256 + len(_CONTROL)
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -153,7 +154,8 @@ class EchoEngine:
         if limit == 0 or job.text.stopped:
             return "length"
         begin = time.monotonic()
-        for token in itertools.islice(self._answer(job.task.prompt), len(job.task.begun), None):
+        echoed = itertools.islice(self._answer(job.task.prompt), len(job.task.begun), None)
+        for token in job.task.given or echoed:
             await asyncio.sleep(self._delay)
             if job.cancelled:
                 return "cancelled"
@@ -161,7 +163,8 @@ class EchoEngine:
                 return "length"
             job.completion_tokens += 1
             raw = bytes([token])
-            chosen, top = (None, ()) if job.task.logprobs is None else _logprobs(token, job.task.logprobs)
+            said = next(echoed, None) if job.task.given else token
+            chosen, top = (None, ()) if job.task.logprobs is None else _logprobs(token, said, job.task.logprobs)
             job.stream.put(Token(token, job.text.push(raw), raw, chosen, top))
             if job.text.stopped:
                 return "stop"
@@ -182,7 +185,8 @@ class EchoEngine:
             yield from plain
 
 
-def _logprobs(token: int, k: int) -> tuple[float, tuple[Alternative, ...]]:
-    """The token itself with certainty, then its neighbours, each far less likely."""
-    ids = [(token + i) % 256 for i in range(k)]
-    return 0.0, tuple(Alternative(i, bytes([i]), -20.0 * rank) for rank, i in enumerate(ids))
+def _logprobs(token: int, said: int | None, k: int) -> tuple[float, tuple[Alternative, ...]]:
+    """What it says is certain; every other token is far less likely. said: None at the end of the echo."""
+    best = token if said is None else said
+    ids = [(best + i) % 256 for i in range(k)]
+    return 0.0 if token == said else UNLIKELY, tuple(Alternative(i, bytes([i]), UNLIKELY * rank) for rank, i in enumerate(ids))

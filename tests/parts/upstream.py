@@ -23,7 +23,8 @@ def settings(origin: str, more: str = "", of_chat: str = "") -> Upstream:
         [[models]]
         name = "writer"
         known_as = "/models/writer.gguf"
-        allow = ["POST {CHAT}", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/rerank"]
+        allow = ["POST {CHAT}", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/rerank",
+                 "POST /v1/explain"]
         {of_chat}
         [[models]]
         name = "encoder"

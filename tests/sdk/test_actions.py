@@ -21,6 +21,7 @@ ACTIONS = {
     "complete": ["POST /v1/completions"],
     "embed": ["POST /v1/embeddings"],
     "rerank": ["POST /v1/rerank"],
+    "explain": ["POST /v1/explain"],
     "inspect": ["GET /v1/models", "GET /v1/models/org/name", "POST /v1/tokenize"],
     # OpenAI's way to delete a model is no mere look
     "http": ["DELETE /v1/models/name", "POST /v1/models", "get /v1/models", "GET /v1/modelsx", "GET /v1/tokenize",
@@ -51,6 +52,8 @@ def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool =
         (CHAT, b'{"n": 2, "max_completion_tokens": 5}', {}, "first", 10),
         (CHAT, b'{"n": 3}', {}, "first", 3 * DEFAULT_MAX_TOKENS),
         (CHAT, b'{"max_tokens": -1}', {}, "first", DEFAULT_MAX_TOKENS),
+        ("/v1/explain", b'{"max_tokens": 9}', {}, "first", 9),
+        ("/v1/explain", b'{"max_tokens": 9, "answer": "given: none is made"}', {}, "first", NO_OUTPUT),
         # what a body cannot say, a header can
         ("/predict", b'{"user": "u"}', {}, "first", DEFAULT_MAX_TOKENS),
         ("/predict", b'{"user": "u"}', {"lacre_model": "e", "lacre_max_tokens": "4096"}, "e", 4096),

@@ -26,6 +26,7 @@ from lacre.exchange.resume_marks import DIGEST
 from lacre_backend.api import ceilings, responses
 from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found, other_model
+from lacre_backend.api.explain import Explain
 from lacre_backend.api.http import EventStream, read_body, send_json, until_disconnect
 from lacre_backend.api.prompts import call_format, chat_prompt, plain_tokens, text_prompt
 from lacre_backend.api.registry import ServedModel, Serving, whose_turn
@@ -43,9 +44,9 @@ from lacre_backend.api.streaming import Answer, Progress
 from lacre_backend.api.tools.format import CallReader
 from lacre_backend.engine.protocol import Engine, EngineError, Task, TaskKind
 
-WEIGHED: Final = frozenset({"chat", "complete"})  # actions whose `n` says how many sequences a request has
+WEIGHED: Final = frozenset({"chat", "complete", "explain"})  # actions whose body says how many sequences a request has
 # Actions that may start before the worker's claim is confirmed: they change nothing outside this process.
-REPEATABLE: Final = frozenset({"chat", "complete", "embed", "inspect"})
+REPEATABLE: Final = frozenset({"chat", "complete", "embed", "explain", "inspect"})
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 
 
@@ -66,6 +67,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
             Route("/v1/chat/completions", _Chat(serving), methods=["POST"]),
             Route("/v1/completions", _Complete(serving), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(serving), methods=["POST"]),
+            Route("/v1/explain", Explain(serving), methods=["POST"]),
             Route("/v1/tokenize", _Tokenize(serving), methods=["POST"]),
             Route("/v1/models", _models, methods=["GET"]),
             Route("/v1/models/{name:path}", _model, methods=["GET"]),

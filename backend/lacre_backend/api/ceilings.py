@@ -67,6 +67,29 @@ def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> 
         raise _too_much("input", total, call.max_prompt_tokens, "input")
 
 
+def explained_tokens(call: Call | None, model: ModelInfo, asked: int | None, n_prompt: int) -> int:
+    """How many tokens an answer to be explained may have. asked: by the request. n_prompt: tokens of the longest prompt."""
+    room = model.n_ctx - n_prompt
+    if room < 1:
+        raise context_length_exceeded(model.n_ctx, n_prompt, "messages")
+    granted = None if call is None else call.max_tokens
+    if asked is not None and granted is not None and asked > granted:
+        raise grant_mismatch(f"The request asks for {asked} output tokens, but was granted {granted}.", "max_tokens")
+    return min(asked or granted or room, room)
+
+
+def check_explained(call: Call | None, model: ModelInfo, prompts: Sequence[int], n_answer: int, scores: int) -> None:
+    """Checks all prompts of an explanation. prompts: the tokens of each. n_answer: at most. scores: prompts that score it.
+
+    The context limits each prompt with its answer. The grant limits their sum: all of it is computed.
+    """
+    if max(prompts) + n_answer > model.n_ctx:
+        raise context_length_exceeded(model.n_ctx, max(prompts) + n_answer, "messages")
+    total = sum(prompts) + scores * n_answer
+    if call is not None and call.max_prompt_tokens is not None and total > call.max_prompt_tokens:
+        raise _too_much("prompt, computed once whole and once without each part,", total, call.max_prompt_tokens, "messages")
+
+
 def _too_much(what: str, tokens: int, granted: int, param: str) -> RequestRefused:
     return grant_mismatch(
         f"The {what} has {tokens} tokens, but was granted {granted}. This caller's limits, or the size of the sealed request, "

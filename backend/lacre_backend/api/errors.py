@@ -86,6 +86,12 @@ def grammar_too_costly() -> RequestRefused:
     )
 
 
+def not_scored() -> RequestRefused:
+    return RequestRefused(
+        "The time for one run ended before the answer was scored. Shorten the messages or the answer.", code="time_limit"
+    )
+
+
 def engine_failed() -> RequestRefused:
     return RequestRefused("The model failed while it answered. Try again.", status=500, type=SERVER_ERROR)
 

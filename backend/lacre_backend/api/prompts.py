@@ -21,7 +21,15 @@ from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
 from lacre_backend.api.messages import Message
 from lacre_backend.api.parsed import check_size
 from lacre_backend.api.registry import ServedModel
-from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
+from lacre_backend.api.template.prompt import (
+    ChatTemplate,
+    TemplateRefused,
+    answer_tokens,
+    chat_tokens,
+    embedding_tokens,
+    joined,
+    text_tokens,
+)
 from lacre_backend.api.template.texts import TextLost, as_text
 from lacre_backend.api.tools.format import HERMES, CallFormat
 from lacre_backend.api.tools.request import Tool
@@ -54,6 +62,14 @@ async def text_prompt(served: ServedModel, text: str) -> list[int]:
     ceilings.check_length(served.engine.model, len(text.encode()), "prompt")
     with _named("prompt"):
         return await text_tokens(served.engine, text)
+
+
+async def given_answer(served: ServedModel, text: str) -> list[int]:
+    """An answer that a caller gives to be scored. Raises `RequestRefused`."""
+    model, template = served.engine.model, served.template
+    ceilings.check_length(model, len(text.encode()), "answer")
+    with _named("answer"):
+        return await answer_tokens(served.engine, text, model.control_tokens if template is None else template.control)
 
 
 async def embedding_inputs(served: ServedModel, texts: Sequence[str]) -> list[list[int]]:

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Final, Literal
 import pydantic_core
 from pydantic import BeforeValidator, Field
 
-from lacre.wire.outer import MAX_TOKENS
+from lacre.wire.outer import MAX_PARTS, MAX_TOKENS
 from lacre_backend.api.errors import RequestRefused, unsupported
-from lacre_backend.api.messages import MAX_NAME, Messages, check_known, check_turns, has_a_beginning
+from lacre_backend.api.messages import MAX_NAME, Message, Messages, TextPart, check_known, check_turns, has_a_beginning
 from lacre_backend.api.parsed import Echoed, Parsed, check_size, has_infinite, missing, validated
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.tools.format import CallFormat
@@ -254,6 +254,25 @@ class CompletionRequest(Generate):
         return self.logprobs
 
 
+class ExplainRequest(Named):
+    """`POST /v1/explain` (not in OpenAI's API): which parts of the messages an answer rests on.
+
+    parts: the places of the parts, as (message, content part), by their ids. answer: None: the model answers first, greedily.
+    """
+
+    messages: Messages
+    answer: Annotated[str, Field(min_length=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    parts: dict[str, tuple[int, int]]
+
+    def without(self, part: str) -> list[Message]:
+        """The messages without this part. A message that has nothing else keeps an empty text."""
+        i, j = self.parts[part]
+        content = self.messages[i].content or []
+        left = [*content[:j], *content[j + 1 :]] or [TextPart(type="text", text="")]
+        return [*self.messages[:i], self.messages[i].model_copy(update={"content": left}), *self.messages[i + 1 :]]
+
+
 class EmbeddingRequest(Named):
     """`POST /v1/embeddings`: inputs, each of which becomes a vector."""
 
@@ -291,6 +310,41 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
         raise RequestRefused("Send either 'prompt' or 'messages'.", code="invalid_parameter_combination", param="prompt")
     check_turns(request.messages or ())
     return request
+
+
+def parse_explain(body: bytes) -> ExplainRequest:
+    raw = _object(body)
+    if "parts" in raw:  # ours, and not the caller's to set
+        raise RequestRefused("Unknown parameter: 'parts'.", code="unknown_parameter", param="parts")
+    check_known(raw.get("messages"))
+    request = validated(ExplainRequest, {**raw, "parts": _parts(raw.get("messages"))})
+    check_turns(request.messages)
+    return request
+
+
+def _parts(messages: Any) -> dict[str, tuple[int, int]]:
+    """The places of the content parts that have an `id`. messages: not checked yet. Raises `RequestRefused`."""
+    places: dict[str, tuple[int, int]] = {}
+    for i, message in enumerate(messages if isinstance(messages, list) else []):
+        content = message.get("content") if isinstance(message, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else []):
+            name = part.get("id") if isinstance(part, dict) else None
+            if name is None:
+                continue
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or name in places:
+                raise RequestRefused(
+                    f"A part's id is a text of 1 to {MAX_NAME} characters, which no other part has.",
+                    code="invalid_value",
+                    param=f"messages[{i}].content[{j}].id",
+                )
+            places[name] = i, j
+    if len(places) > MAX_PARTS:
+        raise RequestRefused(
+            f"The messages have {len(places)} parts with an id. At most {MAX_PARTS} can be explained.",
+            code="array_above_max_length",
+            param="messages",
+        )
+    return places
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:

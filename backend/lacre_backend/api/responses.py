@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,6 +41,27 @@ def usage(spent: Usage) -> dict[str, Any]:
         "completion_tokens": spent.completion_tokens,
         "total_tokens": spent.prompt_tokens + spent.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": spent.cached_tokens},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class PartScore:
+    """drop: nats by which the answer's log-probability falls without the part."""
+
+    id: str
+    drop: float
+
+
+def explanation(reply: ResponseInfo, answer: Sequence[tuple[str, float]], parts: Sequence[PartScore], spent: Usage) -> Any:
+    """answer: each token's text and log-probability in nats, given all parts."""
+    total = sum(max(part.drop, 0.0) for part in parts)
+    return {
+        **reply.head("explanation"),
+        "answer": "".join(text for text, _ in answer),
+        "logprob": sum(logprob for _, logprob in answer),
+        "parts": [{"id": part.id, "drop": part.drop, "share": max(part.drop, 0.0) / (total or 1.0)} for part in parts],
+        "tokens": [{"text": text, "bits": max(-logprob / math.log(2), 0.0)} for text, logprob in answer],
+        "usage": usage(spent),
     }
 
 

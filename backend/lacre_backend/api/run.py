@@ -83,7 +83,7 @@ class GenerationRuns:
     async def events(self) -> AsyncGenerator[tuple[int, Token | Finish]]:
         """(choice, event), until every choice has finished. Raises `RequestRefused` if the engine fails or closes."""
         try:
-            async with aclosing(_interleaved(self._streams)) as events:
+            async with aclosing(interleaved(self._streams)) as events:
                 async for index, event in events:
                     if isinstance(event, Embedding):
                         raise engine_failed()
@@ -121,7 +121,7 @@ def fresh_id() -> str:
     return secrets.token_hex(12)
 
 
-async def _interleaved(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event]]:
+async def interleaved(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event]]:
     if len(streams) == 1:
         async for event in streams[0]:
             yield 0, event

@@ -220,7 +220,8 @@ class LlamaEngine:
     def _begin(self, task: Task) -> _Job:
         limit = min(task.max_tokens, self.model.n_ctx - len(task.sequence))
         constraint = self._constraint(task)
-        text, sampler = TextStream(task.stop), Sampler(self._model, task.sampling, len(task.begun) + limit, constraint)
+        text = TextStream(task.stop)
+        sampler = Sampler(self._model, task.sampling, len(task.begun) + limit, constraint, task.given)
         text.begin(map(self._model.piece, task.begun))
         sampler.begin(task.begun)
         return _Job(task, TaskEvents(asyncio.get_running_loop()), sampler, text, limit)
@@ -390,7 +391,7 @@ class LlamaEngine:
                 self._end(job, reason)
             elif isinstance(token, EngineError):
                 self._drop(job, token, keep=True)
-            elif self._model.ends(token):
+            elif not job.task.given and self._model.ends(token):
                 self._end(job, "stop")
             else:
                 self._emit(job, token, row)

@@ -9,6 +9,7 @@ Rules:
   end-of-generation token is
   not in the stream.
 - The whole text is every token's `text`, followed by the `text` of the finish.
+- A task may score a `given` answer: its tokens are computed one by one as if they had been sampled, and none is sampled.
 - A task may continue an answer that another engine began: `begun` are its tokens. Text that they already released is not sent
   again. Held-back text, grammar and penalties continue as if the tokens had been sampled here.
 """
@@ -130,6 +131,7 @@ class Task:
     - fair: the pseudonyms of tenant and caller. They alone decide whose turn it is.
     - time_limit: seconds of work from the first step, waiting excluded; then the task finishes as "length".
     - group: the request whose choices share this prompt. It is read once; pass the choices to `submit_all`.
+    - given: the tokens of an answer to score, one `Token` for each. `max_tokens` is their number.
     """
 
     id: str
@@ -144,6 +146,7 @@ class Task:
     time_limit: float | None = None
     begun: tuple[int, ...] = field(default=(), repr=False)
     group: str | None = None
+    given: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -262,8 +265,19 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
     if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.begun):
         raise TaskRefused("The begun answer contains a token that no answer can have.", field="begun")
+    if task.given:
+        _check_given(task, model)
     if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
+
+
+def _check_given(task: Task, model: ModelInfo) -> None:
+    if len(task.given) != task.max_tokens or task.begun or task.stop or task.sampling.grammar is not None:
+        raise TaskRefused("A given answer has neither a beginning, stop strings nor a grammar.", field="given")
+    if len(task.prompt) + len(task.given) > model.n_ctx:
+        raise PromptTooLong(len(task.prompt) + len(task.given), model.n_ctx)
+    if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.given):
+        raise TaskRefused("The given answer contains a token that no answer can have.", field="given")
 
 
 class EngineHealth:

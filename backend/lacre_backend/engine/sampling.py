@@ -60,8 +60,17 @@ class Candidates:
 class Sampler:
     """The state of one sequence's sampling. Any thread creates it; then only the engine's thread uses it until `close`."""
 
-    def __init__(self, model: Model, sampling: Sampling, max_tokens: int, constraint: Constraint | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        max_tokens: int,
+        constraint: Constraint | None = None,
+        given: Sequence[int] = (),
+    ) -> None:
+        """given: the tokens to return in place of sampled ones; empty: samples."""
         self._closed = False
+        self.given = iter(given) if given else None
         self._chain: Any = None
         self.constraint = constraint
         self.sampling = sampling
@@ -142,7 +151,9 @@ def choose(
         best = logits.argmax(axis=1) if greedy else None
         tokens: list[int | EngineError] = []
         for i, sampler in enumerate(samplers):
-            if best is not None and sampler.plain and sampler.constraint is None and sampler.sampling.temperature == 0:
+            if sampler.given is not None:
+                tokens.append(next(sampler.given))
+            elif best is not None and sampler.plain and sampler.constraint is None and sampler.sampling.temperature == 0:
                 tokens.append(int(best[i]))
             else:
                 tokens.append(_chosen(sampler, context, rows[i], logits[i], random))

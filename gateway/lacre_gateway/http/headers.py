@@ -43,14 +43,15 @@ def address_of(scope: Mapping[str, Any]) -> str:
 
 
 class Action(StrEnum):
-    """What the sealed request does. `inspect`: lists models and counts tokens; runs no model. `http`: any request to an
-    application behind a worker.
+    """What the sealed request does. `explain`: which parts of a prompt an answer rests on. `inspect`: lists models and counts
+    tokens; runs no model. `http`: any request to an application behind a worker.
     """
 
     CHAT = "chat"
     COMPLETE = "complete"
     EMBED = "embed"
     RERANK = "rerank"
+    EXPLAIN = "explain"
     INSPECT = "inspect"
     HTTP = "http"
 

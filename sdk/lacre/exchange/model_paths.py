@@ -19,6 +19,7 @@ METHODS: Final[dict[str, str]] = {
     "/v1/completions": "POST",
     "/v1/embeddings": "POST",
     "/v1/rerank": "POST",
+    "/v1/explain": "POST",
     "/v1/tokenize": "POST",
     "/v1/models": "GET",
 }

@@ -32,6 +32,7 @@ _RUNS: Final = {
     "/v1/completions": "complete",
     "/v1/embeddings": "embed",
     "/v1/rerank": "rerank",
+    "/v1/explain": "explain",
 }
 _MODELS: Final = "/v1/models"
 _TOKENIZE: Final = "/v1/tokenize"
@@ -103,7 +104,8 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
         )
     if sealed_body != body:
         allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
-    ceiling = NO_OUTPUT if action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
+    given = action == "explain" and isinstance(sealed_body.get("answer"), str)  # nothing is left to generate
+    ceiling = NO_OUTPUT if given or action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
     return Prepared(allowed, action, _named(sealed_body["model"]), ceiling)
 
 

@@ -353,6 +353,12 @@ def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
     return text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
 
 
+async def answer_tokens(engine: Engine, text: str, control: Sequence[ControlToken]) -> list[int]:
+    """The ids of an answer, as they follow a prompt. control: as in `chat_tokens`. Raises as `Engine.tokens`."""
+    (ids,) = await _plain(engine, [text], control)
+    return ids
+
+
 async def text_tokens(engine: Engine, text: str) -> list[int]:
     """The ids of a text prompt. It contains no control token except the beginning of sequence, if the model needs it.
 
