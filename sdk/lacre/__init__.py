@@ -56,6 +56,7 @@ from lacre.errors import (
     UntrustedRoot,
     UsageError,
     VerificationError,
+    WrongModel,
 )
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Part
@@ -135,6 +136,7 @@ __all__ = [
     "VerificationError",
     "VersionFile",
     "VersionMemory",
+    "WrongModel",
     "__version__",
 ]
 

@@ -209,6 +209,12 @@ class InvalidReceipt(VerificationError):
     remedy = "Keep the answer and the error, and tell the pool's operator: the receipt does not hold."
 
 
+class WrongModel(VerificationError):
+    """A receipt names a model file that the manifest does not, or either names one that `pin_models` does not."""
+
+    remedy = "Do not use the answer. Ask the pool's operator which file it serves; correct `pin_models` if that changed."
+
+
 class InvalidProof(VerificationError):
     """A Merkle proof that does not lead from its entry to the root."""
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import NetworkError
 from lacre.jose.jws import raw_public_key
-from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement, fingerprint
+from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement, fingerprint
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
@@ -27,7 +27,7 @@ NOW = 1_800_000_000.0
 CLASSIC, OLD, FOREIGN = (PrivateKey.generate(key_id, Kem.X25519).config for key_id in (1, 3, 1))
 XWING = PrivateKey.generate(2, Kem.XWING).config
 KEYS = (PoolKey(XWING, NOW + 1000), PoolKey(CLASSIC, NOW + 1000), PoolKey(OLD, NOW - 1))
-POOL = Pool(("m1", "m2"), KEYS, b"r" * 32, ("none",))
+POOL = Pool(dict.fromkeys(("m1", "m2"), ModelEntry()), KEYS, b"r" * 32, ("none",))
 OTHER = dataclasses.replace(POOL, receipt_key=b"o" * 32, keys=(PoolKey(FOREIGN, NOW + 1000),))
 MANIFEST = Manifest("https://issuer.example", 1, NOW - 60, NOW + 600, b"g" * 32, {"a": POOL, "b": OTHER})
 HELD = Holding("a", ("m1",), frozenset({fingerprint(XWING), fingerprint(CLASSIC)}), b"r" * 32)

@@ -8,7 +8,7 @@ from typing import Final
 
 import httpx2
 
-from fuzz.statements import MANIFEST, NOW, PINNED, POOL_KEY, POOL_SIGNER, ROOT, SIGNER, STATEMENT
+from fuzz.statements import MANIFEST, NAMED, NOW, PINNED, POOL_KEY, POOL_SIGNER, ROOT, SIGNER, STATEMENT
 from fuzz.target import Script, Target
 from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre import errors
@@ -50,7 +50,7 @@ GRANT: Final = Grant(
 )
 STATUSES: Final = (200, 200, 200, 422, 400, 429, 503, 302)
 MEDIA_TYPES: Final = (MEDIA_TYPE_RESPONSE, PROBLEM, "text/event-stream", "")
-RECEIPT: Final = Receipt(b64u(HEADER.digest), "sha256:00", 12, 4, 3, NOW, NOW + 1, True)
+RECEIPT: Final = Receipt(b64u(HEADER.digest), NAMED.digests[0], 12, 4, 3, NOW, NOW + 1, True)
 PROOF: Final = AuditProof(b"{}", 0, (), b"")
 FACTS_OF_AN_ANSWER: Final = Facts("X25519", "none", 1, 1, Verification(""), RECEIPT, PROOF)
 
@@ -159,7 +159,7 @@ def made(kind: int, content: bytes, digest: bytes) -> bytes:
     if kind in (SEALED_BYTES, SEALED_CUT):
         return content
     encoder = bhttp.ResponseEncoder()
-    receipt = Receipt(b64u(digest), "sha256:00", 1, 0, 1, NOW, NOW + 1, True).sign(POOL_SIGNER)
+    receipt = Receipt(b64u(digest), NAMED.digests[0], 1, 0, 1, NOW, NOW + 1, True).sign(POOL_SIGNER)
     problem = json.dumps({"type": DATE.type}).encode()
     try:
         if kind == SEALED_DATE:

@@ -19,7 +19,7 @@ from lacre.jose.claims import Members
 from lacre.jose.jws import b64u, raw_public_key, sign_bytes, verify
 from lacre.trust.chain import ConnectionString, Trusted
 from lacre.trust.chain import verify as verify_document
-from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
@@ -35,9 +35,10 @@ ROOT, NEXT_ROOT, SIGNER, POOL_SIGNER = (Ed25519PrivateKey.from_private_bytes(byt
 PINNED: Final = raw_public_key(ROOT)
 POOL_KEY: Final = PrivateKey.derive(1, Kem.X25519, bytes(range(32)))
 STATEMENT: Final = RootStatement(raw_public_key(SIGNER), NOW + 1e6)
+NAMED: Final = ModelEntry(("0" * 64,), ("1" * 64,))
 MANIFEST: Final = Manifest(
     "test", 7, NOW, NOW + 1e5, raw_public_key(SIGNER),
-    {"default": Pool(("tiny",), (PoolKey(POOL_KEY.config, NOW + 1e5),), raw_public_key(POOL_SIGNER), ("none", "pad"))},
+    {"default": Pool({"tiny": NAMED}, (PoolKey(POOL_KEY.config, NOW + 1e5),), raw_public_key(POOL_SIGNER), ("none", "pad"))},
 )  # fmt: skip
 
 # What an input to `manifest` is, by its first byte; for the others it is 0 for a whole token.

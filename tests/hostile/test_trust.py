@@ -23,12 +23,12 @@ from lacre.exchange.call import Sealing
 from lacre.jose.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.runtime.forks import PerLoop
 from lacre.transport.sealed_async import AsyncSealedTransport
-from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
+from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, ModelEntry, RootStatement
 from lacre.trust.manifest_store import VersionMemory, accept
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem, SealedHeader
 from lacre.wire.opening import PrivateKey
-from parts.keys import POOL
+from parts.keys import MODEL, POOL
 from parts.stage import Stage
 from parts.trust import NOW, ROOTS, changes, document, foreign, signature_checks, statement
 from parts.wires import Pieces
@@ -128,6 +128,18 @@ test_signer_past_its_time = served(
     "keep serving the manifests of a signer whose time is over", "the root's statement limits the signer's time", Expired,
     lambda stage: Document((stage.statement(lives=-1),), sign_manifest(stage.manifest(2), stage.keys.signer)).encode(),
 )  # fmt: skip
+
+
+@attack("name other weights in the manifest than those that the caller pinned", "gateway",
+        "`pin_models`: a digest that the caller got elsewhere outranks the manifest", errors.WrongModel)  # fmt: skip
+async def test_other_weights_than_pinned(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+    """The manifest is signed by the signer: its key was stolen, or its operator was deceived."""
+    stage.named[MODEL] = ModelEntry(("2" * 64,))
+    stage.bucket = stage.document()
+    client = stage.client(gateway, pin_models={MODEL: "sha256:" + "1" * 64})
+    with verdict.refused():
+        await client.chat(stage.prompt)
+    assert not gateway.posts
 
 
 # Time

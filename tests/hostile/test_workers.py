@@ -15,10 +15,11 @@ from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
 from hostile.attacks import NOTHING, Verdict, attack
 from hostile.shapes import Test
 from lacre import ApiError, problems
-from lacre.errors import InvalidReceipt
+from lacre.errors import InvalidReceipt, WrongModel
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime import tasks
+from lacre.trust.manifest import ModelEntry
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
@@ -28,6 +29,7 @@ from parts.memory_fabric import MemoryDelivery
 from parts.stage import Stage
 
 TEXT = "One, two, three."
+APPROVED, OTHER = "1" * 64, "2" * 64  # model files' SHA-256
 TOKENS = 16
 
 Headers = tuple[tuple[str, str], ...]
@@ -120,6 +122,43 @@ test_other_than_told = lied(
     "the caller compares the receipt with the answer's `usage`",
     *(lambda stage, claimed=claimed: resigned(stage, completion_tokens=claimed) for claimed in (TOKENS - 1, TOKENS + 1, 512)),
 )  # fmt: skip
+
+
+def misweighted(name: str, *cases: tuple[tuple[str, ...], str | None, str]) -> Test:
+    """The attack of a worker that serves other weights. cases: the digests in the manifest, the caller's pin, and the `model`
+    of the receipt.
+    """
+
+    @attack(name, "worker", "a receipt names the file, and the caller accepts only those that manifest and pin name",
+            WrongModel, cases=cases, ids=range(len(cases)))  # fmt: skip
+    async def test(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: Any) -> None:
+        named, pinned, says = case
+        stage.named[MODEL] = ModelEntry(named)
+        stage.bucket = stage.document()
+        options = {} if pinned is None else {"pin_models": {MODEL: f"sha256:{pinned}"}}
+        async with LyingWorker(stage, resigned(stage, model=says)):
+            with verdict.refused():
+                await stage.client(gateway, **options).chat(stage.prompt)
+
+    return test
+
+
+test_other_weights = misweighted("serve other weights than those that the manifest names",
+    ((APPROVED,), None, f"sha256:{OTHER}"), ((APPROVED,), None, ""), ((APPROVED,), None, APPROVED),
+    ((APPROVED, "3" * 64), None, f"sha256:{OTHER}"))  # fmt: skip
+test_other_than_pinned = misweighted("serve other weights than those that the caller pinned",
+    ((), APPROVED, f"sha256:{OTHER}"), ((), APPROVED, ""), ((APPROVED, OTHER), APPROVED, f"sha256:{OTHER}"))  # fmt: skip
+
+
+@attack("serve other weights, and sign a receipt that names the right ones", "worker",
+        "nothing at once: the digest is the pool's word", gain="an answer by other weights, under a false receipt that its "
+        "pool signed")  # fmt: skip
+async def test_false_weights(stage: Stage, gateway: GatewayOwner) -> None:
+    stage.named[MODEL] = ModelEntry((APPROVED,))
+    stage.bucket = stage.document()
+    async with LyingWorker(stage, resigned(stage, model=f"sha256:{APPROVED}")):
+        reply = await stage.client(gateway).chat(stage.prompt)
+    assert (reply.text, reply.receipt.model) == (TEXT, f"sha256:{APPROVED}")
 
 
 @attack("claim tokens that it did not make, in the receipt and in the answer alike", "worker",

@@ -95,7 +95,7 @@ export class Client {
     for await (const bytes of answer.body) yield* reading.push(bytes);
     yield* reading.end();
     const totals = reading.totals();
-    const receipt = totals.receipt === null ? null : readReceipt(totals.receipt, call.pool, request.digest);
+    const receipt = totals.receipt === null ? null : readReceipt(totals.receipt, call.pool, request.digest, call.model);
     const { kem } = config;
     return {
       ...totals,
@@ -139,8 +139,8 @@ export class Client {
 function describe(manifest, { pool: name, model, maxTokens }) {
   const pool = manifest.pools.get(name);
   if (!pool) throw new NoUsableKeyError(`the manifest has no pool ${name}`);
-  const named = model ?? pool.models[0];
-  if (!pool.models.includes(named)) throw new NoUsableKeyError(`the pool has no model ${named}`);
+  const named = model ?? pool.defaultModel;
+  if (!pool.models.has(named)) throw new NoUsableKeyError(`the pool has no model ${named}`);
   if (!pool.shapes.includes("none")) throw new NoUsableKeyError("the pool takes no request of shape none");
   if (!Number.isInteger(maxTokens) || maxTokens < 1 || maxTokens > 2147483647) {
     throw new ConfigurationError("a token ceiling is 1 to 2147483647");

@@ -47,7 +47,8 @@ const XWING = configuration(0x647a, 1216);
 const [root, newer, signer, stranger] = [newKey(), newKey(), newKey(), newKey()];
 
 function claims(changes = {}, keys = [{ config: toBase64url(XWING), not_after: NOW + 50 }]) {
-  const pool = { models: ["m"], keys, receipt_key: toBase64url(signer.raw), shapes: ["none"], later: 1 };
+  const models = { m: { sha256: [], signers: [], later: 1 } };
+  const pool = { models, default_model: "m", keys, receipt_key: toBase64url(signer.raw), shapes: ["none"], later: 1 };
   const key = toBase64url(stranger.raw);
   return { iss: "test", ver: 7, iat: NOW, exp: NOW + 100, gateway_key: key, pools: { default: pool }, later: 1, ...changes };
 }
@@ -83,7 +84,8 @@ test("connection strings", () => {
 
 test("a manifest verifies", () => {
   const manifest = verified(simple());
-  same([manifest.ver, manifest.pools.get("default").models], [7, ["m"]]);
+  const { models, defaultModel } = manifest.pools.get("default");
+  same([manifest.ver, [...models.keys()], defaultModel], [7, ["m"], "m"]);
 });
 
 test("a chain of roots is followed from the pinned one", () => {
@@ -131,6 +133,15 @@ test("a statement or manifest that is not right is refused", () => {
     { gateway_key: "AA" },
     { pools: [] },
     { pools: { p: {} } },
+    ...[
+      { models: ["m"] },
+      { models: { m: {} } },
+      { models: { m: { sha256: ["00"], signers: [] } } },
+      { models: { m: { sha256: [], signers: ["A".repeat(64)] } } },
+      { default_model: "other" },
+      { default_model: null },
+      { default_model: undefined },
+    ].map((bad) => ({ pools: { default: { ...claims().pools.default, ...bad } } })),
   ]) {
     throws(() => verified(simple(changes)), TrustError, JSON.stringify(changes));
   }
@@ -177,6 +188,13 @@ test("a receipt is the pool's and of this request", () => {
   same(readReceipt(jws(receipt(), signer, "other+jwt"), pool, digest), null);
   same(readReceipt(jws(receipt({ enc: "AA" }), signer, "lacre-receipt+jwt"), pool, digest), null);
   same(readReceipt("rubbish", pool, digest), null);
+
+  const [named, other] = ["1".repeat(64), "2".repeat(64)];
+  const naming = { ...pool, models: new Map([["m", { sha256: [named], signers: [] }]]) };
+  const by = (model, name = "m") => readReceipt(jws(receipt({ model }), signer, "lacre-receipt+jwt"), naming, digest, name);
+  same(by(`sha256:${named}`)?.completion_tokens, 34);
+  for (const wrong of [`sha256:${other}`, named, "", undefined]) same(by(wrong), null);
+  same(by("", "unnamed")?.completion_tokens, 34, "a model without a digest may be any file");
 });
 
 // Sealing

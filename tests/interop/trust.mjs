@@ -140,12 +140,28 @@ function readPool(pool) {
     if (!encoded) throw new TrustError("a key's config is not base64url");
     return { config: keyConfiguration(encoded), notAfter: time(key.not_after) };
   });
+  const models = new Map(Object.entries(object(pool.models, "models")).map(([name, entry]) => [name, readModel(entry)]));
+  const defaultModel = member(pool, "default_model");
+  if (defaultModel === null ? models.size > 0 : !models.has(defaultModel)) {
+    throw new TrustError("default_model is not one of the pool's models");
+  }
   return {
-    models: list(pool.models, "models").map(text),
+    models,
+    defaultModel,
     keys,
     receiptKey: key32(pool.receipt_key),
     shapes: list(pool.shapes, "shapes").map(text),
   };
+}
+
+/** The digests and signers of one model, in hex; no digest: any file may be served. */
+function readModel(entry) {
+  const { sha256, signers } = object(entry, "a model");
+  const [digests, ids] = [list(sha256, "sha256"), list(signers, "signers")];
+  if (![...digests, ...ids].every((each) => /^[0-9a-f]{64}$/.test(text(each)))) {
+    throw new TrustError("a digest or signer of a model is not 64 hexadecimal digits");
+  }
+  return { sha256: digests, signers: ids };
 }
 
 /** Parsed, or null for one of a suite that is unknown here. A malformed one spoils the whole manifest. */
@@ -237,11 +253,16 @@ function member(claims, name) {
 
 const equal = (one, other) => Buffer.compare(one, other) === 0;
 
-/** Whether a receipt is the pool's, and of this very request (section 11). Its claims, or null. */
-export function readReceipt(token, pool, digest) {
+/**
+ * Whether a receipt is the pool's, of this very request, and of a file that the manifest names for the model that ran, if it
+ * names any (section 11). Its claims, or null.
+ */
+export function readReceipt(token, pool, digest, model) {
   try {
     const claims = verifiedClaims(token, "lacre-receipt+jwt", pool.receiptKey);
-    return claims.enc === toBase64url(digest) ? claims : null;
+    const accepted = (pool.models.get(model)?.sha256 ?? []).map((each) => `sha256:${each}`);
+    const named = accepted.length === 0 || accepted.includes(claims.model);
+    return claims.enc === toBase64url(digest) && named ? claims : null;
   } catch (error) {
     if (error instanceof LacreError) return null;
     throw error;

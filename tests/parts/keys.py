@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jose.jws import raw_public_key
 from lacre.trust.chain import ConnectionString
-from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
@@ -44,7 +44,8 @@ class Keys:
 class Trusted:
     """Signs what clients, gateways and workers believe. served: models by pool; the first pool is the one that tests use.
 
-    held: the first pool's keys by id, the newest first. now: a moment at which this stage stands; None for the clock.
+    named: what the manifest says of a model, by its name. held: the first pool's keys by id, the newest first. now: a moment at
+    which this stage stands; None for the clock.
     """
 
     def __init__(self, keys: Keys | None = None, served: Mapping[str, tuple[str, ...]] | None = None, now: float | None = None):
@@ -53,6 +54,7 @@ class Trusted:
         self.pool = next(iter(self.served))
         self.model = self.served[self.pool][0]
         self.held = {key.config.key_id: key for key in (self.keys.pool, self.keys.classic, self.keys.past)}
+        self.named: dict[str, ModelEntry] = {}
         self.now = now
         self._statements: dict[float, tuple[str, ...]] = {}
 
@@ -78,7 +80,7 @@ class Trusted:
 
         def pool(models: tuple[str, ...], keys: tuple[PrivateKey, ...]) -> Pool:
             listed = (PoolKey(key.config, now - 1 if key.config == past else now + lives) for key in keys)
-            return Pool(models, tuple(listed), receipts, SHAPES)
+            return Pool({name: self.named.get(name, ModelEntry()) for name in models}, tuple(listed), receipts, SHAPES)
 
         own = keys or tuple(self.held.values())
         return {name: pool(models, own if name == self.pool else (self.keys.other,)) for name, models in self.served.items()}

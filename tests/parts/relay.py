@@ -26,7 +26,7 @@ from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime.forks import PerProcess
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
-from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import PrivateKey
@@ -48,6 +48,7 @@ class Relay:
     version: int = 1
     clock: Callable[[], float] = time.time
     model: str = "tiny"
+    entry: ModelEntry = field(default_factory=ModelEntry)  # of the model
     shapes: tuple[str, ...] = SHAPES
     root: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     signer: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
@@ -83,7 +84,7 @@ class Relay:
     def manifest(self) -> Manifest:
         now = self.clock()
         receipt_key = raw_public_key(self.receipt_key)
-        pool = Pool((self.model,), (PoolKey(self.key.config, now + self.lifetime),), receipt_key, self.shapes)
+        pool = Pool({self.model: self.entry}, (PoolKey(self.key.config, now + self.lifetime),), receipt_key, self.shapes)
         return Manifest("test", self.version, now, now + self.lifetime, raw_public_key(self.gateway_key), {"default": pool})
 
     def document(self) -> bytes:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jose import jws
 from lacre.jose.jws import raw_public_key
-from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
@@ -25,7 +25,7 @@ PINNED = raw_public_key(ROOTS[0])
 
 
 def manifest(version: int = 1, *, issued: float = NOW, expires: float = NOW + DAY) -> Manifest:
-    pool = Pool(("tiny",), (PoolKey(KEY.config, NOW + DAY),), bytes(32), ("none", "pad"))
+    pool = Pool({"tiny": ModelEntry()}, (PoolKey(KEY.config, NOW + DAY),), bytes(32), ("none", "pad"))
     return Manifest("test", version, issued, expires, bytes(32), {"default": pool})
 
 

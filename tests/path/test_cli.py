@@ -38,7 +38,7 @@ def manifest(up: Up) -> dict[str, dict[str, dict[str, list[str]]]]:
 
 
 def test_manifest_show(up: Up) -> None:
-    assert manifest(up)["pools"]["default"]["models"] == ["smollm2-135m"]
+    assert list(manifest(up)["pools"]["default"]["models"]) == ["smollm2-135m"]
     assert "MLKEM768-X25519" in run("manifest", "show", up=up).stdout
 
 

@@ -22,7 +22,7 @@ from lacre.jose import jws
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u, b64u_decode, raw_public_key, sign
 from lacre.trust.chain import verify
-from lacre.trust.manifest import MANIFEST_TYP, Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.manifest import MANIFEST_TYP, Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
 from lacre.trust.manifest_store import MAX_REMEMBERED, Memory, VersionFile, VersionMemory, accept
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import ALL_ALGORITHMS, Kem, KeyConfig
@@ -46,7 +46,9 @@ def configs(draw: st.DrawFn) -> KeyConfig:
 
 NAME_LISTS = st.lists(NAMES, max_size=3).map(tuple)
 POOL_KEYS = st.builds(PoolKey, configs(), TIMES)
-POOLS = st.builds(Pool, NAME_LISTS, st.lists(POOL_KEYS, max_size=3).map(tuple), KEYS, NAME_LISTS)
+HEX = st.lists(st.text("0123456789abcdef", min_size=64, max_size=64), max_size=2).map(tuple)
+MODELS = st.dictionaries(NAMES, st.builds(ModelEntry, HEX, HEX), max_size=3)
+POOLS = st.builds(Pool, MODELS, st.lists(POOL_KEYS, max_size=3).map(tuple), KEYS, NAME_LISTS)
 MANIFESTS = st.builds(
     Manifest, NAMES, st.integers(0, 2**53), TIMES, TIMES.map(lambda time: time + NOW + 1), KEYS,
     st.dictionaries(NAMES, POOLS, max_size=3),
@@ -57,13 +59,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+ENTRY = ModelEntry(("0" * 64,), ("1" * 64,))
 EXAMPLE = Manifest(
     "test", 1, NOW, NOW + 1, bytes(32),
-    {"default": Pool(("tiny",), (PoolKey(KeyConfig(1, Kem.X25519, b"\1" * 32), NOW),), bytes(32), ("pad",))},
+    {"default": Pool({"tiny": ENTRY}, (PoolKey(KeyConfig(1, Kem.X25519, b"\1" * 32), NOW),), bytes(32), ("pad",))},
 )  # fmt: skip
 MEMBERS = [
     *((name,) for name in EXAMPLE.members()),
-    *(("pools", "default", name) for name in ("models", "keys", "receipt_key", "shapes")),
+    *(("pools", "default", name) for name in ("models", "default_model", "keys", "receipt_key", "shapes")),
+    *(("pools", "default", "models", "tiny", name) for name in ("sha256", "signers")),
     *(("pools", "default", "keys", 0, name) for name in ("config", "not_after")),
 ]
 

@@ -36,7 +36,7 @@ from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks, shell
 from lacre.runtime.json_objects import parse_object
 from lacre.trust.chain import ConnectionString, verify
-from lacre.trust.manifest import Document, Manifest, Pool
+from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool
 from lacre.trust.signing import sign_manifest
 from lacre.wire.padding import SHAPES
 from lacre_fabric.keys import kms, pool_keys
@@ -363,7 +363,7 @@ class Site:
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
         keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)
         receipt_key = pool_keys.public_receipt_key(self.receipt_file(name))
-        return Pool(tuple(models), keys, receipt_key, SHAPES)
+        return Pool(dict.fromkeys(models, ModelEntry()), keys, receipt_key, SHAPES)
 
     def write_settings(
         self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]], nodes: Sequence[str] = (NODE,)

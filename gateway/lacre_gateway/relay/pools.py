@@ -37,7 +37,7 @@ def pool_for(feed: ManifestFeed, outer: OuterHeaders, header: SealedHeader, now:
     if pool is None:
         raise Refusal(problems.UNKNOWN_POOL, details={"pools": tuple(sorted(pools))})
     if outer.model not in pool.models:
-        raise Refusal(problems.UNKNOWN_POOL, details={"models": pool.models})
+        raise Refusal(problems.UNKNOWN_POOL, details={"models": tuple(pool.models)})
     if outer.shape not in pool.shapes:
         raise Refusal(problems.INVALID_HEADERS, details={"header": SHAPE})
     known = (key for key in pool.keys if key.config.key_id == header.key_id and now < key.not_after)

@@ -125,7 +125,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         decision = gateway.rules.decide(request.question)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
-                raise denied(gateway.rules.would_allow, request.question, request.pool.models)
+                raise denied(gateway.rules.would_allow, request.question, tuple(request.pool.models))
         sealed = await exchange.sealed_body(room)
         if len(sealed) != begun.size:
             raise Refusal(problems.INVALID_HEADERS, details={"header": "content-length"})

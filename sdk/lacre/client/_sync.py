@@ -23,6 +23,7 @@ from lacre.client.settings import (
     at_once_of,
     memory_of,
     models_of,
+    pin_models_of,
     proof_key_of,
 )
 from lacre.evidence.exchange_info import documented
@@ -52,13 +53,14 @@ class Client(SealingClient):
     bound (RFC 9449); the one in the file `LACRE_DPOP_KEY` if None. pool: the pool of workers to seal to. kem: the accepted key
     encapsulation, or several, the preferred first. shape: `pad` pads requests and answers to lengths that reveal little; an
     answer that is not an event stream then arrives in pieces of 16 KiB. `none` does not pad. keep_identifying_fields: also seal
-    `user`, `metadata`, `safety_identifier` and `prompt_cache_key`, instead of dropping them. retries: how often to send a
-    request again, freshly sealed, if none of its answer arrived, or if the gateway asks to come back within 10 s; `attempts`
-    counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an answer that
-    broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests may run at
-    once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An async client
-    counts in each event loop. memory: where to remember the newest manifest seen; default: a file under `$XDG_STATE_HOME`.
-    verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
+    `user`, `metadata`, `safety_identifier` and `prompt_cache_key`, instead of dropping them. pin_models: the digest of a
+    model's file, `sha256:…`, by the model's name: a manifest or receipt that names another raises WrongModel. retries: how
+    often to send a request again, freshly sealed, if none of its answer arrived, or if the gateway asks to come back within 10
+    s; `attempts` counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an
+    answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests
+    may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An
+    async client counts in each event loop. memory: where to remember the newest manifest seen; default: a file under
+    `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
     and exceptions for `chat` and `chat_stream`.
@@ -74,6 +76,7 @@ class Client(SealingClient):
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
+        pin_models: Mapping[str, str] | None = None,
         retries: int | None = None,
         resume: int = DEFAULT_RESUMES,
         max_concurrency: int | None = None,
@@ -94,6 +97,7 @@ class Client(SealingClient):
             kems=arguments.one_or_more(kem, Kem, "kem"),
             shape=shape,
             keep_identifying_fields=arguments.flag(keep_identifying_fields, "keep_identifying_fields"),
+            pin_models=pin_models_of(pin_models),
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
         )

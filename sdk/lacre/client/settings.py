@@ -14,6 +14,7 @@ from lacre.errors import SettingsError, UsageError
 from lacre.exchange.call import ORIGIN
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
+from lacre.trust.manifest import Pool, is_digest
 from lacre.trust.manifest_store import Memory, VersionFile
 
 BASE_URL: Final = f"{ORIGIN}/v1"
@@ -51,8 +52,21 @@ def proof_key_of(given: ProofKey | None) -> ProofKey | None:
     return given
 
 
-def models_of(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
+def pin_models_of(given: Mapping[str, str] | None) -> dict[str, str]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"pin_models must be a dict from model names to digests, not {arguments.kind_of(given)}")
+    for name, pin in given.items():
+        if not isinstance(name, str) or not isinstance(pin, str) or not is_digest(pin):
+            raise UsageError(
+                f"pin_models[{name!r}] must be `sha256:` and 64 hexadecimal digits in small letters, as `lacre model inspect "
+                "FILE` prints the digest"
+            )
+    return dict(given)
+
+
+def models_of(pools: Mapping[str, Pool], pool: str) -> tuple[str, ...]:
     if pool not in pools:
         raise SettingsError(f"the manifest has no pool {pool!r}: it has {', '.join(sorted(pools)) or 'none'}")
-    models: tuple[str, ...] = pools[pool].models
-    return models
+    return tuple(pools[pool].models)

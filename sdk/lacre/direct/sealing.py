@@ -103,7 +103,7 @@ class DirectSealing(Sealing):
         pinned = b64u(hashlib.sha256(config.encode()).digest())
         call.attempts += 1
         facts = call.facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, Verification(pinned))
-        return Send("POST", WELL_KNOWN, headers, body), Opening(opener, facts, lambda _trailers: None)
+        return Send("POST", WELL_KNOWN, headers, body), Opening(opener, facts, lambda _head, _trailers: None)
 
     def _inside(self, plain: Plain, scope: Scope) -> bhttp.Request:
         date = email.utils.formatdate(self._clock() + scope.offset, usegmt=True)

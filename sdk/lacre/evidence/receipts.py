@@ -8,16 +8,18 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.errors import InvalidReceipt, LacreError
+from lacre.errors import InvalidReceipt, LacreError, WrongModel
 from lacre.jose import jws
 from lacre.jose.claims import Members
 from lacre.runtime import arguments
+from lacre.trust.manifest import ModelEntry
 
 TYP: Final = "lacre-receipt+jwt"
 TRAILER: Final = "lacre-receipt"  # the trailer field of the sealed answer that carries the final receipt
 # Bytes of a body that count as one unit, for the action `http`: the app behind it may not know tokens. A partial unit counts as
 # one.
 UNIT: Final = 1024
+MAX_SHOWN: Final = 80  # characters of a receipt's `model` in an error; a digest has 71
 
 
 def units(size: int) -> int:
@@ -87,3 +89,33 @@ def of_answer(trailers: Sequence[tuple[str, str]], key: bytes, digest: bytes, ma
     if receipt.completion_tokens > max_tokens or receipt.cached_tokens > receipt.prompt_tokens:
         raise InvalidReceipt("the answer's receipt claims more tokens than the request allows: tell the pool's operator")
     return receipt
+
+
+def digests_of(name: str, model: ModelEntry, pin: str | None) -> tuple[str, ...]:
+    """The digests that a receipt may name for this model; empty: any. model: its entry in the manifest. pin: the caller's own.
+
+    Raises WrongModel if the manifest names other digests than the pin.
+    """
+    if pin is None:
+        return model.digests
+    if model.sha256 and pin not in model.digests:
+        raise WrongModel(
+            f"the manifest names {_listed(model.digests)} for the model {name!r}, but pin_models has {pin}; nothing was sent"
+        )
+    return (pin,)
+
+
+def check_model(receipt: Receipt, name: str, digests: Sequence[str], *, ran: bool) -> None:
+    """Refuses the receipt of another model file. name: of the model that was asked. digests: see `digests_of`. ran: whether the
+    model must have run; else the receipt may also name no file.
+
+    Raises WrongModel.
+    """
+    if not digests or receipt.model in digests or not (ran or receipt.model):
+        return
+    served = repr(receipt.model[:MAX_SHOWN]) if receipt.model else "no file"
+    raise WrongModel(f"the answer's receipt names {served} for the model {name!r} instead of {_listed(digests)}")
+
+
+def _listed(digests: Sequence[str]) -> str:
+    return digests[0] if len(digests) == 1 else f"{digests[0]} or {len(digests) - 1} more"

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Final
 
 from lacre.errors import (
@@ -45,13 +46,22 @@ from lacre.exchange.first_use import first_use
 from lacre.exchange.model_paths import misdirected
 from lacre.exchange.request import Plain, Prepared, is_repeatable, prepare
 from lacre.exchange.retry import ENDURANCE, Retries, delay
-from lacre.exchange.sealed_answer import MAX_PROBLEM, GatewayRefusal, Opening, Trailers, check_sealed, problem_of, read_all
+from lacre.exchange.sealed_answer import (
+    MAX_PROBLEM,
+    AnswerHead,
+    GatewayRefusal,
+    Opening,
+    Trailers,
+    check_sealed,
+    problem_of,
+    read_all,
+)
 from lacre.exchange.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
 from lacre.jose.jws import b64u
 from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, Problem, details
 from lacre.runtime import forks
 from lacre.trust.chain import Trusted
-from lacre.trust.manifest import MAX_DOCUMENT, Manifest, PoolKey
+from lacre.trust.manifest import MAX_DOCUMENT, Manifest, ModelEntry, Pool, PoolKey
 from lacre.trust.manifest_store import Memory, accept
 from lacre.wire import bhttp, outer
 from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, SEALED_PATH, Kem
@@ -110,10 +120,11 @@ class Sealing:
 
     What belongs to one call is in its `CallState`. A forked child has a scope of its own.
 
-    kems, shape: what the caller accepts; if a manifest does not offer it, the call fails: there is no fallback. retries: how
-    often a request is sent again before any of its answer was delivered; None: as `lacre.exchange.retry` decides. resume: how
-    often an answer that broke off later is resumed (`lacre.exchange.resume`), while it may have cost one worker at most. clock:
-    seconds since the epoch.
+    kems, shape: what the caller accepts; if a manifest does not offer it, the call fails: there is no fallback. pin_models: a
+    digest of a file, `sha256:…`, by the model's name: if the manifest names others, nothing is sent. retries: how often a
+    request is sent again before any of its answer was delivered; None: as `lacre.exchange.retry` decides. resume: how often an
+    answer that broke off later is resumed (`lacre.exchange.resume`), while it may have cost one worker at most. clock: seconds
+    since the epoch.
     """
 
     def __init__(
@@ -125,6 +136,7 @@ class Sealing:
         kems: Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
+        pin_models: Mapping[str, str] = MappingProxyType({}),
         retries: int | None = 0,
         resume: int = 0,
         clock: Callable[[], float] = time.time,
@@ -134,6 +146,7 @@ class Sealing:
         self._pool = pool
         self._kems = tuple(kems)
         self._shape = shape_named(shape)
+        self._pin_models = pin_models
         self._keep_identifying_fields = keep_identifying_fields
         self._retries = retries
         self.resume = resume
@@ -366,7 +379,8 @@ class Sealing:
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {self._pool!r} does not accept the shape {self._shape!r}: choose one of {taken}")
-        prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
+        prepared = prepare(call.plain, tuple(pool.models), keep_identifying_fields=self._keep_identifying_fields)
+        verify = self._verifier(pool, prepared)
         said = (
             (outer.POOL, self._pool),
             (outer.MODEL, prepared.model),
@@ -383,9 +397,6 @@ class Sealing:
         facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, key))
         call.facts = self._last = facts
 
-        def verify(trailers: Trailers) -> Receipt:
-            return receipts.of_answer(trailers, pool.receipt_key, header.digest, prepared.max_tokens)
-
         sent = {
             "kind": "intent",
             "enc": b64u(header.digest),
@@ -397,7 +408,29 @@ class Sealing:
             "kem": facts.kem,
             "sealed_bytes": len(body),
         }
-        return Send("POST", SEALED_PATH, headers, body, sealed=header.digest), Opening(opener, facts, verify), sent
+        return (
+            Send("POST", SEALED_PATH, headers, body, sealed=header.digest),
+            Opening(opener, facts, partial(verify, header.digest)),
+            sent,
+        )
+
+    def _verifier(self, pool: Pool, asked: Prepared) -> Callable[[bytes, AnswerHead, Trailers], Receipt]:
+        """Makes the receipt of a whole answer, from the digest of the sealed request and what the answer said. It raises
+        InvalidReceipt or WrongModel.
+
+        Raises WrongModel if the manifest contradicts the caller's pin.
+        """
+        digests = receipts.digests_of(
+            asked.model, pool.models.get(asked.model, ModelEntry()), self._pin_models.get(asked.model)
+        )
+
+        def verify(digest: bytes, head: AnswerHead, trailers: Trailers) -> Receipt:
+            receipt = receipts.of_answer(trailers, pool.receipt_key, digest, asked.max_tokens)
+            ran = asked.action != "inspect" and head.status < 400  # an error may come from before the model
+            receipts.check_model(receipt, asked.model, digests, ran=ran)
+            return receipt
+
+        return verify
 
     def _checked(self, trusted: Trusted | None, key: PoolKey | None = None) -> Verification:
         """trusted: the manifest of the call; the newest if the call has none yet. key: the key that it seals to."""

@@ -62,11 +62,11 @@ Trailers = tuple[tuple[str, str], ...]
 class Opening:
     """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
 
-    Pieces wait here until they are taken. verify: makes the receipt from the trailers, or raises; it returns None if none is
-    due.
+    Pieces wait here until they are taken. verify: makes the receipt from the head and the trailers, or raises; it returns None
+    if none is due.
     """
 
-    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt | None]) -> None:
+    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[AnswerHead, Trailers], Receipt | None]) -> None:
         self._opener = opener
         self._verify = verify
         self._decoder = bhttp.ResponseDecoder()
@@ -79,7 +79,7 @@ class Opening:
         """Takes the next bytes of the outer body; None at its end.
 
         Raises TruncatedStream if the final chunk had not opened by then or the answer in it was not whole. Raises
-        InvalidReceipt if the answer was whole and its receipt does not hold.
+        InvalidReceipt or WrongModel if the answer was whole and its receipt does not hold.
         """
         with documented(self.facts):
             self._feed(data)
@@ -89,7 +89,7 @@ class Opening:
             self._take(self._decoder.feed(record))
         if data is None:
             self._take(self._decoder.close())
-            self.facts.receipt = self._verify(self.facts.trailers)
+            self.facts.receipt = self._verify(self.head, self.facts.trailers)
             self.ended = True
 
     def _take(self, events: Sequence[bhttp.Event]) -> None:

@@ -37,6 +37,12 @@ class Members:
     def text(self, name: str) -> str:
         return str(self._get(name, str, "a string"))
 
+    def optional_text(self, name: str) -> str | None:
+        """Like `text`, for a member that must be there and may be null."""
+        if name in self._values and self._values[name] is None:
+            return None
+        return self.text(name)
+
     def flag(self, name: str) -> bool:
         return bool(self._get(name, bool, "true or false"))
 

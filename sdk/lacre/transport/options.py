@@ -5,7 +5,7 @@ A test compares them with the parameters of `lacre.Client` and `lacre.AsyncClien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import httpx2
@@ -26,6 +26,7 @@ class SharedOptions(TypedDict, total=False):
     kem: Kem | Sequence[Kem]
     shape: Shape
     keep_identifying_fields: bool
+    pin_models: Mapping[str, str] | None
     retries: int | None
     resume: int
     max_concurrency: int | None

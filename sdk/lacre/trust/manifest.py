@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +22,8 @@ MANIFEST_TYP: Final = "lacre-manifest+jwt"
 KEY_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 MAX_DOCUMENT: Final = 2**20  # bytes of `GET /v1/manifest`; some hundred pools with X-Wing keys
 MAX_CHAIN: Final = 1000  # root statements; a root that changes monthly for 80 years
+DIGEST: Final = "sha256:"  # how a model's digest begins in receipts and pins
+_HEX: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +61,75 @@ class PoolKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """Workers that share keys. `keys`: the newest first, without those whose suite this version does not know."""
+class ModelEntry:
+    """What the publisher says of a model.
 
-    models: tuple[str, ...]
+    sha256: digests of the files that may be served as this model, in hex; empty: any file. signers: ids of the keys that
+    signed them (OpenSSF Model Signing's `hint`: SHA-256 of the public key in PEM), in hex.
+    """
+
+    sha256: tuple[str, ...] = ()
+    signers: tuple[str, ...] = ()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """As a receipt names them."""
+        return tuple(DIGEST + each for each in self.sha256)
+
+    def members(self) -> dict[str, Any]:
+        return {"sha256": list(self.sha256), "signers": list(self.signers)}
+
+    @classmethod
+    def parse(cls, members: Members) -> ModelEntry:
+        """Raises InvalidMessage."""
+        found = cls(members.texts("sha256"), members.texts("signers"))
+        if not all(map(_HEX.fullmatch, (*found.sha256, *found.signers))):
+            raise InvalidMessage("a model's sha256 and signers must be lists of 64 hexadecimal digits in small letters")
+        return found
+
+
+def is_digest(text: str) -> bool:
+    """Whether it names a model file as receipts do: `sha256:` and 64 hexadecimal digits in small letters."""
+    return text.startswith(DIGEST) and _HEX.fullmatch(text, len(DIGEST)) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Workers that share keys. models: by name; the first is the default. `keys`: the newest first, without those whose suite
+    this version does not know.
+    """
+
+    models: Mapping[str, ModelEntry]
     keys: tuple[PoolKey, ...]
     receipt_key: bytes
     shapes: tuple[str, ...]
 
     def members(self) -> dict[str, Any]:
         keys = [{"config": b64u(key.config.encode()), "not_after": key.not_after} for key in self.keys]
-        receipt_key = b64u(self.receipt_key)
-        return {"models": list(self.models), "keys": keys, "receipt_key": receipt_key, "shapes": list(self.shapes)}
+        return {
+            "models": {name: model.members() for name, model in self.models.items()},
+            "default_model": next(iter(self.models), None),  # a JSON object has no order (RFC 8259 section 4)
+            "keys": keys,
+            "receipt_key": b64u(self.receipt_key),
+            "shapes": list(self.shapes),
+        }
 
     @classmethod
     def parse(cls, members: Members) -> Pool:
         keys = tuple(key for key in map(_parse_key, members.objects("keys")) if key is not None)
         receipt_key = members.octets("receipt_key", KEY_BYTES)
-        return cls(members.texts("models"), keys, receipt_key, members.texts("shapes"))
+        return cls(_parse_models(members), keys, receipt_key, members.texts("shapes"))
+
+
+def _parse_models(members: Members) -> dict[str, ModelEntry]:
+    """The default model first."""
+    models = {name: ModelEntry.parse(model) for name, model in members.named_objects("models").items()}
+    default = members.optional_text("default_model")
+    if default is None and not models:
+        return {}
+    if default not in models:
+        raise InvalidMessage("a pool's default_model must be one of its models")
+    return {default: models[default], **models}
 
 
 def _parse_key(members: Members) -> PoolKey | None:
