@@ -115,14 +115,14 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
     if not path.is_file():
         raise SettingsError(f"No such model file: {path}. Check the path.")
     sealed = is_sealed(path)
-    headers = [] if sealed else [(file, _header(file)) for file in files_of(path)]
+    headers = [] if sealed else [(file, read_header(file)) for file in files_of(path)]
     for file, header in headers:
-        _check_extents(file, header)
+        check_extents(file, header)
     report("digest", 0.2)
     opened = open_model(path, None, Conditions(asked.kms))
     found = opened.file
     if sealed:
-        headers = [(found.path, _header(found.path))]
+        headers = [(found.path, read_header(found.path))]
     report("loading the vocabulary", 0.7)
     facts = ModelMetadata.read(found.path)
     first = headers[0][1]
@@ -135,7 +135,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
     report("this machine", 0.9)
     size = sum(file.stat().st_size for file, _ in headers)
     tensors = [tensor for _, header in headers for tensor in header.tensors]
-    mixture = _mixture(first)
+    mixture = mixture_of(first)
     return Inspected(
         path=path if sealed else found.path,
         files=[path.name] if sealed else [file.name for file, _ in headers],
@@ -147,7 +147,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         parameters=sum(tensor.elements for tensor in tensors),
         type=mixture,
         types=_types(tensors),
-        fell_back=_fell_back(mixture, tensors),
+        fell_back=fell_back_in(mixture, tensors),
         layers=first.number(f"{facts.architecture}.block_count"),
         embedding=facts.n_embd,
         context=facts.n_ctx_train,
@@ -166,18 +166,18 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
 INSPECT: Final = Job(f"{__name__}:INSPECT", InspectAsked, Inspected, inspect)
 
 
-def _header(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     try:
         return gguf_header.read(path)
     except Malformed as exc:
         raise SettingsError(f"{path} is not a usable GGUF file: {exc}. Copy it again, or convert the model again.") from None
 
 
-def _check_extents(path: Path, header: Header) -> None:
+def check_extents(path: Path, header: Header) -> None:
     """Raises SettingsError if a tensor lies outside the file, or has a type or a shape that ggml does not know."""
     size = path.stat().st_size
     for tensor in header.tensors:
-        end = header.data_at + tensor.offset + _bytes(path, tensor)
+        end = header.data_at + tensor.offset + tensor_bytes(path, tensor)
         if end > size:
             raise SettingsError(
                 f"{path} is cut off: its tensor {tensor.name[:64]!r} ends at byte {end:,}, and the file has {size:,}. "
@@ -185,7 +185,7 @@ def _check_extents(path: Path, header: Header) -> None:
             )
 
 
-def _bytes(path: Path, tensor: Tensor) -> int:
+def tensor_bytes(path: Path, tensor: Tensor) -> int:
     if not 0 <= tensor.kind < L.GGML_TYPE_COUNT or not (block := int(_llama.ggml_blck_size(tensor.kind))):
         raise SettingsError(
             f"{path}: the tensor {tensor.name[:64]!r} has the unknown type {tensor.kind}. Convert the model again."
@@ -196,7 +196,7 @@ def _bytes(path: Path, tensor: Tensor) -> int:
     return tensor.elements // block * int(_llama.ggml_type_size(tensor.kind))
 
 
-def _type_name(kind: int) -> str:
+def type_name(kind: int) -> str:
     _llama.ggml_type_name.restype = ctypes.c_char_p
     return bytes(_llama.ggml_type_name(kind)).decode().upper()
 
@@ -204,33 +204,34 @@ def _type_name(kind: int) -> str:
 def _types(tensors: list[Tensor]) -> dict[str, TypeUse]:
     used: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        used[_type_name(tensor.kind)].append(tensor)
+        used[type_name(tensor.kind)].append(tensor)
     most = sorted(used.items(), key=lambda pair: -sum(tensor.elements for tensor in pair[1]))
     return {
-        name: TypeUse(len(those), sum(t.elements for t in those), sum(_bytes(Path(), t) for t in those)) for name, those in most
+        name: TypeUse(len(those), sum(t.elements for t in those), sum(tensor_bytes(Path(), t) for t in those))
+        for name, those in most
     }
 
 
-def _mixture(header: Header) -> str:
+def mixture_of(header: Header) -> str:
     """llama.cpp's name of the file type, such as `Q4_K_M`."""
     number = header.number("general.file_type")
     names = {
         int(value): name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_")
         for name, value in vars(L).items()
-        if name.startswith("LLAMA_FTYPE_") and isinstance(value, int)
+        if name.startswith("LLAMA_FTYPE_") and name != "LLAMA_FTYPE_GUESSED" and isinstance(value, int)
     }
     if number in names:
         return names[number]
-    kinds = Counter({_type_name(t.kind): t.elements for t in header.tensors if len(t.shape) > 1})
+    kinds = Counter({type_name(t.kind): t.elements for t in header.tensors if len(t.shape) > 1})
     return kinds.most_common(1)[0][0] if kinds else "unknown"
 
 
-def _fell_back(mixture: str, tensors: list[Tensor]) -> dict[str, str]:
+def fell_back_in(mixture: str, tensors: list[Tensor]) -> dict[str, str]:
     """Only K and IQ types pack 256 weights together, and need rows that are multiples of it."""
     if "_K" not in mixture and not mixture.startswith(("IQ", "TQ")):
         return {}
     return {
-        tensor.name: _type_name(tensor.kind)
+        tensor.name: type_name(tensor.kind)
         for tensor in tensors
         if len(tensor.shape) > 1 and tensor.shape[0] % _SUPER_BLOCK and int(_llama.ggml_blck_size(tensor.kind)) < _SUPER_BLOCK
     }
