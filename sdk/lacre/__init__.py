@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lacre._version import __version__
+from lacre.chat.attribution import Attribution, ExplainedPart, ScoredToken
 from lacre.chat.choices import (
     Choice,
     Finished,
@@ -81,6 +82,7 @@ __all__ = [
     "AsyncChatStream",
     "AsyncClient",
     "AsyncOpenAI",
+    "Attribution",
     "AuditProof",
     "ChatStream",
     "Choice",
@@ -89,6 +91,7 @@ __all__ = [
     "ConnectionString",
     "DestinationError",
     "Expired",
+    "ExplainedPart",
     "Finished",
     "Forbidden",
     "GaveUp",
@@ -114,6 +117,7 @@ __all__ = [
     "RefusedError",
     "Reply",
     "Rollback",
+    "ScoredToken",
     "SettingsError",
     "StreamBroken",
     "StreamEvent",

@@ -19,6 +19,7 @@ import anyio
 import pytest
 
 from lacre import errors, problems
+from lacre.cli.explain import bar
 from lacre.cli.output import EXIT_CODES, exit_code, printable
 from lacre.cli.render import ended_blocks
 from lacre_backend.api.app import create_app
@@ -26,6 +27,7 @@ from parts.bent import without
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay, refusing
+from parts.terminal import at_terminal
 from parts.up import LACRE
 
 TMUX = shutil.which("tmux")
@@ -87,6 +89,40 @@ class TestAsk:
         run("ask", "Sea?", "--schema", str(tmp_path / "schema.json"))
         asked = json.loads(gateway.relay.opened[-1].request.content)
         assert asked["response_format"]["json_schema"]["schema"] == sea
+
+
+class TestExplain:
+    """The echo says its prompt, so an answer rests on the part that it begins with."""
+
+    def test_files_are_parts(self, run: Run, tmp_path: Path) -> None:
+        for name, text in (("oslo", "Oslo"), ("rome", "Rome")):
+            (tmp_path / name).write_text(text)
+        files = [str(tmp_path / "oslo"), str(tmp_path / "rome")]
+        done = run("explain", "Where?", *files, "--answer", "Oslo")
+        answer, empty, heading, *rows = done.stdout.splitlines()
+        assert (answer, empty, heading.split(), done.stderr) == ("Oslo", "", ["part", "nats", "share"], "")
+        assert [row.split() for row in rows] == [[files[0], "80.0", "100%", "█" * 24], [files[1], "0.0", "0%"]]
+
+    def test_paragraphs_are_parts_and_the_model_answers(self, run: Run) -> None:
+        told = json.loads(run("explain", "Where?", "--json", "--max-tokens", "4", stdin="Oslo\n \n\nRome\n\n").stdout)
+        assert (told["answer"], [part["id"] for part in told["parts"]]) == ("Oslo", ["1", "2"])
+        assert told["verification"]["receipt"]["completion_tokens"] == 4
+
+    def test_without_parts(self, run: Run) -> None:
+        done = run("explain", "Where?", stdin=" \n")
+        assert (done.returncode, "there are no parts" in done.stderr) == (1, True)
+
+    def test_a_picture_at_a_terminal(self, gateway: Gateway, tmp_path: Path) -> None:
+        (tmp_path / "oslo").write_text("Oslo")
+        arguments = ["explain", "Where?", str(tmp_path / "oslo"), "--answer", "Osl0\x1b[2J"]
+        shown = at_terminal([*LACRE, *arguments], settings(gateway, tmp_path) | {"TERM": "xterm-256color", "COLUMNS": "200"})
+        assert "Osl\x1b[1;31m0" in shown, "a surprise has a colour"
+        assert "\x1b[2J" not in shown and "█" in shown and "from 6 bits" in shown
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0, ""), (1 / 192, "▏"), (0.5, "█" * 12), (1, "█" * 24), (7, "█" * 24)])
+def test_a_bar(share: float, drawn: str) -> None:
+    assert bar(share) == drawn
 
 
 class TestStatus:

@@ -57,6 +57,7 @@ NODE: Final = "n1"
 DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor waits longer
 MANIFEST_LIFETIME: Final = DAY
 KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest; restarts at each publication until the key is rotated
+DEVELOPERS: Final = ("lacre:explain",)  # scopes of the token in `env`: they show more, and change nothing
 _LOOPBACK: Final = "http://127.0.0.1:"
 CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
 
@@ -285,14 +286,14 @@ class Site:
     def connection_string(self, base_url: str) -> str:
         return str(ConnectionString(base_url, self.root))
 
-    def token(self, subject: str) -> str:
+    def token(self, subject: str, scopes: Sequence[str] = ()) -> str:
         """A development access token."""
-        return dev_issuer.issue(self._key("issuer"), subject)
+        return dev_issuer.issue(self._key("issuer"), subject, scopes=scopes)
 
     def write_env(self, base_url: str) -> Path:
         """Writes `env`, which a shell sources to use this site. Mode 0600, because it contains a token."""
         path = self.folder / "env"
-        url, token = self.connection_string(base_url), self.token("developer")
+        url, token = self.connection_string(base_url), self.token("developer", DEVELOPERS)
         lines = (shell.exported("LACRE_URL", url), shell.exported("LACRE_TOKEN", token), "")
         write_secret(path, "\n".join(lines).encode())
         return path

@@ -51,7 +51,7 @@ class ChatRequest:
         """Raises UsageError. Asks a stream for its usage, unless the caller sets that option."""
         if extra_body is not None and not isinstance(extra_body, Mapping):
             raise UsageError(f"extra_body must be a mapping, not {arguments.kind_of(extra_body)}")
-        body = {"messages": _turns(messages), **params, **(extra_body or {})}
+        body = {"messages": turns_of(messages), **params, **(extra_body or {})}
         _check_stream(body.pop("stream", None), stream=stream)
         _check_model(body)
         if stream:
@@ -70,7 +70,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _turns(messages: object) -> list[Mapping[str, Any]]:
+def turns_of(messages: object) -> list[Mapping[str, Any]]:
     """A string stands for one message of the user."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]

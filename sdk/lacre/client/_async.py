@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 
+from lacre.chat.attribution import EXPLAIN_PATH, Attribution, ExplainedPrompt, Parts
 from lacre.chat.choices import StreamEvent
 from lacre.chat.reply import CHAT_PATH, Reply, check
 from lacre.chat.request import ChatRequest, Messages
@@ -62,7 +63,7 @@ class AsyncClient(AsyncSealingClient):
     `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.AsyncClient`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
-    and exceptions for `chat` and `chat_stream`.
+    and exceptions for `chat`, `chat_stream` and `explain`.
     """
 
     def __init__(
@@ -176,6 +177,37 @@ class AsyncClient(AsyncSealingClient):
                     for said in deltas.feed(event.data):
                         yield said
                 deltas.close(facts)
+
+    async def explain(
+        self,
+        messages: Messages,
+        *,
+        parts: Parts = (),
+        answer: str | None = None,
+        timeout: Timeout = ...,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> Attribution:
+        """Which parts of the prompt an answer rests on, and how surprising each of its tokens was. Needs the scope
+        `lacre:explain`.
+
+        messages: a question, or messages in OpenAI's form; a content part with an `id` is a part. parts: further parts, such as
+        documents, by id or as a list; they go before the text of the last message. answer: the answer to explain; None: the
+        model answers first, greedily, with at most `max_tokens`. Other arguments: see `chat`.
+        """
+        prompt = ExplainedPrompt.of(messages, parts)
+        request = ChatRequest.of(
+            prompt.turns,
+            params if answer is None else {"answer": answer, **params},
+            stream=False,
+            timeout=timeout,
+            extra_headers=extra_headers,
+            extra_query=extra_query,
+            extra_body=extra_body,
+        )
+        return Attribution.parse(await self.post(EXPLAIN_PATH, content=request.content, **request.options), prompt.texts)
 
     @property
     def verification(self) -> Verification:
