@@ -4,7 +4,7 @@ Rules
 - A suite is a folder here, and has its rooms in suites.toml. Everything in it is marked `heavy`.
 - What it needs in Python is in NAME.lock of its folder, compiled by tools/lock.sh from NAME.in. `environment("NAME")` makes
   it, outside the clone, when a test asks: what does not run costs nothing.
-- PyTorch goes into no lock file. No suite needs it so far.
+- PyTorch goes into no lock file. `convert` installs it into its own environment.
 - What is not there is a failure, and no reason to skip: CI must not pass without having looked.
 """
 

@@ -1,8 +1,8 @@
 """`lacre worker` with `check` and `tune`, and `lacre model`.
 
 Rules: what a command needs is imported when it runs, so that `lacre --help` stays quick.
-Open `check.py` first: it tries everything that a worker needs to serve. `tune.py` measures a model. `model.py` and
-`weights.py` work on model files.
+Open `check.py` first: it tries everything that a worker needs to serve. `tune.py` measures a model. `model.py`,
+`weights.py` and `convert.py` work on model files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from lacre_backend.commands import weights
+from lacre_backend.commands import convert
 
 commands = typer.Typer(no_args_is_help=True)
 SettingsFile = Annotated[Path, typer.Option("--settings", help="The worker's settings file (TOML).")]
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands if the packages that they need are installed."""
     if find_spec("nats") is not None and find_spec("llama_cpp") is not None and find_spec("pydantic") is not None:
         app.add_typer(commands, name="worker")
-        app.add_typer(weights.commands, name="model")
+        app.add_typer(convert.commands, name="model")
 
 
 @commands.callback(invoke_without_command=True)

@@ -1,0 +1,59 @@
+"""`lacre model convert`: its options, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lacre.cli.output import AsJson, say_json, say_table
+from lacre_backend.commands.model import OutPath, drawn
+from lacre_backend.commands.weights import commands
+
+if TYPE_CHECKING:
+    from lacre_backend.workshop.conversion import Converted
+
+__all__ = ["commands"]
+
+
+@commands.command("convert")
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model as Hugging Face has it, with safetensors.")],
+    out: OutPath,
+    kind: Annotated[str, typer.Option("--type", help="auto (16 bits), f32, f16, bf16 or q8_0.")] = "auto",
+    python: Annotated[Path | None, typer.Option(help="An interpreter with PyTorch and transformers.")] = None,
+    sources: Annotated[Path | None, typer.Option(help="llama-cpp-python's source archive, or a folder of llama.cpp.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Let Python files of the model run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model of Hugging Face to GGUF, and compare it with transformers before it gets its name."""
+    from pydantic import TypeAdapter
+
+    from lacre_backend.workshop import converter
+    from lacre_backend.workshop.checkpoint import read_checkpoint
+    from lacre_backend.workshop.conversion import Converted, convert_model, converted_type
+
+    wanted = converted_type(kind)
+    read_checkpoint(folder, trust_code=trust_code)  # a folder that no environment would help is refused first
+    where = converter.place(python, sources)
+    with drawn() as report:
+        converted = convert_model(folder, out, wanted, where, report, trust_code=trust_code)
+    if as_json:
+        say_json(TypeAdapter(Converted).dump_python(converted, mode="json"), indent=2)
+    else:
+        say_table(("", ""), _rows(converted))
+
+
+def _rows(converted: Converted) -> list[tuple[str, str]]:
+    probe = converted.probe
+    compared = f"not compared: {probe.not_compared}"
+    if probe.kl is not None and probe.same_top is not None:
+        compared = f"KL {probe.kl:.6f}, same top token {probe.same_top:.1%}"
+    return [
+        ("written", str(converted.path)),
+        ("architecture", f"{converted.architecture}, {converted.parameters / 1e6:,.1f} million parameters"),
+        ("size", f"{converted.bytes / 1e6:,.1f} MB"),
+        ("tokens", f"{probe.tokens} of the sample, as transformers makes them"),
+        ("logits", compared),
+    ]
