@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,15 @@ SETTINGS = LlamaSettings(n_ctx=1024, threads=1)
 def load_llama() -> LlamaEngine:
     file = gguf.find()
     return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=SETTINGS)
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Keeps a test and its children on one core, so that what uses every core has one thread."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")

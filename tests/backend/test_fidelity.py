@@ -24,6 +24,7 @@ from lacre_backend.workshop.fidelity import LEAST, PREFACE, log_softmax, read_te
 from lacre_backend.workshop.sealing import seal_model
 from lacre_backend.workshop.speed import Speed, gain
 
+pytestmark = pytest.mark.usefixtures("one_core")
 WORDS = "The river rises above the town. " * 10
 
 

@@ -28,6 +28,7 @@ from lacre_backend.workshop.rewriting import Rewriting, rewrite, type_numbers
 from lacre_backend.workshop.source import SourceModel, loaded
 from lacre_backend.workshop.speed import Speed
 
+pytestmark = pytest.mark.usefixtures("one_core")
 WORDS = "The river rises above the town. " * 10
 
 
