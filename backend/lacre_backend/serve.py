@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import structlog
 
@@ -18,6 +20,7 @@ from lacre.runtime import tasks
 from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
+from lacre_backend.engine.adapters import AdapterFile, adapted_name
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, ModelMetadata
@@ -38,7 +41,7 @@ from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file
+from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file, is_name
 from lacre_fabric.work.slots import shares
 
 log = structlog.get_logger("lacre.worker")
@@ -71,6 +74,7 @@ async def _serve(settings: WorkerSettings) -> None:
             serving.names,
             slots=serving.slots,
             each=serving.each,
+            sharing=serving.sharing,
             keys=keys.fingerprints,
             able=readiness,
             region=settings.nats.region,
@@ -119,8 +123,8 @@ def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) 
 class ServedApp:
     """The app with its model names, its parallel sequences, and the actions that it may start before their claim.
 
-    each: slots by model. weighs: actions for which the app reports the number of sequences. parts: report whether it can work.
-    watched: background checks for that.
+    each: slots by model. sharing: adapters with their base, whose slots they use. weighs: actions for which the app reports the
+    number of sequences. parts: report whether it can work. watched: background checks for that.
     """
 
     app: Elsewhere
@@ -130,6 +134,7 @@ class ServedApp:
     parts: tuple[Part, ...]
     watched: tuple[Probe, ...] = ()
     each: Mapping[str, int] = field(default_factory=dict)
+    sharing: Mapping[str, str] = field(default_factory=dict)
     weighs: frozenset[str] = frozenset()
 
 
@@ -147,23 +152,30 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
     engines = [load_engine(model, settings.kms) for model in settings.models]
     for engine in engines:
         stack.callback(engine.close)
-    app = Elsewhere(create_app(engines), "api")
+    adapted = {engine.model.name: engine.adapted for engine in engines if isinstance(engine, LlamaEngine)}
+    app = Elsewhere(create_app([*engines, *itertools.chain(*adapted.values())]), "api")
     stack.callback(app.close)
     own = {engine.model.name: engine.slots for engine in engines}
+    sharing = {one.model.name: base for base, ones in adapted.items() for one in ones}
     slots = settings.slots or sum(own.values())
     parts = (alive(app), alive(*engines))
-    return ServedApp(app, list(own), slots, REPEATABLE, parts, each=shares(slots, own), weighs=WEIGHED)
+    names, each = [*own, *sharing], shares(slots, own)
+    return ServedApp(app, names, slots, REPEATABLE, parts, each=each, sharing=sharing, weighs=WEIGHED)
 
 
 def _check_names(models: Sequence[ModelSettings]) -> None:
-    """Raises SettingsError if two models share an id: a caller could get either."""
-    known: dict[str, ModelSettings] = {}
+    """Raises SettingsError if two models or adapters share an id: a caller could get either."""
+    known: dict[str, Path | None] = {}
     for model in models:
-        name = model.name or (DEFAULT_MODEL if model.path is None else from_file(model.path))
-        other = known.setdefault(name, model)
-        if other is not model:
-            both = " and ".join(str(one.path or "the default model") for one in (other, model))
-            raise SettingsError(f"models.name: {both} share the id {name}: set another `name` for one of them")
+        base = model.name or (DEFAULT_MODEL if model.path is None else from_file(model.path))
+        ids = {base: model.path} | {adapted_name(base, adapter): path for adapter, path in model.adapters.items()}
+        for name, path in ids.items():
+            if not is_name(name):
+                raise SettingsError(f"models.adapters: the id {name} is too long: choose shorter names")
+            if name in known:
+                both = " and ".join(str(one or "the default model") for one in (known[name], path))
+                raise SettingsError(f"models.name: {both} share the id {name}: set another `name` for one of them")
+            known[name] = path
 
 
 def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:
@@ -190,10 +202,14 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
     `open_model` raises.
     """
     opened = open_model(model.path, model.name, model.conditions(kms))
+    adapters = open_adapters(model, kms)
     file = opened.file
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
-        engine = LlamaEmbedder if ModelMetadata.read(file.path).kind is TaskKind.EMBED else LlamaEngine
+        embeds = ModelMetadata.read(file.path).kind is TaskKind.EMBED
+        if embeds and adapters:
+            raise SettingsError(f"{file.name} embeds, and adapters are for models that generate: remove `adapters`.")
+        engine = LlamaEmbedder if embeds else partial(LlamaEngine, adapters=adapters)
         return engine(
             file.path,
             name=file.name,
@@ -205,6 +221,12 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
     except BaseException:
         tokenizer.close()
         raise
+
+
+def open_adapters(model: ModelSettings, kms: str) -> list[AdapterFile]:
+    """The adapters of a model's table. They must meet what the model must. Raises as `open_model`."""
+    opened = [(name, open_model(path, name, model.conditions(kms))) for name, path in model.adapters.items()]
+    return [AdapterFile(name, one.file.path, one.file.digest, one.weights) for name, one in opened]
 
 
 def options(model: ModelSettings) -> LlamaSettings:

@@ -15,6 +15,7 @@ from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.settings import FilePath, KmsAddress, ModelName, Name, Nats, RootKey, Seconds, Table
 from lacre_fabric.settings import load as load_table
 
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]  # `:` stands between it and the model
 _FORWARDED: Final = 8  # parallel requests by default; only the operator knows what the upstream can take
 
 
@@ -36,6 +37,7 @@ class ModelSettings(Table):
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0
     tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    adapters: dict[AdapterName, FilePath] = Field(default_factory=dict)  # LoRA in GGUF, served as `NAME:ADAPTER`
     sealed: bool = False  # refuse a file that is not sealed
     signers: tuple[FilePath, ...] = ()  # public keys in PEM, one of which must have signed the model
     require_signature: bool = False  # refuse a model without a signature by one of `signers`

@@ -78,14 +78,16 @@ class Driver:
         self.plans: list[StepPlan] = []
         self.left: dict[str, int] = {}  # tokens that each task has yet to generate
         self.wanted: dict[str, list[int]] = {}  # of tasks that did not end: the prompt and what was generated
-        self.owners: dict[str, object] = {}  # its scope, or its request where it has none
+        self.owners: dict[str, object] = {}  # its scope, or its request where it has none; and its adapter
+        self.adapters: dict[str, str | None] = {}
         self.found: dict[str, int] = {}  # tokens that were cached for each task
 
     def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY,
-               begun: Sequence[int] = (), group: str | None = None) -> None:  # fmt: skip
-        self.scheduler.submit(name, prompt, scope, begun, fair, group=group)
+               begun: Sequence[int] = (), group: str | None = None, adapter: str | None = None) -> None:  # fmt: skip
+        self.scheduler.submit(name, prompt, scope, begun, fair, group=group, adapter=adapter)
+        self.adapters[name] = adapter
         self.wanted[name] = [*prompt, *begun]
-        self.owners[name] = scope or group or name
+        self.owners[name] = (scope or group or name, adapter)
         self.left[name] = min(output, self.scheduler.limits.context - len(self.wanted[name]))
 
     def submit_many(
@@ -116,6 +118,7 @@ class Driver:
             self.result(name)
         for segment in plan.segments:
             if segment.task is not None:
+                assert self.adapters[segment.task] == plan.adapter, "a step has one adapter's tasks"
                 held, wanted = self.held(segment.slot), self.wanted[segment.task]
                 assert held == wanted[: len(held)], "the slot holds a beginning of its task's tokens"
                 assert segment.output == (len(held) == len(wanted))
@@ -156,6 +159,7 @@ class Driver:
 
 
 fairs = st.sampled_from([("t", "a"), ("t", "b"), ("u", "c")])
+adapters = st.sampled_from([None, "x", "y"])
 scopes = st.sampled_from([None, None, b"a", b"a", b"b"])
 prompts, begun = (st.lists(st.integers(0, 3), min_size=least, max_size=most) for least, most in ((1, 60), (0, 8)))
 lengths = st.integers(1, 12)
@@ -171,19 +175,22 @@ class Machine(RuleBasedStateMachine):
         self.driver = Driver(self.limits)
 
     @rule(
-        target=tasks, scope=scopes, common=st.integers(0, 3 * MIN_REUSE), own=prompts, begun=begun, output=lengths, fair=fairs
-    )
-    def submit(self, scope: bytes | None, common: int, own: list[int], begun: list[int], output: int, fair: Fair) -> str:
+        target=tasks, scope=scopes, common=st.integers(0, 3 * MIN_REUSE), own=prompts, begun=begun, output=lengths, fair=fairs,
+        adapter=adapters,
+    )  # fmt: skip
+    def submit(self, scope: bytes | None, common: int, own: list[int], begun: list[int], output: int, fair: Fair,
+               adapter: str | None) -> str:  # fmt: skip
         name = f"t{len(self.driver.left)}"
-        self.driver.submit(name, PREFIX[:common] + own, scope, output, fair, begun)
+        self.driver.submit(name, PREFIX[:common] + own, scope, output, fair, begun, adapter=adapter)
         return name
 
-    @rule(target=tasks, scope=scopes, prompt=prompts, outputs=outputs, fair=fairs, reuse=st.booleans())
-    def submit_choices(self, scope: bytes | None, prompt: list[int], outputs: list[int], fair: Fair, reuse: bool) -> Any:
+    @rule(target=tasks, scope=scopes, prompt=prompts, outputs=outputs, fair=fairs, reuse=st.booleans(), adapter=adapters)
+    def submit_choices(self, scope: bytes | None, prompt: list[int], outputs: list[int], fair: Fair, reuse: bool,
+                       adapter: str | None) -> Any:  # fmt: skip
         group = f"g{len(self.driver.left)}"
         names = [f"{group}.{i}" for i in range(len(outputs))]
         for name, output in zip(names, outputs, strict=True):
-            self.driver.submit(name, PREFIX[: 40 * reuse] + prompt, scope, output, fair, group=group)
+            self.driver.submit(name, PREFIX[: 40 * reuse] + prompt, scope, output, fair, group=group, adapter=adapter)
         return multiple(*names)
 
     @rule(task=consumes(tasks), keep=st.booleans())

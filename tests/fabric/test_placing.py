@@ -124,6 +124,26 @@ def test_waiting_pulls_hold_the_last_slot() -> None:
     assert slots.may_pull("b")
 
 
+def test_models_that_share_slots() -> None:
+    """An adapter's requests take its base's slots, and none of another model's."""
+    slots = Slots(6, ["a", "b", "a:x", "a:y"], {"a": 2, "b": 4}, {"a:x": "a", "a:y": "a"})
+    assert not slots.roomy(["a", "b", "a:x", "a:y"]), "three pulls would wait for two slots"
+    assert slots.roomy(["a", "b", "a:x"])
+    slots.pull("a:y")
+    assert slots.may_pull("a")
+    slots.take("1", "a:x")
+    assert not slots.may_pull("a"), "of two slots, one is taken and a pull waits for the other"
+    slots.pulled("a:y")
+    slots.weigh("1", None)
+    assert not slots.may_pull("a")
+    assert slots.may_pull("b")
+    slots.weigh("1", 16)
+    assert [slots.free(model) for model in ("a", "a:x", "a:y", "b")] == [0, 0, 0, 4]
+    assert slots.busy == 2
+    slots.give("1")
+    assert [slots.free(model) for model in ("a", "a:x", "a:y", "b")] == [2, 2, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("total", "wanted", "given"),
     [

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +20,17 @@ from lacre import problems
 from lacre.jose.jws import b64u_decode
 from lacre.runtime import tasks
 from lacre_backend.api.app import WEIGHED, create_app
+from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import EngineLimits
-from lacre_backend.engine.scheduler import COMPARED, Scheduler
+from lacre_backend.engine.scheduler import COMPARED, MIN_REUSE, Scheduler
 from lacre_gateway.auth.claims import Principal
 from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
 from parts.echo_engine import EchoEngine
 from parts.issuer import ISSUER, Issuer
 from parts.keys import MODEL, OTHER_MODEL
 from parts.stage import Stage
-from parts.tiny_model import tiny_model
+from parts.tiny_model import tiny_lora, tiny_model
 from parts.waiting import until
 
 FLOOD = 8
@@ -109,6 +111,26 @@ async def test_choices(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
         assert slow.running <= 16
     await tasks.end(*flood)
     slow.close()
+
+
+@attack("ask an adapter for what the base model has cached under the same salt, to see what other weights computed", "client",
+        "caches are kept apart by adapter, whatever the salt",
+        gain="nothing; nothing of it is cached for the adapter",
+        cases=[False, True], ids=["from the base", "from the adapter"])  # fmt: skip
+async def test_adapters(stage: Stage, honest: Stage, wire: AsgiWire, tmp_path: Path, case: bool) -> None:
+    path, settings = tiny_model(tmp_path / "tiny.gguf"), LlamaSettings(n_ctx=1024, slots=4, threads=1)
+    lora = AdapterFile("other", tiny_lora(tmp_path / "lora.gguf"), "sha256:lora")
+    with closing(LlamaEngine(path, name=MODEL, digest="sha256:tiny", settings=settings, adapters=[lora])) as engine:
+        engines = [engine, AdaptedEngine(engine, lora, OTHER_MODEL)]
+        await stage.worker(create_app(engines), models=[MODEL, OTHER_MODEL])
+        client = stage.client(wire, honest.token)
+        names = [MODEL, OTHER_MODEL][:: -1 if case else 1]
+        cached = []
+        for name in (names[0], names[1], *names):
+            reply = await client.chat(stage.prompt * 8, model=name, max_tokens=1)
+            cached.append(reply.receipt.cached_tokens)
+        assert cached[0] == cached[1] == 0
+        assert min(cached[2:]) > MIN_REUSE, "each reads its own again"
 
 
 def linked(name: str, by: Literal["worker", "fabric"]) -> Test:

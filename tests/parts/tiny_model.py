@@ -123,6 +123,30 @@ def tiny_recurrent_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Pat
     return write_gguf(path, metadata, tensors)
 
 
+def tiny_lora(
+    path: Path,
+    *,
+    seed: int = 7,
+    rank: int = 4,
+    scale: float = 0.7,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+) -> Path:
+    """A LoRA adapter of `tiny_model`: it changes the queries, values and outputs of each layer. scale: of its numbers.
+
+    metadata, tensors: in place of its own. An empty tensor removes one.
+    """
+    random = np.random.default_rng(seed)
+    kv = N_EMBD * N_HEAD_KV // N_HEAD
+    own: dict[str, np.ndarray[Any, Any]] = {}
+    for layer in range(N_LAYER):
+        for name, outer in (("attn_q", N_EMBD), ("attn_v", kv), ("attn_output", N_EMBD)):
+            own[f"blk.{layer}.{name}.weight.lora_a"] = random.normal(0, scale, (rank, N_EMBD)) / N_EMBD**0.5
+            own[f"blk.{layer}.{name}.weight.lora_b"] = random.normal(0, scale, (outer, rank))
+    about = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(rank)}
+    return write_gguf(path, about | dict(metadata), {name: t for name, t in (own | dict(tensors)).items() if t.size})
+
+
 def tiny_vocabulary(model: str, pre: str | None = None) -> dict[str, Any]:
     """The smallest one of each kind that llama.cpp reads, with a token for each byte or each character of ASCII.
 

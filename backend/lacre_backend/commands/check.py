@@ -14,10 +14,12 @@ from pathlib import Path
 
 from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
+from lacre_backend.engine.adapters import adapted_name, check
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
+from lacre_backend.serve import open_adapters
 from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric.keys import pool_keys
@@ -59,7 +61,11 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
     names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
     for model in settings.models:
         with _noted(found, "model"):
-            names += (open_model(model.path, model.name, model.conditions(settings.kms)).file.name,)
+            opened = open_model(model.path, model.name, model.conditions(settings.kms)).file
+            adapters = open_adapters(model, settings.kms)
+            for adapter in adapters:
+                check(adapter.path, opened.path)
+            names += (opened.name, *(adapted_name(opened.name, adapter.name) for adapter in adapters))
     with _noted(found, "keys"), keeping(settings.kms, settings.pool) as kept:
         ring = KeyRing(settings.keys, kept)
         keys = frozenset(ring.fingerprints())

@@ -10,8 +10,9 @@ Rules:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import llama_cpp as L
@@ -103,7 +104,10 @@ class LlamaContext:
     the model cannot have a cache of this type.
     """
 
-    def __init__(self, model: Model, limits: EngineLimits, compute: Compute) -> None:
+    def __init__(
+        self, model: Model, limits: EngineLimits, compute: Compute, adapters: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """adapters: of the model, by name."""
         params = L.llama_context_default_params()
         params.n_ctx = limits.cells if limits.unified else limits.slots * limits.context
         params.n_batch = params.n_ubatch = limits.step
@@ -121,6 +125,8 @@ class LlamaContext:
         self._n_vocab = model.n_vocab
         self._memory = L.llama_get_memory(self.pointer)
         self._batch = Batch(limits.step)
+        self._adapters = adapters
+        self._adapter: str | None = None  # the one in use
 
     def execute(self, plan: StepPlan) -> list[int]:
         """Executes a plan. Returns the positions of the outputs in the batch, in order. `logits` has one row for each."""
@@ -131,6 +137,7 @@ class LlamaContext:
                 self._trim(step)
         outputs: list[int] = []
         if plan.segments:
+            self._use(plan.adapter)
             outputs = self._batch.write(plan)
             code = L.llama_decode(self.pointer, self._batch.struct)
             if code != 0:
@@ -150,6 +157,16 @@ class LlamaContext:
     def free(self) -> None:
         self.wipe()
         L.llama_free(self.pointer)
+
+    def _use(self, adapter: str | None) -> None:
+        """llama.cpp plans its memory again when the adapter changes."""
+        if adapter == self._adapter:
+            return
+        used = [] if adapter is None else [self._adapters[adapter]]
+        pointers = (L.llama_adapter_lora_p_ctypes * len(used))(*used)
+        if L.llama_set_adapters_lora(self.pointer, pointers, len(used), (ctypes.c_float * len(used))(*[1.0] * len(used))) != 0:
+            raise EngineError("llama.cpp could not change the adapter. Try again.")
+        self._adapter = adapter
 
     def _trim(self, trim: Trim) -> None:
         if not L.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):

@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 
 from lacre.runtime import tasks
+from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile, adapted_name, load, size
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox, TaskEvents
 from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
@@ -110,15 +111,17 @@ class LlamaEngine:
         settings: LlamaSettings | None = None,
         tokenizer: Tokenizer | None = None,
         weights: Weights | None = None,
+        adapters: Sequence[AdapterFile] = (),
     ) -> None:
         """Loads `path`. tokenizer: of that file; by default the engine starts one. The engine closes it.
 
-        weights: as in `Model`. Raises `SettingsError` if llama.cpp cannot load it, or the machine has no room for it.
+        weights: as in `Model`. adapters: served by the engines in `adapted`. Raises `SettingsError` if llama.cpp cannot load
+        one of the files, or the machine has no room for them.
         """
         settings = settings or LlamaSettings()
         # Before anything else reads the file: a bad file may abort the process that reads it
         tokenizer = tokenizer or Tokenizer(path)
-        shape = derive(path, settings)
+        shape = derive(path, settings, beside=size(adapters))
         self._model = Model(
             path,
             name=name,
@@ -128,7 +131,10 @@ class LlamaEngine:
             tokenizer=tokenizer,
             weights=weights,
         )
-        self._context = LlamaContext(self._model, shape.limits, Compute(shape.threads, settings.flash, settings.kv_type))
+        self._adapters = load(self._model, path, adapters)
+        compute = Compute(shape.threads, settings.flash, settings.kv_type)
+        self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
+        self.adapted = [AdaptedEngine(self, adapter, adapted_name(name, adapter.name)) for adapter in adapters]
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
         self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, except that the next token waits for its mask
@@ -189,6 +195,8 @@ class LlamaEngine:
     def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
         for task in tasks:
             check(task, self.model)
+            if task.adapter is not None and task.adapter not in self._adapters:
+                raise TaskRefused("The engine has no such adapter.", field="adapter")
         jobs: list[_Job] = []
         try:
             for task in tasks:
@@ -277,7 +285,9 @@ class LlamaEngine:
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
                 task = job.task
-                self._scheduler.submit(task.id, job.tokens, task.cache_scope, fair=task.fair, group=task.group)
+                self._scheduler.submit(
+                    task.id, job.tokens, task.cache_scope, fair=task.fair, group=task.group, adapter=task.adapter
+                )
             for job in cancelled:
                 if not job.ended:
                     self._end(job, "cancelled")

@@ -74,12 +74,13 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """data_at: the byte of the file at which the tensors' data begins."""
+    """data_at: the byte of the file at which the tensors' data begins. kinds: GGUF's types of the metadata's values."""
 
     version: int
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
     data_at: int
+    kinds: Mapping[str, int]
 
     def number(self, key: str) -> int | None:
         """A whole number of the metadata; None if it is absent, or of another type."""
@@ -102,14 +103,16 @@ def read_from(file: BinaryIO, size: int) -> Header:
     """As `read`. size: bytes of the whole file."""
     reader = _Reader(file, size)
     version, tensors, count = reader.counts()
-    metadata = dict(reader.pair() for _ in range(count))
+    metadata, kinds = {}, {}
+    for _ in range(count):
+        key, kinds[key], metadata[key] = reader.typed_pair()
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise Malformed("its alignment is no whole number")
     if tensors > MAX_TENSORS:
         raise Malformed(f"it claims {tensors:,} tensors")
     found = tuple(reader.tensor() for _ in range(tensors))
-    return Header(version, metadata, found, -(-file.tell() // alignment) * alignment)
+    return Header(version, metadata, found, -(-file.tell() // alignment) * alignment, kinds)
 
 
 def read_numbers(path: Path, wanted: frozenset[str]) -> dict[str, int]:
@@ -144,8 +147,13 @@ class _Reader:
         return version, tensors, pairs
 
     def pair(self) -> tuple[str, Value]:
-        key = self._text(self._number())
-        return key, self._value(self._kind())
+        key, _, value = self.typed_pair()
+        return key, value
+
+    def typed_pair(self) -> tuple[str, int, Value]:
+        """A key, GGUF's type of its value, and the value."""
+        key, kind = self._text(self._number()), self._kind()
+        return key, kind, self._value(kind)
 
     def tensor(self) -> Tensor:
         name = self._text(self._number())

@@ -76,7 +76,8 @@ class Segment:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: `memory` in order, then `segments` as one batch, then `after`. generating: tasks that are past their prompt.
-    copied: admitted tasks whose whole prompt a sibling has read; their first token comes from its logits.
+    copied: admitted tasks whose whole prompt a sibling has read; their first token comes from its logits. adapter: of all
+    segments' tasks; None: the base model alone.
     """
 
     memory: tuple[Trim | Copy, ...]
@@ -85,6 +86,7 @@ class StepPlan:
     admitted: tuple[str, ...]
     generating: int
     copied: tuple[str, ...] = ()
+    adapter: str | None = None
 
     @property
     def size(self) -> int:

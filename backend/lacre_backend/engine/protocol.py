@@ -132,6 +132,7 @@ class Task:
     - time_limit: seconds of work from the first step, waiting excluded; then the task finishes as "length".
     - group: the request whose choices share this prompt. It is read once; pass the choices to `submit_all`.
     - given: the tokens of an answer to score, one `Token` for each. `max_tokens` is their number.
+    - adapter: the engine's adapter that computes it; None: the base model alone.
     """
 
     id: str
@@ -147,6 +148,7 @@ class Task:
     begun: tuple[int, ...] = field(default=(), repr=False)
     group: str | None = None
     given: tuple[int, ...] = field(default=(), repr=False)
+    adapter: str | None = None
 
     @property
     def sequence(self) -> tuple[int, ...]:

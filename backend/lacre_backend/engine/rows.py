@@ -32,14 +32,14 @@ class Rows:
         return len(self._groups)
 
     def add(self, tasks: Sequence[Task]) -> None:
-        """Adds all tasks, or none. Raises `TaskRefused` if a prompt differs from its group's."""
+        """Adds all tasks, or none. Raises `TaskRefused` if a prompt or adapter differs from its group's."""
         first: dict[str, Task] = {}
         for task in tasks:
             if task.group is not None:
                 known = self._groups.get(task.group)
                 other = first.setdefault(task.group, task if known is None else known.task)
-                if (other.prompt, other.begun) != (task.prompt, task.begun):
-                    raise TaskRefused("The choices of one group must have the same prompt.", field="group")
+                if (other.prompt, other.begun, other.adapter) != (task.prompt, task.begun, task.adapter):
+                    raise TaskRefused("The choices of one group must have the same prompt and adapter.", field="group")
         for task in tasks:
             if task.group is not None:
                 self._groups.setdefault(task.group, _Group(task)).members += 1

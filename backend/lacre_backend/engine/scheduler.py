@@ -2,15 +2,16 @@
 
 Rules:
 - Pure: no I/O, clock, thread or llama.cpp. The caller executes each plan whole, reports, and asks for the next.
-- Every step has the next token of each running task. Prompts use the rest of the step, within a bounded share. So a long prompt
-  never stalls the running tasks, and short prompts do not wait behind it.
+- Every step has the next token of each running task of its adapter. Prompts use the rest of the step, within a bounded share.
+  So a long prompt never stalls the running tasks, and short prompts do not wait behind it.
 - It never plans more cells than exist. If running tasks outgrow them, idle caches are removed first. Then a task returns to its
   queue with its generated tokens, to be recomputed: the youngest of the tenant that holds most cells. The oldest task always
   advances.
 - Only the pseudonyms of tenant and caller decide whose turn it is (`turns.py`). This applies to admission, to the order of
   prompts, and to tasks that return to the queue.
-- The scope alone decides about reuse. Cells are reused within one scope, and between the choices of one request, which read
-  their prompt once (`choices.py`). Cells without a scope are removed when their request ends.
+- The scope and the adapter alone decide about reuse. Cells are reused within one scope and adapter, and between the choices of
+  one request, which read their prompt once (`choices.py`). Cells without a scope are removed when their request ends.
+- A step has one adapter's tasks, or the base's, and adapters take turns (`adapter_turns.py`). The others wait for their turn.
 - A step's cost depends on the number of slots and of its tokens, never on context length. Cells are counts (`cells.py`), and
   tokens are never copied whole. Prefixes are compared by digests (`tokens.py`).
 - An answer is read again if it is resumed here or was sent back to its queue. A step then takes at most `PIECE` of its tokens
@@ -18,10 +19,10 @@ Rules:
   logits (measured: by up to 1.6). In such pieces the text continues as if nothing had been cut.
 - A plan lists tokens by ascending slot. With a split cache llama.cpp computes neighbouring sequences together, and starts again
   at every gap. Measured: 8 of 16 slots take 35 ms a step with gaps, 13 without.
-- llama.cpp's CPU kernels process rows in fours, and single rows cost much more (7 sequences take 30 ms, 8 take 24). So idle
-  slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. The filler is
-  removed after the step. It is added only if it lengthens no task's attention: a neighbour's timing must not reveal an idle
-  cache.
+- llama.cpp's CPU kernels process rows in fours, and single rows cost much more (7 sequences take 30 ms, 8 take 24). So other
+  slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. They are idle, or
+  wait for their adapter's turn. The filler is removed after the step. It is added only if it lengthens no task's attention: a
+  neighbour's timing must not reveal an idle cache.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from lacre.errors import UsageError
+from lacre_backend.engine.adapter_turns import AdapterTurns, Runner
 from lacre_backend.engine.cells import Cells
 from lacre_backend.engine.choices import Choices
 from lacre_backend.engine.plan import Copy, EngineLimits, Segment, StepPlan, Trim
@@ -48,13 +50,14 @@ FILLER: Final = 0  # any token works: its result is ignored
 
 
 class _Task:
-    __slots__ = ("cached", "choices", "fair", "generated", "id", "number", "scope", "slot", "tokens")
+    __slots__ = ("adapter", "cached", "choices", "fair", "generated", "id", "number", "scope", "slot", "tokens")
 
     def __init__(self, task_id: str, tokens: Tokens, scope: bytes | None, fair: Fair, choices: Choices[_Task] | None) -> None:
         self.id = task_id
         self.tokens = tokens
         self.scope = scope
         self.fair = fair
+        self.adapter: str | None = None
         self.choices = choices  # of its request, if it has several
         self.generated = 0
         self.cached: int | None = None  # tokens found in the cache at the first admission
@@ -63,13 +66,14 @@ class _Task:
 
 
 class _Slot:
-    __slots__ = ("choices", "index", "length", "scope", "task", "tokens", "used")
+    __slots__ = ("adapter", "choices", "index", "length", "scope", "task", "tokens", "used")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens = NO_TOKENS  # of the task that runs here, or ran here last
         self.length = 0  # how many of them have their cells here
         self.scope: bytes | None = None
+        self.adapter: str | None = None  # that computed its cells
         # The choices whose prompt its cells begin with, while one of them is unfinished
         self.choices: Choices[_Task] | None = None
         self.task: _Task | None = None
@@ -94,6 +98,7 @@ class Scheduler:
         self._slots = [_Slot(i) for i in range(limits.slots)]
         self._tasks: dict[str, _Task] = {}
         self._turns: FairQueue[_Task] = FairQueue()
+        self._adapter_turns = AdapterTurns()
         self._groups: dict[str, Choices[_Task]] = {}
         self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
@@ -111,11 +116,12 @@ class Scheduler:
         fair: Fair = NOBODY,
         *,
         group: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Adds a task: a prompt that fits the context, the begun tokens of its answer, and an unused id.
 
-        fair: for fairness. group: the choices of one request, which have the same tokens. A caller's thread may build the
-        `Tokens` to save this one the work.
+        fair: for fairness. group: the choices of one request, which have the same tokens and adapter. A caller's thread may
+        build the `Tokens` to save this one the work.
         """
         tokens = prompt if isinstance(prompt, Tokens) else Tokens(prompt, begun)
         if task_id in self._tasks or not 0 < len(tokens) < self.limits.context:
@@ -124,6 +130,7 @@ class Scheduler:
         if choices is not None:
             choices.members += 1
         task = self._tasks[task_id] = _Task(task_id, tokens, scope, fair, choices)
+        task.adapter = adapter
         self._turns.add(fair, task_id, task)
 
     def end(self, task_id: str, *, keep: bool = True) -> None:
@@ -199,15 +206,26 @@ class Scheduler:
                 self._release(choices)
         admitted = tuple(self._admit())
         copied = tuple(task_id for task_id in admitted if self._is_copied(self._tasks[task_id]))
-        segments: dict[int, Segment] = {}
-        for slot in sorted((s for s in self._slots if s.generating), key=_age):
-            self._take(slot, 1, segments)
-        generating = len(segments)
-        self._prefill(generating, segments)
-        ordered, after = self._filled([segments[i] for i in sorted(segments)])
+        adapter, generating, segments = self._compute()
+        ordered, after = self._filled([segments[i] for i in sorted(segments)], adapter)
         memory, self._memory = tuple(self._memory), []
         still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this same plan
-        return StepPlan(memory, ordered, after, admitted, generating, still)
+        return StepPlan(memory, ordered, after, admitted, generating, still, adapter)
+
+    def _compute(self) -> tuple[str | None, int, dict[int, Segment]]:
+        """The adapter whose turn it is, how many of its tasks generate, and the segments by slot."""
+        segments: dict[int, Segment] = {}
+        for _ in self._slots:
+            able = [slot.task for slot in self._slots if slot.task is not None and _left(slot) > 0]
+            adapter = self._adapter_turns.next([Runner(task.adapter, task.fair, task.number) for task in able])
+            ours = [slot for slot in self._slots if slot.adapter == adapter]
+            for slot in sorted((s for s in ours if s.generating), key=_age):
+                self._take(slot, 1, segments)
+            generating = len(segments)
+            self._prefill(ours, generating, segments)
+            if segments or not able:  # an adapter's only task may have been sent back for want of cells
+                break
+        return adapter, generating, segments
 
     # Admission
 
@@ -240,6 +258,7 @@ class Scheduler:
             self._memory.append(Copy(source.index, slot.index, common))
         slot.tokens, slot.length = task.tokens, common
         slot.task, slot.scope, slot.choices, task.slot = task, task.scope, task.choices, slot
+        slot.adapter = task.adapter
         task.number = slot.used = self._tick()
         found = common
         if task.choices is not None:
@@ -267,7 +286,7 @@ class Scheduler:
         least, gain = (1, 0) if sibling else (MIN_REUSE, MIN_COPY)
         if common[best.index] >= max(least, common[source.index] - gain):
             return best, None, common[best.index]
-        busy = [slot.index for slot in self._slots if not slot.idle]
+        busy = [slot.index for slot in self._slots if not slot.idle and slot.adapter == task.adapter]
         fresh = min(idle, key=lambda slot: _cost(slot, busy))
         if common[source.index] >= max(gain, 1) and source is not fresh:
             return fresh, source, common[source.index]
@@ -277,6 +296,8 @@ class Scheduler:
         """The length of the common prefix. Without a sibling's logits it leaves at least the last token."""
         if (ours := self._of_choices(slot, task)) > 0:
             return ours
+        if slot.adapter != task.adapter:  # its cells hold what other weights computed
+            return 0
         if task.scope is None or slot.scope != task.scope or not self.limits.cuttable:
             return 0
         limit = min(len(task.tokens) - 1, slot.length)
@@ -376,16 +397,18 @@ class Scheduler:
 
     # Prompts
 
-    def _prefill(self, generating: int, segments: dict[int, Segment]) -> None:
+    def _prefill(self, slots: Sequence[_Slot], generating: int, segments: dict[int, Segment]) -> None:
+        """slots: of the step's adapter. generating: of them. Tasks of other adapters must not be stalled either."""
         # A task that waits for something other than a step has nothing left to read.
-        reading = sorted((s for s in self._slots if s.index not in segments and _left(s) > 0), key=self._next_to_read)
+        reading = sorted((s for s in slots if s.index not in segments and _left(s) > 0), key=self._next_to_read)
+        others = generating > 0 or any(slot.generating for slot in self._slots)
         short = [slot for slot in reading if _left(slot) <= self.limits.burst]
         long = [slot for slot in reading if _left(slot) > self.limits.burst]
-        room = self.limits.burst if generating else self.limits.chunk
+        room = self.limits.burst if others else self.limits.chunk
         left = self._read(short, room, segments)
         # While nothing is generated, a whole chunk stalls no task, but short prompts may come at every step.
         own = self._round(self.share)
-        share = own if generating else max(left, own)
+        share = own if others else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
 
     def _next_to_read(self, slot: _Slot) -> tuple[tuple[int, int], int]:
@@ -409,14 +432,14 @@ class Scheduler:
                 room -= n
         return room
 
-    def _filled(self, segments: list[Segment]) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
-        """Adds fillers in the gaps and up to a round number; also returns how to remove them."""
+    def _filled(self, segments: list[Segment], adapter: str | None) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
+        """Adds fillers in the gaps and up to a round number; also returns how to remove them. adapter: of the step."""
         if len(segments) < 2 or not self.limits.cuttable:
             return tuple(segments), ()
         longest = max(segment.start + len(segment.tokens) for segment in segments)
         padded = min(-(-longest // PAD) * PAD, self.limits.context)
         first, last = segments[0].slot, segments[-1].slot
-        usable = [slot for slot in self._slots if slot.idle and slot.length < padded]
+        usable = [s for s in self._slots if (s.idle or s.adapter != adapter) and s.length < padded]
         inside = [slot for slot in usable if first < slot.index < last and not self.limits.unified]
         outside = self._beside(usable, first, last)
         n = len(segments) + len(inside)

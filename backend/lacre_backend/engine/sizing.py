@@ -61,12 +61,14 @@ class EngineSizing:
     cache_bytes: int
 
 
-def derive(path: Path, settings: LlamaSettings, *, available: int | None = None) -> EngineSizing:
-    """Raises `SettingsError` if the settings are invalid or the model does not fit. available: bytes; None: measured."""
+def derive(path: Path, settings: LlamaSettings, *, available: int | None = None, beside: int = 0) -> EngineSizing:
+    """Raises `SettingsError` if the settings are invalid or the model does not fit. available: bytes; None: measured. beside:
+    bytes of its adapters.
+    """
     _check(settings)
     facts = ModelMetadata.read(path)
     _check_file(path, facts, settings)
-    room = memory_for_caches(path, facts, settings, available=available)
+    room = memory_for_caches(path, facts, settings, available=available, beside=beside)
     cell = bytes_per_token(facts, settings)
     context = settings.n_ctx or _context(facts, room, cell)
     slots = settings.slots or _slots(room, context * cell)
@@ -121,14 +123,16 @@ def _check_file(path: Path, facts: ModelMetadata, settings: LlamaSettings) -> No
         )
 
 
-def memory_for_caches(path: Path, facts: ModelMetadata, settings: LlamaSettings, *, available: int | None = None) -> int | None:
+def memory_for_caches(
+    path: Path, facts: ModelMetadata, settings: LlamaSettings, *, available: int | None = None, beside: int = 0
+) -> int | None:
     """Bytes available beside the weights. None: unknown, because layers go to a GPU with its own memory.
 
-    available: bytes; None: measured. Raises `SettingsError` if the model does not fit.
+    available: bytes; None: measured. beside: bytes of adapters. Raises `SettingsError` if the model does not fit.
     """
     if settings.gpu.layers != 0 and L.llama_supports_gpu_offload():
         return None
-    weights = shards.size(path)
+    weights = shards.size(path) + beside
     free = free_memory() if available is None else available
     room = free - weights - OVERHEAD
     if room < MIN_N_CTX * bytes_per_token(facts, settings):

@@ -110,19 +110,20 @@ class NatsWorker:
         *,
         slots: int = 1,
         each: Mapping[str, int] | None = None,
+        sharing: Mapping[str, str] | None = None,
         keys: Callable[[], Sequence[str]] = tuple,
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> Self:
         """Connects, binds the queues and starts to announce. Raises SettingsError or FabricUnavailable.
 
-        - slots: at most `MAX_SLOTS`. each: slots by model; a model not in it may use all.
+        - slots: at most `MAX_SLOTS`. each, sharing: as in `Slots`.
         - keys: returns the fingerprints of the pool keys held now, for presence.
         - able: reports faults; None: none.
         """
         if slots > MAX_SLOTS:
             raise SettingsError(f"slots: a worker has at most {MAX_SLOTS}, not {slots}: run more workers of the pool")
-        room = Slots(slots, models, each)
+        room = Slots(slots, models, each, sharing)
         worker = cls(await Connection.open(servers, credential), pool, node, room, keys=keys, able=able, region=region)
         try:
             await worker._bind(models)
@@ -184,7 +185,7 @@ class NatsWorker:
     def _ask(self) -> bool:
         """Starts a pull for each model that has a free slot and no pull yet. False: some models cannot be served now."""
         able = [queue for queue in self._queues if self._serves(queue.model)]
-        patience = PULL if self._slots.total - self._slots.busy >= len(able) else PULL_EACH
+        patience = PULL if self._slots.roomy([queue.model for queue in able]) else PULL_EACH
         for queue in able:
             if self._slots.may_pull(queue.model):
                 self._slots.pull(queue.model)

@@ -6,12 +6,14 @@ Rules:
   another model's.
 - A delivery counts as one sequence until its request is opened and counted. The count falls as sequences end. It may exceed the
   slots: then the worker pulls nothing for that model until enough have ended.
+- Models of one engine, such as adapters of one base, share its slots. What is said of a model's slots is then of all of them.
 - While a delivery's count is not known, the worker pulls nothing for its model. Otherwise it would take a burst of requests of
   sixteen sequences each for single ones.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,9 +31,20 @@ def shares(total: int, wanted: Mapping[str, int]) -> dict[str, int]:
 
 
 class Slots:
-    """The slots of one worker. total: parallel sequences. each: slots by model; a model not in it may use all."""
+    """The slots of one worker. total: parallel sequences. each: slots by model; a model not in it may use all.
 
-    def __init__(self, total: int, models: Sequence[str], each: Mapping[str, int] | None = None) -> None:
+    sharing: models that use another one's slots, and that one.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        models: Sequence[str],
+        each: Mapping[str, int] | None = None,
+        sharing: Mapping[str, str] | None = None,
+    ) -> None:
+        self._sharing = sharing or {}
+        models = [model for model in models if model not in self._sharing]
         given = each or {}
         self.total = total
         self._each = {model: min(given.get(model, total), total) for model in models}
@@ -47,11 +60,20 @@ class Slots:
 
     def free(self, model: str) -> int:
         """Slots available to a new request of the model. A waiting pull does not occupy one."""
-        return max(0, min(self._each.get(model, 0) - self._held(model), self.total - self.busy))
+        owner = self._owner(model)
+        return max(0, min(self._each.get(owner, 0) - self._held(owner), self.total - self.busy))
+
+    def roomy(self, models: Sequence[str]) -> bool:
+        """Whether each of the models can have a pull at once."""
+        wanted = Counter(map(self._owner, models))
+        return self.total - self.busy >= len(models) and all(self.free(owner) >= n for owner, n in wanted.items() if n > 1)
 
     def may_pull(self, model: str) -> bool:
-        known = all(taken.sequences is not None for taken in self._taken.values() if taken.model == model)
-        return known and model not in self._pulling and self.free(model) > 0 and self.busy + len(self._pulling) < self.total
+        owner = self._owner(model)
+        known = all(taken.sequences is not None for taken in self._taken.values() if taken.model == owner)
+        beside = sum(self._owner(other) == owner for other in self._pulling)
+        room = self.free(owner) > beside and self.busy + len(self._pulling) < self.total
+        return known and model not in self._pulling and room
 
     # Changes
 
@@ -64,7 +86,7 @@ class Slots:
 
     def take(self, attempt: str, model: str) -> None:
         """A delivery occupies a slot from now on."""
-        self._taken[attempt] = _Taken(model, 1)
+        self._taken[attempt] = _Taken(self._owner(model), 1)
 
     def weigh(self, attempt: str, sequences: int | None) -> None:
         """Sets a delivery's sequences; None: not known yet. Does nothing if the delivery was given back."""
@@ -77,6 +99,10 @@ class Slots:
             attempt = next(iter(self._taken), None)
         if attempt is not None:
             self._taken.pop(attempt, None)
+
+    def _owner(self, model: str) -> str:
+        """The model whose slots it uses: itself, unless it shares another one's."""
+        return self._sharing.get(model, model)
 
     def _held(self, model: str) -> int:
         """The model's own slots that are in use."""

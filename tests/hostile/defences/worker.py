@@ -77,6 +77,8 @@ MUTATIONS: Final = Mutation.of(
     ("turns: alike", "a step compares a limited number of prompts", "lacre_backend.engine.scheduler:Scheduler._admit",
      "while self._compared < COMPARED and any(slot.idle for slot in self._slots):",
      "while any(slot.idle for slot in self._slots):"),
+    ("turns: adapters", "caches are kept apart by adapter", "lacre_backend.engine.scheduler:Scheduler._common",
+     "if slot.adapter != task.adapter:"),
     ("turns: other_model", "a model has slots of its own", "lacre_fabric.work.slots:Slots.__init__",
      "self._each = {model: min(given.get(model, total), total) for model in models}",
      "self._each = dict.fromkeys(models, total)"),
