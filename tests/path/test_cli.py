@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lacre
+from lacre_backend.models.gguf import find
 from parts.up import Up, run
 from parts.waiting import wait_until
 
@@ -38,7 +39,8 @@ def manifest(up: Up) -> dict[str, dict[str, dict[str, list[str]]]]:
 
 
 def test_manifest_show(up: Up) -> None:
-    assert list(manifest(up)["pools"]["default"]["models"]) == ["smollm2-135m"]
+    own = {"sha256": [find().digest.removeprefix("sha256:")], "signers": []}
+    assert manifest(up)["pools"]["default"]["models"] == {"smollm2-135m": own}
     assert "MLKEM768-X25519" in run("manifest", "show", up=up).stdout
 
 
@@ -46,6 +48,17 @@ def test_manifest_publish_raises_the_version(up: Up) -> None:
     before = manifest(up)["ver"]
     up.command("manifest", "publish")
     wait_until(lambda: manifest(up)["ver"] > before)
+
+
+def test_a_manifest_that_names_another_file(own: Up, tmp_path: Path) -> None:
+    """Answers are refused, until the publisher names the served file again."""
+    (report := tmp_path / "other.json").write_text(json.dumps({"digest": "sha256:" + "0" * 64}))
+    own.command("manifest", "publish", "--model", f"smollm2-135m={report}")
+    with own.client() as client, pytest.raises(lacre.WrongModel):
+        client.chat("Hi.", max_tokens=2)
+    own.command("manifest", "publish", "--model", "smollm2-135m=")
+    with own.client(pin_models={"smollm2-135m": find().digest}) as client:
+        assert client.chat("Hi.", max_tokens=2).receipt.model == find().digest
 
 
 def test_keys_list(up: Up) -> None:

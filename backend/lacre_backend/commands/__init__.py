@@ -1,4 +1,4 @@
-"""`lacre worker` with `check` and `tune`, and `lacre model`.
+"""`lacre worker` with `check`, `digests` and `tune`, and `lacre model`.
 
 Rules: what a command needs is imported when it runs, so that `lacre --help` stays quick.
 Open `check.py` first: it tries everything that a worker needs to serve. `tune.py` measures a model. `model.py`,
@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from lacre.cli.output import AsJson, say_json, say_table
 from lacre_backend.commands import convert
 
 commands = typer.Typer(no_args_is_help=True)
@@ -71,3 +72,20 @@ def worker_check(settings: SettingsFile) -> None:
     if reasons:
         raise typer.Exit(1)
     typer.echo("ok: this worker can serve")
+
+
+@commands.command("digests")
+def worker_digests(settings: SettingsFile, as_json: AsJson = False) -> None:
+    """Print the digest of each model file in the settings, and the signer if the settings demand one. It serves nothing.
+
+    With --json, in the form of the manifest.
+    """
+    from lacre_backend.commands.digests import served_files
+    from lacre_backend.settings import load
+
+    found = served_files(load(settings))
+    if as_json:
+        say_json({"models": {name: entry.members() for name, entry in found.items()}}, indent=2)
+    else:
+        rows = [(name, ", ".join(entry.digests), ", ".join(entry.signers) or "none") for name, entry in found.items()]
+        say_table(("model", "digest", "signer"), rows)

@@ -9,9 +9,8 @@ import asyncio
 import json
 import os
 import shlex
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -86,7 +85,7 @@ def up(
     A worker that dies is restarted.
     """
     from lacre_fabric.operate.rotation import Schedule
-    from lacre_fabric.operate.up import default_state, running
+    from lacre_fabric.operate.up import default_state, running, until_signalled
 
     folder = (state or default_state()).resolve()
     schedule = Schedule(every=rotate_hours * 3600 or None)
@@ -107,40 +106,21 @@ def up(
                 tell(f"In another shell:  . {shlex.quote(str(live.site.folder / 'env'))} && lacre chat")
                 await supervisor.watch()
 
-    asyncio.run(_until_signalled(run()))
+    asyncio.run(until_signalled(run()))
 
 
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False) -> None:
     """Start everything in a temporary state, and show one sealed chat from both sides."""
     from lacre_fabric.operate import demo as show
+    from lacre_fabric.operate.up import until_signalled
 
     async def run() -> None:
         result = await show.demo(Console(stderr=as_json))
         if as_json:
             typer.echo(show.as_json(result))
 
-    if (number := asyncio.run(_until_signalled(run()))) is not None:
+    if (number := asyncio.run(until_signalled(run()))) is not None:
         raise typer.Exit(128 + number)  # as shells report a signal
-
-
-async def _until_signalled(coroutine: Coroutine[None, None, None]) -> int | None:
-    """Cancels the coroutine on SIGINT or SIGTERM, so that it stops what it started. Returns the signal; None if there was
-    none.
-    """
-    task = tasks.spawn("command", tasks.run(coroutine))
-    came: list[int] = []
-
-    def end(number: int) -> None:
-        came.append(number)
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end, number)
-    try:
-        await task
-    except asyncio.CancelledError:
-        return came[0] if came else None
-    return None
 
 
 @token_app.command("issue")
@@ -262,6 +242,7 @@ def keys_tend(
     """
     from lacre_fabric.operate import floods
     from lacre_fabric.operate.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
+    from lacre_fabric.operate.up import until_signalled
 
     site = _site(state)
     schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
@@ -284,7 +265,7 @@ def keys_tend(
             else:
                 await tend(site, connection, schedule)
 
-    asyncio.run(_until_signalled(run()))
+    asyncio.run(until_signalled(run()))
 
 
 @keys_app.command("list")
@@ -387,15 +368,34 @@ def _served(url: str) -> bool:
             return True
 
 
-def manifest_publish(state: State = None) -> None:
-    """Sign the next manifest and publish it on the fabric. Creates missing queues."""
+def manifest_publish(
+    state: State = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model and the answer of `lacre model verify --json` for its file. May be repeated, also for one model. "
+            "Without FILE, any file may be served under that name.",
+            metavar="NAME=FILE",
+        ),
+    ] = None,
+    pool: Annotated[str, typer.Option(help="The pool that serves them.")] = "default",
+) -> None:
+    """Sign the next manifest and publish it on the fabric. Creates missing queues.
+
+    With --model, clients refuse answers by other files of that model, from now on and in later manifests.
+    """
     from lacre_fabric.nats.provisioning import provision
+    from lacre_fabric.operate import model_digests
     from lacre_fabric.operate.rotation import publish
 
     site = _site(state)
+    named = model_digests.named(model or (), site.pools.get(pool, ()))
 
     async def run() -> None:
         async with _provisioner(site) as connection:
+            async with site.changing():
+                before = model_digests.recorded(site.models_file).get(pool, {})
+                model_digests.record(site.models_file, pool, {**before, **named})
             await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
             await publish(site, connection)
 

@@ -5,7 +5,8 @@
     gateway/                   gateway.toml, its grant key, its credential, audit/
     pools/NAME/                the pool's keys, the state of their generations, and its receipt key
     workers/NAME/              worker.toml, a copy for each of several workers, and settings of models not served now
-    trust/                     the chain of root statements, the published manifest, and the lock for changing either
+    trust/                     the chain of root statements, the published manifest, the digests of the models in it
+                               (models.json), and the lock for changing any of them
     kms                        the address of the key that wraps the pools' keys, if they are wrapped
     nats/ logs/                nats-server's state; one log per process
     site.json                  the pools, their models, the regions, the addresses of gateway and nats-server
@@ -48,7 +49,7 @@ from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.streams import REPLICAS
-from lacre_fabric.operate import dev_issuer, served_models, settings_files
+from lacre_fabric.operate import dev_issuer, model_digests, served_models, settings_files
 from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.work.model_names import DEFAULT_MODEL
 
@@ -251,6 +252,11 @@ class Site:
         return self.folder / "pools" / pool / "receipt.pem"
 
     @property
+    def models_file(self) -> Path:
+        """What the publisher recorded of the models' files: see `model_digests`."""
+        return self.folder / "trust" / "models.json"
+
+    @property
     def kms(self) -> str:
         """The address of the key that wraps the pools' keys (see `kms`)."""
         path = self.folder / "kms"
@@ -364,7 +370,8 @@ class Site:
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
         keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)
         receipt_key = pool_keys.public_receipt_key(self.receipt_file(name))
-        return Pool(dict.fromkeys(models, ModelEntry()), keys, receipt_key, SHAPES)
+        known = model_digests.recorded(self.models_file).get(name, {})
+        return Pool({model: known.get(model, ModelEntry()) for model in models}, keys, receipt_key, SHAPES)
 
     def write_settings(
         self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]], nodes: Sequence[str] = (NODE,)

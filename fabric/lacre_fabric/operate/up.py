@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate import dev_issuer, floods, served_models
+from lacre_fabric.operate import dev_issuer, floods, model_digests, served_models
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
@@ -41,6 +42,26 @@ log = structlog.get_logger("lacre.up")
 def default_state() -> Path:
     """The user's state folder: see `lacre.runtime.folders.state`. Raises SettingsError."""
     return folders.state()
+
+
+async def until_signalled(coroutine: Coroutine[None, None, None]) -> int | None:
+    """Cancels the coroutine on SIGINT or SIGTERM, so that it stops what it started. Returns the signal; None if there was
+    none.
+    """
+    task = tasks.spawn("command", tasks.run(coroutine))
+    came: list[int] = []
+
+    def end(number: int) -> None:
+        came.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return came[0] if came else None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +161,11 @@ async def _start(
     server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles(nodes))
     children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
+    site.write_settings(server.url, port, {POOL: served.tables}, nodes)
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
-        await provision(connection, site.pools)
+        await tasks.together(provision(connection, site.pools), _name_models(site, served))
         await publish(site, connection)
-        site.write_settings(server.url, port, {POOL: served.tables}, nodes)
         present: set[str] = set()
 
         def came(subject: str, _block: bytes, payload: bytes) -> bool:
@@ -169,6 +190,13 @@ async def _start(
         await connection.close()
         raise
     return connection, children
+
+
+async def _name_models(site: Site, served: ServedModels) -> None:
+    """Records the digests of the files that the workers here serve, for the manifest. Raises ChildDied or SettingsError."""
+    found = await model_digests.read_served(site.worker_settings(POOL)) if served.tables else {}
+    async with site.changing():
+        model_digests.record(site.models_file, POOL, found)
 
 
 async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaitable[bool]]) -> None:

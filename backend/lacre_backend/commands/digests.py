@@ -1,0 +1,29 @@
+"""`lacre worker digests`: what the manifest may say of the model files that a worker's settings name."""
+
+from __future__ import annotations
+
+from lacre.trust.manifest import DIGEST, ModelEntry
+from lacre_backend.engine.adapters import adapted_digest, adapted_name
+from lacre_backend.models.opening import open_model
+from lacre_backend.settings import WorkerSettings
+
+
+def served_files(settings: WorkerSettings) -> dict[str, ModelEntry]:
+    """The entry of each model, and of each of its adapters. A signer is named if the settings demand one.
+
+    Reads every file once. Raises what `open_model` raises.
+    """
+    found: dict[str, ModelEntry] = {}
+    for model in settings.models:
+        conditions = model.conditions(settings.kms)
+        base = open_model(model.path, model.name, conditions)
+        found[base.file.name] = _entry(base.file.digest, base.signer)
+        for name, path in model.adapters.items():
+            adapter = open_model(path, name, conditions)
+            both = adapted_digest(base.file.digest, adapter.file.digest)
+            found[adapted_name(base.file.name, name)] = _entry(both, base.signer, adapter.signer)
+    return found
+
+
+def _entry(digest: str, *signers: str | None) -> ModelEntry:
+    return ModelEntry((digest.removeprefix(DIGEST),), tuple(dict.fromkeys(each for each in signers if each is not None)))

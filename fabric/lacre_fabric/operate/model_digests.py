@@ -1,0 +1,117 @@
+"""Which model files may be served: `trust/models.json` of a state folder, which each manifest repeats.
+
+    {"pools": {"default": {"models": {"smollm2-135m": {"sha256": ["…"], "signers": ["…"]}}}}}
+
+Rules:
+- The publisher writes it, from files that it read itself or from answers of `lacre model verify --json`. Nothing that a worker
+  announces gets in.
+- A model that it does not name has no digest in the manifest: workers may serve any file under that name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jose.claims import Members
+from lacre.runtime.json_objects import parse_object
+from lacre.trust.manifest import DIGEST, ModelEntry, is_digest
+from lacre_fabric.keys.secret_files import write_secret
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.supervisor import ChildDied
+
+MAX_REPORT: Final = 2**20  # bytes of a `--json` answer; that of `lacre model inspect` has some thousand
+_TAIL: Final = 2000  # characters of a failed child's last words
+
+Entries = Mapping[str, ModelEntry]  # by model
+
+
+def recorded(path: Path) -> dict[str, Entries]:
+    """By pool; empty if there is no file. Raises SettingsError for a damaged one."""
+    try:
+        pools = Members.parse(path.read_bytes(), "it").named_objects("pools")
+        return {name: _entries(pool) for name, pool in pools.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, InvalidMessage) as exc:
+        raise SettingsError(
+            f"{path} is damaged ({exc}): correct it, or remove it and name the models' digests again with "
+            "`lacre manifest publish --model`"
+        ) from exc
+
+
+def record(path: Path, pool: str, entries: Entries) -> None:
+    """Puts the entries in place of those that the pool has so far; none removes them. Raises SettingsError."""
+    pools = {**recorded(path), pool: entries}
+    content = {
+        name: {"models": {model: entry.members() for model, entry in each.items()}} for name, each in pools.items() if each
+    }
+    write_secret(path, json.dumps({"pools": content}).encode())
+
+
+def named(said: Iterable[str], models: Collection[str]) -> Entries:
+    """The entries that a person names, each as `MODEL=FILE`. FILE: the answer of `lacre model verify --json`, or of another
+    command of `lacre model` whose answer has a `digest`. Several files of one model may all be served. models: of the pool.
+
+    Raises SettingsError.
+    """
+    reports: dict[str, list[tuple[str, str | None]]] = {}
+    for each in said:
+        model = max((name for name in models if each.startswith(f"{name}=")), key=len, default=None)  # a name may have a `=`
+        if model is None:
+            raise SettingsError(
+                f"--model {each}: write MODEL=FILE, with one of the pool's models: {', '.join(models) or 'none'}"
+            )
+        file = each[len(model) + 1 :]
+        reports.setdefault(model, []).extend([_report(Path(file))] if file else [])
+    return {model: _entry(each) for model, each in reports.items()}
+
+
+def _entry(reports: Sequence[tuple[str, str | None]]) -> ModelEntry:
+    digests = dict.fromkeys(digest.removeprefix(DIGEST) for digest, _ in reports)
+    return ModelEntry(tuple(digests), tuple(dict.fromkeys(signer for _, signer in reports if signer is not None)))
+
+
+def _report(path: Path) -> tuple[str, str | None]:
+    try:
+        with path.open("rb") as file:
+            members = parse_object(file.read(MAX_REPORT), "it")
+    except (OSError, InvalidMessage) as exc:
+        raise SettingsError(f"{path} cannot be read ({exc}): make it with `lacre model verify FILE --key KEY --json`") from exc
+    digest, signer = members.get("digest"), members.get("signer")  # `signer` stands only in answers that verified it
+    if not isinstance(digest, str) or not is_digest(digest):
+        raise SettingsError(f"{path} has no `digest`: make it with `lacre model verify FILE --key KEY --json`")
+    if signer is not None and not (isinstance(signer, str) and is_digest(DIGEST + signer)):
+        raise SettingsError(f"{path} has a `signer` that is no id: make it with `lacre model verify FILE --key KEY --json`")
+    return digest, signer
+
+
+async def read_served(settings: Path) -> Entries:
+    """The digests of the files that these settings of a worker name, and their verified signers. A child process reads them,
+    because only the backend can open every kind of model file.
+
+    Raises ChildDied if that fails.
+    """
+    command = leashed([*PYTHON, "-m", "lacre_backend", "digests", "--settings", str(settings), "--json"])
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        said, complaint = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        told = complaint.decode(errors="replace").strip()[-_TAIL:]
+        raise ChildDied(f"worker ended with status {process.returncode} while it read its models:\n{told}")
+    return _entries(Members.parse(said, "the worker's digests"))
+
+
+def _entries(members: Members) -> Entries:
+    return {name: ModelEntry.parse(entry) for name, entry in members.named_objects("models").items()}
