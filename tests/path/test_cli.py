@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,13 +35,16 @@ def test_chat(up: Up, words: tuple[str, ...], stdin: str, answers: int) -> None:
     assert len(done.stdout.strip().splitlines()) >= answers
 
 
-def manifest(up: Up) -> dict[str, dict[str, dict[str, list[str]]]]:
+def manifest(up: Up) -> dict[str, Any]:
     return json.loads(run("manifest", "show", "--json", up=up).stdout)  # type: ignore[no-any-return]
 
 
+def digests_in(up: Up) -> list[str]:
+    return manifest(up)["pools"]["default"]["models"]["smollm2-135m"]["sha256"]  # type: ignore[no-any-return]
+
+
 def test_manifest_show(up: Up) -> None:
-    own = {"sha256": [find().digest.removeprefix("sha256:")], "signers": []}
-    assert manifest(up)["pools"]["default"]["models"] == {"smollm2-135m": own}
+    assert digests_in(up) == [find().digest.removeprefix("sha256:")]
     assert "MLKEM768-X25519" in run("manifest", "show", up=up).stdout
 
 
@@ -51,12 +55,17 @@ def test_manifest_publish_raises_the_version(up: Up) -> None:
 
 
 def test_a_manifest_that_names_another_file(own: Up, tmp_path: Path) -> None:
-    """Answers are refused, until the publisher names the served file again."""
+    """Answers are refused, until the publisher takes that back."""
     (report := tmp_path / "other.json").write_text(json.dumps({"digest": "sha256:" + "0" * 64}))
-    own.command("manifest", "publish", "--model", f"smollm2-135m={report}")
+
+    def publish(named: str, *digests: str) -> None:
+        own.command("manifest", "publish", "--model", f"smollm2-135m={named}")
+        wait_until(lambda: digests_in(own) == list(digests))
+
+    publish(str(report), "0" * 64)
     with own.client() as client, pytest.raises(lacre.WrongModel):
         client.chat("Hi.", max_tokens=2)
-    own.command("manifest", "publish", "--model", "smollm2-135m=")
+    publish("")
     with own.client(pin_models={"smollm2-135m": find().digest}) as client:
         assert client.chat("Hi.", max_tokens=2).receipt.model == find().digest
 
