@@ -22,6 +22,7 @@ from backend.test_scheduler import FOUR, SPLIT, Driver
 from lacre.asgi import Call, Usage
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
+from lacre_backend.commands.digests import served_files
 from lacre_backend.engine.adapter_turns import TURN, AdapterTurns, Runner
 from lacre_backend.engine.adapters import adapted_digest
 from lacre_backend.engine.generate import LlamaEngine
@@ -194,6 +195,16 @@ async def test_a_sealed_adapter_is_the_plain_one(tiny: Path, loras: dict[str, Pa
     assert answers[0] == answers[1]
     with pytest.raises(SettingsError, match="not sealed"):
         load_engine(settings(sealed, sealed=True, adapters=loras), kms)
+
+
+def test_the_manifest_names_what_receipts_name(tiny: Path, loras: dict[str, Path]) -> None:
+    engine = load_engine(settings(tiny, adapters=loras))
+    assert isinstance(engine, LlamaEngine)
+    with contextlib.closing(engine):
+        engines = {each.model.name: (each.model.digest,) for each in (engine, *engine.adapted)}
+    found = served_files(WorkerSettings.model_construct(models=(settings(tiny, adapters=loras),), kms="plain:"))
+    assert {name: entry.digests for name, entry in found.items()} == engines
+    assert len(found) == 3
 
 
 # Serving
