@@ -63,7 +63,7 @@ async def _serve(settings: WorkerSettings) -> None:
         await keys.look()  # loading a model takes time; the first presence must announce current keys
         claims: list[Part] = []  # set once there is a connection
         readiness = Readiness(
-            partial(_holding, settings.pool, serving.names, keys, raw_public_key(receipt_key)),
+            partial(_holding, settings.pool, serving, keys, raw_public_key(receipt_key)),
             [*serving.parts, lambda: claims[0]() if claims else None],
         )
         fabric = await NatsWorker.connect(
@@ -106,8 +106,8 @@ async def _serve(settings: WorkerSettings) -> None:
         await node.drain(settings.drain)
 
 
-def _holding(pool: str, models: Sequence[str], keys: KeyRing, receipt_key: bytes) -> Holding:
-    return Holding(pool, tuple(models), frozenset(keys.fingerprints()), receipt_key)
+def _holding(pool: str, serving: ServedApp, keys: KeyRing, receipt_key: bytes) -> Holding:
+    return Holding(pool, tuple(serving.names), frozenset(keys.fingerprints()), receipt_key, serving.digests)
 
 
 def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) -> str:
@@ -123,8 +123,9 @@ def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) 
 class ServedApp:
     """The app with its model names, its parallel sequences, and the actions that it may start before their claim.
 
-    each: slots by model. sharing: adapters with their base, whose slots they use. weighs: actions for which the app reports the
-    number of sequences. parts: report whether it can work. watched: background checks for that.
+    each: slots by model. sharing: adapters with their base, whose slots they use. digests: of the files of models and adapters.
+    weighs: actions for which the app reports the number of sequences. parts: report whether it can work. watched: background
+    checks for that.
     """
 
     app: Elsewhere
@@ -135,6 +136,7 @@ class ServedApp:
     watched: tuple[Probe, ...] = ()
     each: Mapping[str, int] = field(default_factory=dict)
     sharing: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
     weighs: frozenset[str] = frozenset()
 
 
@@ -153,14 +155,16 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
     for engine in engines:
         stack.callback(engine.close)
     adapted = {engine.model.name: engine.adapted for engine in engines if isinstance(engine, LlamaEngine)}
-    app = Elsewhere(create_app([*engines, *itertools.chain(*adapted.values())]), "api")
+    every = [*engines, *itertools.chain(*adapted.values())]
+    app = Elsewhere(create_app(every), "api")
     stack.callback(app.close)
     own = {engine.model.name: engine.slots for engine in engines}
     sharing = {one.model.name: base for base, ones in adapted.items() for one in ones}
     slots = settings.slots or sum(own.values())
     parts = (alive(app), alive(*engines))
     names, each = [*own, *sharing], shares(slots, own)
-    return ServedApp(app, names, slots, REPEATABLE, parts, each=each, sharing=sharing, weighs=WEIGHED)
+    digests = {engine.model.name: engine.model.digest for engine in every}
+    return ServedApp(app, names, slots, REPEATABLE, parts, each=each, sharing=sharing, digests=digests, weighs=WEIGHED)
 
 
 def _check_names(models: Sequence[ModelSettings]) -> None:

@@ -54,6 +54,27 @@ def test_each_thing_has_its_name(changed: dict[str, object], at: float, kind: st
     assert all(said in reason.detail and reason.remedy for reason in reasons)
 
 
+FILE, OTHER_FILE = "1" * 64, "2" * 64
+
+
+@pytest.mark.parametrize(
+    ("named", "held", "said"),
+    [
+        ((), {"m1": f"sha256:{FILE}"}, None), ((FILE,), {"m1": f"sha256:{FILE}"}, None),
+        ((OTHER_FILE, FILE), {"m1": f"sha256:{FILE}"}, None), ((), {}, None),
+        ((OTHER_FILE,), {"m1": f"sha256:{FILE}"}, f"(sha256:{FILE})"), ((FILE,), {}, "(no file)"),
+    ],
+)  # fmt: skip
+async def test_a_file_that_the_manifest_does_not_name(named: tuple[str, ...], held: dict[str, str], said: str | None) -> None:
+    pool = dataclasses.replace(POOL, models={"m1": ModelEntry(named), "m2": ModelEntry()})
+    manifest = dataclasses.replace(MANIFEST, pools={"a": pool})
+    holding = dataclasses.replace(HELD, models=("m1", "m2"), digests=held)
+    assert [said is not None and said in reason.detail for reason in against(manifest, holding, NOW)] == (
+        [True] if said else []
+    )
+    assert (await readiness(manifest, held=holding)).models() == ({"m2"} if said else {"m1", "m2"})
+
+
 def test_a_pool_whose_keys_are_all_over() -> None:
     [reason] = against(dataclasses.replace(MANIFEST, expires_at=NOW + 9999), HELD, NOW + 1000)
     assert (reason.kind, reason.model) == ("keys", None)

@@ -55,19 +55,21 @@ def test_manifest_publish_raises_the_version(up: Up) -> None:
 
 
 def test_a_manifest_that_names_another_file(own: Up, tmp_path: Path) -> None:
-    """Answers are refused, until the publisher takes that back."""
+    """The worker does not serve until the publisher takes that back."""
     (report := tmp_path / "other.json").write_text(json.dumps({"digest": "sha256:" + "0" * 64}))
+    health = own.state / "workers" / "default" / "health"
 
     def publish(named: str, *digests: str) -> None:
         own.command("manifest", "publish", "--model", f"smollm2-135m={named}")
         wait_until(lambda: digests_in(own) == list(digests))
 
     publish(str(report), "0" * 64)
-    with own.client() as client, pytest.raises(lacre.WrongModel):
-        client.chat("Hi.", max_tokens=2)
+    wait_until(lambda: "names other files for smollm2-135m" in health.read_text())
     publish("")
     with own.client(pin_models={"smollm2-135m": find().digest}) as client:
         assert client.chat("Hi.", max_tokens=2).receipt.model == find().digest
+    with own.client(pin_models={"smollm2-135m": "sha256:" + "0" * 64}) as client, pytest.raises(lacre.WrongModel):
+        client.chat("Hi.", max_tokens=2)
 
 
 def test_keys_list(up: Up) -> None:

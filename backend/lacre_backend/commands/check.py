@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
-from lacre_backend.engine.adapters import adapted_name, check
+from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
@@ -58,6 +58,7 @@ async def _examine(settings: WorkerSettings) -> list[Reason]:
 
 def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
     """Reads the files in the settings. Returns what the worker has, if all can be read."""
+    digests: dict[str, str] = {}
     names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
     for model in settings.models:
         with _noted(found, "model"):
@@ -65,13 +66,15 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
             adapters = open_adapters(model, settings.kms)
             for adapter in adapters:
                 check(adapter.path, opened.path)
-            names += (opened.name, *(adapted_name(opened.name, adapter.name) for adapter in adapters))
+            digests[opened.name] = opened.digest
+            for adapter in adapters:
+                digests[adapted_name(opened.name, adapter.name)] = adapted_digest(opened.digest, adapter.digest)
     with _noted(found, "keys"), keeping(settings.kms, settings.pool) as kept:
         ring = KeyRing(settings.keys, kept)
         keys = frozenset(ring.fingerprints())
         ring.close()
         receipt_key = raw_public_key(pool_keys.read_receipt_key(settings.receipt_key, kept))
-        return Holding(settings.pool, names, keys, receipt_key)
+        return Holding(settings.pool, (*names, *digests), keys, receipt_key, digests)
     return None
 
 

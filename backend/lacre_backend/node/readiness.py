@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import structlog
@@ -42,12 +42,15 @@ Part = Callable[[], Reason | None]  # the fault that one part of the worker repo
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What the worker has. keys: fingerprints of the pool's keys. receipt_key: the public part, 32 bytes."""
+    """What the worker has. keys: fingerprints of the pool's keys. receipt_key: the public part, 32 bytes. digests: of models
+    with a file, as receipts name them.
+    """
 
     pool: str
     models: tuple[str, ...]
     keys: frozenset[str]
     receipt_key: bytes
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def against(manifest: Manifest, holding: Holding, now: float) -> list[Reason]:
@@ -64,6 +67,13 @@ def against(manifest: Manifest, holding: Holding, now: float) -> list[Reason]:
         if model not in pool.models:
             detail = f"the manifest does not have {model} in pool {holding.pool}"
             reasons.append(Reason("model", detail, "correct the model's name, or publish the model", model))
+        elif (named := pool.models[model].digests) and holding.digests.get(model) not in named:
+            served = holding.digests.get(model, "no file")
+            detail = (
+                f"the manifest names other files for {model} than this worker's ({served}). Clients would reject its receipts"
+            )
+            remedy = "serve the named file, or name this one: `lacre manifest publish --model`, or a new start of `lacre up`"
+            reasons.append(Reason("model", detail, remedy, model))
     return [reason for reason in reasons if reason is not None]
 
 

@@ -47,7 +47,10 @@ def recorded(path: Path) -> dict[str, Entries]:
 
 def record(path: Path, pool: str, entries: Entries) -> None:
     """Puts the entries in place of those that the pool has so far; none removes them. Raises SettingsError."""
-    pools = {**recorded(path), pool: entries}
+    before = recorded(path)
+    if before.get(pool, {}) == entries:
+        return
+    pools = {**before, pool: entries}
     content = {
         name: {"models": {model: entry.members() for model, entry in each.items()}} for name, each in pools.items() if each
     }
