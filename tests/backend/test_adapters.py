@@ -22,6 +22,7 @@ from backend.test_scheduler import FOUR, SPLIT, Driver
 from lacre.asgi import Call, Usage
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
+from lacre_backend.commands.check import _held
 from lacre_backend.commands.digests import served_files
 from lacre_backend.engine.adapter_turns import TURN, AdapterTurns, Runner
 from lacre_backend.engine.adapters import adapted_digest
@@ -29,6 +30,7 @@ from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.plan import StepPlan
 from lacre_backend.engine.protocol import TaskRefused
 from lacre_backend.models.opening import find
+from lacre_backend.node.readiness import Reason
 from lacre_backend.serve import load_engine, served
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.workshop.sealing import seal_model
@@ -227,6 +229,16 @@ def test_a_worker_announces_each_and_they_share_the_slots(tiny: Path, loras: dic
     clash = worker(tmp_path, table | {"name": "m", "adapters": loras}, table | {"name": "m:tax"})
     with ExitStack() as stack, pytest.raises(SettingsError, match="share the id m:tax"):
         served(clash, stack)
+
+
+def test_the_workers_own_check_sees_a_bad_adapter(tiny: Path, loras: dict[str, Path], tmp_path: Path) -> None:
+    found: list[Reason] = []
+    _held(worker(tmp_path, {"path": tiny, "adapters": loras}), found)
+    assert [reason.kind for reason in found] == ["keys"], "the models are fine, and there are no keys here"
+    found.clear()
+    _held(worker(tmp_path, {"path": tiny, "adapters": {"bad": tiny}}), found)
+    assert [reason.kind for reason in found] == ["model", "keys"]
+    assert "not a LoRA adapter" in found[0].detail
 
 
 # What is refused
