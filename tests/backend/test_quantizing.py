@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +18,12 @@ from tests.parts.tiny_model import N_FF, N_LAYER, tiny_model, tiny_split_model
 from typer.testing import CliRunner
 
 from lacre.errors import SettingsError, UsageError
+from lacre_backend.commands.model import drawn
 from lacre_backend.commands.weights import commands
 from lacre_backend.engine.tune import SLOTS
 from lacre_backend.models.gguf import default_path, find
 from lacre_backend.workshop.comparison import Figures
+from lacre_backend.workshop.draft import draft
 from lacre_backend.workshop.fidelity import Fidelity
 from lacre_backend.workshop.importance import importance_matrix, influence
 from lacre_backend.workshop.inspection import read_header
@@ -256,6 +261,17 @@ def test_the_commands_print_tables_or_json(tmp_path: Path, text: Path) -> None:
 )  # fmt: skip
 def test_options_that_contradict_are_refused(arguments: list[str]) -> None:
     assert isinstance(CliRunner().invoke(commands, arguments).exception, UsageError)
+
+
+def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, drawn(), draft(tmp_path / "out", []) as path:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # it is handled before that
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not [*tmp_path.iterdir()]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Rules: every command has `--json`, whose members are those of the job's answer. 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,20 @@ def answer(job: Job[Asked, Told], question: Asked, as_json: bool) -> Told:
 
 @contextmanager
 def drawn() -> Iterator[Report]:
-    """Draws a progress bar on stderr while the block runs. Without a terminal it draws nothing."""
+    """Draws a progress bar on stderr while the block runs. Without a terminal it draws nothing.
+
+    SIGTERM ends the block by SystemExit, so that drafts are removed.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        with _bar() as report:
+            yield report
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _bar() -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import Progress
 
