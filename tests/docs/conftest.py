@@ -45,7 +45,7 @@ def served(app: str, folder: Path, shell: dict[str, str]) -> Iterator[httpx2.Cli
     """uvicorn runs MODULE:APP of that folder; the client waits in the socket's queue until it is there."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(folder), "--fd", str(listener.fileno()), app]
-        process = subprocess.Popen([*command, "--log-level", "warning"], env=shell, pass_fds=[listener.fileno()])
+        process = subprocess.Popen([*command, "--log-level", "warning"], cwd=folder, env=shell, pass_fds=[listener.fileno()])
         try:
             with httpx2.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=280) as client:
                 client.get("/")
