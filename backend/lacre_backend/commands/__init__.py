@@ -2,7 +2,7 @@
 
 Rules: what a command needs is imported when it runs, so that `lacre --help` stays quick.
 Open `check.py` first: it tries everything that a worker needs to serve. `tune.py` measures a model. `model.py`,
-`weights.py` and `convert.py` work on model files.
+`weights.py`, `convert.py` and `measure.py` work on model files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from lacre.cli.output import AsJson, say_json, say_table
-from lacre_backend.commands import convert
+from lacre_backend.commands import measure
 
 commands = typer.Typer(no_args_is_help=True)
 SettingsFile = Annotated[Path, typer.Option("--settings", help="The worker's settings file (TOML).")]
@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands if the packages that they need are installed."""
     if find_spec("nats") is not None and find_spec("llama_cpp") is not None and find_spec("pydantic") is not None:
         app.add_typer(commands, name="worker")
-        app.add_typer(convert.commands, name="model")
+        app.add_typer(measure.commands, name="model")
 
 
 @commands.callback(invoke_without_command=True)
