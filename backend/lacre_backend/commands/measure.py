@@ -1,20 +1,26 @@
-"""`lacre model bench`: how fast the worker's engine serves a model here."""
+"""`lacre model bench` and `choose`: how fast the worker's engine serves models here, and which of them suits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from lacre.cli.output import AsJson, say, say_table
+from lacre.cli.output import AsJson, say, say_json, say_table
+from lacre.errors import SettingsError
 from lacre_backend.commands.convert import commands
-from lacre_backend.commands.model import ModelPath, answer
+from lacre_backend.commands.model import ModelPath, answer, drawn
 from lacre_fabric.keys.kms import PLAIN
 
 if TYPE_CHECKING:
     from lacre_backend.workshop.benchmark import StreamRate
+    from lacre_backend.workshop.choosing import Candidate
 
 __all__ = ["commands"]
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
 
 
 @commands.command("bench")
@@ -38,3 +44,50 @@ def bench(
 def _row(rate: StreamRate) -> tuple[str, ...]:
     decode = "-" if rate.decode is None else f"{rate.decode:,.0f}"
     return str(rate.streams), f"{rate.tokens_per_second:,.0f}", decode, f"{rate.first_token_ms:,.0f}"
+
+
+@commands.command("choose")
+def choose(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with GGUF files.")] = Path(),
+    task: Annotated[str, typer.Option(help="chat, embed or rerank.")] = "chat",
+    memory: Annotated[str | None, typer.Option(help="What the model may take, such as 4GiB. Default: what is free.")] = None,
+    quality: Annotated[float | None, typer.Option(help="The most loss to the reference: KL in nats, such as 0.02.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="The model that the loss counts from.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure speed and loss, which takes a minute for each model.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show which models of a folder suit a task: what fits, how fast, at which loss."""
+    from pydantic import TypeAdapter
+
+    from lacre_backend.workshop.choosing import Choice, ChooseAsked, ModelTask
+    from lacre_backend.workshop.choosing import choose as chosen_from
+
+    if task not in set(ModelTask):
+        raise SettingsError(f"--task is {task!r}; give one of: {', '.join(ModelTask)}.")
+    asked = ChooseAsked(folder, ModelTask(task), None if memory is None else size(memory), quality, reference, measure)
+    with drawn() as report:
+        found = chosen_from(asked, report)
+    if as_json:
+        say_json(TypeAdapter(Choice).dump_python(found, mode="json"), indent=2)
+        return
+    headings = ("model", "type", "MB", "memory MB", "slots", "tok/s at 16", "prompt tok/s", "KL", "")
+    say_table(headings, map(_candidate, found.candidates))
+    say(f"Chosen: {found.chosen}" if found.chosen else "No model of this folder suits.")
+
+
+def size(text: str) -> int:
+    """Bytes: a number with B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB. Raises SettingsError."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise SettingsError(f"--memory is {text!r}; give a number with a unit, such as 512MiB or 4GB.")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** (" KMGT".index(found[2].upper()) if found[2] else 0))
+
+
+def _candidate(each: Candidate) -> tuple[str, ...]:
+    def number(value: float | None, form: str = ",.0f") -> str:
+        return "-" if value is None else format(value, form)
+
+    megabytes = (None if value is None else value / 1e6 for value in (each.bytes, each.memory))
+    speeds = (number(each.slots), number(each.streams), number(each.prompt))
+    return (each.path.name, each.type or "-", *map(number, megabytes), *speeds, number(each.kl, ".4f"), each.reason or "suits")
