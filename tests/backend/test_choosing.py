@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from lacre.errors import SettingsError
 from lacre_backend.commands.measure import commands, size
 from lacre_backend.engine.sizing import OVERHEAD
-from lacre_backend.workshop.choosing import Candidate, Choice, ChooseAsked, ModelTask, choose
+from lacre_backend.workshop.choosing import Candidate, ChooseAsked, ChosenModel, ModelTask, choose
 
 
-def chosen(folder: Path, task: ModelTask = ModelTask.CHAT, **more: object) -> Choice:
+def chosen(folder: Path, task: ModelTask = ModelTask.CHAT, **more: object) -> ChosenModel:
     asked = ChooseAsked(folder, task, **{"measure": False} | more)  # type: ignore[arg-type]
     return choose(asked, lambda _what, _share: None)
 
 
-def by_name(found: Choice) -> dict[str, Candidate]:
+def by_name(found: ChosenModel) -> dict[str, Candidate]:
     return {each.path.name: each for each in found.candidates}
 
 

@@ -59,7 +59,7 @@ def choose(
     """Show which models of a folder suit a task: what fits, how fast, at which loss."""
     from pydantic import TypeAdapter
 
-    from lacre_backend.workshop.choosing import Choice, ChooseAsked, ModelTask
+    from lacre_backend.workshop.choosing import ChooseAsked, ChosenModel, ModelTask
     from lacre_backend.workshop.choosing import choose as chosen_from
 
     if task not in set(ModelTask):
@@ -68,7 +68,7 @@ def choose(
     with drawn() as report:
         found = chosen_from(asked, report)
     if as_json:
-        say_json(TypeAdapter(Choice).dump_python(found, mode="json"), indent=2)
+        say_json(TypeAdapter(ChosenModel).dump_python(found, mode="json"), indent=2)
         return
     headings = ("model", "type", "MB", "memory MB", "slots", "tok/s at 16", "prompt tok/s", "KL", "")
     say_table(headings, map(_candidate, found.candidates))

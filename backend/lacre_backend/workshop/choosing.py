@@ -74,14 +74,14 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenModel:
     """candidates: the suitable ones first, the fastest of them before all. chosen: None if nothing suits."""
 
     chosen: Path | None
     candidates: list[Candidate]
 
 
-def choose(asked: ChooseAsked, report: Report) -> Choice:
+def choose(asked: ChooseAsked, report: Report) -> ChosenModel:
     """Raises SettingsError if the question contradicts itself or the folder has no model, or OSError."""
     _check(asked)
     paths = list(_models(asked.folder))
@@ -97,7 +97,7 @@ def choose(asked: ChooseAsked, report: Report) -> Choice:
             candidate = _measured(candidate, asked)
         found.append(candidate)
     found.sort(key=lambda each: (not each.suits, -(each.streams or 0), each.bytes or 0))
-    return Choice(found[0].path if found[0].suits else None, found)
+    return ChosenModel(found[0].path if found[0].suits else None, found)
 
 
 def _check(asked: ChooseAsked) -> None:

@@ -115,7 +115,7 @@ def tokenizer(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
         },
     }
     about = {
-        "tokenizer_class": "GPT2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[source.value("tokenizer.ggml.bos_token_id")],
         "eos_token": tokens[source.value("tokenizer.ggml.eos_token_id")],
         "unk_token": tokens[source.value("tokenizer.ggml.unknown_token_id")],

@@ -45,7 +45,7 @@ def test_tokens_and_logits_are_those_of_transformers(
     inspected, original = (run(INSPECT, InspectAsked(path)) for path in (tmp_path / "out.gguf", default_path()))
     assert inspected.type == name
     assert (inspected.parameters, inspected.template) == (original.parameters, True)
-    assert inspected.vocabulary == original.vocabulary
+    assert (inspected.vocabulary, inspected.tokenizer) == (original.vocabulary, original.tokenizer)
 
 
 def test_another_model_is_noticed(tmp_path: Path, where: ConverterPlace, checkpoint: Path) -> None:
