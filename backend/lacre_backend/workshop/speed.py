@@ -25,7 +25,8 @@ from lacre_backend.workshop.source import loaded
 PROMPT: Final = 256  # tokens; afterwards, each stream's history
 _CONTEXT: Final = 2 * PROMPT
 _TOKEN: Final = 1  # any token: they all take the same time
-_STEPS: Final = 4
+_STEPS: Final = (4, 32)  # at least and at most, by number of streams; all of them fit into the context
+_SECONDS: Final = 0.5  # no further step after these: short ones are repeated more often, since noise changes them most
 _ROUNDS: Final = 2
 
 
@@ -79,11 +80,12 @@ def _prompt_rate(context: LlamaContext) -> float:
 
 def _rate(context: LlamaContext, n: int, ends: list[int]) -> float:
     """ends: where each stream is. It moves on: some models cannot take a token back."""
-    best = float("inf")
-    for _ in range(_STEPS):
-        best = min(best, _timed(context, [Segment(slot, ends[slot], (_TOKEN,), None, True) for slot in range(n)]))
+    took: list[float] = []
+    least, most = _STEPS
+    while len(took) < least or (len(took) < most and sum(took) < _SECONDS):
+        took.append(_timed(context, [Segment(slot, ends[slot], (_TOKEN,), None, True) for slot in range(n)]))
         ends[:n] = [end + 1 for end in ends[:n]]
-    return n / best
+    return n / min(took)
 
 
 def _timed(context: LlamaContext, segments: list[Segment]) -> float:
