@@ -67,6 +67,9 @@ class Samples:
             lacre.AsyncClient: lambda: later,
             lacre.Reply: lambda: reply,
             lacre.Choice: lambda: reply.choices[0],
+            lacre.Attribution: lambda: lacre.Attribution(
+                "e", "m", "Oslo", -1.0, (), (), reply.usage, 1, reply.receipt, reply.audit, reply.verification, {}
+            ),
             lacre.ChatStream: lambda: client.chat_stream("Hello."),
             lacre.AsyncChatStream: lambda: later.chat_stream("Hello."),
             lacre.AuditProof: lambda: reply.audit,

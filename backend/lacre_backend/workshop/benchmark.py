@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre.runtime import tasks
 from lacre_backend.engine import shards
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine
@@ -142,7 +143,7 @@ async def _batch(engine: Engine, n: int) -> StreamRate:
     """Of n requests at once."""
     story = tuple(engine.tokenize(_STORY))[: engine.model.n_ctx - ANSWER - _SPARE]
     began = time.perf_counter()
-    streams = await asyncio.gather(*(_marks(engine, story, str(number)) for number in range(n)))
+    streams = await tasks.together(*(_marks(engine, story, str(number)) for number in range(n)))
     total = sum(map(len, streams))
     first = statistics.median(marks[0] for marks in streams) - began
     whole = max(marks[-1] for marks in streams) - began

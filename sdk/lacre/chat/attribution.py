@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre.chat.reply import TokenUsage, checked_json, checked_usage, claimed
+from lacre.chat.reply import TokenUsage, checked_json, checked_usage, claimed, facts_of
 from lacre.chat.request import Messages, turns_of
 from lacre.errors import InvalidMessage, InvalidReceipt, UsageError
 from lacre.evidence.audit_proof import AuditProof
@@ -21,7 +21,6 @@ from lacre.evidence.exchange_info import Facts, documented
 from lacre.evidence.receipts import Receipt
 from lacre.evidence.verification import Verification
 from lacre.runtime import arguments
-from lacre.transport.sealed import FACTS
 
 EXPLAIN_PATH: Final = "/v1/explain"
 _APART: Final = "\n\n"  # after each part
@@ -79,7 +78,8 @@ class Attribution:
         """texts: of the parts that were sent. Raises what `check` raises, InvalidMessage if the answer is not an explanation of
         these parts, and InvalidReceipt if its usage and its receipt differ.
         """
-        facts = response.extensions[FACTS]
+        facts = facts_of(response)
+        arguments.instance(texts, Mapping, "texts")
         with documented(facts):
             return cls._of(checked_json(response), facts, texts)
 

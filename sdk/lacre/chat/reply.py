@@ -92,10 +92,7 @@ class Reply:
         """Raises what `check` raises, InvalidMessage if the answer is not a chat completion, and InvalidReceipt if its usage
         and its receipt differ.
         """
-        arguments.instance(response, httpx2.Response, "response")
-        facts = response.extensions.get(FACTS)
-        if not isinstance(facts, Facts):
-            raise UsageError("response must be an answer of a sealed client")
+        facts = facts_of(response)
         with documented(facts):
             return cls.of(checked_json(response), facts)
 
@@ -160,6 +157,15 @@ def checked_usage(told: Mapping[str, Any] | None, claimed: TokenUsage) -> TokenU
     if usage != claimed:
         raise InvalidReceipt("the answer's receipt and its usage have different counts: tell the pool's operator")
     return claimed
+
+
+def facts_of(response: httpx2.Response) -> Facts:
+    """What the sealed transport says of an answer. Raises UsageError for any other answer."""
+    arguments.instance(response, httpx2.Response, "response")
+    facts = response.extensions.get(FACTS)
+    if not isinstance(facts, Facts):
+        raise UsageError("response must be an answer of a sealed client")
+    return facts
 
 
 def check(response: httpx2.Response) -> None:
