@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -25,48 +24,25 @@ from lacre.evidence.receipts import units
 from lacre_backend.models import gguf
 from lacre_fabric.operate.nats_server import free_port
 from parts.memory import found_in_memory
-from parts.stage import MODEL, LiveStage, launched, until
+from parts.platforms import Served, asked_in_secret, behind, canary, served, table
+from parts.stage import MODEL, LiveStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ROOT / "tests/ecosystem/servers"
 PREDICT, INFER = "/v1/models/encoder:predict", "/v2/models/encoder/infer"
-CANARY = "zq7-kittiwake-" + os.urandom(6).hex()
+CANARY = canary()
 ENCODER = {"lacre-model": "encoder"}
 
 
-@dataclass
-class Running:
-    """A server of models. ready: what it answers 200 to, once it can answer at all."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-    async def wait(self, ready: str) -> None:
-        async def answers() -> bool:
-            assert self.process.poll() is None, self.log.read_text()[-2000:]
-            async with httpx2.AsyncClient(trust_env=False) as client:
-                try:
-                    return (await client.get(self.url + ready)).status_code == 200
-                except httpx2.TransportError:
-                    return False
-
-        await until(answers, 120)
-
-
 @contextmanager
-def running(folder: Path, program: str, *arguments: str) -> Iterator[Running]:
+def running(folder: Path, program: str, *arguments: str) -> Iterator[Served]:
     made = [sys.executable, str(ROOT / "tools/environments.py"), "servers"]
     python = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
-    port, log = free_port(), folder / f"{program}.log"
-    process = launched([python, str(SERVERS / f"{program}.py"), str(port), *arguments], log)
-    try:
-        yield Running(f"http://127.0.0.1:{port}", log, process)
-    finally:
-        process.kill()
-        process.wait(10)
+    port = free_port()
+    with served([python, SERVERS / f"{program}.py", str(port), *arguments], port, folder / f"{program}.log") as server:
+        yield server
 
 
 @dataclass
@@ -74,8 +50,8 @@ class Place:
     """Everything that runs."""
 
     workers: LiveStage
-    encoder: Running
-    writer: Running
+    encoder: Served
+    writer: Served
 
 
 @pytest.fixture(scope="module")
@@ -84,29 +60,17 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
     with ExitStack() as stack:
         encoder = stack.enter_context(running(folder, "encoder"))
         writer = stack.enter_context(running(folder, "writer", str(gguf.find().path)))
-        await encoder.wait("/v2/health/ready")
-        await writer.wait("/health")
+        await encoder.answers("/v2/health/ready")
+        await writer.answers("/health")
         upstreams = {
-            "encoder": table(encoder, "encoder", [f"POST {PREDICT}", f"POST {INFER}", "GET /v2/models/encoder"]),
+            "encoder": table(encoder.url, "encoder", [f"POST {PREDICT}", f"POST {INFER}", "GET /v2/models/encoder"]),
             MODEL: table(
-                writer, MODEL, ["POST /v1/chat/completions", "POST /v1/completions"],
+                writer.url, MODEL, ["POST /v1/chat/completions", "POST /v1/completions"],
                 'known_as = "whatever it was started with"\nfixed = {cache_prompt = false}',
             ),
         }  # fmt: skip
-        async with LiveStage.on_air(folder, upstreams=upstreams) as workers:
+        async with behind(folder, upstreams) as workers:
             yield Place(workers, encoder, writer)
-
-
-def table(server: Running, model: str, allow: list[str], more: str = "") -> str:
-    """What the worker is told of a server. more: lines of its model's table."""
-    return f"""
-        [upstream]
-        origin = "{server.url}"
-        [[upstream.models]]
-        name = "{model}"
-        allow = {json.dumps(allow)}
-        {more}
-    """
 
 
 @pytest.fixture
@@ -153,11 +117,12 @@ async def test_kserve_by_its_first_protocol(place: Place, client: lacre.Client) 
 async def test_kserve_by_its_second_protocol(place: Place, client: lacre.Client) -> None:
     tensor = {"name": "ids", "shape": [1, 3], "datatype": "INT64", "data": [1, 2, 3]}
     asked = {"id": "7", "inputs": [tensor], "parameters": {"note": CANARY}}
-    response = await asyncio.to_thread(client.post, INFER, json=asked, headers=ENCODER)
+    response = await asked_in_secret(
+        place.workers, CANARY, lambda: asyncio.to_thread(client.post, INFER, json=asked, headers=ENCODER)
+    )
     assert response.status_code == 200, response.text
     [output] = response.json()["outputs"]
     assert (output["name"], output["shape"]) == ("embedding", [1, 16]) and length(output["data"]) == pytest.approx(1, abs=1e-5)
-    assert nobody_on_the_way_has_read(place)
     first = await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1, 2, 3]]}, headers=ENCODER)
     assert first.json()["predictions"][0] == pytest.approx(output["data"], abs=1e-5)
     about = await asyncio.to_thread(client.get, "/v2/models/encoder", headers=ENCODER)
