@@ -393,6 +393,19 @@ def test_whatever_happens(machine: type[Budgets], examples: int, steps: int) -> 
     run_state_machine_as_test(machine, settings=how)
 
 
+def test_a_lie_about_a_coming_window_keeps_nothing_drawn_in_a_past_one() -> None:
+    """It makes the past window over for good; what an honest gateway had drawn there is given back all the same."""
+    machine = Parts()
+    machine.serve(who=1, tokens=1, money=0)
+    machine.wait(10)
+    machine.wait(90)
+    machine.serve(who=0, tokens=1, money=0)
+    machine.lies(who=0, lie=RIGHT, ahead=1, amount=0)
+    machine.serve(who=1, tokens=1, money=0)
+    machine.capacity_stands_in_the_record()
+    machine.teardown()
+
+
 def test_windows_are_of_utc() -> None:
     assert window(LimitKind.MONEY_PER_MONTH, START) == 2027 * 12
     assert window(LimitKind.TOKENS_PER_DAY, START) == 20833

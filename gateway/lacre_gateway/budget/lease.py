@@ -246,11 +246,18 @@ class Account:
         self.past = [
             counter
             for counter in self.past
-            if counter.reserved or (_is_loose(counter) and counter.window >= record.floor(counter.kind))
+            if counter.reserved or (_is_loose(counter) and self._stands(counter, record))
         ]
         self.current = {
-            kind: counter for kind, counter in self.current.items() if counter.reserved or counter.window >= record.floor(kind)
+            kind: counter
+            for kind, counter in self.current.items()
+            if counter.reserved or counter.window >= record.floor(kind) or (_is_loose(counter) and self._stands(counter, record))
         }
+
+    def _stands(self, counter: Counter, record: Record) -> bool:
+        """Whether the record takes a report of the window: it is open, or a share of this holder is still there."""
+        own = record.share(counter.kind, counter.window, self.holder)
+        return own is not None or counter.window >= record.floor(counter.kind)
 
     @property
     def at_rest(self) -> bool:

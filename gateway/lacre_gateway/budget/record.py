@@ -154,9 +154,9 @@ class Record:
 
     def allot(self, holder: str, want: Want, now: float) -> tuple[Record, Lot]:
         """The record after the want, and the result. now: decides which shares of streams are void."""
-        if want.window < self.floor(want.kind):
-            return self, Lot(want.committed, met=(False,) * len(want.needs), refused=True)
         kept = dict(self.windows.get(want.kind, {}))
+        if want.window < self.floor(want.kind):
+            return self._given_back(holder, want, kept), Lot(want.committed, met=(False,) * len(want.needs), refused=True)
         window = kept.get(want.window, Window()).folded(holder, now)
         shares = {name: share for name, share in window.shares.items() if name != holder}
         others = Window(shares, window.settled)
@@ -171,6 +171,16 @@ class Record:
         newest = dict(sorted(kept.items())[-KEPT_WINDOWS:])
         lot = Lot(drawn, gone, firm, met)
         return replace(self, windows={**self.windows, want.kind: newest}), lot
+
+    def _given_back(self, holder: str, want: Want, kept: dict[int, Window]) -> Record:
+        """From a window that is over, nothing is drawn. A share that still stands in the own part is lowered."""
+        window = kept.get(want.window, Window())
+        share = window.shares.get(holder)
+        if share is None:
+            return self
+        lowered = Share(min(share.drawn, want.committed), want.used, want.until, want.closed)
+        kept[want.window] = replace(window, shares={**window.shares, holder: lowered})
+        return replace(self, windows={**self.windows, want.kind: kept})
 
     def encode(self) -> bytes:
         kinds = {
