@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from backend.generating import GREEDY, made, make_task, run
 from backend.posting import TEXT, post
-from backend.test_scheduler import FOUR, SPLIT, Driver
+from backend.scheduling import FOUR, SPLIT, Driver
 from lacre.asgi import Call, Usage
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app

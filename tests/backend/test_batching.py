@@ -24,7 +24,7 @@ from backend.posting import post
 from lacre.asgi import Usage
 from lacre_backend.api.app import create_app
 from lacre_backend.api.run import GenerationRuns
-from lacre_backend.engine import generate as llama_module
+from lacre_backend.engine import scope_ages
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.protocol import EngineError, Event, Finish, PromptProgress, Sampling, Task, TaskRefused, Token
@@ -193,7 +193,7 @@ async def test_a_prefix_cached_by_another_scope_changes_nothing(tiny_engine: Lla
 
 
 async def test_what_is_cached_for_a_scope_expires(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_module, "SCOPE_LIFE", -0.9)
+    monkeypatch.setattr(scope_ages, "SCOPE_LIFE", -0.9)
     with engine_of(tiny, SPLIT) as engine:
         await made(engine, "z" * 100, 2, cache_scope=b"a")
         for _ in range(100):

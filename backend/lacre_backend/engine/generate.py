@@ -5,12 +5,12 @@ Rules:
 - Only the decode thread uses the context, the scheduler and the samplers. Callers leave tasks and cancellations behind a lock.
   The thread takes them between steps, so each takes effect within one step.
 - No log line and no error contains any part of a prompt or answer.
-- A scope's cache is removed `SCOPE_LIFE` after its last use. When nothing is cached or running, the cells' data is overwritten.
+- A scope's cache is removed some time after its last use (`scope_ages.py`). When nothing is cached or running, the cells' data
+  is overwritten.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -23,8 +23,9 @@ import numpy as np
 from lacre.runtime import tasks
 from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile, adapted_name, load, size
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
-from lacre_backend.engine.delivery import Outbox, TaskEvents
-from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
+from lacre_backend.engine.delivery import Outbox
+from lacre_backend.engine.job import EngineJob, begin
+from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.plan import StepPlan
@@ -45,58 +46,18 @@ from lacre_backend.engine.protocol import (
     check,
 )
 from lacre_backend.engine.rows import Rows
-from lacre_backend.engine.sampling import Sampler, choose, logprob
+from lacre_backend.engine.sampling import choose, logprob
 from lacre_backend.engine.scheduler import Scheduler
+from lacre_backend.engine.scope_ages import ScopeAges
 from lacre_backend.engine.sizing import LlamaSettings, derive
-from lacre_backend.engine.text import TextStream
 from lacre_backend.engine.tokenizer import Tokenizer
-from lacre_backend.engine.tokens import Tokens
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
 
 CLOSE_LIMIT: Final = 30.0  # seconds for a running step; a large one takes several on a slow machine
-SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt every hour
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
 _TELL_EACH: Final = 128  # tokens of a prompt between progress events: one per step would slow the steps down
 _MASK_LOOK: Final = 0.05  # seconds between deadline checks while all tasks wait for masks
-_LOOK: Final = 60.0  # seconds between checks for expired scopes while there is work
-
-
-class _Job:
-    """A task from submission to finish. Only the decode thread uses it, except `cancelled`, which any thread may set."""
-
-    def __init__(self, task: Task, stream: TaskEvents, sampler: Sampler, text: TextStream, limit: int) -> None:
-        self.task = task
-        self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
-        self.stream = stream
-        self.sampler = sampler
-        self.limit = limit  # tokens to generate: the requested number, at most what the context has room for
-        self.text = text
-        self.completion_tokens = 0
-        self.cached_tokens = 0
-        self.told = 0  # prompt tokens already reported as read
-        self.cancelled = False
-        self.ended = False
-        self.deadline: float | None = None
-
-    @property
-    def lacks_tokens(self) -> bool:
-        """Whether there are tokens left to generate."""
-        return self.limit > 0 and not self.text.stopped
-
-    def interrupted(self, now: float) -> FinishReason | None:
-        """The reason to stop between two steps, if any."""
-        if self.cancelled or self.stream.abandoned:
-            return "cancelled"
-        if self.deadline is not None and now >= self.deadline:
-            return "length"
-        return None
-
-    def finish(self, reason: FinishReason) -> Finish:
-        text = "" if self.text.stopped else self.text.flush()
-        if self.text.stopped and reason == "length":
-            reason = "stop"
-        return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text)
 
 
 class LlamaEngine:
@@ -137,19 +98,18 @@ class LlamaEngine:
         self.adapted = [AdaptedEngine(self, adapter, adapted_name(name, adapter.name)) for adapter in adapters]
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
-        self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, except that the next token waits for its mask
+        self._parked: dict[str, tuple[EngineJob, Logits]] = {}  # computed, except that the next token waits for its mask
         self._pace = Pace(shape.limits.share, shape.limits.burst)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
         self._watch = EngineHealth()
-        self._jobs: dict[str, _Job] = {}  # submitted and not finished
+        self._jobs: dict[str, EngineJob] = {}  # submitted and not finished
         self._rows = Rows()  # of choices that are not finished
-        self._inbox: list[_Job] = []  # those of `_jobs` that the decode thread has not taken yet
-        self._cancelled: list[_Job] = []  # since the decode thread's last check
+        self._inbox: list[EngineJob] = []  # those of `_jobs` that the decode thread has not taken yet
+        self._cancelled: list[EngineJob] = []  # since the decode thread's last check
         self._closing = self._closed = False
-        self._scopes: dict[bytes, float] = {}  # with the time of last use
-        self._look_at_scopes = 0.0  # time of the next check
+        self._ages = ScopeAges()
         self._dirty = False  # whether old cells still have data
         self.steps = 0
         self.computed_tokens = 0  # submitted to `llama_decode`, without fillers
@@ -197,10 +157,10 @@ class LlamaEngine:
             check(task, self.model)
             if task.adapter is not None and task.adapter not in self._adapters:
                 raise TaskRefused("The engine has no such adapter.", field="adapter")
-        jobs: list[_Job] = []
+        jobs: list[EngineJob] = []
         try:
             for task in tasks:
-                jobs.append(self._begin(task))
+                jobs.append(begin(task, self._model, self._masks))
             self._enter([job for job in jobs if job.lacks_tokens])
         except (EngineError, TaskRefused):
             for job in jobs:
@@ -212,7 +172,7 @@ class LlamaEngine:
                 job.stream.put(job.finish("length"))
         return [job.stream for job in jobs]
 
-    def _enter(self, jobs: Sequence[_Job]) -> None:
+    def _enter(self, jobs: Sequence[EngineJob]) -> None:
         """Enters all jobs at once, or none."""
         with self._changed:
             if self._closing:
@@ -224,24 +184,6 @@ class LlamaEngine:
             self._jobs |= new
             self._inbox += jobs
             self._changed.notify()
-
-    def _begin(self, task: Task) -> _Job:
-        limit = min(task.max_tokens, self.model.n_ctx - len(task.sequence))
-        constraint = self._constraint(task)
-        text = TextStream(task.stop)
-        sampler = Sampler(self._model, task.sampling, len(task.begun) + limit, constraint, task.given)
-        text.begin(map(self._model.piece, task.begun))
-        sampler.begin(task.begun)
-        return _Job(task, TaskEvents(asyncio.get_running_loop()), sampler, text, limit)
-
-    def _constraint(self, task: Task) -> Constraint | None:
-        grammar = task.sampling.grammar
-        if grammar is None:
-            return None
-        compiled = self._masks.compile(grammar, task.begun) if isinstance(grammar, str) else grammar
-        if not isinstance(compiled, Compiled) or compiled.begun != task.begun:
-            raise TaskRefused("The grammar was made by another engine, or for another beginning.", field="grammar")
-        return self._masks.constrain(compiled)
 
     def cancel(self, task_id: str) -> None:
         with self._changed:
@@ -300,7 +242,7 @@ class LlamaEngine:
     def _step(self) -> None:
         now = time.monotonic()
         self._scheduler.share = self._pace.share(len(self._scheduler.running))
-        if now >= self._look_at_scopes:
+        if self._ages.due(now):
             self._forget(now)
         self._resume(now)
         plan = self._scheduler.plan()
@@ -327,12 +269,12 @@ class LlamaEngine:
         if not plan.segments and self._parked:
             self._await_masks()
 
-    def _start(self, job: _Job, now: float) -> None:
+    def _start(self, job: EngineJob, now: float) -> None:
         job.cached_tokens = self._scheduler.cached(job.task.id)
         if job.deadline is None and job.task.time_limit is not None:
             job.deadline = now + job.task.time_limit
         if job.task.cache_scope is not None:
-            self._scopes[job.task.cache_scope] = now
+            self._ages.use(job.task.cache_scope, now)
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         reading = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None) - plan.generating
@@ -368,7 +310,7 @@ class LlamaEngine:
             logits, rows = logits[wanted], [rows[i] for i in wanted]
         self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
 
-    def _keep(self, jobs: list[_Job | None], logits: Logits) -> None:
+    def _keep(self, jobs: list[EngineJob | None], logits: Logits) -> None:
         """Keeps the logits at the end of prompts that further choices share."""
         with self._changed:
             for job, row in zip(jobs, logits, strict=True):
@@ -390,7 +332,7 @@ class LlamaEngine:
             else:
                 self._park(job, row)
 
-    def _choose(self, jobs: list[_Job], rows: Sequence[int | None], logits: Logits) -> None:
+    def _choose(self, jobs: list[EngineJob], rows: Sequence[int | None], logits: Logits) -> None:
         """rows: each job's row in the batch; None if its logits are from an earlier one."""
         if not jobs:
             return
@@ -406,7 +348,7 @@ class LlamaEngine:
             else:
                 self._emit(job, token, row)
 
-    def _emit(self, job: _Job, token: int, logits: Logits) -> None:
+    def _emit(self, job: EngineJob, token: int, logits: Logits) -> None:
         raw = self._model.piece(token)
         job.completion_tokens += 1
         chosen: float | None = None
@@ -424,7 +366,7 @@ class LlamaEngine:
 
     # Late masks
 
-    def _park(self, job: _Job | None, logits: Logits) -> None:
+    def _park(self, job: EngineJob | None, logits: Logits) -> None:
         """Sets a job aside until its mask is ready. The others continue."""
         if job is not None and job.sampler.constraint is not None:
             job.sampler.constraint.waiting = self._wake
@@ -450,29 +392,29 @@ class LlamaEngine:
             if late and not (self._closing or self._inbox or self._cancelled):
                 self._changed.wait(_MASK_LOOK)
 
-    def _interrupt(self, working: list[_Job]) -> None:
+    def _interrupt(self, working: list[EngineJob]) -> None:
         """Ends tasks whose time is up or whose caller has gone, while they read their prompt."""
         now = time.monotonic()
         for job in working:
             if not job.ended and (reason := job.interrupted(now)):
                 self._end(job, reason)
 
-    def _end(self, job: _Job, reason: FinishReason) -> None:
+    def _end(self, job: EngineJob, reason: FinishReason) -> None:
         self._drop(job, job.finish(reason), keep=True)
 
-    def _drop(self, job: _Job, event: Finish | EngineError, *, keep: bool) -> None:
+    def _drop(self, job: EngineJob, event: Finish | EngineError, *, keep: bool) -> None:
         job.ended = True
         self._parked.pop(job.task.id, None)  # keep nothing of a finished answer here, even while nothing else runs
         self._scheduler.end(job.task.id, keep=keep)
         if keep and job.task.cache_scope is not None:
-            self._scopes[job.task.cache_scope] = time.monotonic()
+            self._ages.use(job.task.cache_scope, time.monotonic())
         with self._changed:
             del self._jobs[job.task.id]
             self._rows.remove(job.task)
         self._outbox.post(job.stream, event)
         job.sampler.close()
 
-    def _fail(self, working: list[_Job], error: EngineError) -> None:
+    def _fail(self, working: list[EngineJob], error: EngineError) -> None:
         """Handles a failed step: the cache of every task in it is discarded."""
         for job in working:
             self._drop(job, error, keep=False)
@@ -496,9 +438,9 @@ class LlamaEngine:
 
     def _patience(self) -> float | None:
         """How long to wait for work before tidying up."""
-        if self._dirty and not self._scopes:
-            return _TIDY
-        return min(self._scopes.values()) + SCOPE_LIFE + 1 - time.monotonic() if self._scopes else None
+        if (expires := self._ages.expires) is not None:
+            return expires - time.monotonic()
+        return _TIDY if self._dirty else None
 
     def _tidy(self) -> None:
         """While nothing runs: removes expired caches, and overwrites the data when nothing is left."""
@@ -511,7 +453,5 @@ class LlamaEngine:
             self._dirty = False
 
     def _forget(self, now: float) -> None:
-        self._look_at_scopes = now + _LOOK
-        for scope in [scope for scope, used in self._scopes.items() if now - used > SCOPE_LIFE]:
-            del self._scopes[scope]
+        for scope in self._ages.expired(now):
             self._scheduler.forget(scope)

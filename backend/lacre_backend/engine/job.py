@@ -1,0 +1,75 @@
+"""A task inside the engine, from its submission to its end: its tokens, its sampler, its text and its limits.
+
+Rules:
+- Only the decode thread uses a job, except `cancelled`, which any thread may set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from lacre_backend.engine.delivery import TaskEvents
+from lacre_backend.engine.masks import Compiled, Constraint, Masks
+from lacre_backend.engine.model import Model
+from lacre_backend.engine.protocol import Finish, FinishReason, Task, TaskRefused
+from lacre_backend.engine.sampling import Sampler
+from lacre_backend.engine.text import TextStream
+from lacre_backend.engine.tokens import Tokens
+
+
+class EngineJob:
+    """limit: tokens to generate: the requested number, at most what the context has room for."""
+
+    def __init__(self, task: Task, stream: TaskEvents, sampler: Sampler, text: TextStream, limit: int) -> None:
+        self.task = task
+        self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
+        self.stream = stream
+        self.sampler = sampler
+        self.limit = limit
+        self.text = text
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.told = 0  # prompt tokens already reported as read
+        self.cancelled = False
+        self.ended = False
+        self.deadline: float | None = None
+
+    @property
+    def lacks_tokens(self) -> bool:
+        """Whether there are tokens left to generate."""
+        return self.limit > 0 and not self.text.stopped
+
+    def interrupted(self, now: float) -> FinishReason | None:
+        """The reason to stop between two steps, if any."""
+        if self.cancelled or self.stream.abandoned:
+            return "cancelled"
+        if self.deadline is not None and now >= self.deadline:
+            return "length"
+        return None
+
+    def finish(self, reason: FinishReason) -> Finish:
+        text = "" if self.text.stopped else self.text.flush()
+        if self.text.stopped and reason == "length":
+            reason = "stop"
+        return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text)
+
+
+def begin(task: Task, model: Model, masks: Masks) -> EngineJob:
+    """A job for the task, for the running event loop. Its sampler must be closed. Raises EngineError or TaskRefused."""
+    limit = min(task.max_tokens, model.info.n_ctx - len(task.sequence))
+    constraint = _constraint(task, masks)
+    text = TextStream(task.stop)
+    sampler = Sampler(model, task.sampling, len(task.begun) + limit, constraint, task.given)
+    text.begin(map(model.piece, task.begun))
+    sampler.begin(task.begun)
+    return EngineJob(task, TaskEvents(asyncio.get_running_loop()), sampler, text, limit)
+
+
+def _constraint(task: Task, masks: Masks) -> Constraint | None:
+    grammar = task.sampling.grammar
+    if grammar is None:
+        return None
+    compiled = masks.compile(grammar, task.begun) if isinstance(grammar, str) else grammar
+    if not isinstance(compiled, Compiled) or compiled.begun != task.begun:
+        raise TaskRefused("The grammar was made by another engine, or for another beginning.", field="grammar")
+    return masks.constrain(compiled)

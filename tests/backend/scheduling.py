@@ -1,0 +1,152 @@
+"""Runs the scheduler beside a model of the memory that it rules, and checks each of its plans."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
+from lacre_backend.engine.scheduler import Scheduler
+from lacre_backend.engine.turns import NOBODY, Fair
+
+SPLIT = EngineLimits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
+TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
+WHOLE = dataclasses.replace(SPLIT, cuttable=False)
+TWO = EngineLimits(slots=2, context=512, cells=1024)
+FOUR = EngineLimits(slots=4, context=1024, cells=4096)
+
+
+class Memory:
+    """What llama.cpp's cache would hold: for each slot its cells, each with a token and the owner for whom it was computed.
+
+    Cells are objects: those that slots of a unified cache share are the same object.
+    """
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self.slots: list[list[list[object]]] = [[] for _ in range(limits.slots)]
+
+    def execute(self, plan: StepPlan, owners: dict[str, object]) -> None:
+        """owners: of each task: whose cells it may attend to."""
+        for step in plan.memory:
+            if isinstance(step, Trim):
+                assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
+                assert self.limits.cuttable or step.keep == 0, "one state can only be dropped whole"
+                del self.slots[step.slot][step.keep :]
+            else:
+                self.copy(step)
+        assert plan.size <= self.limits.step
+        assert [s.slot for s in plan.segments] == sorted({s.slot for s in plan.segments}), "once each, ascending"
+        for segment in plan.segments:
+            cells, owner = self.slots[segment.slot], None if segment.task is None else owners[segment.task]
+            assert len(cells) == segment.start, "positions go on where they were"
+            assert segment.tokens
+            assert segment.task is None or all(cell[1] == owner for cell in cells), (
+                "attended to by its owner or a sibling alone"
+            )
+            cells += [[token, owner] for token in segment.tokens]
+            assert len(cells) <= self.limits.context
+        assert self.used <= self.limits.cells
+        assert self.limits.cuttable or not plan.after
+        for trim in plan.after:
+            del self.slots[trim.slot][trim.keep :]
+
+    def copy(self, step: Copy) -> None:
+        assert not self.slots[step.target]
+        assert len(self.slots[step.source]) >= step.keep
+        assert self.limits.cuttable or len(self.slots[step.source]) == step.keep, "one state can only be copied as it is"
+        source = self.slots[step.source][: step.keep]
+        self.slots[step.target] = source if self.limits.unified else [list(cell) for cell in source]
+
+    @property
+    def used(self) -> int:
+        return len({id(cell) for cells in self.slots for cell in cells})
+
+
+class Driver:
+    """Runs a scheduler beside the model of its memory; every task generates `output` tokens."""
+
+    def __init__(self, limits: EngineLimits = SPLIT) -> None:
+        self.scheduler = Scheduler(limits)
+        self.memory = Memory(limits)
+        self.plans: list[StepPlan] = []
+        self.left: dict[str, int] = {}  # tokens that each task has yet to generate
+        self.wanted: dict[str, list[int]] = {}  # of tasks that did not end: the prompt and what was generated
+        self.owners: dict[str, object] = {}  # its scope, or its request where it has none; and its adapter
+        self.adapters: dict[str, str | None] = {}
+        self.found: dict[str, int] = {}  # tokens that were cached for each task
+
+    def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY,
+               begun: Sequence[int] = (), group: str | None = None, adapter: str | None = None) -> None:  # fmt: skip
+        self.scheduler.submit(name, prompt, scope, begun, fair, group=group, adapter=adapter)
+        self.adapters[name] = adapter
+        self.wanted[name] = [*prompt, *begun]
+        self.owners[name] = (scope or group or name, adapter)
+        self.left[name] = min(output, self.scheduler.limits.context - len(self.wanted[name]))
+
+    def submit_many(
+        self, prompts: Iterable[list[int]], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY
+    ) -> None:
+        """Tasks t0, t1 and so on."""
+        for i, prompt in enumerate(prompts):
+            self.submit(f"t{i}", prompt, scope, output, fair)
+
+    def submit_choices(self, n: int, prompt: list[int], fair: Fair = NOBODY) -> None:
+        """n0, n1 and so on, of one request without a scope."""
+        for i in range(n):
+            self.submit(f"n{i}", prompt, fair=fair, group="g")
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.plan()
+        self.memory.execute(plan, self.owners)
+        assert self.scheduler.free_cells == self.memory.limits.cells - self.memory.used, (
+            "the counts are those of the real cells"
+        )
+        self.plans.append(plan)
+        self.found |= {name: self.scheduler.cached(name) for name in plan.admitted}
+        for name in plan.copied:
+            slot = self.scheduler._tasks[name].slot
+            assert slot is not None
+            assert self.held(slot.index) == self.wanted[name], "the whole prompt is there"
+            assert name not in [segment.task for segment in plan.segments]
+            self.result(name)
+        for segment in plan.segments:
+            if segment.task is not None:
+                assert self.adapters[segment.task] == plan.adapter, "a step has one adapter's tasks"
+                held, wanted = self.held(segment.slot), self.wanted[segment.task]
+                assert held == wanted[: len(held)], "the slot holds a beginning of its task's tokens"
+                assert segment.output == (len(held) == len(wanted))
+                if segment.output:
+                    self.result(segment.task)
+        return plan
+
+    def held(self, slot: int) -> list[object]:
+        return [cell[0] for cell in self.memory.slots[slot]]
+
+    def result(self, name: str) -> None:
+        self.left[name] -= 1
+        if self.left[name] <= 0:
+            self.end(name)
+        else:
+            self.wanted[name].append(7)
+            self.scheduler.advance(name, 7)
+
+    def end(self, name: str, *, keep: bool = True) -> None:
+        self.scheduler.end(name, keep=keep)
+        del self.wanted[name]
+
+    def run(self, until: str | None = None) -> None:
+        """To the end of a task, or of all."""
+        while until in self.wanted if until else self.scheduler.busy:
+            plan = self.step()
+            assert plan.copied or any(segment.task for segment in plan.segments), "no step goes by without work"
+        assert until or not self.wanted, "every task ended, once"
+
+    @property
+    def admitted(self) -> list[str]:
+        return [name for plan in self.plans for name in plan.admitted]
+
+    def computed(self, length: int, *names: str) -> int:
+        """How many tokens of prompts of this length were computed, of these tasks or of all."""
+        segments = [segment for plan in self.plans for segment in plan.segments if segment.task is not None]
+        return sum(len(s.tokens) for s in segments if s.start < length and (not names or s.task in names))
