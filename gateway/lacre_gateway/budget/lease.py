@@ -243,21 +243,19 @@ class Account:
 
         A request that was settled during the write left more in the record than is used; that is still to be given back.
         """
-        self.past = [
-            counter
-            for counter in self.past
-            if counter.reserved or (_is_loose(counter) and self._stands(counter, record))
-        ]
+        self.past = [counter for counter in self.past if counter.reserved or self._owes(counter, record)]
         self.current = {
             kind: counter
             for kind, counter in self.current.items()
-            if counter.reserved or counter.window >= record.floor(kind) or (_is_loose(counter) and self._stands(counter, record))
+            if counter.reserved or counter.window >= record.floor(kind) or self._owes(counter, record)
         }
 
-    def _stands(self, counter: Counter, record: Record) -> bool:
-        """Whether the record takes a report of the window: it is open, or a share of this holder is still there."""
-        own = record.share(counter.kind, counter.window, self.holder)
-        return own is not None or counter.window >= record.floor(counter.kind)
+    def _owes(self, counter: Counter, record: Record) -> bool:
+        """Whether something is to be reported, and the record takes it: the window is open, or this holder's share still there."""
+        if not _is_loose(counter):
+            return False
+        open_still = counter.window >= record.floor(counter.kind)
+        return open_still or record.share(counter.kind, counter.window, self.holder) is not None
 
     @property
     def at_rest(self) -> bool:
