@@ -251,7 +251,7 @@ class Account:
         }
 
     def _owes(self, counter: Counter, record: Record) -> bool:
-        """Whether something is to be reported, and the record takes it: the window is open, or this holder's share still there."""
+        """Whether a report is due that the record takes: the window is open, or a share of this holder is still there."""
         if not _is_loose(counter):
             return False
         open_still = counter.window >= record.floor(counter.kind)
