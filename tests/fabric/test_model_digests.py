@@ -17,9 +17,10 @@ from lacre.trust.chain import verify
 from lacre.trust.manifest import ModelEntry
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import find
+from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.operate import model_digests
+from lacre_fabric.operate.model_digests import ModelRefused
 from lacre_fabric.operate.site import Site
-from lacre_fabric.operate.supervisor import ChildDied
 from parts.up import LACRE
 
 ONE, TWO, SIGNER = "1" * 64, "2" * 64, "a" * 64
@@ -90,16 +91,18 @@ async def test_files_that_settings_name(site: Site, tmp_path: Path) -> None:
     (tmp_path / "own.gguf").symlink_to(model.path)
     (tmp_path / "own.gguf.sig").write_bytes(signatures.sign(model.digests, "own.gguf", key))
     own = {"name": "own", "path": str(tmp_path / "own.gguf"), "signers": [str(tmp_path / "key.pem")]}
-    site.write_settings("nats://127.0.0.1:4222", 8321, {"default": [{"name": "plain", "path": str(model.path)}, own]})
+    plain = {"name": "plain", "path": str(model.path)}
     settings = site.worker_settings("default")
     digest = model.digest.removeprefix("sha256:")
-    assert await model_digests.read_served(settings) == {
+    assert await model_digests.read_served(settings, PLAIN, [plain, own]) == {
         "plain": ModelEntry((digest,)),
         "own": ModelEntry((digest,), (signatures.signer_id(key.public_key()),)),
     }
     (tmp_path / "own.gguf.sig").unlink()
-    with pytest.raises(ChildDied, match=r"while it read its models:\n[^T]*has no signature"):
-        await model_digests.read_served(settings)
+    with pytest.raises(ModelRefused, match=r"own\.gguf: the model own has no signature.*Copy the model and its \.sig"):
+        await model_digests.read_served(settings, PLAIN, [plain, own])
+    with pytest.raises(SettingsError, match=r"models\.0\.pth: unknown key; the nearest known one is 'path'"):
+        await model_digests.read_served(settings, PLAIN, [{"name": "plain", "pth": str(model.path)}])
 
 
 def test_the_command(site: Site) -> None:

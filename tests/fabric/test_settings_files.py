@@ -220,6 +220,19 @@ def test_an_id_that_no_worker_takes_is_derived_anew(site: Site) -> None:
     assert tables(site) == [{"name": "b-c", "path": "/m/B C.gguf", "slots": 2}]
 
 
+def test_signers_stay_with_a_model(site: Site) -> None:
+    """Once demanded, a signature is demanded at every start, and after the model was not served for a while."""
+    path, demanded = site.worker_settings("default"), {"signers": ["/k/pub.pem"], "require_signature": True}
+    served = served_models.chosen(path, [Path("/m/A.gguf")], [Path("/k/pub.pem")])
+    assert served.tables == ({"name": "a", "path": "/m/A.gguf", **demanded},)
+    site.write_settings("nats://127.0.0.1:4222", 8321, {"default": served.tables})
+    serve(site, "/m/B.gguf")
+    for again in (served_models.chosen(path, [Path("/m/A.gguf")]).tables, served.tables):
+        assert served_models.planned(path, again) == [{"name": "a", "path": "/m/A.gguf", **demanded}]
+    serve(site, "/m/A.gguf")
+    assert tables(site) == [{"name": "a", "path": "/m/A.gguf", **demanded}]
+
+
 def test_a_link_gives_a_file_another_id(site: Site, tmp_path: Path) -> None:
     """As in a store that calls files by their digests."""
     links = [tmp_path / "Qwen.gguf", tmp_path / "Other.gguf"]

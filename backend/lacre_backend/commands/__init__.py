@@ -8,6 +8,7 @@ Open `check.py` first: it tries everything that a worker needs to serve. `tune.p
 from __future__ import annotations
 
 import asyncio
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -75,15 +76,19 @@ def worker_check(settings: SettingsFile) -> None:
 
 
 @commands.command("digests")
-def worker_digests(settings: SettingsFile, as_json: AsJson = False) -> None:
+def worker_digests(
+    settings: SettingsFile,
+    as_json: AsJson = False,
+    planned: Annotated[bool, typer.Option("--planned", hidden=True, help="Read `kms` and `models` as JSON on stdin.")] = False,
+) -> None:
     """Print the digest of each model file in the settings, and the signer if the settings demand one. It serves nothing.
 
     With --json, in the form of the manifest.
     """
-    from lacre_backend.commands.digests import served_files
+    from lacre_backend.commands.digests import PlannedModels, served_files
     from lacre_backend.settings import load
 
-    found = served_files(load(settings))
+    found = served_files(PlannedModels.read(sys.stdin.buffer, settings) if planned else load(settings))
     if as_json:
         say_json({"models": {name: entry.members() for name, entry in found.items()}}, indent=2)
     else:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
 from lacre.trust.manifest import DIGEST, ModelEntry
 from lacre_backend.engine.adapters import adapted_digest, adapted_name
 from lacre_backend.models.opening import open_model
-from lacre_backend.settings import WorkerSettings
+from lacre_backend.settings import ModelSettings, WorkerSettings
+from lacre_fabric.keys.kms import PLAIN
+from lacre_fabric.settings import KmsAddress, Table, validated
 
 
-def served_files(settings: WorkerSettings) -> dict[str, ModelEntry]:
+class PlannedModels(Table):
+    """What `lacre up` is about to write into a worker's settings, as far as it concerns models."""
+
+    kms: KmsAddress = PLAIN
+    models: tuple[ModelSettings, ...]
+
+    @classmethod
+    def read(cls, file: BinaryIO, settings: Path) -> PlannedModels:
+        """From JSON. settings: the file, for messages and relative paths; it need not exist. Raises SettingsError."""
+        return validated(cls, json.loads(file.read()), settings)
+
+
+def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEntry]:
     """The entry of each model, and of each of its adapters. A signer is named if the settings demand one.
 
     Reads every file once. Raises what `open_model` raises.
     """
     found: dict[str, ModelEntry] = {}
     for model in settings.models:
-        conditions = model.conditions(settings.kms)
+        conditions = replace(model.conditions(settings.kms), whole=True)
         base = open_model(model.path, model.name, conditions)
         found[base.file.name] = _entry(base.file.digest, base.signer)
         for name, path in model.adapters.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lacre.errors import SettingsError
 from lacre_backend.models import signatures
+from lacre_backend.models.chunked import SealedModelInvalid
 from lacre_backend.models.gguf import WHOLE, FileDigests, ModelFile, default_path, find
 from lacre_backend.models.sealed import SealedWeights, is_sealed
 from lacre_backend.models.signatures import UntrustedModel
@@ -22,12 +23,14 @@ from lacre_fabric.work.model_names import from_file
 class Conditions:
     """What a model must meet. kms: the address of the KMS that opens sealed models. sealed: refuse plain files.
 
-    signers: public keys in PEM; if there are any, one of them must have signed the model.
+    signers: public keys in PEM; if there are any, one of them must have signed the model. whole: open a sealed model to its
+    end before it is used; a worker does that anyway when it loads the weights.
     """
 
     kms: str = PLAIN
     sealed: bool = False
     signers: Sequence[Path] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +57,38 @@ def open_model(path: Path | None, name: str | None, conditions: Conditions) -> O
                 f"{path or default_path()} is not sealed, and `sealed = true` allows no plain model. "
                 "Seal it with `lacre model seal`, or correct the path."
             )
-        return _verified(OpenedModel(find(path, name)), conditions)
-    weights = _unsealed(path, conditions.kms)
+        plain = find(path, name)
+        return _verified(plain.path, OpenedModel(plain), conditions)
+    weights = _unsealed(path, conditions)
     hexadecimal = weights.about.digest.removeprefix("sha256:")
     file = ModelFile(weights.head, from_file(path) if name is None else name, FileDigests({WHOLE: hexadecimal}, hexadecimal))
-    return _verified(OpenedModel(file, weights), conditions)
+    return _verified(path, OpenedModel(file, weights), conditions)
 
 
-def _unsealed(path: Path, kms: str) -> SealedWeights:
-    service = connect(kms)
+def _unsealed(path: Path, conditions: Conditions) -> SealedWeights:
+    service = connect(conditions.kms)
     if service is None:
-        raise SettingsError(f"{path} is sealed: set `kms` to the address of the service that wrapped its key.")
+        raise SettingsError(
+            f"{path} is sealed. Give the address of the service that wrapped its key: with --kms, or as `kms` in worker.toml."
+        )
     try:
-        return SealedWeights(path, service)
+        weights = SealedWeights(path, service)
+        if conditions.whole:
+            weights.check()
+    except SealedModelInvalid as exc:
+        raise exc if str(path) in str(exc) else SealedModelInvalid(f"{path}: {exc}") from None
     finally:
         service.close()
+    return weights
 
 
-def _verified(opened: OpenedModel, conditions: Conditions) -> OpenedModel:
+def _verified(path: Path, opened: OpenedModel, conditions: Conditions) -> OpenedModel:
     if not conditions.signers:
         return opened
     if not (bundle := opened.bundle()):
-        raise UntrustedModel(f"the model {opened.file.name} has no signature, and its settings demand one")
+        raise UntrustedModel(f"{path}: the model {opened.file.name} has no signature, and its settings demand one")
     keys = [signatures.public_key(key) for key in conditions.signers]
-    return replace(opened, signer=signatures.verify(opened.file.digests, bundle, keys).signer)
+    try:
+        return replace(opened, signer=signatures.verify(opened.file.digests, bundle, keys).signer)
+    except UntrustedModel as exc:
+        raise UntrustedModel(f"{path}: {exc}") from None

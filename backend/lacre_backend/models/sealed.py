@@ -201,6 +201,18 @@ class SealedWeights:
             raise SettingsError("The sealed model was loaded once, and is closed. Open it again.")
         self._reader.read_into(at, target)
 
+    def check(self) -> None:
+        """Opens every chunk, and compares the digest that the head names. Raises SealedModelInvalid."""
+        digest, text = hashlib.sha256(), bytearray(_PIECE)
+        with memoryview(text) as piece:
+            for at in range(0, self.size, _PIECE):
+                part = piece[: min(_PIECE, self.size - at)]
+                self.read_into(at, part)
+                digest.update(part)
+        overwrite(text)
+        if "sha256:" + digest.hexdigest() != self.about.digest:
+            raise SealedModelInvalid("the sealed model has another digest than its head names")
+
     def loaded(self) -> None:
         """Closes the sealed file, and overwrites its text. The head stays."""
         self._reader.close()

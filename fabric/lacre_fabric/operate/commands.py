@@ -44,6 +44,13 @@ KmsAddress = Annotated[
     str | None,
     typer.Option(help="For a new state: the address of the key that wraps the pools' keys (docs/kms.md).", metavar="ADDRESS"),
 ]
+OpeningKms = Annotated[
+    str | None,
+    typer.Option(
+        help="The address of the key that opens sealed models and wraps the pools' keys (docs/kms.md). Default: the state's.",
+        metavar="ADDRESS",
+    ),
+]
 RotateHours = Annotated[float, typer.Option(help="Hours between rotations of the pools' keys; 0: never.", min=0)]
 
 token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
@@ -72,13 +79,17 @@ def up(
     model: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A GGUF file, or the default model's name; may be repeated. Default: what this state served last, or the "
-            "default model."
+            help="A GGUF file, plain or sealed, or the default model's name; may be repeated. Default: what this state served "
+            "last, or the default model."
         ),
+    ] = None,
+    signer: Annotated[
+        list[Path] | None,
+        typer.Option(help="A public key (PEM) that must have signed the models; may be repeated: one of them suffices."),
     ] = None,
     workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
-    kms: KmsAddress = None,
+    kms: OpeningKms = None,
 ) -> None:
     """Run a complete Lacre on this machine: keys, NATS server, gateway and workers. Ctrl-C stops it.
 
@@ -99,7 +110,8 @@ def up(
     async def run() -> None:
         with ExitStack() as starting:
             starting.enter_context(waiting("starting a NATS server, a gateway and workers"))
-            everything = running(folder, port, files, schedule=schedule, kms=kms, workers=workers, tell=tell)
+            signers = [key.resolve() for key in signer or []]
+            everything = running(folder, port, files, signers=signers, schedule=schedule, kms=kms, workers=workers, tell=tell)
             async with everything as (live, supervisor):
                 starting.close()
                 typer.echo(f"ready {live.connection_string}")

@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from lacre.errors import InvalidMessage, SettingsError
+from lacre.cli.output import EXIT_CODES
+from lacre.errors import InvalidMessage, SettingsError, VerificationError
 from lacre.jose.claims import Members
 from lacre.runtime.json_objects import parse_object
 from lacre.trust.manifest import DIGEST, ModelEntry, is_digest
@@ -27,6 +28,8 @@ from lacre_fabric.operate.supervisor import ChildDied
 
 MAX_REPORT: Final = 2**20  # bytes of a `--json` answer; that of `lacre model inspect` has some thousand
 _TAIL: Final = 2000  # characters of a failed child's last words
+_ERROR: Final = "error: "  # begins what a command says of an error of ours
+_HELPS: Final = "\nwhat helps: "
 
 Entries = Mapping[str, ModelEntry]  # by model
 
@@ -94,26 +97,36 @@ def _report(path: Path) -> tuple[str, str | None]:
     return digest, signer
 
 
-async def read_served(settings: Path) -> Entries:
-    """The digests of the files that these settings of a worker name, and their verified signers. A child process reads them,
-    because only the backend can open every kind of model file.
+class ModelRefused(VerificationError):
+    """A model that its settings do not allow: damaged, unsigned, or signed by another key."""
 
-    Raises ChildDied if that fails.
+    remedy = SettingsError.remedy
+
+
+async def read_served(settings: Path, kms: str, tables: Sequence[Mapping[str, object]]) -> Entries:
+    """The digests of the files that a worker is about to serve, and their verified signers. A child process reads them,
+    because only the backend can open every kind of model file. kms: the worker's. tables: its `[[models]]`. settings: their
+    file, from whose folder relative paths start; it need not exist.
+
+    Raises ModelRefused or SettingsError with the child's reason, or ChildDied.
     """
-    command = leashed([*PYTHON, "-m", "lacre_backend", "digests", "--settings", str(settings), "--json"])
+    command = leashed([*PYTHON, "-m", "lacre_backend", "digests", "--settings", str(settings), "--planned", "--json"])
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        said, complaint = await process.communicate()
+        said, complaint = await process.communicate(json.dumps({"kms": kms, "models": tables}).encode())
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    if process.returncode != 0:
-        told = complaint.decode(errors="replace").strip()[-_TAIL:]
+    if process.returncode == 0:
+        return _entries(Members.parse(said, "the worker's digests"))
+    told = complaint.decode(errors="replace").strip()[-_TAIL:]
+    if not told.startswith(_ERROR):
         raise ChildDied(f"worker ended with status {process.returncode} while it read its models:\n{told}")
-    return _entries(Members.parse(said, "the worker's digests"))
+    kind = ModelRefused if process.returncode == EXIT_CODES[VerificationError] else SettingsError
+    raise kind(told.removeprefix(_ERROR).replace(_HELPS, ". "))
 
 
 def _entries(members: Members) -> Entries:

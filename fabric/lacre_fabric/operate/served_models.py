@@ -29,7 +29,7 @@ class ServedModels:
     """
 
     names: tuple[str, ...]
-    tables: tuple[Mapping[str, str], ...]
+    tables: tuple[Mapping[str, object], ...]
 
 
 def table(model: Path) -> dict[str, str]:
@@ -39,8 +39,10 @@ def table(model: Path) -> dict[str, str]:
     return {"name": from_file(model), "path": str(model)}
 
 
-def chosen(path: Path, models: Sequence[Path]) -> ServedModels:
+def chosen(path: Path, models: Sequence[Path], signers: Sequence[Path] = ()) -> ServedModels:
     """path: the worker's settings file; it may be missing. models: absolute paths; empty: those in the file.
+
+    signers: public keys, one of which must have signed each model from now on; empty: what the file says stays.
 
     Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, and for two models with one id.
     """
@@ -55,7 +57,17 @@ def chosen(path: Path, models: Sequence[Path]) -> ServedModels:
     wanted = [_as_there(path, known, table(model)) for model in models] or there or [table(Path(DEFAULT_MODEL))]
     unique = list({(one["name"], one.get("path")): one for one in wanted}.values())
     _check_names(unique)
-    return ServedModels(tuple(one["name"] for one in unique), tuple(unique))
+    demanded = {"signers": [str(key) for key in signers], "require_signature": True} if signers else {}
+    return ServedModels(tuple(one["name"] for one in unique), tuple({**one, **demanded} for one in unique))
+
+
+def planned(path: Path, wanted: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """The tables as `keep` would write them, each with its earlier settings. Nothing is written. Raises as `chosen`."""
+    there = settings_files.tables(path, settings_files.read(path) or {}, "models")
+    aside = path.with_name(_ASIDE)
+    waiting = settings_files.tables(aside, settings_files.read(aside) or {}, "models")
+    known = [*waiting, *there]
+    return [{**next((one for one in known if _same(one, table)), {}), **table} for table in wanted]
 
 
 def keep(

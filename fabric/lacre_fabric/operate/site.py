@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -262,12 +263,22 @@ class Site:
         path = self.folder / "kms"
         return path.read_text().strip() if path.exists() else kms.PLAIN
 
-    def choose_kms(self, address: str) -> None:
-        """Sets the address for new keys. Raises SettingsError if there are keys that are wrapped differently."""
+    def check_kms(self, address: str) -> None:
+        """Raises SettingsError if it is no address, or if there are keys that are wrapped differently."""
         if address != self.kms:
             if any(self.receipt_file(pool).exists() for pool in self.pools):
-                raise SettingsError("existing keys are wrapped differently: move them with `lacre keys rewrap`")
-            self.keep_kms(kms.check(address))
+                raise SettingsError(
+                    f"the keys in {self.folder} are wrapped differently: move them with "
+                    f"`lacre keys rewrap --state {shlex.quote(str(self.folder))} --to ADDRESS`, or choose another --state"
+                )
+            if (service := kms.connect(address)) is not None:  # contacts nothing, but knows whether the address is usable
+                service.close()
+
+    def choose_kms(self, address: str) -> None:
+        """Sets the address for new keys. Raises as `check_kms`."""
+        self.check_kms(address)
+        if address != self.kms:
+            self.keep_kms(address)
 
     def keep_kms(self, address: str) -> None:
         write_secret(self.folder / "kms", address.encode())

@@ -80,6 +80,7 @@ async def running(
     port: int,
     models: Sequence[Path] = (),
     *,
+    signers: Sequence[Path] = (),
     schedule: Schedule | None = None,
     kms: str | None = None,
     workers: int = 1,
@@ -89,22 +90,29 @@ async def running(
 
     - state, models: absolute paths; models are GGUF files, the default model needs only its name. Default: the models in the
       state's settings, or the default model.
+    - signers: public keys in PEM, one of which must have signed each model; default: those in the state's settings.
     - port: 0 picks a free one.
-    - schedule: for the pool keys. kms: the address of the key that wraps them; None: unchanged.
+    - schedule: for the pool keys. kms: the address of the key that wraps them, and the keys of sealed models; None: unchanged.
     - workers: their number in the pool. tell: gets a line for each death and restart of a worker.
 
-    Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
+    The models are read first: a model that is refused leaves no new state. Raises SettingsError, ModelRefused, KmsError,
+    ChildDied or FabricUnavailable.
     """
     check_state(state)
     supervisor = Supervisor(tell)
     with ExitStack() as stack:
         stack.enter_context(_only_one(state))
-        served = served_models.chosen(Site(state, {}).worker_settings(POOL), models)
+        served = served_models.chosen(Site(state, {}).worker_settings(POOL), models, signers)
         site = _site(state, served)
         port = _free(port)
         if kms is not None:
+            site.check_kms(kms)
+        named = await _read_models(site, served, site.kms if kms is None else kms)
+        if kms is not None:
             site.choose_kms(kms)
         site.create()
+        async with site.changing():
+            model_digests.record(site.models_file, POOL, named)
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
             connection, children = await _start(site, supervisor, port, served, workers)
@@ -164,7 +172,7 @@ async def _start(
     site.write_settings(server.url, port, {POOL: served.tables}, nodes)
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
-        await tasks.together(provision(connection, site.pools), _name_models(site, served))
+        await provision(connection, site.pools)
         await publish(site, connection)
         present: set[str] = set()
 
@@ -192,11 +200,10 @@ async def _start(
     return connection, children
 
 
-async def _name_models(site: Site, served: ServedModels) -> None:
-    """Records the digests of the files that the workers here serve, for the manifest. Raises ChildDied or SettingsError."""
-    found = await model_digests.read_served(site.worker_settings(POOL)) if served.tables else {}
-    async with site.changing():
-        model_digests.record(site.models_file, POOL, found)
+async def _read_models(site: Site, served: ServedModels, kms: str) -> model_digests.Entries:
+    """The digests of the files that the workers here will serve. Raises as `model_digests.read_served`."""
+    path = site.worker_settings(POOL)
+    return await model_digests.read_served(path, kms, served_models.planned(path, served.tables)) if served.tables else {}
 
 
 async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaitable[bool]]) -> None:
