@@ -176,7 +176,7 @@ def test_the_key_must_be_the_right_one(tmp_path: Path) -> None:
         open_model(path, None, Conditions(kms(tmp_path, "other")))
     with pytest.raises(KmsError):
         open_model(path, None, Conditions(kms(tmp_path, "absent")))
-    with pytest.raises(SettingsError, match="is sealed. Give the address of the service"):
+    with pytest.raises(SettingsError, match=r"is sealed\. Give the address of the service"):
         open_model(path, None, Conditions())
 
 
