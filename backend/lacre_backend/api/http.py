@@ -79,21 +79,26 @@ class EventStream:
         self._headers = headers
         self.started = False
 
-    async def event(self, document: Any, mark: str | None = None) -> None:
-        """mark: the event's `id`, which records how far the answer has come."""
+    async def event(self, document: Any, mark: str | None = None, name: str | None = None) -> None:
+        """mark: the event's `id`, which records how far the answer has come. name: its `event`."""
         if not self.started:
             self.started = True
             own = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
             await self._send({"type": "http.response.start", "status": 200, "headers": [*own, *self._headers]})
         identified = b"" if mark is None else b"id: " + mark.encode() + b"\n"
-        await self._body(identified + b"data: " + encode(document) + b"\n\n", more=True)
+        await self._body(identified + _event(document, name), more=True)
 
-    async def done(self) -> None:
-        await self._body(b"data: [DONE]\n\n", more=False)
+    async def done(self, end_mark: bytes = b"data: [DONE]\n\n") -> None:
+        await self._body(end_mark, more=False)
 
-    async def broken(self, refusal: RequestRefused) -> None:
+    async def broken(self, document: Any, name: str | None = None) -> None:
         """Sends an error instead of the rest. Clients raise it; there is no `[DONE]`."""
-        await self._body(b"data: " + encode(refusal.body()) + b"\n\n", more=False)
+        await self._body(_event(document, name), more=False)
 
     async def _body(self, body: bytes, *, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _event(document: Any, name: str | None) -> bytes:
+    named = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return named + b"data: " + encode(document) + b"\n\n"

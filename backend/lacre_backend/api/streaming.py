@@ -14,8 +14,8 @@ from typing import Any
 
 from lacre.asgi import Scope, Usage
 from lacre.exchange.resume_marks import ASK, YES, Mark
-from lacre_backend.api import responses
 from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.faces.face import AnswerWriter, ServerEvent
 from lacre_backend.api.http import EventStream, header
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.run import GenerationRuns
@@ -66,16 +66,16 @@ class _Choice:
 
 
 class Answer:
-    """One answer of `generation`, in `shape`. reader: makes the parser of a choice's calls; None if there are none."""
+    """One answer of `generation`, written by `writer`. usage: counted as it goes. reader: makes the parser of a choice's calls;
+    None if there are none.
+    """
 
     def __init__(
-        self,
-        generation: GenerationRuns,
-        shape: responses.Chat | responses.Completion,
-        reader: Callable[[], CallReader] | None = None,
+        self, generation: GenerationRuns, usage: Usage, writer: AnswerWriter, reader: Callable[[], CallReader] | None = None
     ) -> None:
         self._generation = generation
-        self._shape = shape
+        self._usage = usage
+        self._writer = writer
         self._reader = reader
         self._choices: dict[int, _Choice] = {}
 
@@ -84,48 +84,51 @@ class Answer:
             self._choices[index] = _Choice(None if self._reader is None else self._reader())
         return self._choices[index]
 
-    async def whole(self, usage: Usage) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """Every choice, once all have finished."""
-        finished: dict[int, dict[str, Any]] = {}
+        finished: dict[int, Any] = {}
         async with aclosing(self._generation.events()) as events:
             async for index, event in events:
                 choice = self._choice(index)
                 choice.parts += choice.take(event)
                 if isinstance(event, Finish):
-                    finished[index] = self._shape.choice(index, choice.parts, choice.tokens, choice.reason(event))
+                    finished[index] = self._writer.choice(index, choice.parts, choice.tokens, choice.reason(event))
                 elif event.logprob is not None:
                     choice.tokens.append(event)
-        return self._shape.whole([finished[index] for index in sorted(finished)], usage)
+        return self._writer.whole([finished[index] for index in sorted(finished)], self._usage)
 
-    async def stream(self, out: EventStream, usage: Usage | None, progress: Progress | None) -> None:
-        """Sends each token as it comes. usage: sent at the end, if given. progress: sent with each event, if given."""
+    async def stream(self, out: EventStream, progress: Progress | None) -> None:
+        """Sends each token as it comes. progress: sent with each event, if given."""
         try:
             async with aclosing(self._generation.events()) as events:
                 async for index, event in events:
-                    if index not in self._choices and (first := self._shape.first(index)) is not None:
-                        await out.event(first)
+                    if index not in self._choices:
+                        for opening in self._writer.first(index, self._usage):
+                            await out.event(opening.document, name=opening.name)
                     token = isinstance(event, Token)
                     if progress is not None and isinstance(event, Token):
                         progress.add(event)
-                    for chunk in self._chunks(index, event):
-                        await out.event(chunk, progress.mark() if progress is not None and token else None)
+                    for told in self._told(index, event):
+                        mark = progress.mark() if progress is not None and token else None
+                        await out.event(told.document, mark, told.name)
         except RequestRefused as refusal:
             if not out.started:
                 raise
-            await out.broken(refusal)
+            error = self._writer.broken(refusal)
+            await out.broken(error.document, error.name)
             return
-        if usage is not None:
-            await out.event(self._shape.spent(usage))
-        await out.done()
+        for told in self._writer.end(self._usage):
+            await out.event(told.document, name=told.name)
+        await out.done(self._writer.end_mark)
 
-    def _chunks(self, index: int, event: Token | Finish) -> Iterator[dict[str, Any]]:
-        """The chunks of an event. A token whose text is held back has a chunk only if its logprobs were requested."""
+    def _told(self, index: int, event: Token | Finish) -> Iterator[ServerEvent]:
+        """What the stream says of an event. A token whose text is held back is told only if its logprobs were requested."""
         choice = self._choice(index)
         parts = choice.take(event)
         tokens = (event,) if isinstance(event, Token) and event.logprob is not None else ()
         if tokens and not parts:
             parts = [Speech("")]
         for i, part in enumerate(parts):
-            yield self._shape.piece(index, part, tokens if i == 0 else ())
+            yield from self._writer.piece(index, part, tokens if i == 0 else ())
         if isinstance(event, Finish):
-            yield self._shape.last(index, choice.reason(event))
+            yield from self._writer.last(index, choice.reason(event))

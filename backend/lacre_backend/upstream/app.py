@@ -117,7 +117,7 @@ class _Forward:
             except RequestRefused as refusal:
                 if not out.started:
                     raise
-                await out.broken(refusal)
+                await out.broken(refusal.body())
 
     async def _whole(self, answer: UpstreamResponse, call: Call, model: UpstreamModel) -> dict[str, Any]:
         document = object_in(await _read(answer.pieces))

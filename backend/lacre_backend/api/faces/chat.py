@@ -1,0 +1,118 @@
+"""Chat completions: `chat.completion` and its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+from lacre.asgi import Usage
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.faces.face import Face, ServerEvent
+from lacre_backend.api.prompts import call_format, chat_prompt
+from lacre_backend.api.registry import ServedModel
+from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
+from lacre_backend.api.responses import LEAST_LOGPROB, ResponseInfo, usage
+from lacre_backend.api.tools.format import Argued, Called, CallReader, Part, Speech
+from lacre_backend.engine.protocol import Token
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+class Chat(Face[ChatCompletionRequest]):
+    """`POST /v1/chat/completions`."""
+
+    action = "chat"
+    prompt_param = "messages"
+    prefix = "chatcmpl-"
+
+    def parse(self, body: bytes) -> ChatCompletionRequest:
+        return parse_chat(body)
+
+    async def prompt(self, served: ServedModel, request: ChatCompletionRequest) -> list[int]:
+        calling = request.calling()
+        tools = () if calling is None else calling.tools
+        return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
+
+    def reader(self, served: ServedModel, request: ChatCompletionRequest) -> Callable[[], CallReader] | None:
+        form = call_format(served)
+        return None if request.calling() is None else lambda: CallReader(form)
+
+    def writer(self, request: ChatCompletionRequest, reply: ResponseInfo) -> ChatWriter:  # noqa: ARG002 - for other faces
+        return ChatWriter(reply)
+
+
+def _logprob(raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+
+def spoken(parts: Sequence[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Speech))
+
+
+def called(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, Called):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+        elif isinstance(part, Argued):
+            calls[part.index]["function"]["arguments"] += part.text
+    return calls
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """A call begins with its name; its arguments follow piece by piece."""
+    match part:
+        case Speech():
+            return {"content": part.text}
+        case Called():
+            opened = {"name": part.name, "arguments": ""}
+            return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": opened}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+
+class ChatWriter:
+    """`chat.completion` and its chunks."""
+
+    end_mark: ClassVar[bytes] = DONE
+
+    def __init__(self, reply: ResponseInfo) -> None:
+        self._usage_asked = reply.usage_asked
+        self._whole = reply.head("chat.completion")
+        self._chunk = reply.head("chat.completion.chunk") | ({"usage": None} if reply.usage_asked else {})
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        content = [
+            {**_logprob(token.raw, token.logprob), "top_logprobs": [_logprob(a.raw, a.logprob) for a in token.top]}
+            for token in tokens
+            if token.logprob is not None
+        ]
+        return {"content": content, "refusal": None} if content else None
+
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], reason: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": spoken(parts), "refusal": None}
+        if calls := called(parts):
+            message |= {"content": message["content"] or None, "tool_calls": calls}
+        return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": reason}
+
+    def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
+        return {**self._whole, "choices": list(choices), "usage": usage(spent)}
+
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - for other faces
+        yield self._delta(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
+
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:
+        yield self._delta(index, _delta(part), self.logprobs(tokens), None)
+
+    def last(self, index: int, reason: str) -> Iterator[ServerEvent]:
+        yield self._delta(index, {}, None, reason)
+
+    def end(self, spent: Usage) -> Iterator[ServerEvent]:
+        if self._usage_asked:
+            yield ServerEvent({**self._chunk, "choices": [], "usage": usage(spent)})
+
+    def broken(self, refusal: RequestRefused) -> ServerEvent:
+        return ServerEvent(refusal.body())
+
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None) -> ServerEvent:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return ServerEvent({**self._chunk, "choices": [choice]})
