@@ -4,7 +4,7 @@ Rules
 - A suite is a folder here, and has its rooms in suites.toml. Everything in it is marked `heavy`.
 - What it needs in Python is in NAME.lock of its folder, compiled by tools/lock.sh from NAME.in. `environment("NAME")` makes
   it, outside the clone, when a test asks: what does not run costs nothing.
-- PyTorch goes into no lock file. `convert` installs it into its own environment.
+- PyTorch goes into no lock file. `environment_with_torch("NAME")` installs it into the suite's own environment, which is kept.
 - What is not there is a failure, and no reason to skip: CI must not pass without having looked.
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -21,6 +22,7 @@ HEAVY = Path(__file__).resolve().parent
 ROOT = HEAVY.parents[1]
 # Of one test, with the environment that it may be the first to make.
 SECONDS = 600
+TORCH: Final = "torch==2.13.0"
 
 Environment = Callable[[str], str]
 
@@ -40,5 +42,17 @@ def environment() -> Environment:
     def made(name: str) -> str:
         command = [sys.executable, str(ROOT / "tools/environments.py"), name]
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def environment_with_torch(environment: Environment) -> Environment:
+    def made(name: str) -> str:
+        python = environment(name)
+        if subprocess.run([python, "-P", "-c", "import torch"], check=False, capture_output=True).returncode != 0:
+            pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+            subprocess.run([*pip, TORCH], check=True)
+        return python
 
     return made

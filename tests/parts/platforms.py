@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -28,6 +29,7 @@ from parts.stage import LiveStage, launched, until
 
 T = TypeVar("T")
 
+GUIDE: Final = Path(__file__).resolve().parents[2] / "docs/platforms.md"
 SCOPE: Final = "lacre:http"
 START: Final = 120  # seconds for a server to load its model
 # Bytes of an answer that no other one has: 40 digits and commas of computed numbers, or 40 letters of a text.
@@ -96,6 +98,12 @@ def behind(folder: Path, upstreams: Mapping[str, str]) -> AbstractAsyncContextMa
 def caller(live: LiveStage, **options: Any) -> lacre.AsyncClient:
     """The client of an application that may use the action `http`."""
     return live.client(live.token("mallory", scopes=[SCOPE]), **options)
+
+
+def documented(heading: str) -> dict[str, str]:
+    """The blocks of code below this heading of docs/platforms.md, by language: a suite runs what its section says."""
+    section = GUIDE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
 
 
 def canary() -> str:

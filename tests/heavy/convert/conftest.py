@@ -16,16 +16,13 @@ from lacre_backend.workshop.converter import ConverterPlace
 
 HERE: Final = Path(__file__).parent
 LOCK: Final = ROOT / "requirements/native.lock"
-TORCH: Final = "torch==2.13.0"
 
 
 @pytest.fixture(scope="session")
-def where(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> ConverterPlace:
+def where(environment_with_torch: Environment, tmp_path_factory: pytest.TempPathFactory) -> ConverterPlace:
     """The environment with PyTorch, which is kept, and the locked source archive."""
-    python = Path(environment("convert"))
+    python = Path(environment_with_torch("convert"))
     pip = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
-    if subprocess.run([python, "-P", "-c", "import torch"], check=False, capture_output=True).returncode != 0:
-        subprocess.run([python, *pip, "install", TORCH], check=True)
     made = tmp_path_factory.mktemp("sources")
     # Built by nobody: what builds it is here already, and tells pip its name and version.
     source = ["--no-deps", "--require-hashes", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
