@@ -5,6 +5,8 @@
 It reads the file that the settings name as `health`. The worker rewrites it each second, from the loop that takes work. So an
 old file means a process that is stuck. Without `--ready` only the age counts: use this to decide about a container's restart.
 With `--ready` the worker must also be connected and not draining.
+
+The first line is the state. A worker with an upstream adds a line for each of its servers, which the command prints.
 """
 
 from __future__ import annotations
@@ -58,9 +60,17 @@ def wrong_with(path: Path, now: float, *, ready: bool) -> str | None:
         return f"{path}: {exc.strerror}: the worker has not started"
     if age > STALE:
         return f"the worker has been stuck for {age:.0f} s"
-    if ready and state != READY:
-        return state
+    if ready and (said := state.partition("\n")[0]) != READY:
+        return said
     return None
+
+
+def details(path: Path) -> str:
+    """What follows the state. Empty if there is no file."""
+    try:
+        return path.read_text().partition("\n")[2]
+    except OSError:
+        return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,11 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--settings", type=Path, required=True, help="the worker's settings file")
     parser.add_argument("--ready", action="store_true", help="also check that it can take work")
     chosen = parser.parse_args(arguments)
+    more = ""
     try:
         path = load(chosen.settings).health
         wrong = "the settings name no file: add `health`" if path is None else wrong_with(path, time.time(), ready=chosen.ready)
+        more = "" if path is None else details(path)
     except SettingsError as exc:
         wrong = str(exc)
+    if more:
+        print(more)  # noqa: T201 - the servers of an upstream, with their counts
     if wrong is not None:
         print(wrong, file=sys.stderr)  # noqa: T201 - the one line that says why
     return 0 if wrong is None else 1

@@ -33,6 +33,7 @@ from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.upstream import app as upstream
+from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric import logs
 from lacre_fabric.keys import pool_keys
@@ -97,7 +98,8 @@ async def _serve(settings: WorkerSettings) -> None:
         ]
         works += [("upstream", watched.watch) for watched in serving.watched]
         if settings.health is not None:
-            works.append(("health", partial(health.tell, settings.health, lambda: _state(fabric, readiness, running))))
+            report = partial(_report, fabric, readiness, running, serving.watched)
+            works.append(("health", partial(health.tell, settings.health, report)))
         for name, work in works:
             stack.push_async_callback(tasks.start(name, work).close)
         await fabric.announce()
@@ -110,8 +112,13 @@ def _holding(pool: str, serving: ServedApp, keys: KeyRing, receipt_key: bytes) -
     return Holding(pool, tuple(serving.names), frozenset(keys.fingerprints()), receipt_key, serving.digests)
 
 
+def _report(fabric: NatsWorker, readiness: Readiness, running: tasks.Background, watched: Sequence[Probe]) -> str:
+    """The content of the health file: the state, then a line for each server of an upstream."""
+    return "\n".join([_state(fabric, readiness, running), *(line for probe in watched for line in probe.lines())])
+
+
 def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) -> str:
-    """The state in the health file: that this worker takes work, or why it does not."""
+    """The first line of the health file: that this worker takes work, or why it does not."""
     if not running.alive:
         return "draining"
     if not fabric.connection.connected:
@@ -143,7 +150,8 @@ class ServedApp:
 def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
     """The app and its parts, closed with `stack`. Raises SettingsError."""
     if settings.upstream is not None:
-        app, probe = Elsewhere(upstream.create_app(settings.upstream), "upstream"), Probe(settings.upstream)
+        origins = Origins(settings.upstream)
+        app, probe = Elsewhere(upstream.create_app(settings.upstream, origins), "upstream"), Probe(settings.upstream, origins)
         stack.callback(app.close)
         stack.push_async_callback(probe.close)
         names = [model.name for model in settings.upstream.models]

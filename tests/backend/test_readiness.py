@@ -18,6 +18,7 @@ from lacre.wire.opening import PrivateKey
 from lacre_backend.node.claims_probe import CLOCK, FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Readiness, Reason, against, alive
 from lacre_backend.settings import Upstream
+from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.operate.nats_server import free_port
@@ -170,7 +171,8 @@ async def test_a_clock_that_is_off(ahead: float, said: str | None) -> None:
 
 def probe(port: int, **settings: str) -> Probe:
     models = [{"name": "m1", "allow": ["POST /v1/chat/completions"]}]
-    return Probe(Upstream.model_validate({"origin": f"http://127.0.0.1:{port}", "models": models, **settings}))
+    upstream = Upstream.model_validate({"origin": f"http://127.0.0.1:{port}", "models": models, **settings})
+    return Probe(upstream, Origins(upstream))
 
 
 async def test_an_upstream_that_is_down_and_comes_back() -> None:

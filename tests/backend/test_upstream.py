@@ -20,11 +20,10 @@ from lacre.wire import bhttp
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.serve import served
 from lacre_backend.settings import Upstream, WorkerSettings
-from lacre_backend.upstream.app import create_app
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import parse, validated
 from parts.behind import Answered, Respond, Server, answering, ask, opened, saying, serving
-from parts.upstream import CHAT, JSON, PREDICT, code, granted, settings, used
+from parts.upstream import CHAT, JSON, PREDICT, code, forwarding, granted, settings, used
 
 
 async def passed(
@@ -33,7 +32,7 @@ async def passed(
 ) -> tuple[Answered, Server]:  # fmt: skip
     """What came of a call, and what the other program saw of it."""
     async with serving(respond) as server:
-        return await ask(create_app(settings(server.url, more)), call or granted(), method, path, content, headers), server
+        return await ask(forwarding(settings(server.url, more)), call or granted(), method, path, content, headers), server
 
 
 # What goes on
@@ -149,7 +148,7 @@ async def test_pieces_come_as_they_are_made() -> None:
 
     pieces = []
     async with serving(respond) as server:
-        async with aclosing(opened(create_app(settings(server.url)), granted(), "POST", PREDICT)) as events:
+        async with aclosing(opened(forwarding(settings(server.url)), granted(), "POST", PREDICT)) as events:
             async for event in events:
                 if isinstance(event, bhttp.Data):
                     pieces.append(event.content)
@@ -181,7 +180,7 @@ async def test_what_is_refused_is_not_waited_for(status: int, headers: list[tupl
         await asyncio.sleep(60)
 
     async with serving(respond) as server:
-        answered = await ask(create_app(settings(server.url)), granted(max_tokens=2), "POST", PREDICT)
+        answered = await ask(forwarding(settings(server.url)), granted(max_tokens=2), "POST", PREDICT)
         assert answered.status in (413, 502)
         await asyncio.wait_for(server.left.wait(), 15)
 
@@ -190,25 +189,25 @@ async def test_any_other_is_cut_there() -> None:
     call, got = granted(max_tokens=2), []
     async with serving(answering(200, [], *[b"a" * UNIT] * 3)) as server:
         with pytest.raises(AppFailed):
-            async for event in opened(create_app(settings(server.url)), call, "POST", PREDICT):
+            async for event in opened(forwarding(settings(server.url)), call, "POST", PREDICT):
                 got.append(event)
     assert sum(len(event.content) for event in got if isinstance(event, bhttp.Data)) <= 2 * UNIT
     assert call.usage.completion_tokens <= 2
 
 
 async def test_an_upstream_that_is_not_there() -> None:
-    answered = await ask(create_app(settings(f"http://127.0.0.1:{free_port()}")), granted(), "POST", PREDICT)
+    answered = await ask(forwarding(settings(f"http://127.0.0.1:{free_port()}")), granted(), "POST", PREDICT)
     assert code(answered) == (502, "upstream_unavailable")
     assert "Try again" in json.loads(answered.content)["error"]["message"]
 
 
 async def test_an_upstream_that_hangs_up() -> None:
     async with saying(b"") as port:
-        answered = await ask(create_app(settings(f"http://127.0.0.1:{port}")), granted(), "POST", PREDICT)
+        answered = await ask(forwarding(settings(f"http://127.0.0.1:{port}")), granted(), "POST", PREDICT)
         assert code(answered) == (502, "upstream_broken")
     async with saying(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf") as port:
         with pytest.raises(AppFailed):  # not passed for whole
-            await ask(create_app(settings(f"http://127.0.0.1:{port}")), granted(), "POST", PREDICT)
+            await ask(forwarding(settings(f"http://127.0.0.1:{port}")), granted(), "POST", PREDICT)
 
 
 async def silence(_scope: Any, _body: bytes, _send: Send) -> None:
@@ -225,7 +224,7 @@ async def drops(_scope: Any, _body: bytes, send: Send) -> None:
 @pytest.mark.parametrize("limit", ["wait = 0.3", "longest = 0.3"])
 async def test_an_upstream_that_says_nothing(limit: str) -> None:
     async with serving(silence) as server:
-        answered = await ask(create_app(settings(server.url, limit)), granted(), "POST", PREDICT)
+        answered = await ask(forwarding(settings(server.url, limit)), granted(), "POST", PREDICT)
         await asyncio.wait_for(server.left.wait(), 15)
     assert code(answered) == (504, "upstream_timeout")
 
@@ -233,7 +232,7 @@ async def test_an_upstream_that_says_nothing(limit: str) -> None:
 async def test_an_answer_that_never_ends_is_cut() -> None:
     async with serving(drops) as server:
         with pytest.raises(AppFailed):
-            await ask(create_app(settings(server.url, "longest = 0.5")), granted(max_tokens=999), "POST", PREDICT)
+            await ask(forwarding(settings(server.url, "longest = 0.5")), granted(max_tokens=999), "POST", PREDICT)
         await asyncio.wait_for(server.left.wait(), 15)
 
 
@@ -241,7 +240,7 @@ async def test_an_answer_that_never_ends_is_cut() -> None:
 @pytest.mark.parametrize("respond", [silence, drops])
 async def test_a_client_that_leaves_ends_it_there(respond: Respond, elsewhere: bool) -> None:
     async with serving(respond) as server:
-        app: App = create_app(settings(server.url))
+        app: App = forwarding(settings(server.url))
         running = Elsewhere(app) if elsewhere else None
 
         async def read() -> None:

@@ -11,9 +11,8 @@ import pytest
 
 from lacre.asgi import Call, Send
 from lacre.wire import bhttp
-from lacre_backend.upstream.app import create_app
 from parts.behind import Answered, Respond, Server, answering, ask, opened, serving
-from parts.upstream import CHAT, JSON, code, granted, settings, used
+from parts.upstream import CHAT, JSON, code, forwarding, granted, settings, used
 
 EVENTS = [("content-type", "text/event-stream")]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9, "prompt_tokens_details": {"cached_tokens": 3}}
@@ -31,7 +30,7 @@ async def asked(
 ) -> tuple[Answered, Server]:
     """What came of a call, and what the other program saw of it."""
     async with serving(respond) as server:
-        app = create_app(settings(server.url, **more))
+        app = forwarding(settings(server.url, **more))
         return await ask(app, call or granted("chat", "writer"), "POST", path, content, JSON), server
 
 
@@ -120,7 +119,7 @@ async def test_several_choices_need_an_upstream_that_counts_them(action: str, pa
 async def test_the_operator_has_the_last_word() -> None:
     async with serving(whole()) as server:
         of_chat = 'members = ["top_k"]\nfixed = {cache_prompt = false, temperature = 0.5}\nsalt = "cache_salt"'
-        app = create_app(settings(server.url, of_chat=of_chat))
+        app = forwarding(settings(server.url, of_chat=of_chat))
         salts = []
         for salt in ("5a17", "5a17", "5a18", None, None):
             headers = JSON if salt is None else [*JSON, ("lacre-cache-salt", salt)]
@@ -273,7 +272,7 @@ async def test_until_it_is_counted_an_event_is_a_token() -> None:
 
     call, seen = granted("chat", "writer"), 0
     async with serving(respond) as server:
-        async with aclosing(opened(create_app(settings(server.url)), call, "POST", CHAT, chat(stream=True), JSON)) as events:
+        async with aclosing(opened(forwarding(settings(server.url)), call, "POST", CHAT, chat(stream=True), JSON)) as events:
             async for each in events:
                 seen += isinstance(each, bhttp.Data)
                 if seen == 3:

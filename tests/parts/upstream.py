@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from lacre.asgi import Call
+from lacre.asgi import App, Call
 from lacre_backend.settings import Upstream
+from lacre_backend.upstream.app import create_app
+from lacre_backend.upstream.origins import Origins
 from lacre_fabric.settings import parse
 from parts.behind import Answered
 
@@ -17,8 +20,17 @@ JSON = [("content-type", "application/json")]
 
 def settings(origin: str, more: str = "", of_chat: str = "") -> Upstream:
     """more, of_chat: further lines of the table, and of the first model's."""
+    return _with(f'origin = "{origin}"', more, of_chat)
+
+
+def several(origins: Sequence[str], more: str = "") -> Upstream:
+    """As `settings`, for several servers."""
+    return _with(f"origins = {json.dumps(list(origins))}", more)
+
+
+def _with(servers: str, more: str, of_chat: str = "") -> Upstream:
     text = f"""
-        origin = "{origin}"
+        {servers}
         {more}
         [[models]]
         name = "writer"
@@ -31,6 +43,11 @@ def settings(origin: str, more: str = "", of_chat: str = "") -> Upstream:
         allow = ["POST {PREDICT}", "GET /v2/models/*/ready", "HEAD /v2", "DELETE /v2/%41"]
     """
     return parse(Upstream, text, Path("worker.toml"))
+
+
+def forwarding(settings: Upstream) -> App:
+    """The app of a worker with these settings, without the checks that run beside it."""
+    return create_app(settings, Origins(settings))
 
 
 def granted(action: str = "http", model: str = "encoder", max_tokens: int = 8, max_prompt_tokens: int = 100) -> Call:

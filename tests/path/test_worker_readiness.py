@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from lacre_backend import serve
 from lacre_backend.commands.check import _examine, examine
 from lacre_backend.health import READY
 from lacre_backend.settings import WorkerSettings, load
+from lacre_backend.upstream.settings import UpstreamCredential
 from lacre_fabric.nats import subjects
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.site import NODE, Site
@@ -49,6 +50,15 @@ class Ready:
         )
         (path.parent / "upstream.toml").write_text(text + upstream)
         return load(path.parent / "upstream.toml")
+
+    def with_origins(self, ports: Sequence[int]) -> WorkerSettings:
+        """With an upstream of several servers."""
+        settings = self.settings
+        assert settings.upstream is not None
+        origins = tuple(f"http://127.0.0.1:{port}" for port in ports)
+        return settings.model_copy(
+            update={"upstream": settings.upstream.model_copy(update={"origin": None, "origins": origins})}
+        )
 
     async def hear(self, message: Msg) -> None:
         if message.subject == subjects.presence("default", subjects.DEFAULT_REGION, NODE):
@@ -140,9 +150,40 @@ async def test_a_good_worker_is_announced_and_one_whose_upstream_goes_is_not(rea
         async with listening(ready.port):
             await ready.until(lambda: ready.said["models"] == ["m1"])
             assert ready.said["wrong"] == []
-            await ready.until(lambda: health.read_text() == READY)
+            await ready.until(lambda: health.read_text().splitlines()[0] == READY)
+            url = f"http://127.0.0.1:{ready.port}"
+            assert health.read_text().splitlines()[1] == f"upstream {url} up running=0 sent=0 unreachable=0 failed=0"
         await ready.until(lambda: ready.said["models"] == [])
         assert ready.said["wrong"] == ["upstream"]
+
+
+@pytest.mark.slow
+async def test_one_of_several_servers_is_enough(ready: Ready, tmp_path: Path) -> None:
+    other = free_port()
+    ports, health = (ready.port, other), tmp_path / "health"
+    settings = ready.with_origins(ports).model_copy(update={"health": health})
+    async with ready.running(settings):
+        await ready.until(lambda: ready.said.get("wrong") == ["upstream"])
+        async with listening(other):
+            await ready.until(lambda: ready.said["models"] == ["m1"])
+            [down] = await _examine(settings)
+            assert down.kind == "upstream" and str(ready.port) in down.detail
+            await ready.until(lambda: [line.split()[2] for line in health.read_text().splitlines()[1:]] == ["down", "up"])
+            async with listening(ready.port):
+                await ready.until(lambda: [line.split()[2] for line in health.read_text().splitlines()[1:]] == ["up", "up"])
+        await ready.until(lambda: ready.said["models"] == [])
+    assert [str(port) in reason.detail for port, reason in zip(ports, await _examine(settings), strict=True)] == [True, True]
+
+
+async def test_the_worker_s_own_check_names_a_credential_that_it_may_not_read(ready: Ready, tmp_path: Path) -> None:
+    key = tmp_path / "server.key"
+    key.touch(0o644)
+    credential = UpstreamCredential(scheme="Bearer", file=key)
+    assert ready.settings.upstream is not None
+    upstream = ready.settings.upstream.model_copy(update={"credentials": (credential,)})
+    async with listening(ready.port):
+        [reason] = await _examine(ready.settings.model_copy(update={"upstream": upstream}))
+    assert reason.kind == "upstream" and str(key) in reason.detail
 
 
 async def test_the_worker_s_own_check_names_what_is_wrong_before_it_runs(ready: Ready) -> None:

@@ -21,7 +21,9 @@ from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
 from lacre_backend.serve import open_adapters
 from lacre_backend.settings import WorkerSettings, load
+from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
+from lacre_backend.upstream.settings import Upstream
 from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.kms.wrapping import keeping
 from lacre_fabric.nats.connection import Connection
@@ -43,10 +45,8 @@ async def _examine(settings: WorkerSettings) -> list[Reason]:
     found: list[Reason] = []
     held = _held(settings, found)
     if settings.upstream is not None:
-        probe = Probe(settings.upstream)
-        await probe.look()
-        await probe.close()
-        found += [reason for reason in (probe.reason(),) if reason is not None]
+        with _noted(found, "upstream"):
+            found += await _upstream(settings.upstream)
     with _noted(found, "fabric"):
         connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
         try:
@@ -54,6 +54,15 @@ async def _examine(settings: WorkerSettings) -> list[Reason]:
         finally:
             await connection.close()
     return found
+
+
+async def _upstream(settings: Upstream) -> list[Reason]:
+    """One for each server that is down, also if another one works. Raises SettingsError for a credential."""
+    origins = Origins(settings)
+    probe = Probe(settings, origins)
+    await probe.look()
+    await probe.close()
+    return probe.faults()
 
 
 def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:

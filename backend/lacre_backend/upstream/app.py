@@ -25,7 +25,9 @@ from lacre_backend.api.http import EventStream, header, read_body, send_json, un
 from lacre_backend.api.registry import SALT_HEADER
 from lacre_backend.api.requests import MAX_BODY
 from lacre_backend.upstream import bodies, counts, events, refusals
-from lacre_backend.upstream.origin import Headers, Origin, UpstreamRequest, UpstreamResponse
+from lacre_backend.upstream.fields import Headers
+from lacre_backend.upstream.origin import UpstreamRequest, UpstreamResponse
+from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.settings import Upstream, UpstreamModel
 
 MAX_ERROR: Final = 64 * 1024  # bytes of a forwarded error; one in OpenAI's form has a few hundred
@@ -37,20 +39,15 @@ class BrokenOff(Exception):
     """The answer had begun and ended before it was complete. The client does not get its end."""
 
 
-def create_app(settings: Upstream) -> App:
-    return _Forward(settings)
+def create_app(settings: Upstream, origins: Origins) -> App:
+    """origins: of the same settings."""
+    return _Forward(settings, origins)
 
 
 class _Forward:
-    def __init__(self, settings: Upstream) -> None:
+    def __init__(self, settings: Upstream, origins: Origins) -> None:
         self._models = {model.name: model for model in settings.models}
-        self._origin = Origin(
-            settings.origin,
-            passed_on=settings.headers,
-            wait=settings.wait,
-            longest=settings.longest,
-            largest=settings.largest_answer,
-        )
+        self._origins = origins
         self._salt_key = os.urandom(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,7 +87,7 @@ class _Forward:
             raise grant_mismatch(f"The request has more than the {call.max_prompt_tokens} KiB that were granted.", "body")
         query = scope["query_string"]
         target = _path(scope) + ("?" + query.decode("ascii") if query else "")
-        async with self._origin.ask(UpstreamRequest(scope["method"], target, scope["headers"], body)) as answer:
+        async with self._origins.ask(UpstreamRequest(scope["method"], target, scope["headers"], body)) as answer:
             granted = call.max_tokens if counted else None
             if granted is not None and scope["method"] != "HEAD" and (answer.length or 0) > granted * UNIT:
                 raise refusals.above_units(granted)
@@ -104,7 +101,7 @@ class _Forward:
         fixed = {**model.fixed, **self._salt(scope, model)}
         ready = bodies.ready(body, call, model.known_as or model.name, frozenset(model.members), fixed)
         headers = [(b"content-type", _JSON), (b"accept", _EVENT_STREAM if ready.stream else _JSON)]
-        async with self._origin.ask(UpstreamRequest(scope["method"], _path(scope), headers, ready.content)) as answer:
+        async with self._origins.ask(UpstreamRequest(scope["method"], _path(scope), headers, ready.content)) as answer:
             if answer.status >= 400:
                 return await _tell_error(answer, send)
             if not ready.stream:

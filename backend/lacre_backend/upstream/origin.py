@@ -1,18 +1,20 @@
-"""The HTTP server on this host that requests are forwarded to. `Origin.ask` is one exchange with it.
+"""One HTTP server that requests are forwarded to. `Origin.ask` is one exchange with it.
 
 Rules:
-- Nothing that identifies the caller is added. Only headers on a list are forwarded, plus two neutral ones of our own.
-- Connection headers are not forwarded (RFC 9110 section 7.6.1): the fields named there, and those that `Connection` names.
+- Nothing that identifies the caller is added. Only headers on a list are forwarded, plus neutral ones and the worker's own
+  credentials. Those displace a client's header of the same name.
 - Redirects are neither followed nor forwarded: their target must not leave this host. No proxy is used.
 - An answer must have no content coding: the decoded size of a compressed byte has no bound, and clients reject it.
 - Each request has its own connection. On one host that costs nothing, and no connection is found closed.
+- `Unreachable` means that no byte of the request was sent. Only then may another server get it.
 - Exceptions of the HTTP library become refusals here and nowhere else. Only their type is logged.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,23 +23,19 @@ import httpx2
 import structlog
 
 from lacre_backend.upstream import refusals
+from lacre_backend.upstream.credentials import FixedHeaders
+from lacre_backend.upstream.fields import Headers, end_to_end
+from lacre_backend.upstream.settings import Upstream
+from lacre_backend.upstream.state import OriginState
 
 CONNECT: Final = 5.0  # seconds; it is on this host
-OF_A_CONNECTION: Final = frozenset(
-    {
-        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization",
-        b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
-    }
-)  # fmt: skip
-# Headers that an upstream must not send to a client. A cookie identifies returning clients; the others describe a server that
-# the client does not talk to.
-_NOT_PASSED_ON: Final = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security", b"server", b"via"})
-_OURS: Final = b"lacre-"  # only the worker itself sets such headers
 _PASSED_ON: Final = frozenset({b"content-type", b"accept"})
 
 log = structlog.get_logger("lacre.upstream")
 
-Headers = Sequence[tuple[bytes, bytes]]
+
+class Unreachable(Exception):
+    """There was no connection, so nothing was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,52 +73,56 @@ class UpstreamResponse:
 
 
 class Origin:
-    """The HTTP server that requests are forwarded to.
+    """One server. state: its counts go there. fixed: the worker's credentials there."""
 
-    - url: scheme, host and port.
-    - passed_on: names of request headers in lower case, in addition to `content-type` and `accept`.
-    - wait: seconds for the next byte. longest: seconds for a whole answer. largest: bytes of one.
-    """
-
-    def __init__(self, url: str, *, passed_on: Iterable[str] = (), wait: float, longest: float, largest: int) -> None:
-        self._url = httpx2.URL(url)
-        self._passed_on = _PASSED_ON | {name.encode() for name in passed_on}
-        self._timeout = httpx2.Timeout(wait, connect=CONNECT).as_dict()
-        self._longest = longest
-        self._largest = largest
+    def __init__(self, state: OriginState, settings: Upstream, fixed: FixedHeaders) -> None:
+        self.state = state
+        self._url = httpx2.URL(state.url)
+        self._fixed = fixed
+        self._passed_on = _PASSED_ON | {name.encode() for name in settings.headers}
+        self._timeout = httpx2.Timeout(settings.wait, connect=CONNECT).as_dict()
+        self._largest = settings.largest_answer
         # A transport instead of a client: a client has cookies, follows redirects and names itself.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         secure = self._url.scheme == "https"  # without TLS there is no certificate to verify, so none need be loaded
         self._transport = httpx2.AsyncHTTPTransport(verify=secure, trust_env=False, limits=limits)
 
     @asynccontextmanager
-    async def ask(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
-        """Raises RequestRefused if no forwardable answer comes. Leaving the context ends the request at the upstream."""
-        deadline = asyncio.get_running_loop().time() + self._longest
-        with _mapped():
-            async with asyncio.timeout_at(deadline):
-                response = await self._transport.handle_async_request(self._outgoing(request))
+    async def ask(self, request: UpstreamRequest, deadline: float) -> AsyncIterator[UpstreamResponse]:
+        """deadline: of the whole answer, by the loop's clock. Leaving the context ends the request at the upstream.
+
+        Raises Unreachable, or RequestRefused if no forwardable answer comes.
+        """
+        self.state.tried += 1
+        self.state.running += 1
         try:
-            _check(response)
-            yield UpstreamResponse(
-                response.status_code, list(_end_to_end(response.headers.raw)), self._pieces(response, deadline)
-            )
+            with self._mapped():
+                async with asyncio.timeout_at(deadline):
+                    response = await self._transport.handle_async_request(self._outgoing(request))
+            try:
+                self._check(response)
+                headers = list(end_to_end(response.headers.raw))
+                yield UpstreamResponse(response.status_code, headers, self._pieces(response, deadline))
+            finally:
+                await response.aclose()
         finally:
-            await response.aclose()
+            self.state.running -= 1
 
     def _outgoing(self, request: UpstreamRequest) -> httpx2.Request:
-        passed_on = [(name, value) for name, value in _end_to_end(request.headers) if name in self._passed_on]
+        fixed = self._fixed.headers
+        from_client = self._passed_on - {name for name, _ in fixed}
+        passed_on = [(name, value) for name, value in end_to_end(request.headers) if name in from_client]
         return httpx2.Request(
             request.method,
             self._url.copy_with(raw_path=request.target.encode("ascii")),
-            headers=[*passed_on, (b"accept-encoding", b"identity")],
+            headers=[*passed_on, *fixed, (b"accept-encoding", b"identity")],
             content=request.content or None,
             extensions={"timeout": self._timeout},
         )
 
     async def _pieces(self, response: httpx2.Response, deadline: float) -> AsyncIterator[bytes]:
         size, pieces = 0, response.aiter_raw()
-        with _mapped():
+        with self._mapped():
             while True:
                 async with asyncio.timeout_at(deadline):
                     piece = await anext(pieces, None)
@@ -131,39 +133,36 @@ class Origin:
                     raise refusals.too_large(self._largest)
                 yield piece
 
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as exc:
+            self.state.put_aside(time.monotonic())
+            self._tell("upstream.unavailable", kind=type(exc).__name__)
+            raise Unreachable from None
+        except (httpx2.TimeoutException, TimeoutError) as exc:
+            self.state.failed += 1
+            self._tell("upstream.slow", kind=type(exc).__name__)
+            raise refusals.timed_out() from None
+        except httpx2.TransportError as exc:
+            self.state.failed += 1
+            self._tell("upstream.broken", kind=type(exc).__name__)
+            raise refusals.broken() from None
 
-@contextmanager
-def _mapped() -> Iterator[None]:
-    try:
-        yield
-    except (httpx2.ConnectError, httpx2.ConnectTimeout) as exc:
-        log.warning("upstream.unavailable", kind=type(exc).__name__)
-        raise refusals.unavailable() from None
-    except (httpx2.TimeoutException, TimeoutError) as exc:
-        log.warning("upstream.slow", kind=type(exc).__name__)
-        raise refusals.timed_out() from None
-    except httpx2.TransportError as exc:
-        log.warning("upstream.broken", kind=type(exc).__name__)
-        raise refusals.broken() from None
+    def _check(self, response: httpx2.Response) -> None:
+        """Raises RequestRefused."""
+        wrong = None
+        if response.status_code < 200:
+            wrong = "wants to switch to another protocol"
+        elif 300 <= response.status_code < 400:
+            wrong = "points to another address"
+        elif response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+            wrong = "compresses its answer, although no compression was requested"
+        if wrong is not None:
+            self.state.failed += 1
+            self._tell("upstream.unusable", status=response.status_code)
+            raise refusals.unusable(wrong)
 
-
-def _check(response: httpx2.Response) -> None:
-    """Raises RequestRefused."""
-    wrong = None
-    if response.status_code < 200:
-        wrong = "wants to switch to another protocol"
-    elif 300 <= response.status_code < 400:
-        wrong = "points to another address"
-    elif response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
-        wrong = "compresses its answer, although no compression was requested"
-    if wrong is not None:
-        log.warning("upstream.unusable", status=response.status_code)
-        raise refusals.unusable(wrong)
-
-
-def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """The end-to-end fields, with names in lower case."""
-    lowered = [(name.lower(), value) for name, value in headers]
-    named = {part.strip().lower() for name, value in lowered if name == b"connection" for part in value.split(b",")}
-    left_out = OF_A_CONNECTION | _NOT_PASSED_ON | named
-    return ((name, value) for name, value in lowered if name not in left_out and not name.startswith(_OURS))
+    def _tell(self, event: str, **fields: str | int) -> None:
+        log.warning(event, host=self._url.host, port=self._url.port or 0, **fields)

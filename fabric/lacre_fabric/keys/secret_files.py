@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Final
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -20,6 +21,8 @@ from lacre.runtime import private_files
 from lacre.runtime.private_files import sync_folder, write_all
 from lacre.wire.wiping import overwrite
 
+_REMEDY: Final = "`lacre up` creates such files; `lacre keys init` creates those with keys"
+
 
 def write_secret(path: Path, content: bytes | bytearray) -> None:
     """Replaces `path` atomically. No other user can read it at any moment, and a crash leaves the old or the new content."""
@@ -27,8 +30,10 @@ def write_secret(path: Path, content: bytes | bytearray) -> None:
     private_files.replace(path, content, discard=destroy)
 
 
-def read_secret(path: Path) -> bytearray:
-    """Raises SettingsError if the file is missing, or readable by group or others."""
+def read_secret(path: Path, remedy: str = _REMEDY) -> bytearray:
+    """remedy: what to do about a file that cannot be read. Raises SettingsError if it is missing, or readable by group or
+    others.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
@@ -41,8 +46,7 @@ def read_secret(path: Path) -> bytearray:
                     size += count
             return content[:size] if size < len(content) else content
     except OSError as exc:
-        made = "`lacre up` creates such files; `lacre keys init` creates those with keys"
-        raise SettingsError(f"cannot read {path}: {exc.strerror}. {made}") from exc
+        raise SettingsError(f"cannot read {path}: {exc.strerror}. {remedy}") from exc
 
 
 def closed_to(owner: int, group: int, *, user: int, groups: Collection[int]) -> int:
