@@ -66,7 +66,7 @@ def wrong_with(path: Path, now: float, *, ready: bool) -> str | None:
 
 
 def details(path: Path) -> str:
-    """What follows the state. Empty if there is no file."""
+    """The lines after the state. Empty if there is no file."""
     try:
         return path.read_text().partition("\n")[2]
     except OSError:

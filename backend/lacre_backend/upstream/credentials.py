@@ -4,7 +4,8 @@ Rules:
 - A value is in its file, in this process's memory, and in requests to the upstream. It is in no setting, log, error or `repr`.
 - The file is refused if other users can read it, as every file with a secret (`lacre_fabric.keys.secret_files`).
 - A changed file is read again. If it cannot be used then, the last value stays, and the fault is logged once.
-- A client's header of the same name is not forwarded, so no client can replace a credential.
+- A client's header of the same name is not forwarded: the settings refuse such a name in `headers`. So no client can replace a
+  credential.
 """
 
 from __future__ import annotations

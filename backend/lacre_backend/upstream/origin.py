@@ -2,11 +2,11 @@
 
 Rules:
 - Nothing that identifies the caller is added. Only headers on a list are forwarded, plus neutral ones and the worker's own
-  credentials. Those displace a client's header of the same name.
+  credentials. The settings allow no header to be both.
 - Redirects are neither followed nor forwarded: their target must not leave this host. No proxy is used.
 - An answer must have no content coding: the decoded size of a compressed byte has no bound, and clients reject it.
 - Each request has its own connection. On one host that costs nothing, and no connection is found closed.
-- `Unreachable` means that no byte of the request was sent. Only then may another server get it.
+- `NotSent` means that no byte of the request was sent. Only then may another server get it.
 - Exceptions of the HTTP library become refusals here and nowhere else. Only their type is logged.
 """
 
@@ -34,7 +34,7 @@ _PASSED_ON: Final = frozenset({b"content-type", b"accept"})
 log = structlog.get_logger("lacre.upstream")
 
 
-class Unreachable(Exception):
+class NotSent(Exception):
     """There was no connection, so nothing was sent."""
 
 
@@ -91,7 +91,7 @@ class Origin:
     async def ask(self, request: UpstreamRequest, deadline: float) -> AsyncIterator[UpstreamResponse]:
         """deadline: of the whole answer, by the loop's clock. Leaving the context ends the request at the upstream.
 
-        Raises Unreachable, or RequestRefused if no forwardable answer comes.
+        Raises NotSent, or RequestRefused if no forwardable answer comes.
         """
         self.state.tried += 1
         self.state.running += 1
@@ -109,13 +109,11 @@ class Origin:
             self.state.running -= 1
 
     def _outgoing(self, request: UpstreamRequest) -> httpx2.Request:
-        fixed = self._fixed.headers
-        from_client = self._passed_on - {name for name, _ in fixed}
-        passed_on = [(name, value) for name, value in end_to_end(request.headers) if name in from_client]
+        passed_on = [(name, value) for name, value in end_to_end(request.headers) if name in self._passed_on]
         return httpx2.Request(
             request.method,
             self._url.copy_with(raw_path=request.target.encode("ascii")),
-            headers=[*passed_on, *fixed, (b"accept-encoding", b"identity")],
+            headers=[*passed_on, *self._fixed.headers, (b"accept-encoding", b"identity")],
             content=request.content or None,
             extensions={"timeout": self._timeout},
         )
@@ -140,7 +138,7 @@ class Origin:
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as exc:
             self.state.put_aside(time.monotonic())
             self._tell("upstream.unavailable", kind=type(exc).__name__)
-            raise Unreachable from None
+            raise NotSent from None
         except (httpx2.TimeoutException, TimeoutError) as exc:
             self.state.failed += 1
             self._tell("upstream.slow", kind=type(exc).__name__)

@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from lacre_backend.upstream import refusals
 from lacre_backend.upstream.credentials import FixedHeaders
-from lacre_backend.upstream.origin import Origin, Unreachable, UpstreamRequest, UpstreamResponse
+from lacre_backend.upstream.origin import NotSent, Origin, UpstreamRequest, UpstreamResponse
 from lacre_backend.upstream.settings import Upstream
 from lacre_backend.upstream.state import OriginState
 
@@ -45,7 +45,7 @@ class Origins:
             async with AsyncExitStack() as stack:
                 try:
                     answer = await stack.enter_async_context(server.ask(request, deadline))
-                except Unreachable:
+                except NotSent:
                     continue
                 yield answer
                 return

@@ -1,4 +1,4 @@
-"""What is known of one server of the upstream.
+"""The state of one server of the upstream: its last checks, and counts of its requests.
 
 Rules:
 - The app's thread counts. The checks (`probe`), in the node's thread, write `wrong`. Either may set a server aside or end that:
