@@ -75,8 +75,11 @@ class Peer:
     """An engine's process: running while it works, stopped otherwise."""
 
     def __init__(self, name: str, python: str, path: Path, threads: int) -> None:
+        # Ours sets this for itself; a peer would inherit it.
+        own = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
         self.process = subprocess.Popen(
             [python, RUNNER, name, path, str(threads)],
+            env=own,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

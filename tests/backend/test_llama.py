@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -44,6 +47,21 @@ async def test_defaults_are_enough_and_llama_cpp_writes_nothing(capfd: pytest.Ca
         assert engine.model.n_ctx == DEFAULT_N_CTX
         assert (await made(engine, "canary in the prompt", 2)).finish.completion_tokens == 2
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "turns"), [({}, "1000"), ({"GOMP_SPINCOUNT": "70"}, "70"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+@pytest.mark.parametrize("module", ["lacre_backend.engine.model", "lacre_backend.workshop.rewriting"])
+def test_threads_that_wait_leave_their_core_soon(module: str, given: dict[str, str], turns: str) -> None:
+    """libgomp tells with which values it was loaded."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-P", "-c", f"import {module}"]
+    env = {**clean, **given, "OMP_DISPLAY_ENV": "verbose"}
+    told = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stderr
+    if "GOMP_" not in told:
+        pytest.skip("this llama.cpp was built without GNU OpenMP")
+    assert f"GOMP_SPINCOUNT = '{turns}'" in told
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from lacre_backend.workshop.pruning import PruneAsked, Pruned, prune
 from lacre_backend.workshop.quantization import AUTOMATIC, MAX_KL, QuantizeAsked, Quantized, Trial, is_better, quantize
 from lacre_backend.workshop.rewriting import Rewriting, rewrite, type_numbers
 from lacre_backend.workshop.source import SourceModel, loaded
-from lacre_backend.workshop.speed import Speed
+from lacre_backend.workshop.speed import Speed, gain
 
 pytestmark = pytest.mark.usefixtures("one_core")
 WORDS = "The river rises above the town. " * 10
@@ -73,7 +73,8 @@ def test_a_quantized_model_is_measured_against_its_source(tmp_path: Path, text: 
     assert 0 < trial.figures.fidelity.kl < 0.1
     assert 0.8 < trial.figures.fidelity.same_top <= 1
     assert found.source.type == "F32"
-    assert trial.gain > 0
+    assert found.source.speed == trial.beside
+    assert trial.gain == gain(trial.figures.speed, trial.beside)
     assert trial.seconds > 0
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "out.gguf", "text.txt"}
     worse = quantized(source, out, "Q4_K_M", text=text).tried[0]  # replaces the file
@@ -102,6 +103,7 @@ def test_the_fastest_within_the_bound_is_kept(tmp_path: Path, text: Path) -> Non
     else:
         assert [trial.figures.type for trial in found.tried] == [*types]
         assert max(found.tried, key=lambda trial: trial.gain).figures.type == found.type == SourceModel.read(out).type
+        assert found.source.speed.prompt == max(trial.beside.prompt for trial in found.tried), "not of the first turns alone"
 
 
 def test_a_matrix_weighs_columns_by_what_they_are_multiplied_with(tmp_path: Path) -> None:
@@ -183,7 +185,8 @@ def test_a_full_disk_is_named_and_left_as_it_was(tmp_path: Path, text: Path) -> 
 def test_which_type_is_kept(kl: float, faster: float, best: float | None, bound: float | None, kept: bool) -> None:
     def trial(loss: float, speed: float) -> Trial:
         measured = Speed(dict.fromkeys(SLOTS, speed), speed)
-        return Trial(Figures(Path("x"), 1, "Q8_0", Fidelity(100, 9.0, loss), measured), speed, 0, 1.0)
+        beside = Speed(dict.fromkeys(SLOTS, 1.0), 1.0)
+        return Trial(Figures(Path("x"), 1, "Q8_0", Fidelity(100, 9.0, loss), measured), beside, speed, 0, 1.0)
 
     assert is_better(trial(kl, faster), None if best is None else trial(0.0, best), bound) is kept
 

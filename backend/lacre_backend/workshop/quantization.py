@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from lacre_backend.workshop.importance import importance_matrix
 from lacre_backend.workshop.inspection import fell_back_in
 from lacre_backend.workshop.rewriting import NEED_MATRIX, Rewriting, known_type, rewrite
 from lacre_backend.workshop.source import SourceModel, files_at, loaded
-from lacre_backend.workshop.speed import gain, speeds
+from lacre_backend.workshop.speed import Speed, better, gain, speeds
 from lacre_backend.workshop.windows import Values
 
 AUTOMATIC: Final = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
@@ -56,11 +57,12 @@ class QuantizeAsked:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One type. gain: how many times as fast as the source. fell_back: tensors of another type, because their rows are no
-    multiple of 256. seconds: of writing it.
+    """One type. beside: the source's speed, measured in turns with it. gain: how many times as fast as that. fell_back: tensors
+    of another type, because their rows are no multiple of 256. seconds: of writing it.
     """
 
     figures: Figures
+    beside: Speed
     gain: float
     fell_back: int
     seconds: float
@@ -68,7 +70,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """digest: of the new file, `sha256:` and hex. type: which of those tried it has. max_kl: the bound, if there was one."""
+    """digest: of the new file, `sha256:` and hex. type: which of those tried it has. max_kl: the bound, if there was one.
+
+    source: its speed is the best of those measured beside the types.
+    """
 
     out: Path
     type: str
@@ -102,19 +107,19 @@ def _quantize(asked: QuantizeAsked, report: Report) -> Quantized:
         expected = reference(source.path, model, text)
         matrix = {} if asked.calibrate is None else _calibrated(source, model, asked.calibrate, report)
     trials: dict[str, Trial] = {}
-    best, first = None, None
+    best = None
     for number, name in enumerate(types):
         part = _part(report, name, 0.2 + 0.8 * number / len(types), 0.8 / len(types))
-        trial, beside = _try(source, expected, _trial_of(asked.out), Rewriting(name, matrix), part)
-        trials[name] = trial
-        first = first or beside
+        trial = trials[name] = _try(source, expected, _trial_of(asked.out), Rewriting(name, matrix), part)
         if is_better(trial, trials.get(best or ""), asked.max_kl):
             best = name
             _trial_of(asked.out).replace(asked.out)
-    if best is None or first is None:
+    if best is None:
         raise SettingsError(_nothing(source, list(trials.values()), asked.max_kl))
     digest = "sha256:" + FileDigests.read([asked.out]).model
-    return Quantized(asked.out, best, digest, asked.max_kl, first, list(trials.values()))
+    fastest = functools.reduce(better, (trial.beside for trial in trials.values()))
+    measured = figures(source, expected.fidelity, fastest)
+    return Quantized(asked.out, best, digest, asked.max_kl, measured, list(trials.values()))
 
 
 QUANTIZE: Final = Job(f"{__name__}:QUANTIZE", QuantizeAsked, Quantized, _quantize)
@@ -166,10 +171,8 @@ def _calibrated(source: SourceModel, model: Model, path: Path, report: Report) -
     return importance_matrix(source, model, read_text(path), lambda share: report("the importance matrix", 0.1 + 0.1 * share))
 
 
-def _try(
-    source: SourceModel, expected: Reference, out: Path, wanted: Rewriting, report: Callable[[str, float], None]
-) -> tuple[Trial, Figures]:
-    """Writes `out` and measures it. Also the source's figures, measured in turns with it."""
+def _try(source: SourceModel, expected: Reference, out: Path, wanted: Rewriting, report: Callable[[str, float], None]) -> Trial:
+    """Writes `out` and measures it, in turns with the source."""
     began = time.perf_counter()
     rewrite(source.path, out, wanted, lambda share: report("writing", 0.3 * share))
     seconds = time.perf_counter() - began
@@ -180,8 +183,7 @@ def _try(
         fidelity = fidelity_to(expected, out, model)
     before, after = speeds([source.path, out], lambda share: report("speed", 0.5 + 0.5 * share))
     fallen = len(fell_back_in(written.type, written.tensors))
-    trial = Trial(figures(written, fidelity, after), gain(after, before), fallen, seconds)
-    return trial, figures(source, expected.fidelity, before)
+    return Trial(figures(written, fidelity, after), before, gain(after, before), fallen, seconds)
 
 
 def is_better(trial: Trial, best: Trial | None, max_kl: float | None) -> bool:

@@ -46,7 +46,7 @@ def speeds(paths: Sequence[Path], report: Callable[[float], None]) -> list[Speed
         which = number % len(paths)
         with loaded(paths[which]) as model:
             found = _speed(model)
-        best[which] = _better(best[which], found) if which in best else found
+        best[which] = better(best[which], found) if which in best else found
     return [best[which] for which in range(len(paths))]
 
 
@@ -56,7 +56,8 @@ def gain(fast: Speed, slow: Speed) -> float:
     return statistics.geometric_mean([*ratios, fast.prompt / slow.prompt])
 
 
-def _better(one: Speed, other: Speed) -> Speed:
+def better(one: Speed, other: Speed) -> Speed:
+    """The higher of each two figures."""
     return Speed({n: max(one.streams[n], other.streams[n]) for n in SLOTS}, max(one.prompt, other.prompt))
 
 
