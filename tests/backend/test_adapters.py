@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,7 +28,8 @@ from lacre_backend.commands.digests import served_files
 from lacre_backend.engine.adapter_turns import TURN, AdapterTurns, Runner
 from lacre_backend.engine.adapters import adapted_digest
 from lacre_backend.engine.generate import LlamaEngine
-from lacre_backend.engine.plan import StepPlan
+from lacre_backend.engine.placement import distances
+from lacre_backend.engine.plan import EngineLimits, StepPlan
 from lacre_backend.engine.protocol import TaskRefused
 from lacre_backend.models.opening import find
 from lacre_backend.node.readiness import Reason
@@ -67,6 +69,19 @@ def test_a_party_gains_nothing_by_many_adapters() -> None:
     assert seen.count(None) == 20 * TURN
     assert seen.count("z") == 10 * TURN
     assert all(seen[i * TURN : (i + 1) * TURN] == [seen[i * TURN]] * TURN for i in range(40)), "a turn has several steps"
+
+
+@given(st.integers(2, 6), st.lists(RUNNERS, max_size=6))
+def test_a_callers_adapters_wait_for_one_turn_of_each_other(count: int, before: list[Any]) -> None:
+    """Between two steps of an adapter there are at most `TURN` steps of each of the others."""
+    turns = AdapterTurns()
+    for others in before:
+        turns.next(runners(others))
+    running = runners([(f"a{i}", ("s", "a")) for i in range(count)])
+    seen = [turns.next(running) for _ in range(3 * TURN * count)]
+    for adapter in {runner.adapter for runner in running}:
+        at = [-1, *(i for i, one in enumerate(seen) if one == adapter)]
+        assert max(b - a - 1 for a, b in itertools.pairwise(at)) <= TURN * (count - 1)
 
 
 def test_a_turn_ends_with_its_work() -> None:
@@ -122,6 +137,32 @@ def test_a_long_prompt_stalls_no_other_adapters_tasks() -> None:
         plan = driver.step()
         if plan.adapter == "x":
             assert plan.size <= SPLIT.share + SPLIT.multiple
+
+
+EIGHT = EngineLimits(slots=8, context=512, cells=4096, multiple=4)
+
+
+@pytest.mark.parametrize("adapters", [[None], [None, "x"], ["x", None, "y"], [None, "x", "x", "y"]])
+def test_an_adapters_tasks_are_neighbours_in_whatever_order_they_come(adapters: list[str | None]) -> None:
+    """So no step has a filler, and llama.cpp computes each in one piece."""
+    driver = Driver(EIGHT)
+    for i in range(8):
+        driver.submit(f"t{i}", [1, 2, 3], output=80, adapter=adapters[i % len(adapters)])
+        driver.step()
+    for _ in range(40):
+        plan = driver.step()
+        slots = [segment.slot for segment in plan.segments]
+        assert slots == list(range(slots[0], slots[0] + len(slots)))
+        assert all(segment.task is not None for segment in plan.segments)
+    driver.run()
+
+
+def test_where_a_task_finds_room() -> None:
+    """Beside its own adapter's tasks, on the side farther from the others. If it has none there: far from all."""
+    assert distances([None] * 4) == [(0, 4)] * 4
+    assert distances([True, None, None, False]) == [(0, 3), (1, 2), (2, 1), (3, 0)]
+    assert distances([False, None, None, None]) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert distances([None, True, None, True, None, False]) == [(1, 5), (0, 4), (0, 3), (0, 2), (1, 1), (2, 0)]
 
 
 # Answers

@@ -12,6 +12,7 @@ Rules:
 - The scope and the adapter alone decide about reuse. Cells are reused within one scope and adapter, and between the choices of
   one request, which read their prompt once (`choices.py`). Cells without a scope are removed when their request ends.
 - A step has one adapter's tasks, or the base's, and adapters take turns (`adapter_turns.py`). The others wait for their turn.
+  An adapter's tasks run in neighbouring slots where possible (`placement.py`).
 - A step's cost depends on the number of slots and of its tokens, never on context length. Cells are counts (`cells.py`), and
   tokens are never copied whole. Prefixes are compared by digests (`tokens.py`).
 - An answer is read again if it is resumed here or was sent back to its queue. A step then takes at most `PIECE` of its tokens
@@ -36,6 +37,7 @@ from lacre.errors import UsageError
 from lacre_backend.engine.adapter_turns import AdapterTurns, Runner
 from lacre_backend.engine.cells import Cells
 from lacre_backend.engine.choices import Choices
+from lacre_backend.engine.placement import distances
 from lacre_backend.engine.plan import Copy, EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.tokens import NO_TOKENS, Tokens
 from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
@@ -286,8 +288,8 @@ class Scheduler:
         least, gain = (1, 0) if sibling else (MIN_REUSE, MIN_COPY)
         if common[best.index] >= max(least, common[source.index] - gain):
             return best, None, common[best.index]
-        busy = [slot.index for slot in self._slots if not slot.idle and slot.adapter == task.adapter]
-        fresh = min(idle, key=lambda slot: _cost(slot, busy))
+        far = distances([None if slot.idle else slot.adapter == task.adapter for slot in self._slots])
+        fresh = min(idle, key=lambda slot: _cost(slot, *far[slot.index]))
         if common[source.index] >= max(gain, 1) and source is not fresh:
             return fresh, source, common[source.index]
         return fresh, None, 0
@@ -466,16 +468,15 @@ def _age(slot: _Slot) -> int:
     return slot.task.number if slot.task is not None else 0
 
 
-def _cost(slot: _Slot, busy: Sequence[int]) -> tuple[bool, int, bool, int, int]:
-    """Sort key for the idle slot to give away. A prompt that choices may still copy is kept longest.
+def _cost(slot: _Slot, own: int, others: int) -> tuple[bool, int, bool, int, int, int]:
+    """Sort key for the idle slot to give away. A prompt that choices may still copy is kept longest. own, others: the slot's
+    distances (`placement.py`).
 
     Next come slots inside or beside the running ones, even if another cache is older: every gap is computed or splits the
-    computation. Among several, an empty one, then the longest unused.
+    computation. Among several, an empty one, then the farthest from other adapters' tasks, then the longest unused.
     """
     kept = slot.choices is not None and slot.length > 0
-    inside = bool(busy) and busy[0] < slot.index < busy[-1]
-    distance = 0 if not busy or inside else min(abs(slot.index - busy[0]), abs(slot.index - busy[-1]))
-    return kept, distance, bool(slot.length), slot.used if slot.length else 0, slot.index
+    return kept, own, bool(slot.length), -others, slot.used if slot.length else 0, slot.index
 
 
 def _weight(task: _Task, held: Counter[Fair | str], oldest: int) -> tuple[bool, int, int, int]:
