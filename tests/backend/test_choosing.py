@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from lacre.errors import SettingsError
 from lacre_backend.commands.measure import commands, size
 from lacre_backend.engine.sizing import OVERHEAD
-from lacre_backend.workshop.choosing import Candidate, ChooseAsked, ChosenModel, ModelTask, choose
+from lacre_backend.workshop.choosing import Candidate, ChooseAsked, ChosenModel, choose
+from lacre_backend.workshop.examples import ModelTask
 
 
 def chosen(folder: Path, task: ModelTask = ModelTask.CHAT, **more: object) -> ChosenModel:

@@ -17,6 +17,7 @@ _KINDS = {
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF = 64, 2, 4, 2, 128
 D_CONV, D_INNER, D_STATE, DT_RANK = 4, 128, 16, 4  # of the recurrent one
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+_MARKS = ["<unk>", "<s>", "</s>"]
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
@@ -54,10 +55,12 @@ def tiny_model(
     template: str = TEMPLATE,
     embeds: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
+    says: str = "",
 ) -> Path:
     """Tokens are the bytes of the text, unless `vocabulary` (of `tiny_vocabulary`) says otherwise. without: tokens left out.
 
-    embeds: it makes one vector of a text, in place of more text. more: further metadata.
+    embeds: it makes one vector of a text, in place of more text. more: further metadata. says: its answer after `:` and `o`,
+    of different letters.
     """
     written = dict(vocabulary if vocabulary is not None else tiny_vocabulary("llama"))
     if without:
@@ -67,7 +70,42 @@ def tiny_model(
     metadata = _metadata(written, n_ctx) | {"tokenizer.chat_template": template} | dict(more)
     if embeds:
         metadata["llama.pooling_type"] = 1  # the mean
-    return write_gguf(path, metadata, _weights(len(written["tokenizer.ggml.tokens"]), seed))
+    weights = _weights(len(written["tokenizer.ggml.tokens"]), seed)
+    return write_gguf(path, metadata, _saying(weights, says) if says else weights)
+
+
+def _saying(weights: dict[str, np.ndarray[Any, Any]], text: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Layers that change nothing, and an output that makes each letter the likeliest after the one before."""
+    silent = {name: 0 * tensor for name, tensor in weights.items() if "attn_output." in name or "ffn_down" in name}
+    embedding, output = weights["token_embd.weight"], 0 * weights["output.weight"]
+    first, *rest = (len(_MARKS) + byte for byte in text.encode())
+    output[first] = embedding[len(_MARKS) + ord(":")] + embedding[len(_MARKS) + ord("o")]
+    for before, after in zip([first, *rest], [*rest, _MARKS.index("</s>")], strict=True):
+        output[after] = embedding[before]
+    return weights | silent | {"output.weight": output}
+
+
+def tiny_reranker(path: Path, *, seed: int = 1, n_ctx: int = 256, template: str | None = None) -> Path:
+    """A BERT of one layer that makes one number of a query and a document."""
+    own = {
+        "block_count": 1, "context_length": n_ctx, "embedding_length": N_EMBD, "feed_forward_length": N_FF,
+        "attention.head_count": N_HEAD, "attention.layer_norm_epsilon": 1e-5, "attention.causal": False, "pooling_type": 4,
+    }  # fmt: skip
+    vocabulary = tiny_vocabulary("bert")
+    metadata = _named("bert", own) | vocabulary | {"tokenizer.ggml.token_type_count": 1}
+    if template is not None:
+        metadata["tokenizer.chat_template.rerank"] = template
+    both, matrix = _both_ends(len(vocabulary["tokenizer.ggml.tokens"]), seed)
+    tensors = {"token_embd.weight": both["token_embd.weight"], "position_embd.weight": matrix(n_ctx, N_EMBD)}
+    shapes = {
+        "attn_q": (N_EMBD, N_EMBD), "attn_k": (N_EMBD, N_EMBD), "attn_v": (N_EMBD, N_EMBD), "attn_output": (N_EMBD, N_EMBD),
+        "ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF),
+    }  # fmt: skip
+    for name, (outer, inner) in shapes.items():
+        tensors |= {f"blk.0.{name}.weight": matrix(outer, inner), f"blk.0.{name}.bias": np.zeros(outer)}
+    for norm in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
+        tensors |= {f"{norm}.weight": np.ones(N_EMBD), f"{norm}.bias": np.zeros(N_EMBD)}
+    return write_gguf(path, metadata, tensors | {"cls.output.weight": matrix(1, N_EMBD), "cls.output.bias": np.zeros(1)})
 
 
 def tiny_split_model(folder: Path, name: str = "tiny", *, count: int = 3) -> list[Path]:
@@ -152,7 +190,7 @@ def tiny_vocabulary(model: str, pre: str | None = None) -> dict[str, Any]:
 
     model: `tokenizer.ggml.model`. pre: `tokenizer.ggml.pre`, for the models with merges.
     """
-    marks, words = ["<unk>", "<s>", "</s>"], ["\u2581", "a", "aa", "!", "!!"]
+    words = ["\u2581", "a", "aa", "!", "!!"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     byte_kinds = [BYTE] * 256
     merges: list[str] = []
@@ -175,7 +213,7 @@ def tiny_vocabulary(model: str, pre: str | None = None) -> dict[str, Any]:
             byte_tokens, words = list(PRINTABLE), ["aa", "!!"]
             byte_kinds = [NORMAL] * 256
             merges = ["a a", "! !"]
-    tokens = [*marks, *byte_tokens, *words]
+    tokens = [*_MARKS, *byte_tokens, *words]
     vocabulary = {
         "tokenizer.ggml.model": model,
         "tokenizer.ggml.tokens": tokens,

@@ -54,24 +54,30 @@ def choose(
     quality: Annotated[float | None, typer.Option(help="The most loss to the reference: KL in nats, such as 0.02.")] = None,
     reference: Annotated[Path | None, typer.Option(help="The model that the loss counts from.")] = None,
     measure: Annotated[bool, typer.Option(help="Measure speed and loss, which takes a minute for each model.")] = True,
+    examples: Annotated[Path | None, typer.Option(help="Your task's own examples, a JSON object a line.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="The least score on the examples, such as 0.9.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which models of a folder suit a task: what fits, how fast, at which loss."""
+    """Show which models of a folder suit a task: what fits, how fast, at which loss, and how well it does your examples."""
     from pydantic import TypeAdapter
 
-    from lacre_backend.workshop.choosing import ChooseAsked, ChosenModel, ModelTask
+    from lacre_backend.workshop.choosing import ChooseAsked, ChosenModel
     from lacre_backend.workshop.choosing import choose as chosen_from
+    from lacre_backend.workshop.examples import ModelTask
 
     if task not in set(ModelTask):
         raise SettingsError(f"--task is {task!r}; give one of: {', '.join(ModelTask)}.")
-    asked = ChooseAsked(folder, ModelTask(task), None if memory is None else size(memory), quality, reference, measure)
+    room = None if memory is None else size(memory)
+    asked = ChooseAsked(folder, ModelTask(task), room, quality, reference, measure, examples, min_score)
     with drawn() as report:
         found = chosen_from(asked, report)
     if as_json:
         say_json(TypeAdapter(ChosenModel).dump_python(found, mode="json"), indent=2)
         return
-    headings = ("model", "type", "MB", "memory MB", "slots", "tok/s at 16", "prompt tok/s", "KL", "")
+    headings = ("model", "type", "MB", "memory MB", "slots", "tok/s at 16", "prompt tok/s", "KL", "score", "")
     say_table(headings, map(_candidate, found.candidates))
+    if score := next((each.score for each in found.candidates if each.score), None):
+        say(f"The score is the {score.measure} on {score.examples} examples.")
     say(f"Chosen: {found.chosen}" if found.chosen else "No model of this folder suits.")
 
 
@@ -90,4 +96,6 @@ def _candidate(each: Candidate) -> tuple[str, ...]:
 
     megabytes = (None if value is None else value / 1e6 for value in (each.bytes, each.memory))
     speeds = (number(each.slots), number(each.streams), number(each.prompt))
-    return (each.path.name, each.type or "-", *map(number, megabytes), *speeds, number(each.kl, ".4f"), each.reason or "suits")
+    score = None if each.score is None else each.score.value
+    quality = (number(each.kl, ".4f"), number(score, ".3f"), each.reason or "suits")
+    return (each.path.name, each.type or "-", *map(number, megabytes), *speeds, *quality)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -22,26 +21,20 @@ from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.sizing import OVERHEAD, LlamaSettings
 from lacre_backend.workshop.benchmark import BENCH, BenchAsked
 from lacre_backend.workshop.child import Job, Report, run
-from lacre_backend.workshop.comparison import COMPARE, CompareAsked
+from lacre_backend.workshop.examples import Examples, ModelTask, read_examples
 from lacre_backend.workshop.inspection import check_extents, mixture_of, read_header
+from lacre_backend.workshop.judging import ANSWERS, JUDGE, LOSS, JudgeAsked, LossAsked, ReferenceAnswer, Score
 
 MOST_FILES: Final = 200  # of a folder; each may take minutes to measure
 _POOLED: Final = (L.LLAMA_POOLING_TYPE_MEAN, L.LLAMA_POOLING_TYPE_CLS, L.LLAMA_POOLING_TYPE_LAST)
-
-
-class ModelTask(StrEnum):
-    """What a model is for."""
-
-    CHAT = "chat"
-    EMBED = "embed"
-    RERANK = "rerank"
 
 
 @dataclass(frozen=True, slots=True)
 class ChooseAsked:
     """memory: bytes for weights, caches and buffers; None: what is free. quality: the most KL to `reference`, in nats.
 
-    reference: the model that the others' loss counts from. measure: whether speed and loss are measured.
+    reference: the model that the others' loss counts from. measure: whether speed and loss are measured. examples: a file of
+    the task's own examples. min_score: the least that a model reaches on them.
     """
 
     folder: Path
@@ -50,6 +43,8 @@ class ChooseAsked:
     quality: float | None = None
     reference: Path | None = None
     measure: bool = True
+    examples: Path | None = None
+    min_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +52,9 @@ class Candidate:
     """- suits: whether it is for the task, fits, and keeps the bound; if not, reason says why.
     - memory: bytes that it takes with its caches. slots, context: None if it does not generate.
     - streams: tokens per second of 16 streams. prompt: of a prompt that is read. Embedding models read in both.
-    - kl: the loss to the reference, in nats.
+      Rerankers only read: the examples.
+    - kl: the loss to the reference, in nats: on the answers to the examples if there are any, else on the text that ships.
+    - score: on the examples.
     """  # fmt: skip
 
     path: Path
@@ -71,33 +68,58 @@ class Candidate:
     streams: float | None = None
     prompt: float | None = None
     kl: float | None = None
+    score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenModel:
-    """candidates: the suitable ones first, the fastest of them before all. chosen: None if nothing suits."""
+    """candidates: the suitable ones first. The best comes before all: by score if there are examples, without a least one, and
+    then by speed. chosen: None if nothing suits.
+    """
 
     chosen: Path | None
     candidates: list[Candidate]
 
 
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What each candidate is measured with. answers: of the reference to the examples."""
+
+    asked: ChooseAsked
+    examples: Examples | None
+    answers: list[ReferenceAnswer]
+
+
 def choose(asked: ChooseAsked, report: Report) -> ChosenModel:
-    """Raises SettingsError if the question contradicts itself or the folder has no model, or OSError."""
+    """Raises SettingsError if the question contradicts itself, the folder has no model or the examples are wrong; OSError."""
     _check(asked)
     paths = list(_models(asked.folder))
     if not paths:
         raise SettingsError(f"{asked.folder} holds no GGUF file. Give a folder with models.")
     if len(paths) > MOST_FILES:
         raise SettingsError(f"{asked.folder} holds {len(paths)} models; at most {MOST_FILES} are compared at a time.")
+    trial = _trial(asked, report)
     found = []
     for number, path in enumerate(paths):
-        report(path.name, number / len(paths))
+        told = _within(report, path.name, number, len(paths))
+        told("its head", 0.0)
         candidate = run(LOOK, replace(asked, folder=path))
-        if candidate.suits and asked.measure and asked.task is not ModelTask.RERANK:
-            candidate = _measured(candidate, asked)
+        if candidate.suits and asked.measure:
+            candidate = _measured(candidate, trial, told)
         found.append(candidate)
-    found.sort(key=lambda each: (not each.suits, -(each.streams or 0), each.bytes or 0))
+    found.sort(key=lambda each: _order(each, by_score=asked.min_score is None))
     return ChosenModel(found[0].path if found[0].suits else None, found)
+
+
+def _order(each: Candidate, *, by_score: bool) -> tuple[bool, float, float, int]:
+    """The best first."""
+    score = each.score.value if by_score and each.score is not None else 0.0
+    return not each.suits, -score, -(each.streams or each.prompt or 0.0), each.bytes or 0
+
+
+def _within(report: Report, name: str, number: int, count: int) -> Report:
+    """Reports the shares of one file's work as those of all."""
+    return lambda what, share: report(f"{name}: {what}", (number + share) / count)
 
 
 def _check(asked: ChooseAsked) -> None:
@@ -109,6 +131,26 @@ def _check(asked: ChooseAsked) -> None:
         raise SettingsError("The loss to a reference is measured for --task chat alone. Leave --reference away.")
     if asked.memory is not None and asked.memory <= OVERHEAD:
         raise SettingsError(f"--memory is {asked.memory:,} bytes; llama.cpp's buffers alone take {OVERHEAD:,}.")
+    if asked.examples is not None and not asked.measure:
+        raise SettingsError("--examples are measured. Leave --no-measure away.")
+    if asked.min_score is not None and asked.examples is None:
+        raise SettingsError("--min-score is the least score on examples. Give it with --examples.")
+    if asked.min_score is not None and not -1 <= asked.min_score <= 1:
+        raise SettingsError(f"--min-score is {asked.min_score}; scores are at most 1. Give 0.9 for 90 %.")
+
+
+def _trial(asked: ChooseAsked, report: Report) -> _Trial:
+    """Reads the examples before anything is measured, and asks the reference once."""
+    if asked.examples is None:
+        return _Trial(asked, None, [])
+    examples = read_examples(asked.examples, asked.task)
+    if asked.reference is None:
+        for example in examples.chat:
+            if not example.expected:
+                raise SettingsError(f"Line {example.line} of {asked.examples} has no `expected`. Give it, or give --reference.")
+        return _Trial(asked, examples, [])
+    answers = run(ANSWERS, JudgeAsked(asked.reference, examples), lambda what, _share: report(what, 0.0)).answers
+    return _Trial(asked, examples, answers)
 
 
 def _models(folder: Path) -> Iterator[Path]:
@@ -121,20 +163,43 @@ def _models(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _measured(candidate: Candidate, asked: ChooseAsked) -> Candidate:
-    """With its speed, and with its loss if there is a reference."""
+def _measured(candidate: Candidate, trial: _Trial, report: Report) -> Candidate:
+    """With its speed, its score on the examples, and its loss if there is a reference."""
+    asked = trial.asked
     try:
-        speed = run(BENCH, BenchAsked(candidate.path, rounds=1))
-        candidate = replace(candidate, streams=speed.rates[-1].tokens_per_second, prompt=speed.prompt_tokens_per_second)
+        if asked.task is not ModelTask.RERANK:  # the engine does not run rerankers
+            speed = run(BENCH, BenchAsked(candidate.path, rounds=1), _part(report, 0.0))
+            candidate = replace(candidate, streams=speed.rates[-1].tokens_per_second, prompt=speed.prompt_tokens_per_second)
+        if trial.examples is not None:
+            candidate = _scored(candidate, trial.examples, _part(report, 0.3))
         if asked.reference is not None:
-            same = candidate.path.samefile(asked.reference)
-            loss = 0.0 if same else run(COMPARE, CompareAsked(asked.reference, candidate.path)).second.fidelity.kl
-            candidate = replace(candidate, kl=round(loss, 5))
+            candidate = replace(candidate, kl=round(_loss(candidate.path, asked.reference, trial, _part(report, 0.6)), 5))
     except SettingsError as exc:
         return replace(candidate, suits=False, reason=str(exc))
     if asked.quality is not None and candidate.kl is not None and candidate.kl > asked.quality:
         return replace(candidate, suits=False, reason=f"its loss is above {asked.quality}")
+    if asked.min_score is not None and candidate.score is not None and candidate.score.value < asked.min_score:
+        return replace(candidate, suits=False, reason=f"its score is below {asked.min_score}")
     return candidate
+
+
+def _part(report: Report, begin: float) -> Report:
+    return lambda what, share: report(what, begin + 0.3 * share)
+
+
+def _scored(candidate: Candidate, examples: Examples, report: Report) -> Candidate:
+    """Chat examples without any right answer are for the loss alone."""
+    with_answer = tuple(example for example in examples.chat if example.expected)
+    if examples.chat and not with_answer:
+        return candidate
+    score = run(JUDGE, JudgeAsked(candidate.path, replace(examples, chat=with_answer)), report)
+    return replace(candidate, score=score, prompt=score.tokens_per_second or candidate.prompt)
+
+
+def _loss(path: Path, reference: Path, trial: _Trial, report: Report) -> float:
+    if path.samefile(reference):
+        return 0.0
+    return run(LOSS, LossAsked(reference, path, trial.answers), report).kl
 
 
 # In the child

@@ -7,7 +7,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -76,23 +76,23 @@ def reference(path: Path, model: Model, text: str) -> Reference:
     logs = list(_logs(path, model, windows))
     surprise = np.concatenate([_surprise(window, each) for window, each in zip(windows, logs, strict=True)])
     fidelity = Fidelity(len(surprise), float(np.exp(surprise.mean())))
-    return Reference(path, windows, logs, _names(model), fidelity)
+    return Reference(path, windows, logs, token_names(model), fidelity)
 
 
 def fidelity_to(source: Reference, path: Path, model: Model) -> Fidelity:
     """Raises OtherVocabulary, or SettingsError as `reference`."""
-    _check_vocabulary(source, path, model)
+    check_vocabulary(source.path, source.names, path, token_names(model))
     surprises, divergences, same = [], [], 0
     for window, expected, logs in zip(source.windows, source.logs, _logs(path, model, source.windows), strict=True):
         surprises.append(_surprise(window, logs))
-        divergences.append(_divergence(expected, logs))
+        divergences.append(divergence(expected, logs))
         same += int((expected.argmax(-1) == logs.argmax(-1)).sum())
-    surprise, divergence = np.concatenate(surprises), np.concatenate(divergences)
+    surprise, apart = np.concatenate(surprises), np.concatenate(divergences)
     return Fidelity(
         tokens=len(surprise),
         perplexity=float(np.exp(surprise.mean())),
-        kl=float(divergence.mean()),
-        kl_99=float(np.quantile(divergence, 0.99)),
+        kl=float(apart.mean()),
+        kl_99=float(np.quantile(apart, 0.99)),
         same_top=same / len(surprise),
     )
 
@@ -137,8 +137,8 @@ def _surprise(window: list[int], logs: Logits) -> Logits:
     return np.asarray(-logs[np.arange(len(logs)), window[PREFACE + 1 :]])
 
 
-def _divergence(expected: Logits, logs: Logits) -> Logits:
-    """By row. Rounding makes equal rows differ a little, below zero too."""
+def divergence(expected: Logits, logs: Logits) -> Logits:
+    """By row of two models' logarithms, in nats. Rounding makes equal rows differ a little, below zero too."""
     found = np.empty(len(logs), np.float32)
     for at in range(0, len(logs), _ROWS):
         p, q = expected[at : at + _ROWS].astype(np.float64), logs[at : at + _ROWS]
@@ -146,18 +146,18 @@ def _divergence(expected: Logits, logs: Logits) -> Logits:
     return found
 
 
-def _names(model: Model) -> list[bytes]:
+def token_names(model: Model) -> list[bytes]:
     return [token_text(model, token) for token in range(model.n_vocab)]
 
 
-def _check_vocabulary(source: Reference, path: Path, model: Model) -> None:
-    names = _names(model)
+def check_vocabulary(source: Path, expected: Sequence[bytes], path: Path, names: Sequence[bytes]) -> None:
+    """expected: the tokens of `source`. names: those of `path`. Raises OtherVocabulary if they differ."""
     remedy = "Compare models that were made from the same one."
-    if len(names) != len(source.names):
-        raise OtherVocabulary(f"{source.path} has {len(source.names):,} tokens, and {path} has {len(names):,}. {remedy}")
-    for token, (ours, theirs) in enumerate(zip(source.names, names, strict=True)):
+    if len(names) != len(expected):
+        raise OtherVocabulary(f"{source} has {len(expected):,} tokens, and {path} has {len(names):,}. {remedy}")
+    for token, (ours, theirs) in enumerate(zip(expected, names, strict=True)):
         if ours != theirs:
             raise OtherVocabulary(
-                f"Token {token} is {ours.decode('utf-8', 'replace')[:40]!r} in {source.path}, and "
+                f"Token {token} is {ours.decode('utf-8', 'replace')[:40]!r} in {source}, and "
                 f"{theirs.decode('utf-8', 'replace')[:40]!r} in {path}. {remedy}"
             )

@@ -122,11 +122,12 @@ def _declare() -> None:
 
 
 class WindowReader:
-    """A context for one window. Each call forgets the one before."""
+    """A context for one window of `size` tokens. Each call forgets the one before. outputs: rows of logits; None: of each."""
 
-    def __init__(self, model: Model, watcher: Watcher | None = None) -> None:
+    def __init__(self, model: Model, watcher: Watcher | None = None, size: int = WINDOW, outputs: int | None = None) -> None:
         params = L.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = params.n_outputs_max = WINDOW
+        params.n_ctx = params.n_batch = params.n_ubatch = size
+        params.n_outputs_max = outputs or size
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
         params.no_perf = True
@@ -135,8 +136,8 @@ class WindowReader:
         self._model, self._watcher = model, watcher  # both are in use as long as the context is
         self._pointer: Any = L.llama_init_from_model(model.pointer, params)
         if not self._pointer:
-            raise SettingsError(f"There is too little memory to read {WINDOW} tokens with this model. Stop other programs.")
-        self._batch = Batch(WINDOW)
+            raise SettingsError(f"There is too little memory to read {size} tokens with this model. Stop other programs.")
+        self._batch = Batch(size)
 
     def logits(self, tokens: Sequence[int], skip: int = 0) -> Logits:
         """A row after each token from number `skip` on: (tokens - skip, vocabulary). The next call overwrites this view."""
@@ -157,9 +158,11 @@ class WindowReader:
 
 
 @contextmanager
-def window_reader(model: Model, watcher: Watcher | None = None) -> Iterator[WindowReader]:
+def window_reader(
+    model: Model, watcher: Watcher | None = None, size: int = WINDOW, outputs: int | None = None
+) -> Iterator[WindowReader]:
     """Raises SettingsError."""
-    reader = WindowReader(model, watcher)
+    reader = WindowReader(model, watcher, size, outputs)
     try:
         yield reader
     finally:
