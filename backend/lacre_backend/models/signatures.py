@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from lacre.errors import InvalidMessage, InvalidSignature, SettingsError
+from lacre.runtime import private_files
 from lacre.runtime.json_objects import parse_object
 from lacre_backend.engine.shards import files_of
 from lacre_backend.models.gguf import WHOLE, FileDigests
@@ -102,12 +103,21 @@ def verify(digests: FileDigests, bundle: bytes, keys: Iterable[ec.EllipticCurveP
     signer = next((key for key in keys if _is_of(key, signature, payload)), None)
     if signer is None:
         raise UntrustedModel("the model's signature is by no key that is trusted here")
+    _compare(digests, payload)
+    return SignedModel(signer_id(signer), "sha256:" + digests.model)
+
+
+def check_content(digests: FileDigests, bundle: bytes) -> None:
+    """Raises UntrustedModel if the bundle signs other bytes, or InvalidMessage if it is none. Whose it is, is not verified."""
+    _compare(digests, _envelope(bundle)[0])
+
+
+def _compare(digests: FileDigests, payload: bytes) -> None:
     signed = _resources(payload)
     if signed != dict(digests.each):
         wrong = sorted({*signed.items()} ^ {*digests.each.items()})[0][0]
         what = "the model" if wrong == WHOLE else f"its file {wrong[:128]!r}"
         raise UntrustedModel(f"{what} differs from the signed one: it changed afterwards")
-    return SignedModel(signer_id(signer), "sha256:" + digests.model)
 
 
 def claimed_signer(bundle: bytes) -> str:
@@ -122,11 +132,20 @@ def signer_id(key: ec.EllipticCurvePublicKey) -> str:
 
 
 def private_key(path: Path, passphrase: Callable[[], bytes]) -> ec.EllipticCurvePrivateKey:
-    """The key of a PEM file. passphrase: asked only if the file has one. Raises SettingsError, or OSError."""
+    """The key of a PEM file, to sign with. passphrase: asked only if the file has one.
+
+    Raises SettingsError, also if others can read a key without a passphrase, or OSError.
+    """
+    return _private(path, passphrase, lambda: private_files.check(path, path.stat().st_mode))
+
+
+def _private(path: Path, passphrase: Callable[[], bytes], bare: Callable[[], None]) -> ec.EllipticCurvePrivateKey:
+    """bare: called if the key has no passphrase."""
     data = _read(path)
     try:
         try:
             key = load_pem_private_key(data, None)
+            bare()
         except TypeError:  # it has a passphrase
             key = load_pem_private_key(data, passphrase())
     except (ValueError, UnsupportedAlgorithm):
@@ -144,7 +163,7 @@ def public_key(path: Path) -> ec.EllipticCurvePublicKey:
     except (ValueError, UnsupportedAlgorithm):
         if b"PRIVATE KEY" not in data:
             raise SettingsError(f"{path} holds no public key in PEM: give the signer's public key.") from None
-        return private_key(path, _no_passphrase).public_key()
+        return _private(path, _no_passphrase, lambda: None).public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _HASHES:
         raise SettingsError(_other_kind(path))
     return key

@@ -31,6 +31,7 @@ from lacre_backend.engine.model import MIN_N_CTX, Model, ModelMetadata
 from lacre_backend.engine.protocol import Embedding, EngineError, Task, TaskKind
 from lacre_backend.engine.sizing import LlamaSettings, derive, free_memory
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.models import checksum
 from lacre_backend.workshop import converter, reference
 from lacre_backend.workshop.checkpoint import ModelFolder, read_checkpoint
 from lacre_backend.workshop.child import Job, Report, run
@@ -120,6 +121,7 @@ def convert_model(
         converter.convert(where.python, code, options, lambda what, share: report(what, share * _SHARES[0]))
         if not path.is_file():
             raise SettingsError(f"The converter wrote nothing for {folder}. Check that this is a language model.")
+        checksum.write(path)
         with tempfile.TemporaryDirectory(prefix="lacre-reference-") as kept:
             compared = Path(kept) / "reference.npz"
             report("computing with transformers", _SHARES[0])

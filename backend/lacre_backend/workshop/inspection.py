@@ -80,6 +80,7 @@ class Inspected:
       mixture's, because their rows are no multiple of 256.
     - context: tokens that it was trained on. kv_bytes_per_token: of the cache at 16 bits.
     - template: whether it has a chat template of its own. tool_format: how it writes calls; None: it does not, or unknown.
+    - checked: whether its checksum matches; False if it has none. Every byte of a sealed file is checked when it is opened.
     - sealed, signature: None for a plain file, and for one without a signature beside it.
     """  # fmt: skip
 
@@ -103,6 +104,7 @@ class Inspected:
     template: bool
     tool_format: str | None
     node: OnThisNode
+    checked: bool = False
     sealed: str | None = None
     signature: str | None = None
     faults: list[str] = field(default_factory=list)
@@ -157,6 +159,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         template=bool(first.text("tokenizer.chat_template")),
         tool_format=calls,
         node=_node(found.path, facts, size),
+        checked=found.digests.checked,
         sealed=f"by {read_head(path).scheme}:" if sealed else None,
         signature=_signature(opened),
         faults=faults,
@@ -171,6 +174,12 @@ def read_header(path: Path) -> Header:
         return gguf_header.read(path)
     except Malformed as exc:
         raise SettingsError(f"{path} is not a usable GGUF file: {exc}. Copy it again, or convert the model again.") from None
+
+
+def check_whole(path: Path) -> None:
+    """Raises SettingsError if a file of the model is cut off, or OSError. Reads only heads."""
+    for file in files_of(path):
+        check_extents(file, read_header(file))
 
 
 def check_extents(path: Path, header: Header) -> None:

@@ -41,7 +41,10 @@ class PruneAsked:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """out: None: only measured. influence: of each layer. dropped: their numbers. gain: how many times as fast."""
+    """out: None: only measured. influence: of each layer. dropped: their numbers. gain: how many times as fast.
+
+    checked: whether the source has a checksum, which matches.
+    """
 
     out: Path | None
     digest: str
@@ -51,6 +54,7 @@ class Pruned:
     after: Figures
     gain: float
     advice: str
+    checked: bool
 
 
 def prune(asked: PruneAsked, out: Path | None, report: Report) -> Pruned:
@@ -69,6 +73,7 @@ def _prune(asked: PruneAsked, report: Report) -> Pruned:
     report("reading", 0.0)
     text, source = read_text(asked.text), SourceModel.read(asked.path)
     _check(asked, source)
+    checked = source.check_bytes()
     source.check_weights()
     with loaded(source.path) as model:
         found = influence(source, model, text, lambda share: report("the layers' influence", 0.05 + 0.15 * share))
@@ -85,7 +90,7 @@ def _prune(asked: PruneAsked, report: Report) -> Pruned:
     before, after = speeds([source.path, asked.out], lambda share: report("speed", 0.6 + 0.4 * share))
     one, two, faster = figures(source, expected.fidelity, before), figures(pruned, loss, after), gain(after, before)
     digest = "sha256:" + FileDigests.read([asked.out]).model
-    return Pruned(asked.out, digest, found, dropped, one, two, faster, _advice(two, faster))
+    return Pruned(asked.out, digest, found, dropped, one, two, faster, _advice(two, faster), checked)
 
 
 PRUNE: Final = Job(f"{__name__}:PRUNE", PruneAsked, Pruned, _prune)

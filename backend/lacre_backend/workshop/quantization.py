@@ -72,7 +72,7 @@ class Trial:
 class Quantized:
     """digest: of the new file, `sha256:` and hex. type: which of those tried it has. max_kl: the bound, if there was one.
 
-    source: its speed is the best of those measured beside the types.
+    source: its speed is the best of those measured beside the types. checked: whether it has a checksum, which matches.
     """
 
     out: Path
@@ -81,6 +81,7 @@ class Quantized:
     max_kl: float | None
     source: Figures
     tried: list[Trial]
+    checked: bool
 
 
 def quantize(asked: QuantizeAsked, report: Report) -> Quantized:
@@ -101,6 +102,7 @@ def _quantize(asked: QuantizeAsked, report: Report) -> Quantized:
     text, source = read_text(asked.text), SourceModel.read(asked.path)
     types = tuple(name for name in map(known_type, asked.types) if len(asked.types) == 1 or name != source.type)
     _check(asked, source, types)
+    checked = source.check_bytes()
     source.check_weights()
     report("the source on the text", 0.05)
     with loaded(source.path) as model:
@@ -119,7 +121,7 @@ def _quantize(asked: QuantizeAsked, report: Report) -> Quantized:
     digest = "sha256:" + FileDigests.read([asked.out]).model
     fastest = functools.reduce(better, (trial.beside for trial in trials.values()))
     measured = figures(source, expected.fidelity, fastest)
-    return Quantized(asked.out, best, digest, asked.max_kl, measured, list(trials.values()))
+    return Quantized(asked.out, best, digest, asked.max_kl, measured, list(trials.values()), checked)
 
 
 QUANTIZE: Final = Job(f"{__name__}:QUANTIZE", QuantizeAsked, Quantized, _quantize)

@@ -23,6 +23,7 @@ import numpy as np
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.model import silence
+from lacre_backend.models import checksum
 from lacre_backend.workshop.windows import Values
 
 _PREFIX: Final = "LLAMA_FTYPE_"
@@ -92,6 +93,7 @@ def rewrite(source: Path, out: Path, wanted: Rewriting, report: Callable[[float]
         silence()
     if code != 0:
         raise SettingsError(_reason(source, out, list(errors)))
+    checksum.write(out)
 
 
 def _matrix(matrix: Mapping[str, Values]) -> tuple[Any, list[Values]]:

@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.shards import files_of
-from lacre_backend.models import sealed
+from lacre_backend.models import sealed, signatures
 from lacre_backend.models.chunked import sealed_size
-from lacre_backend.models.gguf import find
+from lacre_backend.models.gguf import ModelFile, find
 from lacre_backend.models.sealed import About
-from lacre_backend.models.signatures import read_bundle, signature_path
+from lacre_backend.models.signatures import UntrustedModel
 from lacre_backend.workshop.child import Report
 from lacre_backend.workshop.draft import draft
+from lacre_backend.workshop.inspection import check_whole
 from lacre_fabric.keys.kms import Kms, connect
 
 _HEAD = 2**21  # bytes that the head takes at most, to check the free space
 
 
-def seal_model(source: Path, out: Path, kms: str, report: Report) -> About:
-    """Writes `out`. A signature beside the model goes into the sealed file. Raises SettingsError, KmsError or OSError."""
+def seal_model(source: Path, out: Path, kms: str, report: Report, signers: Sequence[Path] = ()) -> About:
+    """Writes `out`. A signature beside the model goes into the sealed file, if it is of this content.
+
+    signers: public keys, one of which must have signed the model; empty: nobody's is asked for. Raises SettingsError,
+    UntrustedModel, KmsError or OSError.
+    """
     if not source.is_file():
         raise SettingsError(f"No such model file: {source}. Check the path.")
     if sealed.is_sealed(source):
         raise SettingsError(f"{source} is sealed already. To change who can open it, use `lacre model rewrap`.")
     if len(files_of(source)) > 1:
-        raise SettingsError(f"{source} is split into several files. Merge them first: llama-gguf-split --merge.")
+        raise SettingsError(
+            f"{source} is split into several files, and llama.cpp opens a sealed model as one file. Merge them first with "
+            "`llama-gguf-split --merge`, and sign the result."
+        )
     with connected(kms) as service:
         report("digest", 0.0)
         file = find(source)
-        size, signature = source.stat().st_size, signature_path(source)
-        about = About(file.name, file.digest, size, read_bundle(signature) if signature.is_file() else b"")
+        check_whole(source)
+        size = source.stat().st_size
+        about = About(file.name, file.digest, size, _signature(file, signers))
         with draft(out, [source], size=sealed_size(size) + _HEAD) as path, path.open("xb") as written:
             for done in sealed.seal(source, written, about, service):
                 report("sealing", 0.3 + 0.7 * done / max(size, 1))
     return about
+
+
+def _signature(file: ModelFile, signers: Sequence[Path]) -> bytes:
+    """The bundle beside the model; empty if there is none. Raises UntrustedModel, InvalidMessage, SettingsError or OSError."""
+    path = signatures.signature_path(file.path)
+    if not path.is_file():
+        if signers:
+            raise UntrustedModel(f"{file.path} has no signature: {path} does not exist")
+        return b""
+    bundle = signatures.read_bundle(path)
+    try:
+        if signers:
+            signatures.verify(file.digests, bundle, map(signatures.public_key, signers))
+        else:
+            signatures.check_content(file.digests, bundle)
+    except UntrustedModel as exc:
+        raise UntrustedModel(f"{file.path}: {exc}") from None
+    return bundle
 
 
 def rewrap_model(path: Path, old: str, new: str) -> About:

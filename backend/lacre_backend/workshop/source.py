@@ -18,6 +18,7 @@ from lacre_backend.engine.model import Gpu, Model, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.models.gguf import FileDigests
 from lacre_backend.models.sealed import is_sealed
 from lacre_backend.workshop.inspection import check_extents, mixture_of, read_header, tensor_bytes
 
@@ -66,6 +67,10 @@ class SourceModel:
     def number(self, name: str) -> int:
         """Of the architecture's metadata, such as `block_count`; 0 if it is absent."""
         return self.headers[0].number(f"{self.facts.architecture}.{name}") or 0
+
+    def check_bytes(self) -> bool:
+        """Whether the files have checksums of ours. Raises DamagedModel if one does not match. Reads every byte."""
+        return FileDigests.read(self.files).checked
 
     def check_weights(self) -> None:
         """Raises SettingsError if a weight is infinite or not a number, or a block's scale is. Reads every byte."""

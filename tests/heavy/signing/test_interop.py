@@ -35,6 +35,7 @@ def keys(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     """A private key's file, and its public one."""
     key = ec.generate_private_key(request.param)
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    private.touch(0o600)
     private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return private, public
