@@ -6,7 +6,7 @@
 Rules:
 - Both are the first pairs of the metadata, so they go wherever the file goes. llama.cpp and other readers ignore them.
 - Other programs copy the metadata into what they make of a file. That file has another size: its checksum counts as absent.
-- It is no protection against an attacker, who can compute it anew. A signature is.
+- It is no protection against an attacker, who can compute a new one. A signature is.
 """
 
 from __future__ import annotations

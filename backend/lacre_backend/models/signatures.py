@@ -108,7 +108,7 @@ def verify(digests: FileDigests, bundle: bytes, keys: Iterable[ec.EllipticCurveP
 
 
 def check_content(digests: FileDigests, bundle: bytes) -> None:
-    """Raises UntrustedModel if the bundle signs other bytes, or InvalidMessage if it is none. Whose it is, is not verified."""
+    """Does not verify the signer. Raises UntrustedModel if the bundle signs other bytes, or InvalidMessage."""
     _compare(digests, _envelope(bundle)[0])
 
 

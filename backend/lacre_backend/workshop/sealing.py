@@ -24,7 +24,7 @@ _HEAD = 2**21  # bytes that the head takes at most, to check the free space
 def seal_model(source: Path, out: Path, kms: str, report: Report, signers: Sequence[Path] = ()) -> About:
     """Writes `out`. A signature beside the model goes into the sealed file, if it is of this content.
 
-    signers: public keys, one of which must have signed the model; empty: nobody's is asked for. Raises SettingsError,
+    signers: public keys, one of which must have signed the model; empty: any key, or none. Raises SettingsError,
     UntrustedModel, KmsError or OSError.
     """
     if not source.is_file():
