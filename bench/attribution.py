@@ -1,10 +1,12 @@
 """Does leaving a document out find the one that an answer rests on? Beside the nearest document by embedding, and chance.
 
 40 questions, each with 6 or 7 short documents about one invented thing. One document holds the answer, so the right one is
-known. A hit: the right document comes first. The default model explains its own greedy answer, and the right answer as given.
+known. A hit: the right document comes first. The model explains its own greedy answer, and the right answer as given.
 all-MiniLM-L6-v2 picks the document whose vector is nearest to the question's. It is the tests' own:
 
-    PYTHONPATH=tests .venv/bin/python -m bench.attribution
+    PYTHONPATH=tests .venv/bin/python -m bench.attribution [--model FILE]
+
+The default is the default model. A FILE needs a chat template; `gguf-new-metadata --chat-template` gives one to a base model.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import httpx2
@@ -30,6 +34,7 @@ from parts.minilm import NAME, minilm
 
 COUNT: Final = 40
 SEED: Final = 14
+MODEL: Final = "--model"
 MAX_TOKENS: Final = 12  # of the model's own answer
 CONFIDENCE: Final = 0.05  # the probability that chance alone hits so often
 PEOPLE: Final = ("Helena Brandt", "Tomas Okoye", "Mira Lindqvist", "Jonas Pereira", "Aiko Varga", "Rui Halloran", "Ines Kowal")
@@ -112,8 +117,8 @@ async def nearest(client: httpx2.AsyncClient, one: Planted) -> int:
     return int(np.argmax([vector @ asked for vector in found]))
 
 
-async def _measured(count: int) -> command.Figures:
-    file, settings = gguf.find(), LlamaSettings(n_ctx=1024, threads=1)
+async def _measured(count: int, path: Path | None) -> command.Figures:
+    file, settings = gguf.find(path), LlamaSettings(n_ctx=1024, threads=1)
     sets = planted(count)
     rows: list[tuple[bool, bool, bool, bool]] = []  # of each set: hits by each way, and whether the own answer is right
     with (
@@ -142,10 +147,20 @@ async def _measured(count: int) -> command.Figures:
     }
 
 
-def measure(quick: bool) -> command.Figures:
-    """Hits, of as many sets."""
-    return asyncio.run(_measured(8 if quick else COUNT))
+def measure(path: Path | None, quick: bool) -> command.Figures:
+    """Hits, of as many sets. path: of the model; None: the default one."""
+    return asyncio.run(_measured(8 if quick else COUNT, path))
+
+
+def _model(arguments: list[str]) -> Path | None:
+    """Takes `--model FILE` out of the arguments."""
+    if MODEL not in arguments:
+        return None
+    at = arguments.index(MODEL)
+    _, file = arguments[at : at + 2]
+    del arguments[at : at + 2]
+    return Path(file)
 
 
 if __name__ == "__main__":
-    command.run(__doc__, {"attribution": measure})
+    command.run(__doc__, {"attribution": partial(measure, _model(sys.argv))})

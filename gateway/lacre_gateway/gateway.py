@@ -15,7 +15,7 @@ from lacre.jose.dpop import plain_url
 from lacre.jose.jws import raw_public_key
 from lacre.runtime.listening import Door
 from lacre.wire.header import SEALED_PATH, SealedHeader
-from lacre.wire.outer import MAX_PARTS
+from lacre.wire.outer import MAX_LENS_LAYERS, MAX_LENS_TOKENS, MAX_PARTS
 from lacre.wire.padding import SMALLEST
 from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
@@ -38,6 +38,8 @@ from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import GatewaySettings
 
+# Of an explanation: how often its prompt is computed, and how many states of layers are read. A state costs a prompt's token.
+_RUNS: Final = {Action.EXPLAIN: (MAX_PARTS + 1, 0), Action.LENS: (MAX_PARTS + 2, MAX_LENS_TOKENS * MAX_LENS_LAYERS)}
 ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON, HTTP and padding add more bytes
 
 
@@ -120,7 +122,8 @@ class Gateway:
         """The most that a request may use. A prompt token takes at least one byte of the request, and JSON and HTTP add more
         bytes than a chat template adds tokens. Below the least padded length these may be too few, so the whole size counts.
         The worker refuses longer prompts. For the action `http`, bytes count instead of tokens. The action `explain` computes
-        the prompt once whole and once without each part, each time with an answer of at most `max_tokens` behind it.
+        the prompt once whole and once without each part, each time with an answer of at most `max_tokens` behind it. The action
+        `lens` reads it once more, and each layer of each token.
         """
         model, action, max_tokens = outer.model, outer.action, outer.max_tokens
         if action is Action.HTTP:
@@ -129,10 +132,11 @@ class Gateway:
         room = header.room(sealed_bytes)
         padded = room >= SMALLEST
         bound = room if padded else sealed_bytes
-        runs, answer = (MAX_PARTS + 1, max_tokens) if action is Action.EXPLAIN else (1, 0)
+        runs, views = _RUNS.get(action, (1, 0))
+        answer = max_tokens if action in _RUNS else 0
         prompt = bound + answer if configured is None else min(configured.context, bound + answer)
-        enough = runs * (bound // ORDINARY + answer) if padded else None
-        return Reservation(max_prompt_tokens=runs * prompt, max_tokens=max_tokens, shrinks=True, enough=enough)
+        enough = runs * (bound // ORDINARY + answer) + views if padded else None
+        return Reservation(max_prompt_tokens=runs * prompt + views, max_tokens=max_tokens, shrinks=True, enough=enough)
 
     def missing(self) -> dict[str, str]:
         """The parts that are missing before requests can be served, and who can help; empty if none is."""

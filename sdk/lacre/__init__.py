@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lacre._version import __version__
-from lacre.chat.attribution import Attribution, ExplainedPart, ScoredToken
+from lacre.chat.attribution import Attribution, ExplainedPart, Lens, LensToken, ScoredToken
 from lacre.chat.choices import (
     Choice,
     Finished,
@@ -102,6 +102,8 @@ __all__ = [
     "InvalidSignature",
     "Kem",
     "LacreError",
+    "Lens",
+    "LensToken",
     "MessageTooLarge",
     "NetworkError",
     "OpenAI",

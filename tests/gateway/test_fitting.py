@@ -14,7 +14,7 @@ from lacre import problems
 from lacre.problems import details
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
-from lacre.wire.outer import MAX_PARTS
+from lacre.wire.outer import MAX_LENS_LAYERS, MAX_LENS_TOKENS, MAX_PARTS
 from lacre.wire.padding import SMALLEST, request_length
 from lacre_gateway.budget import fitting
 from lacre_gateway.budget.callers import BudgetScope, Caller, ceiling_of
@@ -144,6 +144,18 @@ async def test_an_explanation_reserves_each_of_its_runs(put_up: PutUp, issuer: I
             assert worker.grants[-1].max_prompt_tokens == (MAX_PARTS + 1) * each
         refused = await stage.post(client, stage.issuer.token(plan="plenty"), body=padded(stage), **outer)
         assert_problem(refused, problems.FORBIDDEN)
+
+
+async def test_a_lens_reserves_one_run_more_and_each_state(put_up: PutUp, issuer: Issuer) -> None:
+    stage = await put_up(plans=PLANS)
+    async with stage.fake_worker() as worker, stage.http() as client:
+        token = stage.issuer.token(plan="plenty", scope="lacre:explain lacre:explain:lens")
+        outer = {"lacre_action": "lens", "lacre_max_tokens": "16"}
+        assert (await stage.post(client, token, body=padded(stage), **outer)).status_code == 200
+        assert worker.grants[-1].max_prompt_tokens == (MAX_PARTS + 2) * 2048 + MAX_LENS_TOKENS * MAX_LENS_LAYERS
+        for scope in ("lacre:explain", "lacre:explain:lens"):
+            refused = await stage.post(client, stage.issuer.token(plan="plenty", scope=scope), body=padded(stage), **outer)
+            assert_problem(refused, problems.FORBIDDEN)
 
 
 async def test_two_at_once_never_reserve_more_than_there_is(

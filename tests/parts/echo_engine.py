@@ -25,6 +25,7 @@ from lacre_backend.engine.protocol import (
     Finish,
     FinishReason,
     Grammar,
+    LayerView,
     ModelInfo,
     Task,
     TaskKind,
@@ -39,6 +40,7 @@ START: Final = ControlToken(257, "<|start|>")
 END: Final = ControlToken(258, "<|end|>")
 _CONTROL: Final = (BOS, START, END)
 UNLIKELY: Final = -20.0  # log-probability of a token that it does not say
+LAYERS: Final = 3
 N_VOCAB: Final = 256 + len(_CONTROL)
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -165,7 +167,8 @@ class EchoEngine:
             raw = bytes([token])
             said = next(echoed, None) if job.task.given else token
             chosen, top = (None, ()) if job.task.logprobs is None else _logprobs(token, said, job.task.logprobs)
-            job.stream.put(Token(token, job.text.push(raw), raw, chosen, top))
+            layers = _layers(token, said, job.task.lens)
+            job.stream.put(Token(token, job.text.push(raw), raw, chosen, top, layers=layers))
             if job.text.stopped:
                 return "stop"
             if job.completion_tokens >= limit:
@@ -183,6 +186,18 @@ class EchoEngine:
         plain = [token for token in last if token < 256]
         for _ in range(self._repeat):
             yield from plain
+
+
+def _layers(token: int, said: int | None, most: int) -> tuple[LayerView, ...]:
+    """It has `LAYERS` layers, and says nothing but "?" before the last."""
+    kept = range(LAYERS)[-most:] if most else ()
+    heard = {layer: said if layer == LAYERS - 1 else ord("?") for layer in kept}
+    return tuple(
+        LayerView(
+            layer, 1 if token == byte else 2, 0.0 if token == byte else UNLIKELY, bytes([token if byte is None else byte])
+        )
+        for layer, byte in heard.items()
+    )
 
 
 def _logprobs(token: int, said: int | None, k: int) -> tuple[float, tuple[Alternative, ...]]:

@@ -56,11 +56,12 @@ def tiny_model(
     embeds: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
     says: str = "",
+    tensors: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
 ) -> Path:
     """Tokens are the bytes of the text, unless `vocabulary` (of `tiny_vocabulary`) says otherwise. without: tokens left out.
 
     embeds: it makes one vector of a text, in place of more text. more: further metadata. says: its answer after `:` and `o`,
-    of different letters.
+    of different letters. tensors: in place of its own.
     """
     written = dict(vocabulary if vocabulary is not None else tiny_vocabulary("llama"))
     if without:
@@ -71,7 +72,7 @@ def tiny_model(
     if embeds:
         metadata["llama.pooling_type"] = 1  # the mean
     weights = _weights(len(written["tokenizer.ggml.tokens"]), seed)
-    return write_gguf(path, metadata, _saying(weights, says) if says else weights)
+    return write_gguf(path, metadata, (_saying(weights, says) if says else weights) | dict(tensors))
 
 
 def _saying(weights: dict[str, np.ndarray[Any, Any]], text: str) -> dict[str, np.ndarray[Any, Any]]:

@@ -53,6 +53,7 @@ def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool =
         (CHAT, b'{"n": 3}', {}, "first", 3 * DEFAULT_MAX_TOKENS),
         (CHAT, b'{"max_tokens": -1}', {}, "first", DEFAULT_MAX_TOKENS),
         ("/v1/explain", b'{"max_tokens": 9}', {}, "first", 9),
+        ("/v1/explain", b'{"max_tokens": 9, "lens": true}', {}, "first", 9),
         ("/v1/explain", b'{"max_tokens": 9, "answer": "given: none is made"}', {}, "first", NO_OUTPUT),
         # what a body cannot say, a header can
         ("/predict", b'{"user": "u"}', {}, "first", DEFAULT_MAX_TOKENS),

@@ -12,7 +12,7 @@ import pytest
 import lacre
 from lacre.asgi import EXTENSION
 from lacre_backend.api.app import create_app
-from parts.echo_engine import UNLIKELY, EchoEngine
+from parts.echo_engine import LAYERS, UNLIKELY, EchoEngine
 from parts.relay import Relay, connect, connect_async
 
 DOCUMENTS = {"north": "Oslo", "south": "Rome"}
@@ -56,6 +56,28 @@ def test_parts_of_ones_own_messages(relay: Relay) -> None:
     assert [part.drop > 0 for part in told.parts] == [True, False]
     assert (alone.parts, alone.top) == ((), None)
     assert alone.tokens[-1].bits > 1
+
+
+def test_a_lens(relay: Relay) -> None:
+    with connect(relay) as client:
+        told = client.explain("Where?", parts=DOCUMENTS, answer="Os!", lens=True)
+        outer = relay.sealed[-1].headers
+        assert client.explain("Where?", parts=DOCUMENTS, answer="Os!").lens is None
+    assert (outer["lacre-action"], relay.sealed[-1].headers["lacre-action"]) == ("lens", "explain")
+    assert told.lens is not None
+    assert told.lens.layers == tuple(range(LAYERS))
+    first, _, last = told.lens.tokens
+    assert (first.text, first.ranks, first.says, first.settled) == ("O", (2, 2, 1), ("?", "?", "O"), 2)
+    assert first.probabilities[-1] == 1.0
+    assert (last.ranks[-1], last.settled) == (2, None)
+    assert "O" not in repr(told.lens).replace("LensToken", "").replace("Lens", "")
+
+
+async def test_a_lens_for_the_async_client(relay: Relay) -> None:
+    async with connect_async(relay) as client:
+        told = await client.explain("Where?", parts=["Oslo"], max_tokens=4, lens=True)
+    assert told.lens is not None
+    assert [token.text for token in told.lens.tokens] == list("Oslo")
 
 
 @pytest.mark.parametrize(

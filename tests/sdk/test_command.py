@@ -108,6 +108,15 @@ class TestExplain:
         assert (told["answer"], [part["id"] for part in told["parts"]]) == ("Oslo", ["1", "2"])
         assert told["verification"]["receipt"]["completion_tokens"] == 4
 
+    def test_a_lens(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "oslo").write_text("Oslo")
+        arguments = ["explain", "Where?", str(tmp_path / "oslo"), "--answer", "O!", "--lens"]
+        *_, heading, first, last, legend = run(*arguments).stdout.splitlines()
+        assert heading.split() == ["token", "layers", "0", "to", "2", "from", "before"]
+        assert (first.split(), last.split()) == (["'O'", "▓▓█", "2", "'?'"], ["'!'", "▓▓▓", "-", "'s'"])
+        assert legend == "█ rank 1  ▓ to 10  ▒ to 100  ░ to 1000  · beyond"
+        assert json.loads(run(*arguments, "--json").stdout)["lens"]["layers"] == [0, 1, 2]
+
     def test_without_parts(self, run: Run) -> None:
         done = run("explain", "Where?", stdin=" \n")
         assert (done.returncode, "there are no parts" in done.stderr) == (1, True)

@@ -68,8 +68,10 @@ class Samples:
             lacre.Reply: lambda: reply,
             lacre.Choice: lambda: reply.choices[0],
             lacre.Attribution: lambda: lacre.Attribution(
-                "e", "m", "Oslo", -1.0, (), (), reply.usage, 1, reply.receipt, reply.audit, reply.verification, {}
+                "e", "m", "Oslo", -1.0, (), (), None, reply.usage, 1, reply.receipt, reply.audit, reply.verification, {}
             ),
+            lacre.Lens: lambda: lacre.Lens((), ()),
+            lacre.LensToken: lambda: lacre.LensToken("a", (1,), (1.0,), ("a",)),
             lacre.ChatStream: lambda: client.chat_stream("Hello."),
             lacre.AsyncChatStream: lambda: later.chat_stream("Hello."),
             lacre.AuditProof: lambda: reply.audit,

@@ -31,9 +31,9 @@ from lacre_backend.api.registry import ServedModel, Serving
 from lacre_backend.api.requests import MAX_BODY, parse_tokenize
 from lacre_backend.engine.protocol import Engine, EngineError
 
-WEIGHED: Final = frozenset({"chat", "complete", "explain"})  # actions whose body says how many sequences a request has
+WEIGHED: Final = frozenset({"chat", "complete", "explain", "lens"})  # actions whose body says how many sequences a request has
 # Actions that may start before the worker's claim is confirmed: they change nothing outside this process.
-REPEATABLE: Final = frozenset({"chat", "complete", "embed", "explain", "inspect"})
+REPEATABLE: Final = frozenset({"chat", "complete", "embed", "explain", "inspect", "lens"})
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lacre.asgi import Call
+from lacre.wire.outer import MAX_LENS_LAYERS, MAX_LENS_TOKENS
 from lacre_backend.api.errors import RequestRefused, context_length_exceeded, grant_mismatch
 from lacre_backend.api.requests import Generate, Named
 from lacre_backend.engine.protocol import ModelInfo
@@ -78,14 +79,18 @@ def explained_tokens(call: Call | None, model: ModelInfo, asked: int | None, n_p
     return min(asked or granted or room, room)
 
 
-def check_explained(call: Call | None, model: ModelInfo, prompts: Sequence[int], n_answer: int, scores: int) -> None:
+def check_explained(
+    call: Call | None, model: ModelInfo, prompts: Sequence[int], n_answer: int, scores: int, *, lens: bool
+) -> None:
     """Checks all prompts of an explanation. prompts: the tokens of each. n_answer: at most. scores: prompts that score it.
+    lens: whether the whole prompt, the first one, is read once more, and each layer of the answer's first tokens.
 
     The context limits each prompt with its answer. The grant limits their sum: all of it is computed.
     """
     if max(prompts) + n_answer > model.n_ctx:
         raise context_length_exceeded(model.n_ctx, max(prompts) + n_answer, "messages")
-    total = sum(prompts) + scores * n_answer
+    seen = min(n_answer, MAX_LENS_TOKENS)
+    total = sum(prompts) + scores * n_answer + (prompts[0] + seen * (1 + MAX_LENS_LAYERS) if lens else 0)
     if call is not None and call.max_prompt_tokens is not None and total > call.max_prompt_tokens:
         raise _too_much("prompt, computed once whole and once without each part,", total, call.max_prompt_tokens, "messages")
 

@@ -92,6 +92,15 @@ def not_scored() -> RequestRefused:
     )
 
 
+def lens_unsupported() -> RequestRefused:
+    """The architecture's layers cannot be read."""
+    return RequestRefused(
+        "The layers of this model cannot be read through its output: its architecture is another one. Omit 'lens'.",
+        code="lens_unsupported",
+        param="lens",
+    )
+
+
 def engine_failed() -> RequestRefused:
     return RequestRefused("The model failed while it answered. Try again.", status=500, type=SERVER_ERROR)
 

@@ -5,6 +5,8 @@ Rules:
   engine scores the same answer. A part counts by how far the answer's log-probability falls without it.
 - The receipt counts all of that. A generated answer counts as output. Every prompt counts as prompt, with the answer that
   is scored behind it.
+- A lens reads the whole prompt once more, and each layer of the answer's first tokens. Each layer of a token counts as a
+  prompt's token, because it costs as much.
 - The numbers are the model's own, before sampling: a given answer need not be one that it would make.
 """
 
@@ -16,19 +18,22 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from lacre.asgi import EXTENSION, Call, Disconnected, Receive, Scope, Send, Usage
+from lacre.exchange.request import EXPLAIN, LENS
+from lacre.wire.outer import MAX_LENS_LAYERS, MAX_LENS_TOKENS
 from lacre_backend.api import ceilings, responses
-from lacre_backend.api.errors import RequestRefused, engine_failed, not_scored, shutting_down
+from lacre_backend.api.errors import RequestRefused, engine_failed, lens_unsupported, not_scored, shutting_down
 from lacre_backend.api.http import read_body, send_json, until_disconnect
 from lacre_backend.api.prompts import chat_prompt, given_answer
 from lacre_backend.api.registry import ServedModel, Serving, whose_turn
 from lacre_backend.api.requests import MAX_BODY, ExplainRequest, parse_explain
-from lacre_backend.api.responses import PartScore, ResponseInfo
+from lacre_backend.api.responses import PartScore, ResponseInfo, TokenViews
 from lacre_backend.api.run import fresh_id, interleaved
 from lacre_backend.engine.protocol import (
     Engine,
     EngineError,
     Event,
     Finish,
+    LensUnsupported,
     PromptProgress,
     Sampling,
     Task,
@@ -58,7 +63,7 @@ class Explain:
 
     async def _answer(self, request: ExplainRequest, scope: Scope, send: Send) -> None:
         call: Call | None = scope.get("extensions", {}).get(EXTENSION)
-        ceilings.check_action(call, request, "explain")
+        ceilings.check_action(call, request, LENS if request.lens else EXPLAIN)
         served = self._serving.named(request.model, TaskKind.GENERATE)
         model = served.engine.model
         try:
@@ -68,7 +73,7 @@ class Explain:
             raise engine_failed() from None
         lengths = [len(prompt) for prompt in prompts]
         limit = ceilings.explained_tokens(call, model, request.max_tokens, max(lengths)) if given is None else len(given)
-        ceilings.check_explained(call, model, lengths, limit, len(prompts) - (given is None))
+        ceilings.check_explained(call, model, lengths, limit, len(prompts) - (given is None), lens=request.lens)
         task = Task(
             id=fresh_id(),
             prompt=(),
@@ -80,14 +85,16 @@ class Explain:
             time_limit=self._serving.time_limit,
         )
         call = call or Call(task.id)  # only its counts are used from here on
-        whole, *without = await _scored(_Runs(served.engine, task, len(prompts), call), prompts, given)
+        runs = _Runs(served.engine, task, len(prompts) + request.lens, call)
+        (whole, *without), made = await _scored(runs, prompts, given)
+        seen = await _seen(runs, prompts[0], made) if request.lens else None
         total = sum(logprob for _, logprob in whole)
         parts = [
             PartScore(part, total - sum(logprob for _, logprob in scored))
             for part, scored in zip(request.parts, without, strict=True)
         ]
         reply = ResponseInfo(_PREFIX + task.id, int(time.time()), model)
-        await send_json(send, 200, responses.explanation(reply, whole, parts, call.usage))
+        await send_json(send, 200, responses.explanation(reply, whole, parts, seen, call.usage))
 
 
 async def _prompts(served: ServedModel, request: ExplainRequest) -> list[list[int]]:
@@ -96,15 +103,27 @@ async def _prompts(served: ServedModel, request: ExplainRequest) -> list[list[in
     return [await chat_prompt(served, messages, (), goes_on=False) for messages in conversations]
 
 
-async def _scored(runs: _Runs, prompts: Sequence[Sequence[int]], given: tuple[int, ...] | None) -> list[_Scored]:
-    """Each prompt's scores of one answer: the given one, or what the model answers to the first prompt."""
+async def _scored(
+    runs: _Runs, prompts: Sequence[Sequence[int]], given: tuple[int, ...] | None
+) -> tuple[list[_Scored], tuple[int, ...]]:
+    """Each prompt's scores of one answer: the given one, or what the model answers to the first prompt. And its tokens."""
     if given is not None:
-        return [_texts(events) for events in await runs.score(prompts, given)]
+        return [_texts(events) for events in await runs.score(prompts, given)], given
     (answered,) = await runs.generate(prompts[:1])
     made = tuple(event.id for event in answered if isinstance(event, Token))
     if not made:
-        return [[] for _ in prompts]
-    return [_texts(answered), *(_texts(events) for events in await runs.score(prompts[1:], made))]
+        return [[] for _ in prompts], made
+    return [_texts(answered), *(_texts(events) for events in await runs.score(prompts[1:], made))], made
+
+
+async def _seen(runs: _Runs, prompt: Sequence[int], answer: tuple[int, ...]) -> list[TokenViews]:
+    """The first tokens of the answer through the lens."""
+    shown = answer[:MAX_LENS_TOKENS]
+    if not shown:
+        return []
+    (events,) = await runs.score([prompt], shown, lens=MAX_LENS_LAYERS)
+    layers = [event.layers for event in events if isinstance(event, Token)]
+    return [TokenViews(text, views) for (text, _), views in zip(_texts(events), layers, strict=True)]
 
 
 def _texts(events: Sequence[Token | Finish]) -> _Scored:
@@ -129,9 +148,11 @@ class _Runs:
         """Raises `RequestRefused`."""
         return await self._run([replace(self._task, prompt=tuple(prompt)) for prompt in prompts])
 
-    async def score(self, prompts: Sequence[Sequence[int]], answer: tuple[int, ...]) -> list[list[Token | Finish]]:
-        """Raises `RequestRefused`."""
-        task = replace(self._task, given=answer, max_tokens=len(answer))
+    async def score(
+        self, prompts: Sequence[Sequence[int]], answer: tuple[int, ...], *, lens: int = 0
+    ) -> list[list[Token | Finish]]:
+        """lens: how many layers to see. Raises `RequestRefused`."""
+        task = replace(self._task, given=answer, max_tokens=len(answer), lens=lens)
         found = await self._run([replace(task, prompt=tuple(prompt)) for prompt in prompts])
         if any(len(events) <= len(answer) for events in found):
             raise not_scored()
@@ -149,6 +170,8 @@ class _Runs:
                     counts[i].add(event)
                     if isinstance(event, Token | Finish):
                         found[i].append(event)
+        except LensUnsupported:
+            raise lens_unsupported() from None
         except EngineError:
             raise engine_failed() from None
         finally:
@@ -187,7 +210,7 @@ class _Count:
         elif isinstance(event, Token | Finish):
             self._add(len(self._task.prompt), event.cached_tokens)
         if isinstance(event, Token) and self._task.given:
-            self._usage.prompt_tokens += 1
+            self._usage.prompt_tokens += 1 + len(event.layers)
         elif isinstance(event, Token):
             self._usage.completion_tokens += 1
 

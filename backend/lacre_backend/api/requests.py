@@ -258,11 +258,13 @@ class ExplainRequest(Named):
     """`POST /v1/explain` (not in OpenAI's API): which parts of the messages an answer rests on.
 
     parts: the places of the parts, as (message, content part), by their ids. answer: None: the model answers first, greedily.
+    lens: whether to show what the model would say after each layer.
     """
 
     messages: Messages
     answer: Annotated[str, Field(min_length=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    lens: bool = False
     parts: dict[str, tuple[int, int]]
 
     def without(self, part: str) -> list[Message]:

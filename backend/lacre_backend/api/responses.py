@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre.asgi import Usage
-from lacre_backend.engine.protocol import ModelInfo
+from lacre_backend.engine.protocol import LayerView, ModelInfo
 
 LEAST_LOGPROB: Final = -9999.0  # OpenAI's value for "never"; JSON has no minus infinity
 
@@ -51,16 +51,47 @@ class PartScore:
     drop: float
 
 
-def explanation(reply: ResponseInfo, answer: Sequence[tuple[str, float]], parts: Sequence[PartScore], spent: Usage) -> Any:
-    """answer: each token's text and log-probability in nats, given all parts."""
+@dataclass(frozen=True, slots=True)
+class TokenViews:
+    """What the model would have said in place of a token of the answer, by layer."""
+
+    text: str
+    layers: Sequence[LayerView]
+
+
+def explanation(
+    reply: ResponseInfo,
+    answer: Sequence[tuple[str, float]],
+    parts: Sequence[PartScore],
+    lens: Sequence[TokenViews] | None,
+    spent: Usage,
+) -> Any:
+    """answer: each token's text and log-probability in nats, given all parts. lens: None: not asked for."""
     total = sum(max(part.drop, 0.0) for part in parts)
     return {
         **reply.head("explanation"),
         "answer": "".join(text for text, _ in answer),
         "logprob": sum(logprob for _, logprob in answer),
         "parts": [{"id": part.id, "drop": part.drop, "share": max(part.drop, 0.0) / (total or 1.0)} for part in parts],
-        "tokens": [{"text": text, "bits": max(-logprob / math.log(2), 0.0)} for text, logprob in answer],
+        "tokens": [{"text": text, "bits": max(0.0, -logprob / math.log(2))} for text, logprob in answer],
+        **({} if lens is None else {"lens": _lens(lens)}),
         "usage": usage(spent),
+    }
+
+
+def _lens(seen: Sequence[TokenViews]) -> dict[str, Any]:
+    """The same layers for each token."""
+    return {
+        "layers": [view.layer for view in seen[0].layers] if seen else [],
+        "tokens": [
+            {
+                "text": token.text,
+                "ranks": [view.rank for view in token.layers],
+                "probabilities": [math.exp(min(view.logprob, 0.0)) for view in token.layers],
+                "says": [view.says.decode("utf-8", "replace") for view in token.layers],
+            }
+            for token in seen
+        ],
     }
 
 

@@ -33,7 +33,7 @@ FLASH: Final = {
 }
 
 KvType = Literal["f16", "q8_0"]
-_KV_TYPES: Final[dict[KvType, int]] = {"f16": L.GGML_TYPE_F16, "q8_0": L.GGML_TYPE_Q8_0}
+KV_TYPES: Final[dict[KvType, int]] = {"f16": L.GGML_TYPE_F16, "q8_0": L.GGML_TYPE_Q8_0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,14 @@ def _refused(limits: EngineLimits, compute: Compute, errors: Sequence[str]) -> s
     )
 
 
+def use_adapter(context: Any, adapter: Any | None) -> None:
+    """Makes a context compute with this adapter from now on; None: with the base model alone. Raises EngineError."""
+    used = [] if adapter is None else [adapter]
+    pointers = (L.llama_adapter_lora_p_ctypes * len(used))(*used)
+    if L.llama_set_adapters_lora(context, pointers, len(used), (ctypes.c_float * len(used))(*[1.0] * len(used))) != 0:
+        raise EngineError("llama.cpp could not change the adapter. Try again.")
+
+
 class LlamaContext:
     """A context for `limits.slots` sequences. Raises SettingsError if there is not enough memory for it, or if
     the model cannot have a cache of this type.
@@ -116,7 +124,7 @@ class LlamaContext:
         params.n_threads = params.n_threads_batch = compute.threads
         params.kv_unified = limits.unified
         params.flash_attn_type = FLASH[compute.flash]
-        params.type_k = params.type_v = _KV_TYPES[compute.kv_type]
+        params.type_k = params.type_v = KV_TYPES[compute.kv_type]
         params.no_perf = True
         with logged_errors() as errors:
             self.pointer = L.llama_init_from_model(model.pointer, params)
@@ -160,13 +168,9 @@ class LlamaContext:
 
     def _use(self, adapter: str | None) -> None:
         """llama.cpp plans its memory again when the adapter changes."""
-        if adapter == self._adapter:
-            return
-        used = [] if adapter is None else [self._adapters[adapter]]
-        pointers = (L.llama_adapter_lora_p_ctypes * len(used))(*used)
-        if L.llama_set_adapters_lora(self.pointer, pointers, len(used), (ctypes.c_float * len(used))(*[1.0] * len(used))) != 0:
-            raise EngineError("llama.cpp could not change the adapter. Try again.")
-        self._adapter = adapter
+        if adapter != self._adapter:
+            use_adapter(self.pointer, None if adapter is None else self._adapters[adapter])
+            self._adapter = adapter
 
     def _trim(self, trim: Trim) -> None:
         if not L.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):

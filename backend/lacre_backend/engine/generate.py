@@ -25,6 +25,7 @@ from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile, adapted_na
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox
 from lacre_backend.engine.job import EngineJob, begin
+from lacre_backend.engine.lens import PIECE, Lenses, LensTask
 from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace
@@ -103,6 +104,7 @@ class LlamaEngine:
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
+        self._lenses = Lenses(self._model, compute, self._adapters, self._outbox, self._changed)
         self._watch = EngineHealth()
         self._jobs: dict[str, EngineJob] = {}  # submitted and not finished
         self._rows = Rows()  # of choices that are not finished
@@ -134,7 +136,7 @@ class LlamaEngine:
     @property
     def held(self) -> tuple[int, int]:
         """Unfinished tasks, and cells in use including caches. Exact while nothing runs."""
-        return len(self._jobs), self._scheduler.limits.cells - self._scheduler.free_cells
+        return len(self._jobs) + len(self._lenses.tasks), self._scheduler.limits.cells - self._scheduler.free_cells
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -157,11 +159,13 @@ class LlamaEngine:
             check(task, self.model)
             if task.adapter is not None and task.adapter not in self._adapters:
                 raise TaskRefused("The engine has no such adapter.", field="adapter")
+        lensed = [LensTask(task) for task in tasks if task.lens]
         jobs: list[EngineJob] = []
         try:
             for task in tasks:
-                jobs.append(begin(task, self._model, self._masks))
-            self._enter([job for job in jobs if job.lacks_tokens])
+                if not task.lens:
+                    jobs.append(begin(task, self._model, self._masks))
+            self._enter([job for job in jobs if job.lacks_tokens], lensed)
         except (EngineError, TaskRefused):
             for job in jobs:
                 job.sampler.close()
@@ -170,19 +174,22 @@ class LlamaEngine:
             if not job.lacks_tokens:
                 job.sampler.close()
                 job.stream.put(job.finish("length"))
-        return [job.stream for job in jobs]
+        streams = {job.task.id: job.stream for job in jobs} | {each.task.id: each.stream for each in lensed}
+        return [streams[task.id] for task in tasks]
 
-    def _enter(self, jobs: Sequence[EngineJob]) -> None:
+    def _enter(self, jobs: Sequence[EngineJob], lensed: Sequence[LensTask]) -> None:
         """Enters all jobs at once, or none."""
         with self._changed:
             if self._closing:
                 raise EngineError(DIED if self.died else "The engine is closed.")
             new = {job.task.id: job for job in jobs}
-            if len(new) < len(jobs) or not self._jobs.keys().isdisjoint(new):
+            names = {*new, *(each.task.id for each in lensed)}
+            if len(names) < len(jobs) + len(lensed) or not names.isdisjoint({*self._jobs, *self._lenses.tasks}):
                 raise TaskRefused("An unfinished task has this id.", field="id")
             self._rows.add([job.task for job in jobs])
             self._jobs |= new
             self._inbox += jobs
+            self._lenses.enter(lensed)
             self._changed.notify()
 
     def cancel(self, task_id: str) -> None:
@@ -191,6 +198,8 @@ class LlamaEngine:
                 job.cancelled = True
                 self._cancelled.append(job)
                 self._changed.notify()
+            elif lensed := self._lenses.tasks.get(task_id):
+                lensed.cancelled = True
 
     def close(self) -> None:
         with self._changed:
@@ -210,7 +219,11 @@ class LlamaEngine:
         try:
             while self._take_up():
                 self._watch.step()
-                self._step()
+                if self._scheduler.busy:
+                    self._step()
+                if self._lenses.busy:
+                    self._lenses.step(self._scheduler.share if self._scheduler.busy else PIECE)
+                    self._outbox.flush()
                 self._watch.rest()
         finally:
             self._give_up()
@@ -221,7 +234,7 @@ class LlamaEngine:
             with self._changed:
                 if self._closing:
                     return False
-                idle = not (self._inbox or self._cancelled or self._scheduler.busy)
+                idle = not (self._inbox or self._cancelled or self._scheduler.busy or self._lenses.busy)
                 timed_out = idle and not self._changed.wait(self._patience())
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
@@ -235,7 +248,7 @@ class LlamaEngine:
                     self._end(job, "cancelled")
             if timed_out and not self._scheduler.busy:
                 self._tidy()
-            if self._scheduler.busy:
+            if self._scheduler.busy or self._lenses.busy:
                 return True
             self._outbox.flush()
 
@@ -432,6 +445,7 @@ class LlamaEngine:
             broken = EngineError(DIED)
             self._outbox.post(job.stream, job.finish("cancelled") if closed else broken)
             job.sampler.close()
+        self._lenses.give_up(None if closed else EngineError(DIED))
         self._outbox.flush()
 
     # Caches

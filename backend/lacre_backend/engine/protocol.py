@@ -9,7 +9,8 @@ Rules:
   end-of-generation token is
   not in the stream.
 - The whole text is every token's `text`, followed by the `text` of the finish.
-- A task may score a `given` answer: its tokens are computed one by one as if they had been sampled, and none is sampled.
+- A task may score a `given` answer: its tokens are computed one by one as if they had been sampled, and none is sampled. With
+  `lens`, each of these tokens also has what the model would have said after each layer.
 - A task may continue an answer that another engine began: `begun` are its tokens. Text that they already released is not sent
   again. Held-back text, grammar and penalties continue as if the tokens had been sampled here.
 """
@@ -42,6 +43,13 @@ class EngineError(LacreError):
 
 class EngineClosed(EngineError):
     """The engine was closed because its worker shuts down. Another worker may serve the request."""
+
+
+class LensUnsupported(EngineError):
+    """llama.cpp shows no state of this model's layers that its own output head could read. Sending it again does not help."""
+
+    def __init__(self) -> None:
+        super().__init__("The layers of this model's architecture cannot be read through its output. Ask without a lens.")
 
 
 class GrammarTooCostly(EngineError):
@@ -133,6 +141,7 @@ class Task:
     - group: the request whose choices share this prompt. It is read once; pass the choices to `submit_all`.
     - given: the tokens of an answer to score, one `Token` for each. `max_tokens` is their number.
     - adapter: the engine's adapter that computes it; None: the base model alone.
+    - lens: of a given answer, how many layers to read at most; 0: none. Such a task uses no cache and never has the slots.
     """
 
     id: str
@@ -149,6 +158,7 @@ class Task:
     group: str | None = None
     given: tuple[int, ...] = field(default=(), repr=False)
     adapter: str | None = None
+    lens: int = 0
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -166,11 +176,24 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerView:
+    """What the model would say from one layer's state. layer: counted from 0. rank: of the answer's token; 1 is the likeliest.
+    logprob: of that token, natural. says: the bytes of the likeliest token.
+    """
+
+    layer: int
+    rank: int
+    logprob: float
+    says: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One sampled token.
 
     text: the text that this token releases: whole code points, never the beginning of a stop string; often "".
     raw: the token's own bytes. logprob, top: set if the task asks for them. cached_tokens: prompt tokens from the cache.
+    layers: of a task with a lens, by ascending layer.
     """
 
     id: int = field(repr=False)
@@ -179,6 +202,7 @@ class Token:
     logprob: float | None = None
     top: tuple[Alternative, ...] = ()
     cached_tokens: int = 0
+    layers: tuple[LayerView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +291,8 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
     if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.begun):
         raise TaskRefused("The begun answer contains a token that no answer can have.", field="begun")
+    if task.lens and not task.given:
+        raise TaskRefused("A lens reads a given answer.", field="lens")
     if task.given:
         _check_given(task, model)
     if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lacre.asgi import AUTHORITY, SCHEME, Opened, decoded_path
 from lacre.asgi.admission import SealedRefusal, check_date, check_path
-from lacre.exchange.request import action_of
+from lacre.exchange.request import may_be
 from lacre.wire import outer
 from lacre_fabric.work.grants import Grant
 
@@ -33,7 +33,7 @@ def _check_copies(opened: Opened, grant: Grant) -> SealedRefusal | None:
     for name, granted in copies.items():
         if any(value != granted for value in opened.headers(name)):
             return _mismatch(name.removeprefix("lacre-").replace("-", "_"))
-    if action_of(request.method, decoded_path(request)) != grant.action:  # as the app will read it
+    if not may_be(grant.action, request.method, decoded_path(request)):  # as the app will read it
         return _mismatch("action")
     return None
 

@@ -66,7 +66,7 @@ class _Forward:
             raise model_not_found(str(call.model))
         if any(name.lower() == b"content-encoding" for name, _ in scope["headers"]):
             raise refusals.coded()
-        if call.action == "explain":  # its tokens could not be counted: no such server says how many it computes
+        if call.action in ("explain", "lens"):  # its tokens could not be counted: no such server says how many it computes
             raise refusals.unknown_url(scope["method"], _path(scope))
         routes = [route for route in model.allow if route.takes(_path(scope))]
         if not any(route.method == scope["method"] for route in routes):

@@ -14,10 +14,11 @@ from typing import Final
 import numpy as np
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.graph import GraphTensor, Values, Watcher
 from lacre_backend.engine.model import Model
 from lacre_backend.workshop.fidelity import LEAST
 from lacre_backend.workshop.source import SourceModel
-from lacre_backend.workshop.windows import GraphTensor, Values, Watcher, window_reader, windows_of
+from lacre_backend.workshop.windows import window_reader, windows_of
 
 _MOST: Final = 16_384  # tokens of a calibration text; two cores read them in a minute
 _MOST_FOR_LAYERS: Final = 2048  # an influence is a mean over tokens, and settles sooner

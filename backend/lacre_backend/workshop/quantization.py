@@ -23,6 +23,7 @@ import llama_cpp as L
 from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.graph import Values
 from lacre_backend.engine.model import Model
 from lacre_backend.models.gguf import FileDigests
 from lacre_backend.workshop.child import Job, Report, run
@@ -34,7 +35,6 @@ from lacre_backend.workshop.inspection import fell_back_in
 from lacre_backend.workshop.rewriting import NEED_MATRIX, Rewriting, known_type, rewrite
 from lacre_backend.workshop.source import SourceModel, files_at, loaded
 from lacre_backend.workshop.speed import Speed, better, gain, speeds
-from lacre_backend.workshop.windows import Values
 
 AUTOMATIC: Final = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
 WITH_MATRIX: Final = ("IQ4_NL",)  # also tried then: without one it loses more than Q4_K_M, and takes a minute to write

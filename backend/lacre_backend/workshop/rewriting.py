@@ -22,9 +22,9 @@ import llama_cpp as L
 import numpy as np
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.graph import Values
 from lacre_backend.engine.model import silence
 from lacre_backend.models import checksum
-from lacre_backend.workshop.windows import Values
 
 _PREFIX: Final = "LLAMA_FTYPE_"
 _NO_TYPES: Final = frozenset({"GUESSED", "NVFP4"})  # no type, and one that llama.cpp only reads

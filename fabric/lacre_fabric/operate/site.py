@@ -59,7 +59,7 @@ NODE: Final = "n1"
 DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor waits longer
 MANIFEST_LIFETIME: Final = DAY
 KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest; restarts at each publication until the key is rotated
-DEVELOPERS: Final = ("lacre:explain",)  # scopes of the token in `env`: they show more, and change nothing
+DEVELOPERS: Final = ("lacre:explain", "lacre:explain:lens")  # scopes of the token in `env`: they show more, and change nothing
 _LOOPBACK: Final = "http://127.0.0.1:"
 CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
 

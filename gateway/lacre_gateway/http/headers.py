@@ -43,8 +43,9 @@ def address_of(scope: Mapping[str, Any]) -> str:
 
 
 class Action(StrEnum):
-    """What the sealed request does. `explain`: which parts of a prompt an answer rests on. `inspect`: lists models and counts
-    tokens; runs no model. `http`: any request to an application behind a worker.
+    """What the sealed request does. `explain`: which parts of a prompt an answer rests on. `lens`: also what the model would
+    say after each layer. `inspect`: lists models and counts tokens; runs no model. `http`: any request to an application behind
+    a worker.
     """
 
     CHAT = "chat"
@@ -52,6 +53,7 @@ class Action(StrEnum):
     EMBED = "embed"
     RERANK = "rerank"
     EXPLAIN = "explain"
+    LENS = "lens"
     INSPECT = "inspect"
     HTTP = "http"
 

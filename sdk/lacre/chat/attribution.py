@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -24,6 +25,7 @@ from lacre.runtime import arguments
 
 EXPLAIN_PATH: Final = "/v1/explain"
 _APART: Final = "\n\n"  # after each part
+_ROUNDING: Final = 1e-6  # by which a sum of floats may exceed 1
 
 Parts = Mapping[str, str] | Iterable[str]
 
@@ -47,11 +49,39 @@ class ScoredToken:
 
 
 @dataclass(frozen=True, slots=True)
+class LensToken:
+    """A token of the answer, seen through a lens. Each tuple has one member for each layer of the lens.
+
+    ranks: the token's place among all that the model could say; 1 is the likeliest. probabilities: the token's. says: the
+    likeliest token.
+    """
+
+    text: str = field(repr=False)
+    ranks: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    says: tuple[str, ...] = field(repr=False)
+
+    @property
+    def settled(self) -> int | None:
+        """The index of the layer from which on this token stays the likeliest; None if the last layer prefers another."""
+        unsettled = next((i for i in reversed(range(len(self.ranks))) if self.ranks[i] != 1), -1)
+        return unsettled + 1 if unsettled + 1 < len(self.ranks) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """What the model would say after each layer. layers: their numbers, from 0, ascending. tokens: the answer's first."""
+
+    layers: tuple[int, ...]
+    tokens: tuple[LensToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attribution:
     """What an answer rests on. Its `repr` shows nothing of its content.
 
-    answer: the given one, or the model's. logprob: of all of it, in nats. parts: in the order of the prompt. attempts, receipt,
-    audit, verification: as in `Reply`. raw: the whole JSON object.
+    answer: the given one, or the model's. logprob: of all of it, in nats. parts: in the order of the prompt. lens: None if it
+    was not asked for. attempts, receipt, audit, verification: as in `Reply`. raw: the whole JSON object.
     """
 
     id: str
@@ -60,6 +90,7 @@ class Attribution:
     logprob: float
     parts: tuple[ExplainedPart, ...]
     tokens: tuple[ScoredToken, ...]
+    lens: Lens | None
     usage: TokenUsage
     attempts: int
     receipt: Receipt = field(repr=False)
@@ -74,30 +105,34 @@ class Attribution:
         return best if best is not None and best.drop > 0 else None
 
     @classmethod
-    def parse(cls, response: httpx2.Response, texts: Mapping[str, str]) -> Attribution:
-        """texts: of the parts that were sent. Raises what `check` raises, InvalidMessage if the answer is not an explanation of
-        these parts, and InvalidReceipt if its usage and its receipt differ.
+    def parse(cls, response: httpx2.Response, texts: Mapping[str, str], *, lens: bool = False) -> Attribution:
+        """texts: of the parts that were sent. lens: whether it was asked for. Raises what `check` raises, InvalidMessage if the
+        answer is not an explanation of these parts, and InvalidReceipt if its usage and its receipt differ.
         """
         facts = facts_of(response)
         arguments.instance(texts, Mapping, "texts")
         with documented(facts):
-            return cls._of(checked_json(response), facts, texts)
+            return cls._of(checked_json(response), facts, texts, lens)
 
     @classmethod
-    def _of(cls, body: Mapping[str, Any], facts: Facts, texts: Mapping[str, str]) -> Attribution:
+    def _of(cls, body: Mapping[str, Any], facts: Facts, texts: Mapping[str, str], lens: bool) -> Attribution:
         if facts.receipt is None or facts.audit is None:
             raise InvalidReceipt("the answer has no receipt, or no proof that it was recorded")
         try:
-            parts = tuple(ExplainedPart(p["id"], texts[p["id"]], float(p["drop"]), float(p["share"])) for p in body["parts"])
-            if [part.id for part in parts] != list(texts):
-                raise KeyError
+            parts = tuple(
+                ExplainedPart(p["id"], texts[p["id"]], _finite(p["drop"]), _probability(p["share"])) for p in body["parts"]
+            )
+            tokens = tuple(ScoredToken(str(token["text"]), _surprise(token["bits"])) for token in body["tokens"])
+            if [part.id for part in parts] != list(texts) or "".join(token.text for token in tokens) != body["answer"]:
+                raise ValueError
             return cls(
                 id=str(body["id"]),
                 model=str(body["model"]),
                 answer=str(body["answer"]),
-                logprob=float(body["logprob"]),
+                logprob=_finite(body["logprob"]),
                 parts=parts,
-                tokens=tuple(ScoredToken(str(token["text"]), float(token["bits"])) for token in body["tokens"]),
+                tokens=tokens,
+                lens=_lens(body["lens"]) if lens else None,
                 usage=checked_usage(body["usage"], claimed(facts, facts.receipt)),
                 attempts=facts.attempts,
                 receipt=facts.receipt,
@@ -105,8 +140,61 @@ class Attribution:
                 verification=facts.verification,
                 raw=body,
             )
-        except (LookupError, TypeError, AttributeError, ValueError) as exc:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
             raise InvalidMessage("the worker's answer is not an explanation of the parts that were sent") from exc
+
+
+def _lens(raw: Mapping[str, Any]) -> Lens:
+    """Raises LookupError, TypeError or ValueError if it is malformed."""
+    lens = Lens(
+        tuple(map(_whole, raw["layers"])),
+        tuple(
+            LensToken(
+                str(token["text"]),
+                tuple(map(_whole, token["ranks"])),
+                tuple(map(_probability, token["probabilities"])),
+                tuple(map(str, token["says"])),
+            )
+            for token in raw["tokens"]
+        ),
+    )
+    depth = len(lens.layers)
+    complete = all(len(each) == depth for token in lens.tokens for each in (token.ranks, token.probabilities, token.says))
+    ranked = all(rank >= 1 for token in lens.tokens for rank in token.ranks)
+    if not complete or not ranked or list(lens.layers) != sorted(set(lens.layers)):
+        raise ValueError
+    return lens
+
+
+def _whole(value: object) -> int:
+    """A number from 0 on. Raises TypeError or ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _finite(value: object) -> float:
+    """Raises TypeError or ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError
+    if not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _surprise(value: object) -> float:
+    if (bits := _finite(value)) < 0:
+        raise ValueError
+    return bits
+
+
+def _probability(value: object) -> float:
+    share = _finite(value)
+    if not 0 <= share <= 1 + _ROUNDING:
+        raise ValueError
+    return min(share, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

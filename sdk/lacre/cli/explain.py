@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 from rich.text import Text
 
-from lacre.chat.attribution import Attribution, ScoredToken
+from lacre.chat.attribution import Attribution, Lens, LensToken, ScoredToken
 from lacre.cli.chat import MaxTokens, Model, System, sampling
 from lacre.cli.output import AsJson, PoolName, Url, at_terminal, out, printable, say, say_json, say_table, waiting
 from lacre.cli.surroundings import read_file, read_stdin, utf8
@@ -20,6 +20,9 @@ from lacre.errors import SettingsError
 BAR: Final = 24  # characters of the longest bar
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉"
 _PARAGRAPHS: Final = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+# The mark of a token's rank in a layer: its own for the likeliest, and one for each power of ten.
+_RANKS: Final = ((1, "█"), (10, "▓"), (100, "▒"), (1000, "░"))
+_FAR: Final = "·"
 # Bits from which a token has this style. Below one bit the model held it for likelier than all others together.
 _STYLES: Final = ((6.0, "bold red"), (3.0, "yellow"), (1.0, "cyan"))
 
@@ -33,6 +36,7 @@ def explain(
     model: Model = None,
     system: System = None,
     max_tokens: MaxTokens = 64,
+    lens: Annotated[bool, typer.Option("--lens", help="Also show what the model would say after each layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a prompt an answer rests on: `lacre explain "Who was first?" a.txt b.txt`"""
@@ -41,7 +45,7 @@ def explain(
     turns.append({"role": "user", "content": prompt})
     with Client(url, pool=pool) as client:
         with waiting("computing the prompt without each part"):
-            told = client.explain(turns, parts=parts, answer=answer, **sampling(model, max_tokens, None))
+            told = client.explain(turns, parts=parts, answer=answer, lens=lens, **sampling(model, max_tokens, None))
         checked = client.verification.members()
     if as_json:
         say_json({**told.raw, "attempts": told.attempts, "verification": checked})
@@ -50,6 +54,8 @@ def explain(
     if told.parts:
         say("")
         say_table(("part", "nats", "share", ""), [_row(told, i) for i in range(len(told.parts))])
+    if told.lens is not None:
+        show_lens(told.lens)
 
 
 def parts_of(files: Sequence[Path]) -> dict[str, str]:
@@ -82,6 +88,26 @@ def style(token: ScoredToken) -> str:
 def _row(told: Attribution, place: int) -> tuple[str, str, str, str]:
     part = told.parts[place]
     return part.id, f"{part.drop:.1f}", f"{part.share:.0%}", bar(part.share)
+
+
+def show_lens(lens: Lens) -> None:
+    """A row for each token, with a mark for its rank in each layer."""
+    if not lens.tokens:
+        return
+    say("")
+    layers = f"layers {lens.layers[0]} to {lens.layers[-1]}"
+    say_table(("token", layers, "from", "before"), [_seen(lens, token) for token in lens.tokens])
+    say("  ".join([*(f"{mark} rank {rank}" if rank == 1 else f"{mark} to {rank}" for rank, mark in _RANKS), f"{_FAR} beyond"]))
+
+
+def _seen(lens: Lens, token: LensToken) -> tuple[str, str, str, str]:
+    """from: the layer from which on the token is the likeliest. before: what is the likeliest in the layer before that, or in
+    the last one.
+    """
+    settled = token.settled
+    marks = "".join(next((mark for most, mark in _RANKS if rank <= most), _FAR) for rank in token.ranks)
+    before = token.says[len(token.says) - 1 if settled is None else settled - 1] if settled != 0 else ""
+    return repr(token.text), marks, "-" if settled is None else str(lens.layers[settled]), repr(before) if before else ""
 
 
 def bar(share: float) -> str:

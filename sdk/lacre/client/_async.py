@@ -184,6 +184,7 @@ class AsyncClient(AsyncSealingClient):
         *,
         parts: Parts = (),
         answer: str | None = None,
+        lens: bool = False,
         timeout: Timeout = ...,
         extra_headers: Mapping[str, str] | None = None,
         extra_query: Mapping[str, str] | None = None,
@@ -195,19 +196,22 @@ class AsyncClient(AsyncSealingClient):
 
         messages: a question, or messages in OpenAI's form; a content part with an `id` is a part. parts: further parts, such as
         documents, by id or as a list; they go before the text of the last message. answer: the answer to explain; None: the
-        model answers first, greedily, with at most `max_tokens`. Other arguments: see `chat`.
+        model answers first, greedily, with at most `max_tokens`. lens: also what the model would say after each layer, for the
+        answer's first tokens; it needs the scope `lacre:explain:lens` too. Other arguments: see `chat`.
         """
         prompt = ExplainedPrompt.of(messages, parts)
+        own: dict[str, Any] = ({} if answer is None else {"answer": answer}) | ({"lens": True} if lens else {})
         request = ChatRequest.of(
             prompt.turns,
-            params if answer is None else {"answer": answer, **params},
+            own | params,
             stream=False,
             timeout=timeout,
             extra_headers=extra_headers,
             extra_query=extra_query,
             extra_body=extra_body,
         )
-        return Attribution.parse(await self.post(EXPLAIN_PATH, content=request.content, **request.options), prompt.texts)
+        response = await self.post(EXPLAIN_PATH, content=request.content, **request.options)
+        return Attribution.parse(response, prompt.texts, lens=lens)
 
     @property
     def verification(self) -> Verification:

@@ -26,13 +26,15 @@ IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_ca
 # Sealing adds the key encapsulation, a tag for each chunk, headers and padding: less than this together.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
-# The actions that run a model, each with its path.
+EXPLAIN: Final = "explain"
+LENS: Final = "lens"  # an explanation that also shows the layers, which needs a scope of its own
+# The actions that run a model, each with its path. Of `/v1/explain`, the body may make it `LENS`.
 _RUNS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "complete",
     "/v1/embeddings": "embed",
     "/v1/rerank": "rerank",
-    "/v1/explain": "explain",
+    "/v1/explain": EXPLAIN,
 }
 _MODELS: Final = "/v1/models"
 _TOKENIZE: Final = "/v1/tokenize"
@@ -48,6 +50,12 @@ def action_of(method: str, path: str) -> str:
     if method == "POST" and path == _TOKENIZE:
         return "inspect"
     return _RUNS.get(path, "http")
+
+
+def may_be(action: str, method: str, path: str) -> bool:
+    """Whether a request to this path may be this action. Only its body says whether an explanation has a lens."""
+    found = action_of(method, path)
+    return action == found or (found == EXPLAIN and action == LENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,9 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
         )
     if sealed_body != body:
         allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
-    given = action == "explain" and isinstance(sealed_body.get("answer"), str)  # nothing is left to generate
+    given = action == EXPLAIN and isinstance(sealed_body.get("answer"), str)  # nothing is left to generate
+    if action == EXPLAIN and sealed_body.get(LENS) is True:
+        action = LENS
     ceiling = NO_OUTPUT if given or action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
     return Prepared(allowed, action, _named(sealed_body["model"]), ceiling)
 

@@ -15,7 +15,11 @@ CEILING: Final = "lacre-max-tokens"
 SHAPE: Final = "lacre-shape"
 
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling: what an engine can count
-MAX_PARTS: Final = 16  # of an explained prompt: each is one more run of it, so this bounds what a gateway reserves
+# Of an explained prompt: each is one more run of it, so this bounds what a gateway reserves.
+MAX_PARTS: Final = 16
+# Of an answer under a lens: each layer of each token costs as much as a token of a prompt.
+MAX_LENS_TOKENS: Final = 32
+MAX_LENS_LAYERS: Final = 16
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # visible ASCII
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
 
