@@ -25,6 +25,7 @@ from lacre_backend.workshop.judging import (
     LOSS,
     JudgeAsked,
     LossAsked,
+    Miss,
     ReferenceAnswer,
     Score,
     rank_correlation,
@@ -62,7 +63,8 @@ def test_chat_is_judged_by_exact_match(answering: Path) -> None:
     right = {**QUESTION, "expected": ["no", " “YES”. "]}
     wrong = {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}], "expected": "yes, sir"}
     found = judged(answering, ModelTask.CHAT, right, wrong, {**QUESTION, "expected": "yes"})
-    assert (found.measure, found.value, found.examples, found.missed) == ("exact match", 0.6667, 3, [2])
+    assert (found.measure, found.value, found.examples) == ("exact match", 0.6667, 3)
+    assert found.missed == [Miss(2, "yes")]
 
 
 def test_a_model_without_a_template_takes_prompts_alone(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_an_embedding_model_is_judged_by_what_is_nearest(tmp_path: Path) -> None
     hit = {"text": "the harbour", "nearest": "the harbour.", "others": ["0123456789"]}
     miss = {"text": "the harbour", "nearest": "0123456789", "others": ["the harbour."]}
     found = judged(model, ModelTask.EMBED, hit, miss)
-    assert (found.measure, found.value, found.missed) == ("hit rate", 0.5, [2])
+    assert (found.measure, found.value, found.missed) == ("hit rate", 0.5, [Miss(2, "the harbour.")])
     without = ({"text": "the harbour", "nearest": "the harbour."}, {"text": "0123456789", "nearest": "012345678"})
     assert judged(model, ModelTask.EMBED, *without).value == 1
 
@@ -136,7 +138,9 @@ def test_a_reranker_is_judged_by_its_first_document(tmp_path: Path, template: st
     found = [judged(model, ModelTask.RERANK, *({"query": "q", "documents": documents, "right": n} for n in range(3)))]
     found.append(judged(model, ModelTask.RERANK, *({"query": "q", "documents": documents, "right": d} for d in documents)))
     assert found[0].missed == found[1].missed  # by number and by text
-    assert len(found[0].missed) == 2  # one document is the first
+    assert len(found[0].missed) == 2
+    (first,) = {miss.got for miss in found[0].missed}  # the same for all, since the query is
+    assert documents.index(first) + 1 not in {miss.line for miss in found[0].missed}
     assert (found[0].tokens_per_second or 0) > 0
     with pytest.raises(SettingsError, match="line 1: the query and a document have"):
         judged(model, ModelTask.RERANK, {"query": "q" * 500, "documents": documents, "right": 0})

@@ -68,16 +68,24 @@ class JudgeAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class Miss:
+    """line: of the example. got: the answer, the text that was nearer, or the document that came first."""
+
+    line: int
+    got: str
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """measure: `exact match` or `hit rate`, as a share of all examples, or `rank correlation` (Spearman's), from -1 to 1.
 
-    missed: the lines that failed; a correlation has none. tokens_per_second: of a reranker's reading.
+    missed: the examples that failed; a correlation has none. tokens_per_second: of a reranker's reading.
     """
 
     measure: str
     value: float
     examples: int
-    missed: list[int] = field(default_factory=list)
+    missed: list[Miss] = field(default_factory=list)
     tokens_per_second: float | None = None
 
 
@@ -180,7 +188,7 @@ async def _matched(served: ServedModel, examples: Sequence[ChatExample], report:
     limits = [min(longest + SPARE, MOST_ANSWER) for longest in right]
     texts = await _texts(served, examples, limits, report)
     missed = [
-        example.line
+        Miss(example.line, text)
         for example, text in zip(examples, texts, strict=True)
         if normalized(text) not in map(normalized, example.expected)
     ]
@@ -276,11 +284,12 @@ async def _nearest(served: ServedModel, examples: Sequence[NearestExample], repo
     lines = {text: each.line for each in examples for text in (each.text, each.nearest, *each.others)}
     vectors = await _vectors(served, lines, report)
     every = {each.nearest for each in examples}
-    missed = []
+    missed: list[Miss] = []
     for each in examples:
-        text, others = vectors[each.text], each.others or every - {each.nearest}
-        if max(float(text @ vectors[other]) for other in others) >= float(text @ vectors[each.nearest]):
-            missed.append(each.line)
+        text, others = vectors[each.text], each.others or sorted(every - {each.nearest})
+        cosine, nearer = max((float(text @ vectors[other]), other) for other in others)
+        if cosine >= float(text @ vectors[each.nearest]):
+            missed.append(Miss(each.line, nearer))
     return _share("hit rate", len(examples), missed)
 
 
@@ -320,21 +329,23 @@ def rank_correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> fl
 
 
 def _reranked(path: Path, examples: Sequence[RerankExample], report: Report) -> Score:
-    missed, ended = [], _counted(len(examples), report)
+    missed: list[Miss] = []
+    ended = _counted(len(examples), report)
     with loaded(path) as model, rank_reader(path, model) as reader:
         for each in examples:
             with _at(each.line):
-                scores = [reader.score(each.query, document) for document in each.documents]
-            right = scores.pop(each.index)
-            if max(scores) >= right:
-                missed.append(each.line)
+                scores = [(reader.score(each.query, document), document) for document in each.documents]
+            right, _ = scores.pop(each.index)
+            best, first = max(scores)
+            if best >= right:
+                missed.append(Miss(each.line, first))
             ended()
         rate = reader.tokens / reader.seconds
     found = _share("hit rate", len(examples), missed)
     return Score(found.measure, found.value, found.examples, found.missed, round(rate, 1))
 
 
-def _share(measure: str, count: int, missed: list[int]) -> Score:
+def _share(measure: str, count: int, missed: list[Miss]) -> Score:
     return Score(measure, round(1 - len(missed) / count, 4), count, missed)
 
 
