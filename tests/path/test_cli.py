@@ -72,6 +72,20 @@ def test_a_manifest_that_names_another_file(own: Up, tmp_path: Path) -> None:
         client.chat("Hi.", max_tokens=2)
 
 
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_pin_of_the_command(up: Up, command: str) -> None:
+    right, wrong = find().digest, "sha256:" + "0" * 64
+    words = (command, "Hi.", "--max-tokens", "2")
+    done = run(*words, "--pin-model", f"smollm2-135m={right}", up=up, LACRE_PIN_MODELS=f"smollm2-135m={wrong}")
+    assert done.returncode == 0, done.stderr
+    for refused in (
+        run(*words, "--pin-model", f"smollm2-135m={wrong}", up=up),
+        run(*words, up=up, LACRE_PIN_MODELS=f"smollm2-135m={wrong}"),
+    ):
+        assert refused.returncode == 5
+        assert "pin_models has" in refused.stderr
+
+
 def test_keys_list(up: Up) -> None:
     shown = up.command("keys", "list")
     assert [line.count("current since") for line in shown.splitlines() if "default" in line] == [1, 1]

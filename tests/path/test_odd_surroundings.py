@@ -55,6 +55,7 @@ VARIABLES: Final[dict[str, tuple[str, ...]]] = {
     "LACRE_URL": ("", "x", "lacre://a..b?trust=x"),
     "LACRE_TOKEN": ("", "a b", "caf\udce9"),
     "LACRE_DPOP_KEY": ("/", "/dev/null", "x"),
+    "LACRE_PIN_MODELS": ("", ",", "x", "x=sha256:1", "\udce9=sha256:" + "1" * 64),
 }
 REDIRECTED: Final = ("", "", "", "<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "</dev/zero", "| true")
 

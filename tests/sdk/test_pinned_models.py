@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import lacre
 import lacre.legacy
+from lacre.cli import app
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.trust.manifest import ModelEntry, Pool
@@ -135,6 +137,36 @@ def chain(exc: BaseException) -> lacre.WrongModel:
 def test_a_pin_that_is_none(pins: Any) -> None:
     with pytest.raises(lacre.UsageError, match=r"^pin_models"):
         connect(Relay(ChatApp()), pin_models=pins)
+
+
+@pytest.mark.parametrize("between", [",", " ", ", \n"])
+def test_pins_from_the_environment(monkeypatch: pytest.MonkeyPatch, between: str) -> None:
+    relay = serving(f"sha256:{TWO}")
+    monkeypatch.setenv("LACRE_PIN_MODELS", between.join((f"tiny=sha256:{ONE}", f"a=b=sha256:{THREE}")))
+    assert f"instead of sha256:{ONE}" in asked(relay)
+    assert asked(relay, TWO) == "one two three"  # the argument outranks it
+    monkeypatch.setenv("LACRE_PIN_MODELS", "")
+    assert asked(relay) == "one two three"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("tiny", "has 'tiny'"), (f"=sha256:{ONE}", "has '=sha256:"), (f"tiny={ONE}", "64 hexadecimal digits"),
+        ("tiny=sha256:" + "A" * 64, "in small letters"), (f"tiny=sha256:{ONE} tiny=sha256:{TWO}", "pins two files"),
+    ],
+)  # fmt: skip
+def test_pins_of_the_environment_that_are_none(monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:
+    monkeypatch.setenv("LACRE_PIN_MODELS", given)
+    with pytest.raises(lacre.SettingsError, match=rf"^LACRE_PIN_MODELS .*{said}"):
+        connect(Relay(ChatApp()))
+
+
+@pytest.mark.parametrize("command", [["ask", "hi"], ["chat", "hi"], ["status"], ["proxy", "--port", "0"]])
+def test_a_pin_of_the_command_that_is_none(command: list[str]) -> None:
+    done = CliRunner().invoke(app, [*command, "--pin-model", "tiny=1"])
+    assert isinstance(done.exception, lacre.SettingsError)
+    assert str(done.exception).startswith("--pin-model has 'tiny=1'")
 
 
 def changed(change: Callable[[dict[str, Any]], object]) -> Pool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lacre.cli.output import PoolName, Url, at_terminal, out
+from lacre.cli.output import PinModel, PoolName, Url, at_terminal, out, pins
 from lacre.cli.render import PlainOutput, Rendered, show
 from lacre.cli.surroundings import stdin_lines
 from lacre.client import Client
@@ -26,6 +26,7 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="The question; without one, a conversation.")] = None,
     url: Url = None,
     pool: PoolName = "default",
+    pin_model: PinModel = None,
     model: Model = None,
     system: System = None,
     max_tokens: MaxTokens = 512,
@@ -36,7 +37,7 @@ def chat(
     """Talk to a model, sealed. The token comes from LACRE_TOKEN."""
     params = sampling(model, max_tokens, temperature)
     turns = [{"role": "system", "content": system}] if system is not None else []
-    with Client(url, pool=pool) as client:
+    with Client(url, pool=pool, pin_models=pins(pin_model)) as client:
         if prompt is not None:
             display = Rendered(out()) if at_terminal() and not plain else PlainOutput()
             show(client.chat_stream([*turns, {"role": "user", "content": prompt}], **params), display)

@@ -12,7 +12,20 @@ from rich.text import Text
 
 from lacre.chat.attribution import Attribution, Lens, LensToken, ScoredToken
 from lacre.cli.chat import MaxTokens, Model, System, sampling
-from lacre.cli.output import AsJson, PoolName, Url, at_terminal, out, printable, say, say_json, say_table, waiting
+from lacre.cli.output import (
+    AsJson,
+    PinModel,
+    PoolName,
+    Url,
+    at_terminal,
+    out,
+    pins,
+    printable,
+    say,
+    say_json,
+    say_table,
+    waiting,
+)
 from lacre.cli.surroundings import read_file, read_stdin, utf8
 from lacre.client import Client
 from lacre.errors import SettingsError
@@ -33,6 +46,7 @@ def explain(
     answer: Annotated[str | None, typer.Option(help="The answer to explain; by default the model answers first.")] = None,
     url: Url = None,
     pool: PoolName = "default",
+    pin_model: PinModel = None,
     model: Model = None,
     system: System = None,
     max_tokens: MaxTokens = 64,
@@ -43,7 +57,7 @@ def explain(
     parts = parts_of(files or ())
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns.append({"role": "user", "content": prompt})
-    with Client(url, pool=pool) as client:
+    with Client(url, pool=pool, pin_models=pins(pin_model)) as client:
         with waiting("computing the prompt without each part"):
             told = client.explain(turns, parts=parts, answer=answer, lens=lens, **sampling(model, max_tokens, None))
         checked = client.verification.members()

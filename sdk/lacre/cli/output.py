@@ -26,6 +26,12 @@ from lacre import errors
 
 Url = Annotated[str | None, typer.Option(help="The connection string.", envvar="LACRE_URL", show_envvar=True)]
 PoolName = Annotated[str, typer.Option("--pool", help="The pool of workers.")]
+PinModel = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIGEST", help="Refuse answers by another file of this model; may be repeated. Default: LACRE_PIN_MODELS."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # By the branch of the error: docs/command.md has this table, and a test compares them.
@@ -42,6 +48,13 @@ _IN_THE_MESSAGE: Final = {kind.remedy for kind in (errors.LacreError, errors.Usa
 
 # C0 and C1 without tab and line feed: they move the cursor, name a window or fill a clipboard.
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def pins(given: Sequence[str] | None) -> dict[str, str] | None:
+    """The client's `pin_models`. None: those of LACRE_PIN_MODELS. Raises SettingsError."""
+    from lacre.client.settings import pins_from
+
+    return pins_from(given, "--pin-model") if given else None
 
 
 def exit_code(error: errors.LacreError) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from lacre.cli import lock
-from lacre.cli.output import AsJson, PoolName, Url, err, say, waiting
+from lacre.cli.output import AsJson, PinModel, PoolName, Url, err, pins, say, waiting
 from lacre.errors import SettingsError
 from lacre.runtime import private_files, shell, tasks
 from lacre.runtime.hosts import is_loopback
@@ -32,6 +32,7 @@ GRACE: Final = 5  # seconds that running answers have when the proxy ends
 def proxy(
     url: Url = None,
     pool: PoolName = "default",
+    pin_model: PinModel = None,
     port: Annotated[int, typer.Option(help="The port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     key_file: Annotated[
@@ -53,6 +54,7 @@ def proxy(
     from lacre.runtime.served_hosts import base_url
 
     check_host(host, allowed=allow_remote)
+    pinned = pins(pin_model)
     key = secrets.token_urlsafe(32) if key_file is None else key_from(key_file)
     with listening(host, port) as listener:
         port = listener.getsockname()[1]
@@ -62,7 +64,7 @@ def proxy(
         if door.hosts.everywhere:
             elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this machine; a name needs --allow-host"
             err().print(elsewhere, markup=False, style="dim", soft_wrap=True)
-        asyncio.run(tasks.run(_serve(url, pool, door, listener, told)))
+        asyncio.run(tasks.run(_serve(url, pool, pinned, door, listener, told)))
 
 
 def check_host(host: str, *, allowed: bool) -> None:
@@ -106,14 +108,16 @@ def listening(host: str, port: int) -> socket.socket:
         raise SettingsError(f"port {port} of {host} is not available ({exc.strerror}): choose another with --port") from exc
 
 
-async def _serve(url: str | None, pool: str, door: ProxyAccess, listener: socket.socket, told: str) -> None:
+async def _serve(
+    url: str | None, pool: str, pinned: dict[str, str] | None, door: ProxyAccess, listener: socket.socket, told: str
+) -> None:
     import uvicorn
 
     from lacre.client import AsyncClient
     from lacre.proxy import create_app
     from lacre.runtime.listening import BoundedConfig, Door
 
-    async with AsyncClient(url, pool=pool) as client:
+    async with AsyncClient(url, pool=pool, pin_models=pinned) as client:
         with waiting("fetching the manifest"):
             await client.models()  # reports at once, and not to each caller, why sealing cannot work
         config = BoundedConfig(

@@ -10,7 +10,7 @@ import typer
 
 from lacre.chat.reply import Reply
 from lacre.cli import lock
-from lacre.cli.output import AsJson, PoolName, Url, exit_code, say_json, tell, waiting
+from lacre.cli.output import AsJson, PinModel, PoolName, Url, exit_code, pins, say_json, tell, waiting
 from lacre.client import Client
 from lacre.errors import LacreError
 
@@ -20,6 +20,7 @@ QUESTION = "Say yes."
 def status(
     url: Url = None,
     pool: PoolName = "default",
+    pin_model: PinModel = None,
     ask: Annotated[bool, typer.Option(help="Also seal a question of one token, to check receipt and audit.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -27,7 +28,7 @@ def status(
     models: tuple[str, ...] = ()
     reply: Reply | None = None
     error: LacreError | None = None
-    with Client(url, pool=pool) as client:
+    with Client(url, pool=pool, pin_models=pins(pin_model)) as client:
         began = time.monotonic()
         try:
             with waiting("fetching the manifest"):

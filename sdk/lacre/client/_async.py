@@ -54,8 +54,9 @@ class AsyncClient(AsyncSealingClient):
     encapsulation, or several, the preferred first. shape: `pad` pads requests and answers to lengths that reveal little; an
     answer that is not an event stream then arrives in pieces of 16 KiB. `none` does not pad. keep_identifying_fields: also seal
     `user`, `metadata`, `safety_identifier` and `prompt_cache_key`, instead of dropping them. pin_models: the digest of a
-    model's file, `sha256:…`, by the model's name: a manifest or receipt that names another raises WrongModel. retries: how
-    often to send a request again, freshly sealed, if none of its answer arrived, or if the gateway asks to come back within 10
+    model's file, `sha256:…`, by the model's name: a manifest or receipt that names another raises WrongModel; if None,
+    `LACRE_PIN_MODELS` has `NAME=sha256:…`, with commas between several. retries: how often to send a request again, freshly
+    sealed, if none of its answer arrived, or if the gateway asks to come back within 10
     s; `attempts` counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an
     answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests
     may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An

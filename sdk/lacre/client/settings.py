@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import EllipsisType
 from typing import Any, Final
 
@@ -54,7 +54,7 @@ def proof_key_of(given: ProofKey | None) -> ProofKey | None:
 
 def pin_models_of(given: Mapping[str, str] | None) -> dict[str, str]:
     if given is None:
-        return {}
+        return pins_from(os.environ.get("LACRE_PIN_MODELS", "").replace(",", " ").split(), "LACRE_PIN_MODELS")
     if not isinstance(given, Mapping):
         raise UsageError(f"pin_models must be a dict from model names to digests, not {arguments.kind_of(given)}")
     for name, pin in given.items():
@@ -64,6 +64,21 @@ def pin_models_of(given: Mapping[str, str] | None) -> dict[str, str]:
                 "FILE` prints the digest"
             )
     return dict(given)
+
+
+def pins_from(texts: Iterable[str], source: str) -> dict[str, str]:
+    """texts: `NAME=sha256:HEX`. source: where they come from, for errors. Raises SettingsError."""
+    pins: dict[str, str] = {}
+    for text in texts:
+        name, _, digest = text.rpartition("=")
+        if not name or not is_digest(digest):
+            raise SettingsError(
+                f"{source} has {text[:200]!r}; give NAME=sha256: and 64 hexadecimal digits in small letters, as "
+                "`lacre model inspect FILE` prints the digest"
+            )
+        if pins.setdefault(name, digest) != digest:
+            raise SettingsError(f"{source} pins two files for the model {name!r}: give one")
+    return pins
 
 
 def models_of(pools: Mapping[str, Pool], pool: str) -> tuple[str, ...]:
