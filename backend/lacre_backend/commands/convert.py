@@ -13,6 +13,7 @@ from lacre_backend.commands.weights import commands
 
 if TYPE_CHECKING:
     from lacre_backend.workshop.conversion import Converted
+    from lacre_backend.workshop.published import CheckedSource
 
 __all__ = ["commands"]
 
@@ -25,6 +26,10 @@ def convert(
     python: Annotated[Path | None, typer.Option(help="An interpreter with PyTorch and transformers.")] = None,
     sources: Annotated[Path | None, typer.Option(help="llama-cpp-python's source archive, or a folder of llama.cpp.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Let Python files of the model run.")] = False,
+    signer: Annotated[
+        list[Path] | None,
+        typer.Option(help="A public key (PEM) that must have signed DIR; may be repeated: one of them suffices."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model of Hugging Face to GGUF, and compare it with transformers before it gets its name."""
@@ -38,7 +43,7 @@ def convert(
     read_checkpoint(folder, trust_code=trust_code)  # a folder that no environment would help is refused first
     where = converter.place(python, sources)
     with drawn() as report:
-        converted = convert_model(folder, out, wanted, where, report, trust_code=trust_code)
+        converted = convert_model(folder, out, wanted, where, report, trust_code=trust_code, signers=signer or ())
     if as_json:
         say_json(TypeAdapter(Converted).dump_python(converted, mode="json"), indent=2)
     else:
@@ -52,8 +57,18 @@ def _rows(converted: Converted) -> list[tuple[str, str]]:
         compared = f"KL {probe.kl:.6f}, same top token {probe.same_top:.1%}"
     return [
         ("written", str(converted.path)),
+        ("source", _source(converted.source)),
         ("architecture", f"{converted.architecture}, {converted.parameters / 1e6:,.1f} million parameters"),
         ("size", f"{converted.bytes / 1e6:,.1f} MB"),
         ("tokens", f"{probe.tokens} of the sample, as transformers makes them"),
         ("logits", compared),
     ]
+
+
+def _source(source: CheckedSource) -> str:
+    if source.signed:
+        return "as it was signed" + (f" by {source.signer}" if source.signer else "; whose signature it is was not verified")
+    said = f"{source.published} files as Hugging Face published them"
+    if source.unchecked:
+        said += f"; not checked: {', '.join(source.unchecked)}, which have no signature and no digest of Hugging Face"
+    return said

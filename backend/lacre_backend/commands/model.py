@@ -101,42 +101,51 @@ def inspect(
         say_table(("", ""), _rows(found))
 
 
+ModelOrFolder = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a folder with a model.")]
+
+
 @commands.command("sign")
 def sign(
-    file: ModelPath,
+    file: ModelOrFolder,
     key: Annotated[Path, typer.Option(help="The private key (PEM, on P-256, P-384 or P-521).")],
     as_json: AsJson = False,
 ) -> None:
     """Sign a model: writes FILE.sig, an OpenSSF Model Signing bundle."""
     from lacre.runtime.private_files import replace
-    from lacre_backend.models import signatures
+    from lacre_backend.models import folders, signatures
     from lacre_backend.models.gguf import find
     from lacre_backend.workshop.inspection import check_whole
 
-    private, found = signatures.private_key(key, _passphrase), find(file)
-    check_whole(file)
-    path = signatures.signature_path(found.path)
-    replace(path, signatures.sign(found.digests, file.name, private))
+    private = signatures.private_key(key, _passphrase)
+    if file.is_dir():
+        digests, ignored = folders.read(file), list(folders.IGNORED)
+    else:
+        digests, ignored = find(file).digests, []
+        check_whole(file)
+    path = signatures.signature_path(file)
+    replace(path, signatures.sign(digests, path.stem, private, ignored))
     path.chmod(0o644)  # a signature is public
-    _say_signed(signatures.SignedModel(signatures.signer_id(private.public_key()), found.digest), path, as_json)
+    signer = signatures.signer_id(private.public_key())
+    _say_signed(signatures.SignedModel(signer, f"sha256:{digests.model}"), path, as_json)
 
 
 @commands.command("verify")
 def verify(
-    file: ModelPath,
+    file: ModelOrFolder,
     key: Annotated[Path, typer.Option(help="The signer's public key (PEM).")],
     as_json: AsJson = False,
 ) -> None:
     """Verify FILE.sig: that this key signed this model, and that no byte changed since."""
-    from lacre_backend.models import signatures
+    from lacre_backend.models import folders, signatures
     from lacre_backend.models.gguf import find
 
-    public, found = signatures.public_key(key), find(file)
-    path = signatures.signature_path(found.path)
+    public, found = signatures.public_key(key), None if file.is_dir() else find(file)
+    path = signatures.signature_path(file)
     if not path.is_file():
         raise signatures.UntrustedModel(f"{file} has no signature: {path} does not exist")
-    signed = signatures.verify(found.digests, signatures.read_bundle(path), [public])
-    _say_signed(signed, path, as_json)
+    bundle = signatures.read_bundle(path)
+    digests = folders.read(file, signatures.ignored_paths(bundle)) if found is None else found.digests
+    _say_signed(signatures.verify(digests, bundle, [public]), path, as_json)
 
 
 KmsOption = Annotated[str, typer.Option("--kms", help="The address of the key management service (docs/kms.md).")]

@@ -14,10 +14,10 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, cast
 
 from cryptography.exceptions import InvalidSignature as BadSignature
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -67,15 +67,19 @@ class SignedModel:
 
 
 def signature_path(path: Path) -> Path:
-    """Where a model's bundle is: beside its first file, with `.sig` after its name. Raises SettingsError, or OSError."""
-    first = files_of(path)[0]
+    """Where a model's bundle is: beside its first file, or its folder, with `.sig` after its name.
+
+    Raises SettingsError, or OSError.
+    """
+    first = path.resolve() if path.is_dir() else files_of(path)[0]
     return first.with_name(first.name + SUFFIX)
 
 
-def sign(digests: FileDigests, name: str, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A bundle. name: of the model, for people."""
-    resources = [{"name": file, "algorithm": "sha256", "digest": digest} for file, digest in sorted(digests.each.items())]
-    serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
+def sign(digests: FileDigests, name: str, key: ec.EllipticCurvePrivateKey, ignored: Sequence[str] = ()) -> bytes:
+    """A bundle. name: of the model, for people. ignored: paths in a folder that are no part of the model."""
+    names = sorted(digests.each, key=PurePosixPath)
+    resources = [{"name": file, "algorithm": "sha256", "digest": digests.each[file]} for file in names]
+    serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": list(ignored)}
     statement = {
         "_type": _STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": _root(resources)}}],
@@ -118,6 +122,14 @@ def _compare(digests: FileDigests, payload: bytes) -> None:
         wrong = sorted({*signed.items()} ^ {*digests.each.items()})[0][0]
         what = "the model" if wrong == WHOLE else f"its file {wrong[:128]!r}"
         raise UntrustedModel(f"{what} differs from the signed one: it changed afterwards")
+
+
+def ignored_paths(bundle: bytes) -> tuple[str, ...]:
+    """Paths in a folder that its bundle leaves out. Nothing is verified. Raises InvalidMessage."""
+    said = _serialization(_envelope(bundle)[0]).get("ignore_paths", [])
+    if not isinstance(said, list) or not all(isinstance(path, str) for path in said):
+        raise InvalidMessage("the signature has no 'ignore_paths' of the right type")
+    return tuple(said)
 
 
 def claimed_signer(bundle: bytes) -> str:
@@ -231,11 +243,7 @@ def _envelope(bundle: bytes) -> tuple[bytes, bytes]:
 
 def _resources(payload: bytes) -> dict[str, str]:
     """The signed digests by file name."""
-    statement = parse_object(payload, "the signed statement", once=True)
-    if statement.get("_type") != _STATEMENT or statement.get("predicateType") != _PREDICATE:
-        raise InvalidMessage("the signed statement is of another kind: sign the model with `lacre model sign`")
-    predicate = _member(statement, "predicate", dict)
-    serialization = _member(predicate, "serialization", dict)
+    predicate, serialization = _predicate(payload), _serialization(payload)
     if serialization.get("method") != "files" or serialization.get("hash_type") != "sha256":
         raise InvalidMessage("the signed digests are not SHA-256 over whole files: sign the model again without other options")
     found: dict[str, str] = {}
@@ -247,6 +255,17 @@ def _resources(payload: bytes) -> dict[str, str]:
     if len(found) != len(resources):
         raise InvalidMessage("the signed statement names a file twice")
     return found
+
+
+def _predicate(payload: bytes) -> Mapping[str, Any]:
+    statement = parse_object(payload, "the signed statement", once=True)
+    if statement.get("_type") != _STATEMENT or statement.get("predicateType") != _PREDICATE:
+        raise InvalidMessage("the signed statement is of another kind: sign the model with `lacre model sign`")
+    return cast(Mapping[str, Any], _member(statement, "predicate", dict))
+
+
+def _serialization(payload: bytes) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], _member(_predicate(payload), "serialization", dict))
 
 
 def _member(value: Mapping[str, Any], name: str, kind: type[Any]) -> Any:

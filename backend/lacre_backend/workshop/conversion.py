@@ -37,6 +37,7 @@ from lacre_backend.workshop.checkpoint import ModelFolder, read_checkpoint
 from lacre_backend.workshop.child import Job, Report, run
 from lacre_backend.workshop.converter import ConverterPlace
 from lacre_backend.workshop.draft import draft
+from lacre_backend.workshop.published import CheckedSource, check_source
 
 # Prose, code, digits, spaces, scripts of several bytes: where tokenizers differ. Short, because a small machine computes them.
 SAMPLES: Final = (
@@ -99,20 +100,33 @@ class Probed:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """The new file. parameters: of the checkpoint. The rest: as in `Probed`."""
+    """The new file. parameters: of the checkpoint. source: how its files were checked."""
 
     path: Path
     architecture: str
     parameters: int
     bytes: int
     probe: Probed
+    source: CheckedSource
 
 
 def convert_model(
-    folder: Path, out: Path, kind: ConvertedType, where: ConverterPlace, report: Report, *, trust_code: bool = False
+    folder: Path,
+    out: Path,
+    kind: ConvertedType,
+    where: ConverterPlace,
+    report: Report,
+    *,
+    trust_code: bool = False,
+    signers: Sequence[Path] = (),
 ) -> Converted:
-    """Writes `out`. trust_code: let Python files of the model run. Raises SettingsError or OSError."""
+    """Writes `out`. trust_code: let Python files of the model run. signers: as in `check_source`.
+
+    Raises SettingsError, what `check_source` raises, or OSError.
+    """
     source = read_checkpoint(folder, trust_code=trust_code)
+    report("checking the source", 0.0)
+    checked = check_source(source, signers)
     if set("{}") & set(str(out)):
         raise SettingsError(f"{out}: the converter takes braces in a path for a pattern. Give another --out.")
     size = int(source.parameters * _BYTES.get(kind, 2))
@@ -130,7 +144,7 @@ def convert_model(
             probe = run(PROBE, ProbeAsked(path, compared))
         report("writing", _SHARES[2])
         written = path.stat().st_size
-    return Converted(out, source.architecture, source.parameters, written, probe)
+    return Converted(out, source.architecture, source.parameters, written, probe, checked)
 
 
 def ask_transformers(python: Path, source: ModelFolder, out: Path, *, trust_code: bool) -> None:

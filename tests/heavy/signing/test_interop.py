@@ -64,3 +64,33 @@ def test_we_verify_theirs(tmp_path: Path, theirs: Theirs, keys: tuple[Path, Path
     assert CliRunner().invoke(commands, ours).exit_code == 0
     change(model)
     assert isinstance(CliRunner().invoke(commands, ours).exception, UntrustedModel)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Names whose order differs by text and by path; and what is no part of a model."""
+    made = tmp_path / "checkpoint"
+    for name in ("a/b.json", "a-b/c.json", "model.safetensors", ".cache/huggingface/x.metadata", ".gitattributes"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(name)
+    return made
+
+
+def test_they_verify_our_signature_of_a_folder(folder: Path, theirs: Theirs, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    assert CliRunner().invoke(commands, ["sign", str(folder), "--key", str(private)]).exit_code == 0
+    arguments = ("verify", "key", "--signature", f"{folder}{SUFFIX}", "--public_key", public, folder)
+    verified = theirs(*arguments)
+    assert verified.returncode == 0, verified.stderr
+    change(folder / "a/b.json")
+    assert theirs(*arguments).returncode != 0
+
+
+def test_we_verify_their_signature_of_a_folder(folder: Path, theirs: Theirs, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    signed = theirs("sign", "key", "--signature", f"{folder}{SUFFIX}", "--private_key", private, folder)
+    assert signed.returncode == 0, signed.stderr
+    ours = ["verify", str(folder), "--key", str(public)]
+    assert CliRunner().invoke(commands, ours).exit_code == 0
+    change(folder / "a-b/c.json")
+    assert isinstance(CliRunner().invoke(commands, ours).exception, UntrustedModel)
