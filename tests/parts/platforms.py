@@ -34,6 +34,7 @@ SCOPE: Final = "lacre:http"
 START: Final = 120  # seconds for a server to load its model
 # Bytes of an answer that no other one has: 40 digits and commas of computed numbers, or 40 letters of a text.
 PIECE: Final = 40
+ROUNDS: Final = 20  # of which one catches the worker with what it holds
 
 
 @dataclass
@@ -131,19 +132,22 @@ async def watched(pids: Mapping[str, int], needles: Mapping[str, bytes], call: A
 async def asked_in_secret(
     live: LiveStage, word: str, ask: Callable[[], Awaitable[httpx2.Response]], worker: int = 0
 ) -> httpx2.Response:
-    """The answer to a request that holds `word`, which is asked twice.
+    """The answer to a request that holds `word`, which is asked at least twice.
 
     Gateway and NATS hold the word at no time, nor a piece of the answer. The worker, which opens the request, shows that the
-    same scan finds both.
+    same scan finds both. It keeps large texts for a moment only, so that a scan may miss one: then the request is repeated.
     """
     pids = on_the_way(live, worker)
-    first, seen = await watched(pids, {"asked": word.encode()}, ask())
+    first, found = await watched(pids, {"asked": word.encode()}, ask())
     assert first.status_code == 200, first.text
     middle = (len(first.content) - PIECE) // 2
     assert middle > 0, first.text
     needles = {"asked": word.encode(), "answered": first.content[middle : middle + PIECE]}
-    again, more = await watched(pids, needles, ask())
-    assert again.content == first.content
-    found = {name: seen[name] | more[name] for name in pids}
-    assert found == {"gateway": set(), "nats": set(), "worker": {"asked", "answered"}}
-    return first
+    for _ in range(ROUNDS):
+        again, seen = await watched(pids, needles, ask())
+        assert again.content == first.content
+        found = {name: found[name] | seen[name] for name in pids}
+        assert found["gateway"] == found["nats"] == set()
+        if found["worker"] == set(needles):
+            return first
+    raise AssertionError(f"a scan that finds only {found['worker']} in the worker's memory shows nothing")
