@@ -43,6 +43,7 @@ async def test_a_request_goes_on_without_what_says_who_asks() -> None:
         *JSON, ("accept", "*/*"), ("authorization", "Bearer t0ken"), ("cookie", "id=7"), ("user-agent", "theirs"),
         ("te", "trailers"), ("traceparent", "00-1-2-00"), ("x-forwarded-for", "192.0.2.7"), ("lacre-cache-salt", "5a17"),
         ("date", "then"), ("x-mine", "1"),
+        ("Inference-Header-Content-Length", "16"),
     ]  # fmt: skip
     respond = answering(200, JSON, b'{"predictions":[]}')
     answered, server = await passed(respond, None, PREDICT + "?v=1", b'{"instances":[]}', headers, more='headers = ["x-mine"]')
@@ -51,6 +52,7 @@ async def test_a_request_goes_on_without_what_says_who_asks() -> None:
     assert (server.seen[0]["raw_path"], server.seen[0]["query_string"]) == (PREDICT.encode(), b"v=1")
     assert server.headers == {
         "host": server.url.removeprefix("http://"), "content-type": "application/json", "accept": "*/*", "x-mine": "1",
+        "inference-header-content-length": "16",
         "accept-encoding": "identity", "content-length": "16",
     }  # fmt: skip
 
@@ -317,7 +319,7 @@ def test_settings_that_are_refused(text: str, route: str, said: str) -> None:
 def test_the_settings_in_the_guide() -> None:
     guide = Path(__file__).resolve().parents[2] / "docs/upstream.md"
     tables = [tomllib.loads(block)["upstream"] for block in re.findall(r"```toml\n(.*?)```", guide.read_text(), re.DOTALL)]
-    assert len(tables) == 7
+    assert len(tables) == 5
     model = [{"name": "m", "allow": ["GET /"]}]  # for an excerpt
     for table in tables:
         assert validated(Upstream, {"models": model, **table}, guide).models[0].allow

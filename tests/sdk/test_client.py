@@ -220,6 +220,10 @@ class TestOutside:
         }  # fmt: skip
         assert json.loads(app.bodies[0]).keys() == {"messages", "model"}
 
+    def test_a_header_that_describes_binary_tensors_is_sent(self, client: lacre.Client, relay: Relay) -> None:
+        client.post(CHAT, json=BODY, headers={"Inference-Header-Content-Length": "2"})
+        assert ("inference-header-content-length", "2") in relay.opened[0].request.headers
+
     def test_identifying_fields_stay_when_insisted_on(self, relay: Relay, app: ChatApp) -> None:
         with connect(relay, keep_identifying_fields=True) as client:
             client.chat("x", user="jo")

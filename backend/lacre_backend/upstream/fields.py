@@ -27,7 +27,7 @@ _OF_THE_MESSAGE: Final = frozenset(
     {"host", "content-length", "content-encoding", "accept-encoding", "expect"} | {name.decode() for name in OF_A_CONNECTION}
 )
 _OF_THE_CALLER: Final = frozenset({"authorization", "cookie", "user-agent"})
-_OF_THE_CONTENT: Final = frozenset({"accept", "content-type"})
+OF_THE_CONTENT: Final = frozenset({"accept", "content-type", "inference-header-content-length"})  # the last: of binary tensors
 
 
 def may_be_passed_on(name: str) -> bool:
@@ -37,7 +37,7 @@ def may_be_passed_on(name: str) -> bool:
 
 def may_be_a_credential(name: str) -> bool:
     """Whether the worker may set this header to a fixed value. name: in lower case."""
-    return name not in _OF_THE_MESSAGE | _OF_THE_CONTENT and not name.startswith(OURS)
+    return name not in _OF_THE_MESSAGE | OF_THE_CONTENT and not name.startswith(OURS)
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:

@@ -24,12 +24,11 @@ import structlog
 
 from lacre_backend.upstream import refusals
 from lacre_backend.upstream.credentials import FixedHeaders
-from lacre_backend.upstream.fields import Headers, end_to_end
+from lacre_backend.upstream.fields import OF_THE_CONTENT, Headers, end_to_end
 from lacre_backend.upstream.settings import Upstream
 from lacre_backend.upstream.state import OriginState
 
 CONNECT: Final = 5.0  # seconds; it is on this host
-_PASSED_ON: Final = frozenset({b"content-type", b"accept"})
 
 log = structlog.get_logger("lacre.upstream")
 
@@ -79,7 +78,7 @@ class Origin:
         self.state = state
         self._url = httpx2.URL(state.url)
         self._fixed = fixed
-        self._passed_on = _PASSED_ON | {name.encode() for name in settings.headers}
+        self._passed_on = {name.encode() for name in OF_THE_CONTENT.union(settings.headers)}
         self._timeout = httpx2.Timeout(settings.wait, connect=CONNECT).as_dict()
         self._largest = settings.largest_answer
         # A transport instead of a client: a client has cookies, follows redirects and names itself.

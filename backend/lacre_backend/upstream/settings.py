@@ -91,8 +91,8 @@ class Upstream(Table):
     - origin: scheme, host and port of one server. origins: of several that serve the same.
     - health: a path that answers with a status of 200 to 299 once a server can work; without it, a server must only listen.
     - health_every: seconds between checks. health_failures: failed checks in a row after which a server counts as down.
-    - credentials: headers that the worker sets. headers: names of request headers to forward, in addition to `content-type` and
-      `accept`.
+    - credentials: headers that the worker sets. headers: names of request headers to forward, in addition to those of the
+      content.
     - wait: seconds for the next byte. longest: seconds for a whole answer. largest_answer: bytes.
     """
 

@@ -19,7 +19,9 @@ from lacre.wire.header import MAX_SEALED_REQUEST
 
 DEFAULT_MAX_TOKENS: Final = 512  # the SDK's default for each choice; for the action `http`, in KiB
 NO_OUTPUT: Final = 1  # the least value of `Lacre-Max-Tokens`, for actions whose answer holds no tokens
-ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK})
+# The last one says how many bytes of a body are JSON, before tensors in binary form (the Open Inference Protocol). It describes
+# the content as its type does.
+ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK, "inference-header-content-length"})
 # OpenAI's fields that say who asks. `prompt_cache_key` replaces `user` and is a lasting pseudonym; here the salt does its work,
 # and the salt changes every hour.
 IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key")
