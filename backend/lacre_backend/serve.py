@@ -21,6 +21,7 @@ from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.engine.adapters import AdapterFile, adapted_name
+from lacre_backend.engine.draft_model import DraftFile
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, ModelMetadata
@@ -214,14 +215,14 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
     `open_model` raises.
     """
     opened = open_model(model.path, model.name, model.conditions(kms))
-    adapters = open_adapters(model, kms)
+    adapters, draft = open_adapters(model, kms), open_draft(model, kms)
     file = opened.file
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
         embeds = ModelMetadata.read(file.path).kind is TaskKind.EMBED
         if embeds and adapters:
             raise SettingsError(f"{file.name} embeds, and adapters are for models that generate: remove `adapters`.")
-        engine = LlamaEmbedder if embeds else partial(LlamaEngine, adapters=adapters)
+        engine = LlamaEmbedder if embeds else partial(LlamaEngine, adapters=adapters, draft=draft)
         return engine(
             file.path,
             name=file.name,
@@ -241,6 +242,14 @@ def open_adapters(model: ModelSettings, kms: str) -> list[AdapterFile]:
     return [AdapterFile(name, one.file.path, one.file.digest, one.weights) for name, one in opened]
 
 
+def open_draft(model: ModelSettings, kms: str) -> DraftFile | None:
+    """The draft model, if one is used. It must meet what the model must. Raises as `open_model`."""
+    if model.draft_model is None or model.speculation != "draft":
+        return None
+    opened = open_model(model.draft_model, None, model.conditions(kms))
+    return DraftFile(opened.file.path, opened.weights)
+
+
 def options(model: ModelSettings) -> LlamaSettings:
     """A model's table as the engine's settings."""
     return LlamaSettings(
@@ -252,5 +261,6 @@ def options(model: ModelSettings) -> LlamaSettings:
         flash=model.flash,
         kv_type=model.kv_type,
         beyond_training=model.beyond_training,
+        speculation=model.speculation,
         gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
     )

@@ -33,6 +33,8 @@ class ModelSettings(Table):
     flash: bool | None = None  # flash attention
     kv_type: Literal["f16", "q8_0"] = "f16"  # of the numbers in the cache; q8_0 takes about half the memory
     unified: bool = False  # one cache for all slots instead of one each
+    speculation: Literal["off", "lookup", "draft"] = "off"  # where guesses of next tokens come from; `tune` measures the gain
+    draft_model: FilePath | None = None  # a small GGUF file with the same vocabulary
     gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers on a GPU; -1: all
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0
@@ -41,6 +43,12 @@ class ModelSettings(Table):
     sealed: bool = False  # refuse a file that is not sealed
     signers: tuple[FilePath, ...] = ()  # public keys in PEM, one of which must have signed the model
     require_signature: bool = False  # refuse a model without a signature by one of `signers`
+
+    @model_validator(mode="after")
+    def _something_drafts(self) -> ModelSettings:
+        if self.speculation == "draft" and self.draft_model is None:
+            raise PydanticCustomError("draft", 'speculation = "draft": name the GGUF file of a draft model in `draft_model`')
+        return self
 
     @model_validator(mode="after")
     def _someone_signs(self) -> ModelSettings:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
-from lacre_backend.engine.scheduler import Scheduler
+from lacre_backend.engine.scheduler import NO_DRAFTS, Scheduler
 from lacre_backend.engine.turns import NOBODY, Fair
 
-SPLIT = EngineLimits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
+SPLIT = EngineLimits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4, drafts=20)
 TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
 WHOLE = dataclasses.replace(SPLIT, cuttable=False)
 TWO = EngineLimits(slots=2, context=512, cells=1024)
@@ -96,8 +96,9 @@ class Driver:
         for i in range(n):
             self.submit(f"n{i}", prompt, fair=fair, group="g")
 
-    def step(self) -> StepPlan:
-        plan = self.scheduler.plan()
+    def step(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
+        """drafts: guesses; those that are all 7 are right."""
+        plan = self.scheduler.plan(drafts)
         self.memory.execute(plan, self.owners)
         assert self.scheduler.free_cells == self.memory.limits.cells - self.memory.used, (
             "the counts are those of the real cells"
@@ -114,22 +115,37 @@ class Driver:
             if segment.task is not None:
                 assert self.adapters[segment.task] == plan.adapter, "a step has one adapter's tasks"
                 held, wanted = self.held(segment.slot), self.wanted[segment.task]
-                assert held == wanted[: len(held)], "the slot holds a beginning of its task's tokens"
-                assert segment.output == (len(held) == len(wanted))
+                known = len(held) - segment.drafted
+                assert held[:known] == wanted[:known], "the slot holds a beginning of its task's tokens"
+                assert held[known:] == list(drafts.get(segment.task, ())[: segment.drafted]), "and then its guesses"
+                assert segment.output == (known == len(wanted))
                 if segment.output:
-                    self.result(segment.task)
+                    self.results(segment.task, held[known:])
+        assert plan.drafted <= self.memory.limits.drafts
+        assert not plan.drafted or plan.generating == sum(segment.task is not None for segment in plan.segments), "none reads"
         return plan
+
+    def results(self, name: str, guesses: Sequence[object]) -> None:
+        """The segment's token, and those that follow right guesses."""
+        for guess in [*guesses, None]:
+            confirmed = self.result(name)
+            assert confirmed == (guess == 7 and name in self.wanted), (
+                "a right guess gives one more token, if any is left to make"
+            )
+            if not confirmed:
+                break
 
     def held(self, slot: int) -> list[object]:
         return [cell[0] for cell in self.memory.slots[slot]]
 
-    def result(self, name: str) -> None:
+    def result(self, name: str) -> bool:
+        """One more token of the answer. Returns whether it had been guessed."""
         self.left[name] -= 1
         if self.left[name] <= 0:
             self.end(name)
-        else:
-            self.wanted[name].append(7)
-            self.scheduler.advance(name, 7)
+            return False
+        self.wanted[name].append(7)
+        return self.scheduler.advance(name, 7)
 
     def end(self, name: str, *, keep: bool = True) -> None:
         self.scheduler.end(name, keep=keep)

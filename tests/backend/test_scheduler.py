@@ -68,6 +68,11 @@ class Machine(RuleBasedStateMachine):
         for _ in range(times):
             self.driver.step()
 
+    @rule(guesses=st.lists(st.lists(st.sampled_from([7, 7, 7, 8]), max_size=20), max_size=8))
+    def guess(self, guesses: list[list[int]]) -> None:
+        """For some tasks, whether they generate or not."""
+        self.driver.step(dict(zip(self.driver.wanted, guesses, strict=False)))
+
     @invariant()
     def every_task_is_in_one_place(self) -> None:
         scheduler = self.driver.scheduler

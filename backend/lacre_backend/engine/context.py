@@ -70,15 +70,14 @@ class Batch:
 
     def write(self, plan: StepPlan) -> list[int]:
         """Writes the plan. Returns the positions of the outputs in the batch."""
-        outputs = []
+        outputs: list[int] = []
         n = 0
         for segment in plan.segments:
             end = n + len(segment.tokens)
             self.token[n:end] = segment.tokens
             self.pos[n:end] = range(segment.start, segment.start + end - n)
             self.sequence[n:end] = segment.slot
-            if segment.output:
-                outputs.append(end - 1)
+            outputs += range(end - segment.rows, end)
             n = end
         self.output[:n] = 0
         self.output[outputs] = 1
@@ -120,7 +119,7 @@ class LlamaContext:
         params.n_ctx = limits.cells if limits.unified else limits.slots * limits.context
         params.n_batch = params.n_ubatch = limits.step
         params.n_seq_max = limits.slots
-        params.n_outputs_max = limits.slots
+        params.n_outputs_max = limits.slots + limits.drafts
         params.n_threads = params.n_threads_batch = compute.threads
         params.kv_unified = limits.unified
         params.flash_attn_type = FLASH[compute.flash]
@@ -150,6 +149,7 @@ class LlamaContext:
             code = L.llama_decode(self.pointer, self._batch.struct)
             if code != 0:
                 raise EngineError(f"llama.cpp could not decode (code {code}). Try again, or with a shorter prompt.")
+            L.llama_synchronize(self.pointer)  # a GPU may still compute; callers measure how long a step takes
         for trim in plan.after:
             self._trim(trim)
         return outputs

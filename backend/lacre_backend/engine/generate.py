@@ -11,9 +11,10 @@ Rules:
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -24,15 +25,15 @@ from lacre.runtime import tasks
 from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile, adapted_name, load, size
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox
+from lacre_backend.engine.draft_model import DraftFile
 from lacre_backend.engine.job import EngineJob, begin
 from lacre_backend.engine.lens import PIECE, Lenses, LensTask
 from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace
-from lacre_backend.engine.plan import StepPlan
+from lacre_backend.engine.plan import Segment, StepPlan
 from lacre_backend.engine.protocol import (
     DIED,
-    Alternative,
     EngineError,
     EngineHealth,
     Event,
@@ -43,14 +44,14 @@ from lacre_backend.engine.protocol import (
     PromptProgress,
     Task,
     TaskRefused,
-    Token,
     check,
 )
 from lacre_backend.engine.rows import Rows
-from lacre_backend.engine.sampling import choose, logprob
-from lacre_backend.engine.scheduler import Scheduler
+from lacre_backend.engine.sampling import choose
+from lacre_backend.engine.scheduler import NO_DRAFTS, Scheduler
 from lacre_backend.engine.scope_ages import ScopeAges
 from lacre_backend.engine.sizing import LlamaSettings, derive
+from lacre_backend.engine.speculation import speculation
 from lacre_backend.engine.tokenizer import Tokenizer
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
@@ -74,16 +75,17 @@ class LlamaEngine:
         tokenizer: Tokenizer | None = None,
         weights: Weights | None = None,
         adapters: Sequence[AdapterFile] = (),
+        draft: DraftFile | None = None,
     ) -> None:
         """Loads `path`. tokenizer: of that file; by default the engine starts one. The engine closes it.
 
-        weights: as in `Model`. adapters: served by the engines in `adapted`. Raises `SettingsError` if llama.cpp cannot load
-        one of the files, or the machine has no room for them.
+        weights: as in `Model`. adapters: served by the engines in `adapted`. draft: for the speculation of that name. Raises
+        `SettingsError` if llama.cpp cannot load one of the files, or the machine has no room for them.
         """
         settings = settings or LlamaSettings()
         # Before anything else reads the file: a bad file may abort the process that reads it
         tokenizer = tokenizer or Tokenizer(path)
-        shape = derive(path, settings, beside=size(adapters))
+        shape = derive(path, settings, beside=size(adapters), draft=None if draft is None else draft.path)
         self._model = Model(
             path,
             name=name,
@@ -94,6 +96,7 @@ class LlamaEngine:
             weights=weights,
         )
         self._adapters = load(self._model, path, adapters)
+        self.speculation = speculation(settings, self._model, shape, draft)
         compute = Compute(shape.threads, settings.flash, settings.kv_type)
         self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
         self.adapted = [AdaptedEngine(self, adapter, adapted_name(name, adapter.name)) for adapter in adapters]
@@ -212,6 +215,8 @@ class LlamaEngine:
         self._masks.close()
         if ended:  # memory that a thread still uses is not freed
             self._context.free()
+            if self.speculation is not None:
+                self.speculation.close()
 
     # The decode thread
 
@@ -258,7 +263,8 @@ class LlamaEngine:
         if self._ages.due(now):
             self._forget(now)
         self._resume(now)
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._drafts())
+        began = time.monotonic()
         for task_id in plan.admitted:
             self._start(self._jobs[task_id], now)
         working = [self._jobs[segment.task] for segment in plan.segments if segment.task is not None]
@@ -271,10 +277,10 @@ class LlamaEngine:
         if plan.segments:
             self._watch.done()
             self._dirty = True
-            self._record(plan, time.monotonic() - now)
+            self._record(plan, time.monotonic() - began)
         self._tell_read(plan)
-        outputs = [segment.task for segment in plan.segments if segment.output]
-        if any(task_id is not None for task_id in outputs):
+        outputs = [segment for segment in plan.segments if segment.output]
+        if any(segment.task is not None for segment in outputs):
             self._results(outputs, rows)
         self._begin_copied(plan)
         self._interrupt(working)
@@ -289,11 +295,21 @@ class LlamaEngine:
         if job.task.cache_scope is not None:
             self._ages.use(job.task.cache_scope, now)
 
+    def _drafts(self) -> Mapping[str, Sequence[int]]:
+        """Guesses for the next step, by task."""
+        if self.speculation is None or not (generating := self._scheduler.generating):
+            return NO_DRAFTS
+        return self.speculation.drafts([self._jobs[task_id].wanted() for task_id in generating])
+
     def _record(self, plan: StepPlan, seconds: float) -> None:
-        reading = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None) - plan.generating
-        self._pace.observe(plan.generating, reading, seconds)
+        computed = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None)
+        reading = computed - plan.generating - plan.drafted
+        if not plan.drafted:
+            self._pace.observe(plan.generating, reading, seconds)
+        if self.speculation is not None and reading == 0:
+            self.speculation.executed(plan, seconds)
         self.steps += 1
-        self.computed_tokens += reading + plan.generating
+        self.computed_tokens += computed
 
     def _tell_read(self, plan: StepPlan) -> None:
         """Reports progress of prompts that need further steps. A prompt that is read again after its task lost its cells is not
@@ -307,9 +323,14 @@ class LlamaEngine:
                     job.told = read
                     self._outbox.post(job.stream, PromptProgress(read, job.cached_tokens))
 
-    def _results(self, outputs: list[str | None], rows: list[int]) -> None:
-        logits = self._context.logits(len(rows))
-        jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are ignored
+    def _results(self, outputs: list[Segment], rows: list[int]) -> None:
+        """outputs: the segments with logits. rows: of all of them, in the batch."""
+        every = logits = self._context.logits(len(rows))
+        all_rows = rows
+        first = [0, *itertools.accumulate(segment.rows for segment in outputs)][:-1]
+        if len(outputs) < len(rows):
+            logits, rows = every[first], [rows[i] for i in first]
+        jobs = [None if segment.task is None else self._jobs[segment.task] for segment in outputs]  # a filler's are ignored
         self._keep(jobs, logits)
         for job in jobs:
             if job is not None:  # a task that was sent back while it waited for its mask, and was read again, uses these logits
@@ -321,7 +342,21 @@ class LlamaEngine:
         wanted = [i for i, job in enumerate(jobs) if job is not None and i not in late]
         if len(wanted) < len(outputs):
             logits, rows = logits[wanted], [rows[i] for i in wanted]
-        self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
+        confirmed = self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
+        if len(outputs) < len(all_rows):
+            self._confirm(confirmed, {job: i for job, i in zip(jobs, first, strict=True) if job is not None}, all_rows, every)
+
+    def _confirm(self, confirmed: list[EngineJob], first: dict[EngineJob, int], rows: list[int], logits: Logits) -> None:
+        """Chooses on for tasks whose guess was right. first: the index of each task's first row in `rows` and `logits`."""
+        right = dict.fromkeys(first, 0)
+        while confirmed:
+            for job in confirmed:
+                right[job] += 1
+            at = [first[job] + right[job] for job in confirmed]
+            confirmed = self._choose(confirmed, [rows[i] for i in at], logits[at])
+        if self.speculation is not None:
+            for job, number in right.items():
+                self.speculation.settle(job.task.id, number, ended=job.ended)
 
     def _keep(self, jobs: list[EngineJob | None], logits: Logits) -> None:
         """Keeps the logits at the end of prompts that further choices share."""
@@ -345,10 +380,13 @@ class LlamaEngine:
             else:
                 self._park(job, row)
 
-    def _choose(self, jobs: list[EngineJob], rows: Sequence[int | None], logits: Logits) -> None:
-        """rows: each job's row in the batch; None if its logits are from an earlier one."""
+    def _choose(self, jobs: list[EngineJob], rows: Sequence[int | None], logits: Logits) -> list[EngineJob]:
+        """rows: each job's row in the batch; None if its logits are from an earlier one. Returns the jobs whose token had been
+        guessed, so that the batch has the logits that follow it.
+        """
         if not jobs:
-            return
+            return []
+        confirmed: list[EngineJob] = []
         tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
         now = time.monotonic()
         for job, token, row in zip(jobs, tokens, logits, strict=True):
@@ -358,24 +396,21 @@ class LlamaEngine:
                 self._drop(job, token, keep=True)
             elif not job.task.given and self._model.ends(token):
                 self._end(job, "stop")
-            else:
-                self._emit(job, token, row)
+            elif self._emit(job, token, row):
+                confirmed.append(job)
+        return confirmed
 
-    def _emit(self, job: EngineJob, token: int, logits: Logits) -> None:
-        raw = self._model.piece(token)
-        job.completion_tokens += 1
-        chosen: float | None = None
-        top: tuple[Alternative, ...] = ()
-        if job.task.logprobs is not None:
-            chosen, top = logprob(self._model, logits, token, job.task.logprobs)
-        self._outbox.post(job.stream, Token(token, job.text.push(raw), raw, chosen, top, job.cached_tokens))
+    def _emit(self, job: EngineJob, token: int, logits: Logits) -> bool:
+        """Whether the token had been guessed, and the job goes on."""
+        self._outbox.post(job.stream, job.said(self._model, token, logits))
         if job.text.stopped:
             self._end(job, "stop")
         elif job.completion_tokens >= job.limit:
             self._end(job, "length")
         else:
             job.sampler.accept(token)
-            self._scheduler.advance(job.task.id, token)
+            return self._scheduler.advance(job.task.id, token)
+        return False
 
     # Late masks
 
@@ -419,6 +454,8 @@ class LlamaEngine:
         job.ended = True
         self._parked.pop(job.task.id, None)  # keep nothing of a finished answer here, even while nothing else runs
         self._scheduler.end(job.task.id, keep=keep)
+        if self.speculation is not None:
+            self.speculation.forget(job.task.id)
         if keep and job.task.cache_scope is not None:
             self._ages.use(job.task.cache_scope, time.monotonic())
         with self._changed:
@@ -462,6 +499,8 @@ class LlamaEngine:
         self._forget(now)
         plan = self._scheduler.plan()
         self._context.execute(replace(plan, segments=(), after=()))
+        if self.speculation is not None:
+            self.speculation.wipe()
         if self._dirty and not self._scheduler.scopes:
             self._context.wipe()
             self._dirty = False

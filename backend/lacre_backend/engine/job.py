@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 
+from lacre_backend.engine.context import Logits
 from lacre_backend.engine.delivery import TaskEvents
+from lacre_backend.engine.drafting import MAX_DRAFT, Wanted
 from lacre_backend.engine.masks import Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
-from lacre_backend.engine.protocol import Finish, FinishReason, Task, TaskRefused
-from lacre_backend.engine.sampling import Sampler
+from lacre_backend.engine.protocol import Alternative, Finish, FinishReason, Task, TaskRefused, Token
+from lacre_backend.engine.sampling import Sampler, logprob
 from lacre_backend.engine.text import TextStream
 from lacre_backend.engine.tokens import Tokens
 
@@ -34,6 +36,12 @@ class EngineJob:
         self.ended = False
         self.deadline: float | None = None
 
+    def wanted(self) -> Wanted:
+        """For speculation. The last token of an answer needs no guess after it."""
+        able = self.sampler.constraint is None and self.sampler.given is None
+        left = min(self.limit - self.completion_tokens - 1, MAX_DRAFT)
+        return Wanted(self.task.id, self.tokens, left if able else 0, able)
+
     @property
     def lacks_tokens(self) -> bool:
         """Whether there are tokens left to generate."""
@@ -46,6 +54,16 @@ class EngineJob:
         if self.deadline is not None and now >= self.deadline:
             return "length"
         return None
+
+    def said(self, model: Model, token: int, logits: Logits) -> Token:
+        """The event of one more token of the answer. logits: those it was chosen from."""
+        raw = model.piece(token)
+        self.completion_tokens += 1
+        chosen: float | None = None
+        top: tuple[Alternative, ...] = ()
+        if self.task.logprobs is not None:
+            chosen, top = logprob(model, logits, token, self.task.logprobs)
+        return Token(token, self.text.push(raw), raw, chosen, top, self.cached_tokens)
 
     def finish(self, reason: FinishReason) -> Finish:
         text = "" if self.text.stopped else self.text.flush()

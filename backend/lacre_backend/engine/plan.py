@@ -21,6 +21,7 @@ class EngineLimits:
     - burst: tokens of all short prompts (of at most this length) while others generate.
     - share: tokens of long prompts, then. It may be changed at any time after a measurement.
     - multiple: how many sequences the kernels process at once.
+    - drafts: drafted tokens of all tasks in a step that reads no prompt.
     - cuttable: whether cells can be removed from the end of a sequence; if not, no prefix is reused and there are no fillers.
     """
 
@@ -34,11 +35,12 @@ class EngineLimits:
     share: int = 32
     multiple: int = 1
     cuttable: bool = True
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         fits = self.context <= self.cells <= self.slots * self.context
         positive = min(self.slots, self.context, self.share, self.burst, self.chunk) > 0
-        rooms = self.slots + self.burst + self.share <= self.step and self.chunk <= self.step
+        rooms = self.slots + max(self.burst + self.share, self.drafts) <= self.step and self.chunk <= self.step
         if not (fits and positive and rooms):
             raise UsageError(f"These limits contradict each other: {self}.")
 
@@ -63,7 +65,8 @@ class Copy:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Tokens of one slot from position `start` on. output: whether the last one's logits are needed. task: None for a filler. A
-    filler has an unused output, because rows of logits are also processed in fours.
+    filler has an unused output, because rows of logits are also processed in fours. drafted: how many of the last tokens are
+    guesses. Then their logits are needed too, and those of the token before them.
     """
 
     slot: int
@@ -71,6 +74,12 @@ class Segment:
     tokens: Sequence[int]
     task: str | None
     output: bool
+    drafted: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows of logits it has."""
+        return 1 + self.drafted if self.output else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,11 @@ class StepPlan:
     generating: int
     copied: tuple[str, ...] = ()
     adapter: str | None = None
+
+    @property
+    def drafted(self) -> int:
+        """Guessed tokens of all tasks."""
+        return sum(segment.drafted for segment in self.segments)
 
     @property
     def size(self) -> int:

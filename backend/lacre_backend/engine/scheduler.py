@@ -24,22 +24,28 @@ Rules:
   slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. They are idle, or
   wait for their adapter's turn. The filler is removed after the step. It is added only if it lengthens no task's attention: a
   neighbour's timing must not reveal an idle cache.
+- A step that reads no prompt may check drafted tokens: guesses of what follows (`speculation.py`). They take free cells only,
+  and at most `drafts` of a step. `advance` confirms them one by one; the cells of wrong ones are removed before the next step.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Final
 
 from lacre.errors import UsageError
 from lacre_backend.engine.adapter_turns import AdapterTurns, Runner
 from lacre_backend.engine.cells import Cells
 from lacre_backend.engine.choices import Choices
+from lacre_backend.engine.drafting import MAX_DRAFT
 from lacre_backend.engine.placement import distances
 from lacre_backend.engine.plan import Copy, EngineLimits, Segment, StepPlan, Trim
-from lacre_backend.engine.tokens import NO_TOKENS, Tokens
+from lacre_backend.engine.slots import CacheSlot, QueuedTask, age, cost, unread, weight
+from lacre_backend.engine.tokens import Tokens
 from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
 MIN_REUSE: Final = 16  # tokens; computing a shorter common prefix (every chat's first words) is faster than finding it
@@ -48,47 +54,8 @@ MARGIN: Final = 32  # free cells per running task before another is admitted, so
 COMPARED: Final = 64  # prefixes compared per step, about 4 us each; later tasks wait for the next step
 PAD: Final = 256  # llama.cpp reads cells in multiples of this many
 PIECE: Final = 63  # tokens: from 64 of one sequence on, ggml's flash attention on CPUs computes in tiles
+NO_DRAFTS: Final[Mapping[str, Sequence[int]]] = MappingProxyType({})
 FILLER: Final = 0  # any token works: its result is ignored
-
-
-class _Task:
-    __slots__ = ("adapter", "cached", "choices", "fair", "generated", "id", "number", "scope", "slot", "tokens")
-
-    def __init__(self, task_id: str, tokens: Tokens, scope: bytes | None, fair: Fair, choices: Choices[_Task] | None) -> None:
-        self.id = task_id
-        self.tokens = tokens
-        self.scope = scope
-        self.fair = fair
-        self.adapter: str | None = None
-        self.choices = choices  # of its request, if it has several
-        self.generated = 0
-        self.cached: int | None = None  # tokens found in the cache at the first admission
-        self.slot: _Slot | None = None
-        self.number = 0  # of the admission; the age order of running tasks
-
-
-class _Slot:
-    __slots__ = ("adapter", "choices", "index", "length", "scope", "task", "tokens", "used")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.tokens = NO_TOKENS  # of the task that runs here, or ran here last
-        self.length = 0  # how many of them have their cells here
-        self.scope: bytes | None = None
-        self.adapter: str | None = None  # that computed its cells
-        # The choices whose prompt its cells begin with, while one of them is unfinished
-        self.choices: Choices[_Task] | None = None
-        self.task: _Task | None = None
-        self.used = 0  # when it was last in use, by the scheduler's counter
-
-    @property
-    def idle(self) -> bool:
-        return self.task is None
-
-    @property
-    def generating(self) -> bool:
-        task = self.task
-        return task is not None and task.generated > 0 and len(task.tokens) - self.length == 1
 
 
 class Scheduler:
@@ -97,11 +64,11 @@ class Scheduler:
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
         self.share = limits.share
-        self._slots = [_Slot(i) for i in range(limits.slots)]
-        self._tasks: dict[str, _Task] = {}
-        self._turns: FairQueue[_Task] = FairQueue()
+        self._slots = [CacheSlot(i) for i in range(limits.slots)]
+        self._tasks: dict[str, QueuedTask] = {}
+        self._turns: FairQueue[QueuedTask] = FairQueue()
         self._adapter_turns = AdapterTurns()
-        self._groups: dict[str, Choices[_Task]] = {}
+        self._groups: dict[str, Choices[QueuedTask]] = {}
         self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
         self._compared = 0  # prefixes compared in this step
@@ -131,7 +98,7 @@ class Scheduler:
         choices = None if group is None else self._groups.setdefault(group, Choices(len(tokens)))
         if choices is not None:
             choices.members += 1
-        task = self._tasks[task_id] = _Task(task_id, tokens, scope, fair, choices)
+        task = self._tasks[task_id] = QueuedTask(task_id, tokens, scope, fair, choices)
         task.adapter = adapter
         self._turns.add(fair, task_id, task)
 
@@ -143,6 +110,7 @@ class Scheduler:
             slot, task.slot = task.slot, None
             slot.task = None
             slot.used = self._tick()
+            self._undraft(slot)
             if not keep or task.scope is None:
                 self._trim(slot, self._of_choices(slot, task) if keep else 0)
         elif task.choices is None or task not in task.choices.waiting:
@@ -150,11 +118,23 @@ class Scheduler:
         if task.choices is not None:
             self._leave(task, task.choices)
 
-    def advance(self, task_id: str, token: int) -> None:
-        """The task's segment produced this token, and the task continues."""
+    def advance(self, task_id: str, token: int) -> bool:
+        """The task's segment produced this token, and the task continues.
+
+        Returns whether the next token was drafted, so that the same step computed what follows it.
+        """
         task = self._tasks[task_id]
         task.tokens.append(token)
         task.generated += 1
+        slot = task.slot
+        if slot is None or not slot.drafted:
+            return False
+        if slot.drafted[0] != token:
+            self._undraft(slot)
+            return False
+        slot.drafted = slot.drafted[1:]
+        slot.length += 1
+        return True
 
     def forget(self, scope: bytes) -> None:
         """Removes a scope's cache. Running tasks continue."""
@@ -189,6 +169,14 @@ class Scheduler:
         return bool(self._tasks)
 
     @property
+    def generating(self) -> tuple[str, ...]:
+        """The tasks that could use drafted tokens in the next step. Empty if that step will read prompts."""
+        reads = any(unread(slot) > 0 and not slot.generating for slot in self._slots)
+        if reads or (self._turns.next() is not None and any(slot.idle for slot in self._slots)):
+            return ()
+        return tuple(slot.task.id for slot in self._slots if slot.task is not None and slot.generating)
+
+    @property
     def scopes(self) -> frozenset[bytes]:
         """The scopes that have cells."""
         return frozenset(slot.scope for slot in self._slots if slot.length and slot.scope is not None)
@@ -200,8 +188,12 @@ class Scheduler:
 
     # Output
 
-    def plan(self) -> StepPlan:
-        """The next step. Without segments nothing runs, though it may free memory."""
+    def plan(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
+        """The next step. Without segments nothing runs, though it may free memory. drafts: guesses of generating tasks' next
+        tokens, by task.
+        """
+        for slot in self._slots:
+            self._undraft(slot)
         for choices in self._groups.values():
             reader = choices.reader
             if reader is not None and reader.slot is not None and reader.slot.length >= choices.length:
@@ -209,6 +201,8 @@ class Scheduler:
         admitted = tuple(self._admit())
         copied = tuple(task_id for task_id in admitted if self._is_copied(self._tasks[task_id]))
         adapter, generating, segments = self._compute()
+        if drafts and generating == len(segments):
+            self._draft(drafts, segments)
         ordered, after = self._filled([segments[i] for i in sorted(segments)], adapter)
         memory, self._memory = tuple(self._memory), []
         still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this same plan
@@ -218,10 +212,10 @@ class Scheduler:
         """The adapter whose turn it is, how many of its tasks generate, and the segments by slot."""
         segments: dict[int, Segment] = {}
         for _ in self._slots:
-            able = [slot.task for slot in self._slots if slot.task is not None and _left(slot) > 0]
+            able = [slot.task for slot in self._slots if slot.task is not None and unread(slot) > 0]
             adapter = self._adapter_turns.next([Runner(task.adapter, task.fair, task.number) for task in able])
             ours = [slot for slot in self._slots if slot.adapter == adapter]
-            for slot in sorted((s for s in ours if s.generating), key=_age):
+            for slot in sorted((s for s in ours if s.generating), key=age):
                 self._take(slot, 1, segments)
             generating = len(segments)
             self._prefill(ours, generating, segments)
@@ -246,7 +240,7 @@ class Scheduler:
             self._turns.take(task.fair, task.id, hold=True)
             yield task.id
 
-    def _place(self, task: _Task) -> bool:
+    def _place(self, task: QueuedTask) -> bool:
         """Gives the task a slot, with its scope's cached tokens. False if there are not enough cells."""
         slot, source, common = self._best(task)
         shared = common if source is None or self.limits.unified else 0  # a copy in a split cache takes cells of its own
@@ -272,13 +266,13 @@ class Scheduler:
             pass
         return True
 
-    def _available(self, slot: _Slot, source: _Slot | None, common: int) -> int:
+    def _available(self, slot: CacheSlot, source: CacheSlot | None, common: int) -> int:
         """The cells that are free once every idle cache is removed, except the one that the task would use."""
         kept = [0 if s.idle and s is not source else s.length for s in self._slots]
         kept[slot.index] = common if source is None else 0
         return self.free_cells + self._cells.freeable(kept)
 
-    def _best(self, task: _Task) -> tuple[_Slot, _Slot | None, int]:
+    def _best(self, task: QueuedTask) -> tuple[CacheSlot, CacheSlot | None, int]:
         """The slot to use, the slot to copy from (None: use its own cells), and the length of the common prefix."""
         idle = [slot for slot in self._slots if slot.idle]
         common = {slot.index: self._common(slot, task) for slot in self._slots}
@@ -289,12 +283,12 @@ class Scheduler:
         if common[best.index] >= max(least, common[source.index] - gain):
             return best, None, common[best.index]
         far = distances([None if slot.idle else slot.adapter == task.adapter for slot in self._slots])
-        fresh = min(idle, key=lambda slot: _cost(slot, *far[slot.index]))
+        fresh = min(idle, key=lambda slot: cost(slot, *far[slot.index]))
         if common[source.index] >= max(gain, 1) and source is not fresh:
             return fresh, source, common[source.index]
         return fresh, None, 0
 
-    def _common(self, slot: _Slot, task: _Task) -> int:
+    def _common(self, slot: CacheSlot, task: QueuedTask) -> int:
         """The length of the common prefix. Without a sibling's logits it leaves at least the last token."""
         if (ours := self._of_choices(slot, task)) > 0:
             return ours
@@ -308,7 +302,7 @@ class Scheduler:
 
     # Choices
 
-    def _of_choices(self, slot: _Slot, task: _Task) -> int:
+    def _of_choices(self, slot: CacheSlot, task: QueuedTask) -> int:
         """How many tokens of its request's prompt a slot has for the task. A state that cannot be cut must end exactly
         there.
         """
@@ -319,15 +313,15 @@ class Scheduler:
             return choices.length if slot.length == choices.length else 0
         return min(slot.length, choices.length)
 
-    def _is_copied(self, task: _Task) -> bool:
+    def _is_copied(self, task: QueuedTask) -> bool:
         return task.slot is not None and task.slot.length == len(task.tokens)
 
-    def _release(self, choices: Choices[_Task]) -> None:
+    def _release(self, choices: Choices[QueuedTask]) -> None:
         """Queues the choices that waited for a prompt, ahead of their caller's later requests."""
         for task in reversed(choices.released()):
             self._turns.add(task.fair, task.id, task, first=True)
 
-    def _leave(self, task: _Task, choices: Choices[_Task]) -> None:
+    def _leave(self, task: QueuedTask, choices: Choices[QueuedTask]) -> None:
         choices.members -= 1
         if task in choices.waiting:
             choices.waiting.remove(task)
@@ -348,11 +342,18 @@ class Scheduler:
         self._count += 1
         return self._count
 
-    def _trim(self, slot: _Slot, keep: int) -> None:
+    def _trim(self, slot: CacheSlot, keep: int) -> None:
         if slot.length > keep:
             self._cells.cut(slot.index, keep)
             slot.length = keep
             self._memory.append(Trim(slot.index, keep))
+
+    def _undraft(self, slot: CacheSlot) -> None:
+        """Removes the cells of drafted tokens that were not confirmed."""
+        if slot.drafted:
+            slot.drafted = ()
+            self._cells.cut(slot.index, slot.length)
+            self._memory.append(Trim(slot.index, slot.length))
 
     def _evict(self) -> bool:
         """Removes the longest-unused idle cache. A prompt that choices may still copy goes last."""
@@ -371,7 +372,7 @@ class Scheduler:
             held[task.fair[0]] += slot.length
             held[task.fair] += slot.length
         oldest = min(task.number for _, task in running)
-        slot, task = max(running, key=lambda pair: _weight(pair[1], held, oldest))
+        slot, task = max(running, key=lambda pair: weight(pair[1], held, oldest))
         planned = segments.pop(slot.index, None)
         if planned is not None:  # these cells were never filled
             self._cells.cut(slot.index, planned.start)
@@ -381,7 +382,7 @@ class Scheduler:
         self._turns.add(task.fair, task.id, task, first=True)
         self._turns.release(task.fair)
 
-    def _take(self, slot: _Slot, n: int, segments: dict[int, Segment]) -> None:
+    def _take(self, slot: CacheSlot, n: int, segments: dict[int, Segment]) -> None:
         """Adds the next `n` tokens of a slot's task to the step, after making room for them."""
         while self.free_cells < n and slot.task is not None:
             if not self._evict():
@@ -397,15 +398,31 @@ class Scheduler:
         output = slot.length == len(task.tokens)
         segments[slot.index] = Segment(slot.index, start, task.tokens.all[start : start + n].tolist(), task.id, output)
 
+    def _draft(self, drafts: Mapping[str, Sequence[int]], segments: dict[int, Segment]) -> None:
+        """Adds drafted tokens to the segments, within the step's limit and the free cells. They count as their callers'."""
+        room = min(self.limits.drafts, self.free_cells) if self.limits.cuttable else 0
+        for index, segment in segments.items():
+            slot = self._slots[index]
+            task = slot.task
+            if task is None or room <= 0:
+                continue
+            most = min(room, MAX_DRAFT, self.limits.context - slot.length)
+            slot.drafted = tuple(drafts.get(task.id, ())[:most])
+            n = len(slot.drafted)
+            self._cells.grow(index, n)
+            self._turns.spend(task.fair, n)
+            segments[index] = replace(segment, tokens=[*segment.tokens, *slot.drafted], drafted=n)
+            room -= n
+
     # Prompts
 
-    def _prefill(self, slots: Sequence[_Slot], generating: int, segments: dict[int, Segment]) -> None:
+    def _prefill(self, slots: Sequence[CacheSlot], generating: int, segments: dict[int, Segment]) -> None:
         """slots: of the step's adapter. generating: of them. Tasks of other adapters must not be stalled either."""
         # A task that waits for something other than a step has nothing left to read.
-        reading = sorted((s for s in slots if s.index not in segments and _left(s) > 0), key=self._next_to_read)
+        reading = sorted((s for s in slots if s.index not in segments and unread(s) > 0), key=self._next_to_read)
         others = generating > 0 or any(slot.generating for slot in self._slots)
-        short = [slot for slot in reading if _left(slot) <= self.limits.burst]
-        long = [slot for slot in reading if _left(slot) > self.limits.burst]
+        short = [slot for slot in reading if unread(slot) <= self.limits.burst]
+        long = [slot for slot in reading if unread(slot) > self.limits.burst]
         room = self.limits.burst if others else self.limits.chunk
         left = self._read(short, room, segments)
         # While nothing is generated, a whole chunk stalls no task, but short prompts may come at every step.
@@ -413,11 +430,11 @@ class Scheduler:
         share = own if others else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
 
-    def _next_to_read(self, slot: _Slot) -> tuple[tuple[int, int], int]:
+    def _next_to_read(self, slot: CacheSlot) -> tuple[tuple[int, int], int]:
         """Sort key: first the tenant and caller with the least computed tokens, then age. One caller's long prompts do not
         delay another's.
         """
-        return ((0, 0) if slot.task is None else self._turns.spent(slot.task.fair)), _age(slot)
+        return ((0, 0) if slot.task is None else self._turns.spent(slot.task.fair)), age(slot)
 
     def _round(self, share: int) -> int:
         """Rounds a share: one of its tokens is computed together with the generated ones, the rest in multiples. Small shares,
@@ -426,7 +443,7 @@ class Scheduler:
         multiple = self.limits.multiple
         return share if share <= 2 * multiple else share - (share - 1) % multiple
 
-    def _read(self, slots: Sequence[_Slot], room: int, segments: dict[int, Segment]) -> int:
+    def _read(self, slots: Sequence[CacheSlot], room: int, segments: dict[int, Segment]) -> int:
         for slot in slots:
             if room > 0 and slot.task is not None:
                 n = min(room, _piece(slot))
@@ -435,26 +452,29 @@ class Scheduler:
         return room
 
     def _filled(self, segments: list[Segment], adapter: str | None) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
-        """Adds fillers in the gaps and up to a round number; also returns how to remove them. adapter: of the step."""
+        """Adds fillers in the gaps and up to a round number; also returns how to remove them. adapter: of the step. A filler is
+        as long as the shortest segment: llama.cpp computes sequences of one length together.
+        """
         if len(segments) < 2 or not self.limits.cuttable:
             return tuple(segments), ()
         longest = max(segment.start + len(segment.tokens) for segment in segments)
         padded = min(-(-longest // PAD) * PAD, self.limits.context)
         first, last = segments[0].slot, segments[-1].slot
-        usable = [s for s in self._slots if (s.idle or s.adapter != adapter) and s.length < padded]
+        each = min(len(segment.tokens) for segment in segments)
+        usable = [s for s in self._slots if (s.idle or s.adapter != adapter) and s.length + each <= padded]
         inside = [slot for slot in usable if first < slot.index < last and not self.limits.unified]
         outside = self._beside(usable, first, last)
         n = len(segments) + len(inside)
         missing = -n % self.limits.multiple
-        if n > self.limits.multiple and 0 < missing <= min(self.limits.multiple // 2, len(outside)):
+        if each == 1 and n > self.limits.multiple and 0 < missing <= min(self.limits.multiple // 2, len(outside)):
             inside += outside[:missing]
-        if len(inside) > min(self.limits.step, self.free_cells) - sum(len(segment.tokens) for segment in segments):
+        if each * len(inside) > min(self.limits.step, self.free_cells) - sum(len(segment.tokens) for segment in segments):
             return tuple(segments), ()
-        fillers = [Segment(slot.index, slot.length, (FILLER,), None, True) for slot in inside]
+        fillers = [Segment(slot.index, slot.length, (FILLER,) * each, None, True) for slot in inside]
         ordered = sorted([*segments, *fillers], key=lambda segment: segment.slot)
         return tuple(ordered), tuple(Trim(filler.slot, filler.start) for filler in fillers)
 
-    def _beside(self, usable: Sequence[_Slot], first: int, last: int) -> list[_Slot]:
+    def _beside(self, usable: Sequence[CacheSlot], first: int, last: int) -> list[CacheSlot]:
         """Idle slots that border the running ones; in a unified cache, any."""
         if self.limits.unified:
             return list(usable)
@@ -464,34 +484,9 @@ class Scheduler:
         return [known[index] for index in (*after, *before)]
 
 
-def _age(slot: _Slot) -> int:
-    return slot.task.number if slot.task is not None else 0
-
-
-def _cost(slot: _Slot, own: int, others: int) -> tuple[bool, int, bool, int, int, int]:
-    """Sort key for the idle slot to give away. A prompt that choices may still copy is kept longest. own, others: the slot's
-    distances (`placement.py`).
-
-    Next come slots inside or beside the running ones, even if another cache is older: every gap is computed or splits the
-    computation. Among several, an empty one, then the farthest from other adapters' tasks, then the longest unused.
-    """
-    kept = slot.choices is not None and slot.length > 0
-    return kept, own, bool(slot.length), -others, slot.used if slot.length else 0, slot.index
-
-
-def _weight(task: _Task, held: Counter[Fair | str], oldest: int) -> tuple[bool, int, int, int]:
-    """The task with the greatest key returns to its queue. held: cells, by tenant and by caller."""
-    return task.number != oldest, held[task.fair[0]], held[task.fair], task.number
-
-
-def _left(slot: _Slot) -> int:
-    """Tokens of the slot's task that are not computed yet."""
-    return 0 if slot.task is None else len(slot.task.tokens) - slot.length
-
-
-def _piece(slot: _Slot) -> int:
+def _piece(slot: CacheSlot) -> int:
     """How many of the remaining tokens one step may take."""
-    read, left = slot.length, _left(slot)
+    read, left = slot.length, unread(slot)
     if slot.task is None or read + left <= slot.task.tokens.prompt:
         return left
     return slot.task.tokens.prompt - read if read < slot.task.tokens.prompt else min(left, PIECE)

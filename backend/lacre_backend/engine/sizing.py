@@ -11,15 +11,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import llama_cpp as L
 
 from lacre.errors import SettingsError
 from lacre_backend.engine import shards
 from lacre_backend.engine.context import KvType
+from lacre_backend.engine.drafting import MOST
 from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Gpu, ModelMetadata
 from lacre_backend.engine.plan import EngineLimits
+from lacre_backend.engine.scheduler import PIECE
 
 DEFAULT_SLOTS: Final = 8
 MAX_SLOTS: Final = 256  # llama.cpp's own limit
@@ -31,6 +33,9 @@ _Q8_BYTES: Final = (17, 32)  # of q8_0 for 16-bit ones: a block of 32 numbers ta
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
+SpeculationKind = Literal["off", "lookup", "draft"]
+
+
 @dataclass(frozen=True, slots=True)
 class LlamaSettings:
     """How to run a model. None: derived from the model and the machine.
@@ -39,6 +44,7 @@ class LlamaSettings:
     - slots: parallel sequences. unified: one cache for all of them, with `cells` tokens in total, instead of one each.
     - flash: flash attention; None: llama.cpp decides. threads: None: every core that the process may use.
     - kv_type: the type of the caches' numbers. q8_0 takes 8.5 bits of each, and needs flash attention.
+    - speculation: where guesses of next tokens come from: prompt lookup, or a draft model.
     """
 
     n_ctx: int | None = None
@@ -50,6 +56,7 @@ class LlamaSettings:
     kv_type: KvType = "f16"
     gpu: Gpu = field(default_factory=Gpu)
     beyond_training: bool = False
+    speculation: SpeculationKind = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +68,19 @@ class EngineSizing:
     cache_bytes: int
 
 
-def derive(path: Path, settings: LlamaSettings, *, available: int | None = None, beside: int = 0) -> EngineSizing:
+def derive(
+    path: Path, settings: LlamaSettings, *, available: int | None = None, beside: int = 0, draft: Path | None = None
+) -> EngineSizing:
     """Raises `SettingsError` if the settings are invalid or the model does not fit. available: bytes; None: measured. beside:
-    bytes of its adapters.
+    bytes of its adapters. draft: a draft model, with a cache of its own for the same sequences.
     """
     _check(settings)
     facts = ModelMetadata.read(path)
     _check_file(path, facts, settings)
+    beside += 0 if draft is None else shards.size(draft)
     room = memory_for_caches(path, facts, settings, available=available, beside=beside)
     cell = bytes_per_token(facts, settings)
+    cell += 0 if draft is None else bytes_per_token(ModelMetadata.read(draft), settings)
     context = settings.n_ctx or _context(facts, room, cell)
     slots = settings.slots or _slots(room, context * cell)
     cells = (settings.cells or slots * context) if settings.unified else slots * context
@@ -84,9 +95,22 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None,
     threads = settings.threads or len(os.sched_getaffinity(0))
     multiple = 1 if room is None else CPU_ROWS
     limits = EngineLimits(
-        slots=slots, context=context, cells=cells, unified=settings.unified, multiple=multiple, cuttable=facts.cuttable
+        slots=slots,
+        context=context,
+        cells=cells,
+        unified=settings.unified,
+        multiple=multiple,
+        cuttable=facts.cuttable,
+        drafts=_drafts(settings, slots),
     )
     return EngineSizing(limits, threads, size)
+
+
+def _drafts(settings: LlamaSettings, slots: int) -> int:
+    """How many guesses a step may check. A unified cache is computed as one text, whose steps stay below `PIECE` tokens."""
+    if settings.speculation == "off":
+        return 0
+    return max(min(MOST, PIECE - slots), 0) if settings.unified else MOST
 
 
 def bytes_per_token(facts: ModelMetadata, settings: LlamaSettings) -> int:
