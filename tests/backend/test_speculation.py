@@ -86,7 +86,7 @@ class Told:
 def eager(engine: LlamaEngine) -> LlamaEngine:
     assert engine.speculation is not None
     limits = engine._scheduler.limits
-    engine.speculation._gain = Eager(limits.drafts, even=not limits.unified)
+    engine.speculation.gain = Eager(limits.drafts, even=not limits.unified)
     return engine
 
 

@@ -9,9 +9,12 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend.commands import tune
-from lacre_backend.engine.tune import SLOTS, Way, choose
-from lacre_backend.settings import load
-from parts.tiny_model import tiny_model
+from lacre_backend.engine.speculation import SpeculationCounts
+from lacre_backend.engine.tune import SLOTS, TuningResult, Way, choose
+from lacre_backend.engine.tune_speculation import SpeculationTrial
+from lacre_backend.settings import ModelSettings, load
+from lacre_fabric.keys.kms import PLAIN
+from parts.tiny_model import tiny_model, tiny_recurrent_model
 
 FAST, SLOW = Way(2, True, False), Way(1, False, True)
 SETTINGS = """# ours
@@ -56,7 +59,39 @@ def test_it_writes_its_choice_and_its_table(tmp_path: Path) -> None:
     again = path.read_text()
     assert again.count("#| tok/s") == 1
     assert tomllib.loads(again).keys() == tomllib.loads(SETTINGS).keys()
-    assert any("chosen" in line for line in said)
+    assert again.count("#| speculation lookup: ") == again.count("\nspeculation = ") == 1
+    assert any("chosen: threads" in line for line in said)
+    assert any("times as fast with 1" in line and "guesses right" in line for line in said)
+    assert any("chosen: speculation " in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("gains", "worth_it"),
+    [({1: 1.2, 8: 1.0}, True), ({1: 1.04, 8: 1.04}, False), ({1: 2.0, 8: 0.9}, False), ({1: 0.99, 8: 0.97}, False)],
+)
+def test_speculation_is_off_without_a_gain(gains: dict[int, float], worth_it: bool) -> None:
+    trial = SpeculationTrial("lookup", gains, SpeculationCounts(9, 40, 30))
+    assert trial.worth_it == worth_it
+    assert "30 of 40 guesses right (75%)" in str(trial)
+
+
+def test_a_model_that_cannot_take_guesses_back_is_not_tried(tmp_path: Path) -> None:
+    path = tiny_recurrent_model(tmp_path / "tiny.gguf")
+    said: list[str] = []
+    choice = TuningResult(Way(1, True, False), 1, {})
+    assert tune.speculations(path, ModelSettings(path=path), PLAIN, choice, said.append) == []
+    assert "speculation lookup: not tried: " in said[0]
+
+
+def test_it_tries_a_draft_model(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "tiny.gguf")
+    tiny_model(tmp_path / "small.gguf")
+    path = tmp_path / "worker.toml"
+    path.write_text(SETTINGS + 'draft_model = "small.gguf"\n')
+    said: list[str] = []
+    tune.run(path, said.append)
+    assert any("speculation draft: " in line for line in said)
+    assert "draft_model = " in path.read_text(), "it stays, whatever was chosen"
 
 
 def test_models_in_another_form_are_not_guessed_at() -> None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.model import ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
-from lacre_backend.engine.sizing import LlamaSettings, derive
+from lacre_backend.engine.sizing import LlamaSettings, SpeculationKind, derive
+from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.engine.tune import SLOTS, TuningResult, tune
+from lacre_backend.engine.tune_speculation import SpeculationTrial, try_speculation
 from lacre_backend.models.gguf import find
-from lacre_backend.serve import options
-from lacre_backend.settings import load
+from lacre_backend.serve import open_draft, options
+from lacre_backend.settings import ModelSettings, load
 
 _MARK: Final = "# measured by `lacre worker tune`:"
 _TABLE: Final = re.compile(r"\s*\[")
@@ -46,7 +50,11 @@ def run(path: Path, report: Callable[[str], None]) -> None:
         for line in choice.table():
             report("  " + line)
         report(f"  chosen: {choice.way}, {choice.slots} slots")
-        text = written(text, index, values(choice), choice.table())
+        trials = speculations(file.path, model, settings.kms, choice, report)
+        best = max((trial for trial in trials if trial.worth_it), key=lambda trial: trial.gain, default=None)
+        report(f"  chosen: speculation {'off: no gain measured' if best is None else best.kind}")
+        table = [*choice.table(), *map(str, trials)]
+        text = written(text, index, values(choice, "off" if best is None else best.kind), table)
     draft = path.with_name(path.name + ".tuned")
     draft.write_text(text, encoding="utf-8")
     draft.chmod(path.stat().st_mode & 0o777)
@@ -54,12 +62,41 @@ def run(path: Path, report: Callable[[str], None]) -> None:
     draft.replace(path)
 
 
-def values(choice: TuningResult) -> dict[str, str]:
+def speculations(
+    path: Path, model: ModelSettings, kms: str, choice: TuningResult, report: Callable[[str], None]
+) -> list[SpeculationTrial]:
+    """What each kind of speculation gains, if the model is run as chosen."""
+    way, wanted = choice.way, options(model)
+    trials = []
+    for kind in ("lookup", "draft") if model.draft_model is not None else ("lookup",):
+        settings = replace(
+            wanted,
+            threads=way.threads,
+            flash=way.flash,
+            unified=way.unified,
+            slots=choice.slots,
+            cells=None,
+            speculation=kind,
+        )
+        try:
+            draft = open_draft(model.model_copy(update={"speculation": kind}), kms)
+            with closing(Tokenizer(path)) as tokenizer:
+                engine = LlamaEngine(path, name=path.stem, digest="", settings=settings, tokenizer=tokenizer, draft=draft)
+                with closing(engine):
+                    if engine.speculation is not None:
+                        trials.append(try_speculation(engine, engine.speculation, kind, sorted({1, choice.slots})))
+                        report(f"  {trials[-1]}")
+        except SettingsError as exc:  # for example, a state that cannot take guesses back
+            report(f"  speculation {kind}: not tried: {exc}")
+    return trials
+
+
+def values(choice: TuningResult, speculation: SpeculationKind) -> dict[str, str]:
     """As TOML. A unified cache needs no size: it holds the contexts of all slots."""
     way = choice.way
     flags = {"flash": way.flash, "unified": way.unified}
     numbers = {"threads": str(way.threads), "slots": str(choice.slots)}
-    return numbers | {name: str(flag).lower() for name, flag in flags.items()}
+    return numbers | {name: str(flag).lower() for name, flag in flags.items()} | {"speculation": f'"{speculation}"'}
 
 
 def written(text: str, index: int, values: Mapping[str, str], table: list[str]) -> str:

@@ -45,6 +45,9 @@ class SpeculationCounts:
     def acceptance(self) -> float:
         return self.accepted / self.guessed if self.guessed else 0.0
 
+    def since(self, before: SpeculationCounts) -> SpeculationCounts:
+        return SpeculationCounts(self.steps - before.steps, self.guessed - before.guessed, self.accepted - before.accepted)
+
 
 class _Hits:
     """A share of right guesses that forgets."""
@@ -90,7 +93,7 @@ class Speculation:
         self.counts = SpeculationCounts()
         self._drafter = drafter
         self._even = not limits.unified
-        self._gain = Gain(limits.drafts, even=self._even)
+        self.gain = Gain(limits.drafts, even=self._even)
         self._tasks: dict[str, _Hits] = {}
         self._every = _Hits(_ALL)
         self._guessed: dict[str, int] = {}  # by task: real guesses, without fillers
@@ -107,7 +110,7 @@ class Speculation:
         every = self._every.share(_PRIOR)
         hits = [self._tasks.setdefault(task.id, _Hits(_MEMORY)) for task in wanted]
         offers = [Offer(min(one.share(every), 0.99), most) for one, most in zip(hits, longest, strict=True)]
-        numbers = self._gain.allot(offers, self._drafter.seconds)
+        numbers = self.gain.allot(offers, self._drafter.seconds)
         if not any(numbers):
             self._fade(hits, offers)
             return {}
@@ -118,7 +121,7 @@ class Speculation:
 
     def executed(self, plan: StepPlan, seconds: float) -> None:
         """A step that read no prompt took this long."""
-        self._gain.observe(plan.generating + plan.drafted, seconds)
+        self.gain.observe(plan.generating + plan.drafted, seconds)
         if plan.drafted:
             self.counts = replace(self.counts, steps=self.counts.steps + 1)
 
