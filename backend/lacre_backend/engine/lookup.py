@@ -16,7 +16,7 @@ import numpy as np
 from lacre_backend.engine.drafting import Wanted
 
 LEAST_MATCH: Final = 3  # tokens that must have occurred before; copies after two are wrong too often
-MOST_MATCH: Final = 8  # a longer match says no more about what follows
+MOST_MATCH: Final = 8  # a longer match does not make the next token more certain
 WINDOW: Final = 65_536  # tokens at the end in which it looks: so a long context does not slow every step
 
 

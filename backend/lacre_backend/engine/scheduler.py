@@ -24,7 +24,7 @@ Rules:
   slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. They are idle, or
   wait for their adapter's turn. The filler is removed after the step. It is added only if it lengthens no task's attention: a
   neighbour's timing must not reveal an idle cache.
-- A step that reads no prompt may check drafted tokens: guesses of what follows (`speculation.py`). They take free cells only,
+- A step that reads no prompt may check drafted tokens: guesses of the next ones (`speculation.py`). They take free cells only,
   and at most `drafts` of a step. `advance` confirms them one by one; the cells of wrong ones are removed before the next step.
 """
 
@@ -121,7 +121,7 @@ class Scheduler:
     def advance(self, task_id: str, token: int) -> bool:
         """The task's segment produced this token, and the task continues.
 
-        Returns whether the next token was drafted, so that the same step computed what follows it.
+        Returns whether the next token was drafted, so that the same step computed the logits behind it.
         """
         task = self._tasks[task_id]
         task.tokens.append(token)

@@ -27,9 +27,9 @@ from lacre_backend.engine.scheduler import FILLER
 from lacre_backend.engine.sizing import EngineSizing, LlamaSettings
 
 _PRIOR: Final = 0.6  # the share of right guesses before any was checked
-_OWN: Final = 2.0  # guesses of a task that count as much as what is known of all tasks
-_FADE: Final = 0.98  # of what is known of a task, for each step in which it got no guess: so it is tried again
-_MEMORY: Final = 0.9  # of what is known of a task, for each checked guess
+_OWN: Final = 2.0  # guesses of a task that count as much as those of all tasks
+_FADE: Final = 0.98  # of a task's record, for each step in which it got no guess: so it is tried again
+_MEMORY: Final = 0.9  # of a task's record, for each checked guess
 _ALL: Final = 0.99  # the same, of all tasks
 
 

@@ -1,7 +1,7 @@
 """Measures whether guessing next tokens makes a model faster on this machine: the same answers with and without, in turns.
 
 Rules:
-- Both run in one engine, so they share weights, caches and whatever else the machine does.
+- Both run in one engine, so they share weights, caches and the machine's other work.
 - Two kinds of tasks count alike: those whose answers repeat their prompt, and those that do not.
 """
 
