@@ -91,6 +91,12 @@ MISTAKES = {
     "traces that no policy lets through": ("gateway.tracing.endpoint=http://collector:4318", "networkPolicy.collectors:"),
     "new keys that no worker would see": ("signer.rotateHours=24", "signer.rotateHours:"),
     "a route of no Gateway": ("gatewayApi.enabled=true", "gatewayApi.parentRefs:"),
+    "a digest that is none": ("workers.digests.smollm2-135m.sha256={abc}", "/sha256/0"),
+    "digests of a model that is not served": (
+        "workers.digests.other.sha256={" + "a" * 64 + "}",
+        "digests: the pool default has no model other",
+    ),
+    "a private key of a signer": ("modelSigners.a=-----BEGIN PRIVATE KEY-----", "'/modelSigners/a'"),
     "a public name without a certificate": ("ingress.enabled=true,ingress.host=a.example", "ingress.tlsSecret:"),
 }
 

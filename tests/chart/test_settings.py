@@ -13,10 +13,13 @@ import pytest
 
 from chart.playing import ENTRYPOINTS, PYTHON
 from chart.preparing import certificate, mount
-from chart.rendering import CHART, NAMESPACE, ROOT, Rendered, leaves, render
+from chart.rendering import CHART, NAMESPACE, ROOT, Object, Rendered, leaves, render
+from lacre.trust.manifest import ModelEntry
 from lacre_backend import settings as of_worker
+from lacre_backend.models.opening import Conditions
 from lacre_fabric.nats.accounts import accounts
 from lacre_fabric.nats.streams import MAX_PAYLOAD
+from lacre_fabric.operate.model_digests import record, recorded
 from lacre_fabric.operate.nats_server import MAX_BUFFERED, MAX_BUFFERED_BYTES, MAX_FILES, MAX_MEMORY, executable
 from lacre_fabric.operate.site import Site
 from lacre_fabric.settings import parse
@@ -144,7 +147,10 @@ def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
         content = chart.one("ConfigMap", "r-lacre-signer")["data"]["site.json"]
         (tmp_path / "site.json").write_text(content)
         site = Site.load(tmp_path)
-        assert site.pools == {pool: [m.name for m in each.models] for pool, each in worker_settings(chart).items()}
+        assert site.pools == {
+            pool: [name for m in each.models for name in (m.name, *(f"{m.name}:{adapter}" for adapter in m.adapters))]
+            for pool, each in worker_settings(chart).items()
+        }
         assert (site.servers.urls, site.base_url) == (gateway_settings(chart).nats.url, chart.values["publicUrl"])
         assert site.replicas == 3
         assert list(site.regions) == (chart.values["nats"]["external"]["regions"] or [gateway_settings(chart).nats.region])
@@ -154,11 +160,14 @@ def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
         assert float(hours) == chart.values["signer"]["rotateHours"]
 
 
-def seeded(archive: Path, state: Path, *keys: Path, made: Path | None = None) -> None:
+def seeded(archive: Path, state: Path, *keys: Path, made: Path | None = None, models: Object | None = None) -> None:
     if made is not None:
         with tarfile.open(archive, "w") as out:
             out.add(made, ".")
-    subprocess.run([sys.executable, CHART / "files" / "seed.py", archive, state, *keys], check=True)
+    script = archive.with_name("seed.py")
+    script.write_bytes((CHART / "files" / "seed.py").read_bytes())
+    archive.with_name("models.json").write_text(json.dumps({"pools": models or {}}))
+    subprocess.run([sys.executable, script, archive, state, *keys], check=True)
 
 
 def test_the_state_is_seeded_once(tmp_path: Path) -> None:
@@ -182,6 +191,38 @@ def test_the_state_is_seeded_once(tmp_path: Path) -> None:
     seeded(archive, state, keys, made=made)
     assert (keys / "new/1.key").exists()
     assert not (keys / "default/1.key").exists()
+
+
+def test_the_manifest_names_the_files_of_the_values(tmp_path: Path) -> None:
+    """Those of the archive stay until the values name some; then the values alone count."""
+    archive, made, state = (tmp_path / name for name in ("state.tar", "made", "state"))
+    state.mkdir()
+    site = Site(made, {"default": ("smollm2-135m",), "other": ("smollm2-135m", "smollm2-135m:legal")})
+    site.create()
+    record(site.models_file, "default", {"smollm2-135m": ModelEntry(("3" * 64,))})
+    seeded(archive, state, made=made)
+    kept = Site(state, site.pools).models_file
+    assert recorded(kept)["default"]["smollm2-135m"].sha256 == ("3" * 64,)
+
+    said = render("on").one("ConfigMap", "r-lacre-signer")["data"]["models.json"]
+    seeded(archive, state, models=json.loads(said)["pools"])
+    found = recorded(kept)
+    assert found.keys() == {"other"}
+    assert found["other"]["smollm2-135m"].signers == ("1" * 64,)
+    assert found["other"]["smollm2-135m:legal"] == ModelEntry(("2" * 64,))
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_sealed_and_signed_model_in_a_pod() -> None:
+    settings = worker_settings(render("on"))["other"]
+    (model,) = settings.models
+    assert model.conditions(settings.kms) == Conditions(
+        "vault://vault.vault.svc:8200/transit/lacre-pools", sealed=True, signers=(Path("/etc/lacre/signers/release.pem"),)
+    )
+    pod = next(pod for pod in render("on").of_component("worker") if pod.name.endswith("other"))
+    (volume,) = [each["configMap"] for each in pod.spec["volumes"] if each["name"] == "signers"]
+    assert volume["items"] == [{"key": "release.pem", "path": "release.pem"}]
+    assert render("on").file(pod, "release.pem").startswith("-----BEGIN PUBLIC KEY-----\n")
 
 
 def test_an_archive_does_not_reach_out_of_the_state(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Rules:
 - Each part, a pool or the rest, is unpacked once. Destroyed keys must not come back, and no version may be signed twice.
 - KEYS has a folder for each pool: a volume with the pool's keys, which its workers read.
+- models.json beside this file says which model files the manifest names. If it names none, the state keeps its own.
 """
 
 import json
@@ -30,6 +31,16 @@ def seed(archive: Path, state: Path, keys: Path | None) -> None:
     marker.write_text(json.dumps(sorted(done | {part(name) for name in files})))
 
 
+def name_models(chosen: Path, state: Path) -> None:
+    text = chosen.read_text()
+    if not json.loads(text)["pools"]:
+        return
+    kept = state / "trust" / "models.json"
+    draft = kept.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(kept)
+
+
 def make_room(state: Path, name: PurePosixPath, keys: Path | None) -> None:
     folder = state / name.parent
     if keys is not None and name.parts[0] == "pools" and name.parent.name == "keys" and not folder.exists():
@@ -41,3 +52,4 @@ def make_room(state: Path, name: PurePosixPath, keys: Path | None) -> None:
 if __name__ == "__main__":
     os.umask(0o077)
     seed(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    name_models(Path(__file__).with_name("models.json"), Path(sys.argv[2]))
