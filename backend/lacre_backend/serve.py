@@ -26,6 +26,7 @@ from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
+from lacre_backend.engine.speculation import Speculation
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.opening import open_model
@@ -163,6 +164,8 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
     engines = [load_engine(model, settings.kms) for model in settings.models]
     for engine in engines:
         stack.callback(engine.close)
+        if isinstance(engine, LlamaEngine) and engine.speculation is not None:
+            stack.callback(_tell, engine.model.name, engine.speculation)
     adapted = {engine.model.name: engine.adapted for engine in engines if isinstance(engine, LlamaEngine)}
     every = [*engines, *itertools.chain(*adapted.values())]
     app = Elsewhere(create_app(every), "api")
@@ -174,6 +177,12 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
     names, each = [*own, *sharing], shares(slots, own)
     digests = {engine.model.name: engine.model.digest for engine in every}
     return ServedApp(app, names, slots, REPEATABLE, parts, each=each, sharing=sharing, digests=digests, weighs=WEIGHED)
+
+
+def _tell(model: str, speculation: Speculation) -> None:
+    """Logs what the worker's guesses were worth, when it ends."""
+    counts = speculation.counts
+    log.info("speculation", model=model, number=counts.guessed, accepted=counts.accepted)
 
 
 def _check_names(models: Sequence[ModelSettings]) -> None:
@@ -247,7 +256,7 @@ def open_draft(model: ModelSettings, kms: str) -> DraftFile | None:
     if model.draft_model is None or model.speculation != "draft":
         return None
     opened = open_model(model.draft_model, None, model.conditions(kms))
-    return DraftFile(opened.file.path, opened.weights)
+    return DraftFile(opened.file.path, model.draft_model.name, opened.weights)
 
 
 def options(model: ModelSettings) -> LlamaSettings:

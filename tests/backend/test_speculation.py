@@ -7,139 +7,28 @@ because these tests are not about how long steps take.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from backend.generating import GREEDY, Made, made, make_task, run
-from lacre.errors import SettingsError
+from backend.generating import GREEDY, made, make_task, run
+from backend.guessing import PROMPTS, SPLIT, UNIFIED, Told, alike, both, counts, eager, engine_of, told, without
 from lacre_backend.engine.adapters import AdapterFile
-from lacre_backend.engine.context import Compute
-from lacre_backend.engine.draft_model import DraftFile, DraftModel, DraftVocabularyDiffers
 from lacre_backend.engine.drafting import MAX_DRAFT, Wanted
-from lacre_backend.engine.gain import Gain, Offer
-from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.model import Gpu
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Finish, Sampling, Token
-from lacre_backend.engine.speculation import Speculation, SpeculationCounts
-from lacre_backend.engine.tokens import Tokens
 from lacre_backend.models import gguf
-from lacre_backend.serve import load_engine
-from lacre_backend.settings import ModelSettings
-from parts.tiny_model import tiny_lora, tiny_model, tiny_recurrent_model, tiny_vocabulary
-
-SPLIT = LlamaSettings(n_ctx=512, threads=1, slots=4, speculation="lookup")
-UNIFIED = dataclasses.replace(SPLIT, unified=True, cells=4 * 300)
-PROMPTS = (
-    "The sea is wide, and the sky is",
-    "one two three one two three one two",
-    "def read(path):\n    return open(path).read()\n\ndef write(path):\n    return open(path",
-    "abc abc abc abc",
-    "A list: first, second, third.\nThe same list: first,",
-    "x",
-)
-
-
-class Eager(Gain):
-    """Every guess is worth it."""
-
-    def allot(self, offers: Sequence[Offer], each: float = 0.0) -> list[int]:
-        most = min(max(offer.most for offer in offers), self._most // len(offers))
-        return [most if self._even else min(offer.most, most) for offer in offers]
-
-
-class Told:
-    """A `Drafter` that knows the answers. wrong: the share of its guesses that are not right."""
-
-    free = True
-    seconds = 0.0
-
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: float) -> None:
-        self.answers = answers
-        self.wrong = wrong
-        self.random = random.Random(1)
-
-    def draft(self, wanted: Sequence[Wanted]) -> dict[str, list[int]]:
-        return {task.id: found for task in wanted if task.most > 0 and (found := self.guesses(task))}
-
-    def guesses(self, task: Wanted) -> list[int]:
-        every = task.tokens.all.tolist()
-        prompt, said = tuple(every[: task.tokens.prompt]), every[task.tokens.prompt :]
-        answer = self.answers.get(prompt, [])
-        ahead = answer[len(said) : len(said) + task.most] if answer[: len(said)] == said else []
-        return [token if self.random.random() >= self.wrong else 5 + token % 200 for token in ahead]
-
-    def forget(self, task_id: str) -> None: ...
-
-    def wipe(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def eager(engine: LlamaEngine) -> LlamaEngine:
-    assert engine.speculation is not None
-    limits = engine._scheduler.limits
-    engine.speculation.gain = Eager(limits.drafts, even=not limits.unified)
-    return engine
-
-
-def told(engine: LlamaEngine, answers: dict[tuple[int, ...], list[int]], wrong: float = 0.2) -> LlamaEngine:
-    engine.speculation = Speculation(Told(answers, wrong), engine._scheduler.limits)
-    return eager(engine)
-
-
-def counts(engine: LlamaEngine) -> SpeculationCounts:
-    assert engine.speculation is not None
-    return engine.speculation.counts
-
-
-@contextlib.contextmanager
-def without(engine: LlamaEngine) -> Iterator[None]:
-    assert engine.speculation is not None
-    engine.speculation.enabled = False
-    yield
-    engine.speculation.enabled = True
-
-
-def engine_of(path: Path, settings: LlamaSettings, **more: Any) -> contextlib.closing[LlamaEngine]:
-    return contextlib.closing(LlamaEngine(path, name="m", digest="sha256:0", settings=settings, **more))
+from parts.tiny_model import tiny_lora
 
 
 @pytest.fixture(scope="module", params=[SPLIT, UNIFIED], ids=["split", "unified"])
 def tiny_engine(request: pytest.FixtureRequest, tiny: Path) -> Iterator[LlamaEngine]:
     with engine_of(tiny, request.param) as engine:
         yield eager(engine)
-
-
-def alike(plain: Made, guessed: Made, tie: float = 0.02) -> None:
-    """The same tokens, up to one that was a tie. llama.cpp rounds differently if a step has other tokens beside a token."""
-    for one, other in zip(plain.tokens, guessed.tokens, strict=False):
-        assert one.logprob is not None
-        assert other.logprob is not None
-        assert abs(one.logprob - other.logprob) < tie
-        if one.id != other.id:
-            return
-    assert guessed.ids == plain.ids
-    assert guessed.finish == plain.finish
-
-
-async def both(engine: LlamaEngine, text: str, max_tokens: int = 40, **fields: Any) -> tuple[Made, Made]:
-    """A task without guesses, and with guesses of which most are right."""
-    answers: dict[tuple[int, ...], list[int]] = {}
-    told(engine, answers)
-    task = make_task(engine, text, max_tokens, **fields)
-    with without(engine):
-        plain = await run(engine, task)
-    answers[task.prompt] = plain.ids
-    guessed = await run(engine, dataclasses.replace(task, id=task.id + "-again"))
-    return plain, guessed
 
 
 # Greedy answers
@@ -401,81 +290,3 @@ async def likely(engine: LlamaEngine, said: tuple[int, ...]) -> dict[int, float]
         token = (await run(engine, dataclasses.replace(task, prompt=(*task.prompt, *said)))).tokens[0]
     raw = {top.id: 2.718281828459045**top.logprob for top in token.top if top.id in FEW}
     return {one: p / sum(raw.values()) for one, p in raw.items()}
-
-
-# Draft models
-
-
-@pytest.mark.parametrize("settings", [SPLIT, UNIFIED], ids=["split", "unified"])
-@pytest.mark.parametrize("seed", [1, 2], ids=["the model itself", "another of its vocabulary"])
-async def test_a_draft_model(tiny: Path, tmp_path: Path, settings: LlamaSettings, seed: int) -> None:
-    draft = DraftFile(tiny_model(tmp_path / "draft.gguf", seed=seed, n_ctx=256))
-    with engine_of(tiny, dataclasses.replace(settings, speculation="draft"), draft=draft) as engine:
-        eager(engine)
-        tasks = [make_task(engine, text, 40, sampling=GREEDY, logprobs=0) for text in (*PROMPTS, "long " * 70)]
-        with without(engine):
-            plain = [await run(engine, task) for task in tasks]
-        again = [dataclasses.replace(task, id=task.id + "-again") for task in tasks]
-        guessed = await asyncio.gather(*(run(engine, task) for task in again))
-        for one, other in zip(plain, guessed, strict=True):
-            alike(one, other)
-        assert counts(engine).guessed > 40
-        if seed == 1:
-            assert counts(engine).acceptance > 0.9, "its own guesses are right"
-        assert engine.held == (0, 0)
-        alike(plain[0], await run(engine, dataclasses.replace(tasks[0], id="alone")))
-
-
-async def test_a_draft_model_keeps_no_cells_of_ended_tasks(tiny: Path) -> None:
-    with engine_of(tiny, dataclasses.replace(SPLIT, speculation="draft"), draft=DraftFile(tiny)) as engine:
-        eager(engine)
-        for text in PROMPTS * 2:  # more than it has sequences
-            await made(engine, text, 12, sampling=GREEDY)
-        assert engine.speculation is not None
-        drafter: Any = engine.speculation._drafter
-        assert (drafter._tasks, sorted(drafter._free)) == ({}, [0, 1, 2, 3])
-
-
-def test_a_draft_model_takes_wrong_guesses_back(tiny: Path) -> None:
-    """However an answer went on: it guesses what it would guess if it had read only that."""
-    with engine_of(tiny, SPLIT) as engine:
-        limits = dataclasses.replace(engine._scheduler.limits, slots=2, cells=1024)
-        draft, fresh = (DraftModel(DraftFile(tiny), engine._model, limits, Compute(1), Gpu()) for _ in range(2))
-        chance = random.Random(2)
-        answers = {name: Tokens(engine.tokenize(text)) for name, text in zip("ab", PROMPTS, strict=False)}
-        for step in range(40):
-            for name, tokens in answers.items():
-                task = Wanted(name, tokens, chance.randint(1, 5), able=True)
-                guesses = draft.draft([task])[name]
-                assert guesses == fresh.draft([task])[name]
-                np.testing.assert_allclose(draft._context.logits(1), fresh._context.logits(1), atol=0.05)
-                fresh.forget(name)
-                right = chance.randint(0, task.most)  # of them, and then other tokens
-                for token in [*guesses[:right], *(chance.randrange(3, 200) for _ in range(chance.randint(1, 3)))]:
-                    tokens.append(token)
-            if step == 20:
-                draft.forget("a")
-        draft.close()
-        fresh.close()
-
-
-def test_a_draft_of_another_vocabulary_is_refused(tiny: Path, tmp_path: Path) -> None:
-    vocabulary = tiny_vocabulary("llama")
-    tokens = vocabulary["tokenizer.ggml.tokens"]
-    i, j = tokens.index("<0x41>"), tokens.index("<0x42>")
-    tokens[i], tokens[j] = tokens[j], tokens[i]
-    other = tiny_model(tmp_path / "other.gguf", vocabulary=vocabulary)
-    with pytest.raises(DraftVocabularyDiffers, match=r"other\.gguf has another vocabulary.*: 2 tokens differ, such as 68, 69"):
-        load_engine(ModelSettings(path=tiny, threads=1, speculation="draft", draft_model=other))
-    with pytest.raises(DraftVocabularyDiffers, match="not one vocabulary"):
-        load_engine(ModelSettings(path=tiny, threads=1, speculation="draft", draft_model=gguf.find().path))
-
-
-def test_settings_that_cannot_speculate(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name the GGUF file of a draft model"):
-        ModelSettings(path=tiny, speculation="draft")
-    recurrent = tiny_recurrent_model(tmp_path / "recurrent.gguf")
-    with pytest.raises(SettingsError, match="cannot take back wrong guesses"):
-        load_engine(ModelSettings(path=recurrent, threads=1, speculation="lookup"))
-    with pytest.raises(SettingsError, match="cannot draft"):
-        load_engine(ModelSettings(path=tiny, threads=1, speculation="draft", draft_model=recurrent))

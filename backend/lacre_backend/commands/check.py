@@ -15,11 +15,12 @@ from pathlib import Path
 from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
 from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
+from lacre_backend.engine.draft_model import check_draft
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
-from lacre_backend.serve import open_adapters
+from lacre_backend.serve import open_adapters, open_draft
 from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
@@ -75,6 +76,8 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
             adapters = open_adapters(model, settings.kms)
             for adapter in adapters:
                 check(adapter.path, opened.path)
+            if (draft := open_draft(model, settings.kms)) is not None:
+                check_draft(draft, opened.path)
             digests[opened.name] = opened.digest
             for adapter in adapters:
                 digests[adapted_name(opened.name, adapter.name)] = adapted_digest(opened.digest, adapter.digest)

@@ -3,8 +3,8 @@
 Rules:
 - It reads only what the served model reads, for the same task, in a context of its own. No task's cells serve another one: they
   are removed when it ends, and overwritten once nothing runs.
-- It reads a prompt in pieces of `READ` tokens, so it never stalls running answers for long. Until it has read all, its task has
-  no guesses.
+- It reads a prompt in pieces that take about as long as one more of its steps (`pace.py`), so it never stalls running answers.
+  Until it has read all, its task has no guesses.
 - Its failures cost guesses, never an answer.
 """
 
@@ -20,12 +20,14 @@ from typing import Final
 from lacre.errors import SettingsError
 from lacre_backend.engine.context import Compute, LlamaContext
 from lacre_backend.engine.drafting import Wanted
-from lacre_backend.engine.model import Gpu, Model, ModelMetadata, Weights
+from lacre_backend.engine.model import MIN_N_CTX, Gpu, Model, ModelMetadata, Weights
+from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.protocol import EngineError
 from lacre_backend.engine.tokenizer import Tokenizer
 
-READ: Final = 256  # tokens of all prompts in a step
+FIRST_READ: Final = 32  # tokens of all prompts in a step, before anything is measured
+MOST_READ: Final = 256  # where steps cost almost nothing
 # Tokens by which the vocabularies may differ in length: files of one family fill them up with unused tokens differently
 PADDING: Final = 128
 _WEIGHT: Final = 0.2  # of a new measurement in the running mean
@@ -40,9 +42,10 @@ class DraftVocabularyDiffers(SettingsError):
 
 @dataclass(frozen=True, slots=True)
 class DraftFile:
-    """A draft model to load. weights: of a sealed one, of which `path` has the head alone."""
+    """A draft model to load. name: for errors. weights: of a sealed one, of which `path` has the head alone."""
 
     path: Path
+    name: str
     weights: Weights | None = None
 
 
@@ -72,15 +75,16 @@ class DraftModel:
         with closing(Tokenizer(file.path)) as tokenizer:  # a bad file may abort the process that reads it
             facts = ModelMetadata.read(file.path)
             if not (facts.cuttable and facts.generates):
-                raise SettingsError(f"{file.path.name} cannot draft: its state cannot be taken back, or it does not generate.")
+                raise SettingsError(f"{file.name} cannot draft: its state cannot be taken back, or it does not generate.")
             context = min(limits.context, facts.n_ctx_most or limits.context)
             self._model = Model(
                 file.path, name="draft", digest="", n_ctx=context, gpu=gpu, tokenizer=tokenizer, weights=file.weights
             )
-        self._shared = check_vocabulary(file.path.name, self._model, target)
+        self._shared = check_vocabulary(file.name, self._model, target)
         cells = min(limits.cells, limits.slots * context)
         self._limits = replace(limits, context=context, cells=cells, drafts=0, chunk=min(limits.chunk, limits.step))
         self._context = LlamaContext(self._model, self._limits, compute)
+        self._pace = Pace(FIRST_READ, MOST_READ)
         self._free = list(range(limits.slots))
         self._tasks: dict[str, _Sequence] = {}
         self._memory: list[Trim] = []
@@ -119,19 +123,23 @@ class DraftModel:
 
     def _read(self, tasks: Sequence[Wanted]) -> dict[str, int]:
         """Reads what the tasks' answers have become. Returns the next token of those that were read to their end."""
-        room = max(READ, 2 * len(tasks))
+        room = 2 * len(tasks) + self._pace.share(len(tasks))  # the last guess, and the token after it, are always read
         segments: list[Segment] = []
         for task in tasks:
-            sequence = self._tasks.get(task.id)
-            if sequence is None:
-                sequence = self._tasks[task.id] = _Sequence(self._free.pop())
-            self._take_back(sequence, task)
+            if task.id not in self._tasks:
+                self._tasks[task.id] = _Sequence(self._free.pop())
+            self._take_back(self._tasks[task.id], task)
+        for task in sorted(tasks, key=lambda task: len(task.tokens) - self._tasks[task.id].read):  # short ones never wait
+            sequence = self._tasks[task.id]
             missing = task.tokens.all[sequence.read : sequence.read + room].tolist()
             if missing and max(missing) < self._shared:
                 whole = sequence.read + len(missing) == len(task.tokens)
                 segments.append(Segment(sequence.slot, sequence.read, missing, task.id, whole))
                 room -= len(missing)
+        began = time.perf_counter()
         tokens = self._execute(segments)
+        reading = sum(len(segment.tokens) for segment in segments) - len(segments)
+        self._pace.observe(len(segments), reading, time.perf_counter() - began)
         for segment in segments:
             if segment.task is not None:
                 self._tasks[segment.task].read += len(segment.tokens)
@@ -158,6 +166,7 @@ class DraftModel:
             sequence.guessed += (token,)
         tokens = self._execute(segments)
         took = time.perf_counter() - began
+        self._pace.observe(len(segments), 0, took)
         self.seconds = took if self.seconds == 0 else self.seconds + _WEIGHT * (took - self.seconds)
         return tokens
 
@@ -171,6 +180,16 @@ class DraftModel:
             return {}
         best = self._context.logits(len(rows)).argmax(axis=1)
         return {task: int(token) for task, token in zip(outputs, best, strict=True) if task is not None}
+
+
+def check_draft(file: DraftFile, served: Path) -> None:
+    """Compares the vocabularies of both files. It loads no weights. Raises SettingsError."""
+    with closing(Tokenizer(file.path)) as tokenizer, closing(Tokenizer(served)) as other:
+        draft, target = (
+            Model(path, name=file.name, digest="", n_ctx=MIN_N_CTX, gpu=Gpu(), tokenizer=one, vocab_only=True)
+            for path, one in ((file.path, tokenizer), (served, other))
+        )
+        check_vocabulary(file.name, draft, target)
 
 
 def check_vocabulary(name: str, draft: Model, target: Model) -> int:
