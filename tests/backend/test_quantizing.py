@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from tests.parts.small_disk import NO_DISK, filled, small_disk
 from tests.parts.tiny_model import N_FF, N_LAYER, tiny_model, tiny_split_model
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from lacre.errors import SettingsError, UsageError
 from lacre_backend.commands.model import drawn
 from lacre_backend.commands.weights import commands
+from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.tune import SLOTS
 from lacre_backend.models.gguf import default_path, find
 from lacre_backend.workshop.comparison import Figures
@@ -88,6 +90,18 @@ def test_a_split_model_becomes_one_file(tmp_path: Path, text: Path) -> None:
     whole = SourceModel.read(tmp_path / "out.gguf")
     assert len(whole.files) == 1
     assert len(whole.tensors) == sum(len(read_header(shard).tensors) for shard in shards)
+
+
+def test_a_split_model_is_merged_without_a_change(tmp_path: Path, text: Path) -> None:
+    """Sealing tells to do that. A quantized model needs no --requantize, because nothing is quantized."""
+    source, out = tmp_path / "q.gguf", tmp_path / "out.gguf"
+    shards = tiny_split_model(tmp_path)
+    assert quantized(shards[0], out, "copy", text=text).tried[0].figures.fidelity.kl < 1e-6
+    kept = {tensor.name: bytes(tensor.data) for shard in shards for tensor in GGUFReader(shard).tensors}
+    assert {tensor.name: bytes(tensor.data) for tensor in GGUFReader(out).tensors} == kept
+    quantized(out, source, "Q8_0", text=text)
+    assert quantized(source, out, "COPY", text=text).type == "Q8_0"
+    assert len(files_of(out)) == 1
 
 
 def test_the_fastest_within_the_bound_is_kept(tmp_path: Path, text: Path) -> None:

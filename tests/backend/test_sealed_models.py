@@ -198,7 +198,7 @@ def test_what_cannot_be_sealed_is_refused_and_leaves_nothing(tmp_path: Path) -> 
     before = sorted(tmp_path.iterdir())
     for source, out, said in (
         (path, tmp_path / "again", "sealed already"),
-        (split[0], tmp_path / "again", "Merge them first"),
+        (split[0], tmp_path / "again", "Merge them first.*--type COPY"),
         (tmp_path / "text", tmp_path / "again", "not a GGUF file"),
         (tmp_path / "absent", tmp_path / "again", "No such model file"),
         (tmp_path / "tiny.gguf", tmp_path / "tiny.gguf", "is the input itself"),

@@ -42,7 +42,9 @@ def compare(
 def quantize(
     file: ModelPath,
     out: OutPath,
-    type_name: Annotated[str | None, typer.Option("--type", help="The type of the weights, such as Q8_0 or Q4_K_M.")] = None,
+    type_name: Annotated[
+        str | None, typer.Option("--type", help="A type of weights, such as Q8_0. COPY: no change, one file.")
+    ] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Try several types; keep the fastest within --max-kl.")] = False,
     max_kl: Annotated[float | None, typer.Option(help="For --auto: the KL divergence allowed. Default: 0.02.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="A text like those served: makes an importance matrix of it.")] = None,

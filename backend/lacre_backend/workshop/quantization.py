@@ -32,7 +32,7 @@ from lacre_backend.workshop.draft import draft
 from lacre_backend.workshop.fidelity import Reference, fidelity_to, read_text, reference
 from lacre_backend.workshop.importance import importance_matrix
 from lacre_backend.workshop.inspection import fell_back_in
-from lacre_backend.workshop.rewriting import NEED_MATRIX, Rewriting, known_type, rewrite
+from lacre_backend.workshop.rewriting import COPY, NEED_MATRIX, Rewriting, known_type, rewrite
 from lacre_backend.workshop.source import SourceModel, files_at, loaded
 from lacre_backend.workshop.speed import Speed, better, gain, speeds
 
@@ -121,7 +121,8 @@ def _quantize(asked: QuantizeAsked, report: Report) -> Quantized:
     digest = "sha256:" + FileDigests.read([asked.out]).model
     fastest = functools.reduce(better, (trial.beside for trial in trials.values()))
     measured = figures(source, expected.fidelity, fastest)
-    return Quantized(asked.out, best, digest, asked.max_kl, measured, list(trials.values()), checked)
+    written = trials[best].figures.type if best == COPY else best
+    return Quantized(asked.out, written, digest, asked.max_kl, measured, list(trials.values()), checked)
 
 
 QUANTIZE: Final = Job(f"{__name__}:QUANTIZE", QuantizeAsked, Quantized, _quantize)
@@ -138,7 +139,7 @@ def _part(report: Report, name: str, begin: float, share: float) -> Callable[[st
 def _check(asked: QuantizeAsked, source: SourceModel, types: tuple[str, ...]) -> None:
     """Raises SettingsError for what would be refused later, or give a useless model."""
     quantized = {tensor.kind for tensor in source.tensors if int(_llama.ggml_blck_size(tensor.kind)) > 1}
-    if quantized and not asked.requantize:
+    if quantized and not asked.requantize and types != (COPY,):
         raise SettingsError(
             f"{asked.path} is quantized already ({source.type}), and quantizing it again adds to the loss. "
             "Use the model that it was made from; or add --requantize, to measure the loss from here."

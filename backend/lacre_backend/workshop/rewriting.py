@@ -26,6 +26,7 @@ from lacre_backend.engine.graph import Values
 from lacre_backend.engine.model import silence
 from lacre_backend.models import checksum
 
+COPY: Final = "COPY"  # llama.cpp's word for the types that the tensors have: a split model becomes one file
 _PREFIX: Final = "LLAMA_FTYPE_"
 _NO_TYPES: Final = frozenset({"GUESSED", "NVFP4"})  # no type, and one that llama.cpp only reads
 # What llama.cpp's own tool refuses without a matrix, because the answers become useless; and IQ3_XXS, as bad here.
@@ -48,14 +49,19 @@ def type_numbers() -> dict[str, int]:
 def known_type(name: str) -> str:
     """Its name as llama.cpp writes it. Raises SettingsError."""
     types = type_numbers()
+    if name.upper() == COPY:
+        return COPY
     if name.upper() not in types:
-        raise SettingsError(f"There is no type {name!r}. Give one of: {', '.join(types)}.")
+        raise SettingsError(f"There is no type {name!r}. Give one of: {', '.join(types)}; or {COPY}.")
     return name.upper()
 
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """type: None: every tensor keeps its own. matrix: the importance of the columns, by tensor. without: layers left out."""
+    """type: None or `COPY`: every tensor keeps its own. matrix: the importance of the columns, by tensor.
+
+    without: layers left out.
+    """
 
     type: str | None
     matrix: Mapping[str, Values] = field(default_factory=lambda: MappingProxyType({}))
@@ -67,8 +73,8 @@ def rewrite(source: Path, out: Path, wanted: Rewriting, report: Callable[[float]
     params = L.llama_model_quantize_default_params()
     params.nthread = len(os.sched_getaffinity(0))
     params.allow_requantize = True  # the caller has asked already
-    params.only_copy = wanted.type is None
-    if wanted.type is not None:
+    params.only_copy = wanted.type in (None, COPY)
+    if wanted.type is not None and wanted.type != COPY:
         params.ftype = type_numbers()[wanted.type]
     kept = _matrix(wanted.matrix)  # llama.cpp reads them during the call
     if wanted.matrix:

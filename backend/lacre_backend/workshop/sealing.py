@@ -34,7 +34,7 @@ def seal_model(source: Path, out: Path, kms: str, report: Report, signers: Seque
     if len(files_of(source)) > 1:
         raise SettingsError(
             f"{source} is split into several files, and llama.cpp opens a sealed model as one file. Merge them first with "
-            "`llama-gguf-split --merge`, and sign the result."
+            f"`lacre model quantize {source} --type COPY --out OUT`, then sign and seal OUT."
         )
     with connected(kms) as service:
         report("digest", 0.0)
