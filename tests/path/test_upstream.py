@@ -21,11 +21,13 @@ import pytest
 
 import lacre
 from lacre.evidence.receipts import units
+from lacre.runtime import private_files
 from lacre_backend.models import gguf
 from lacre_fabric.operate.nats_server import free_port
 from parts.memory import found_in_memory
 from parts.platforms import Served, asked_in_secret, behind, canary, served, table
-from parts.stage import MODEL, LiveStage
+from parts.stage import MODEL, LiveStage, until
+from parts.stage.processes import OwnProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ROOT / "tests/ecosystem/servers"
 PREDICT, INFER = "/v1/models/encoder:predict", "/v2/models/encoder/infer"
 CANARY = canary()
+KEY = canary()
 ENCODER = {"lacre-model": "encoder"}
 
 
@@ -47,11 +50,12 @@ def running(folder: Path, program: str, *arguments: str) -> Iterator[Served]:
 
 @dataclass
 class Place:
-    """Everything that runs."""
+    """Everything that runs. key: the file with llama.cpp's key, from which the worker reads it."""
 
     workers: LiveStage
     encoder: Served
     writer: Served
+    key: Path
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,9 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
     folder = tmp_path_factory.mktemp("upstream")
     with ExitStack() as stack:
         encoder = stack.enter_context(running(folder, "encoder"))
-        writer = stack.enter_context(running(folder, "writer", str(gguf.find().path)))
+        key = folder / "writer.key"
+        private_files.replace(key, f"{KEY}\n".encode())
+        writer = stack.enter_context(running(folder, "writer", str(gguf.find().path), str(key)))
         await encoder.answers("/v2/health/ready")
         await writer.answers("/health")
         upstreams = {
@@ -67,10 +73,11 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
             MODEL: table(
                 writer.url, MODEL, ["POST /v1/chat/completions", "POST /v1/completions"],
                 'known_as = "whatever it was started with"\nfixed = {cache_prompt = false}',
+                f'health = "/health"\ncredentials = [{{file = "{key}"}}]',
             ),
         }  # fmt: skip
         async with behind(folder, upstreams) as workers:
-            yield Place(workers, encoder, writer)
+            yield Place(workers, encoder, writer, key)
 
 
 @pytest.fixture
@@ -80,6 +87,12 @@ def client(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         place.workers.gateways[0].url, token=place.workers.token("mallory", scopes=["lacre:http"]), retries=0
     ) as client:
         yield client
+
+
+def shown_by(process: OwnProcess) -> str:
+    """Its log, its settings, its command line and its environment."""
+    here = Path(f"/proc/{process.process.pid}")
+    return "".join(path.read_text() for path in (process.log, process.settings, here / "cmdline", here / "environ"))
 
 
 def told(response: httpx2.Response) -> tuple[int, str]:
@@ -209,6 +222,32 @@ async def test_its_ceiling_is_the_grant_s_and_its_file_s_place_its_own(client: l
     assert response.json()["model"] == MODEL and ".gguf" not in response.text
     refused = await asyncio.to_thread(client.post, "/v1/chat/completions", json={**body, "n_predict": 50})
     assert told(refused) == (400, "unknown_parameter")
+
+
+async def test_the_worker_has_a_key_that_no_one_else_has(place: Place, client: lacre.Client) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 2}
+    async with httpx2.AsyncClient(trust_env=False) as direct:
+        refused = await direct.post(place.writer.url + "/v1/chat/completions", json=body)
+    assert refused.status_code == 401
+    theirs = {"authorization": "Bearer theirs"}
+
+    async def asked() -> int:
+        return (await asyncio.to_thread(client.post, "/v1/chat/completions", json=body, headers=theirs)).status_code
+
+    async def tells(status: int) -> bool:
+        return await asked() == status
+
+    assert await asked() == 200
+    private_files.replace(place.key, b"another")
+    await until(lambda: tells(401))
+    private_files.replace(place.key, KEY.encode())
+    await until(lambda: tells(200))
+    worker, gateway = place.workers.workers[1], place.workers.gateways[0]
+    assert worker.log.read_text().count("upstream.credential_read") == 2
+    for process in (worker, gateway):
+        assert KEY not in shown_by(process)
+    assert not found_in_memory(gateway.process.pid, {"key": KEY.encode()})
+    assert found_in_memory(worker.process.pid, {"key": KEY.encode()})
 
 
 async def test_a_server_that_has_died(place: Place, client: lacre.Client) -> None:
