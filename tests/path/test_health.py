@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lacre_backend.health import READY, STALE, tell, wrong_with
+from lacre_backend.health import READY, STALE, main, tell, wrong_with
 from parts.stage.standing import end
 from parts.up import Up
 from parts.waiting import until
@@ -76,3 +77,18 @@ async def test_a_worker_that_stands_still_or_cannot_serve_says_no(tmp_path: Path
     assert wrong_with(path, time.time(), ready=True) == "draining"
     await end(telling)
     assert not path.exists(), "the next process must not seem ready before it is"
+
+
+def test_the_servers_of_an_upstream_are_printed_and_the_first_line_decides(
+    live: Up, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (live.state / WORKER[1]).read_text()
+    own, health = tmp_path / "worker.toml", tmp_path / "health"
+    own.write_text(re.sub(r'^health = ".*"$', f'health = "{health}"', text, flags=re.MULTILINE))
+    line = "upstream http://127.0.0.1:1 down running=0 sent=0 unreachable=3 failed=0"
+    for state, status in ((READY, 0), ("the upstream does not answer", 1)):
+        health.write_text(f"{state}\n{line}")
+        assert main(["--settings", str(own), "--ready"]) == status
+        said = capsys.readouterr()
+        assert said.out == f"{line}\n"
+        assert said.err == ("" if status == 0 else f"{state}\n")
