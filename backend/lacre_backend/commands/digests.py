@@ -10,9 +10,9 @@ from typing import BinaryIO
 from lacre.trust.manifest import DIGEST, ModelEntry
 from lacre_backend.engine.adapters import adapted_digest, adapted_name
 from lacre_backend.models.opening import open_model
-from lacre_backend.settings import ModelSettings, WorkerSettings
+from lacre_backend.settings import ModelSettings, WorkerSettings, with_default
 from lacre_fabric.keys.kms import PLAIN
-from lacre_fabric.settings import KmsAddress, Table, validated
+from lacre_fabric.settings import FilePath, KmsAddress, Table, validated
 
 
 class PlannedModels(Table):
@@ -20,11 +20,13 @@ class PlannedModels(Table):
 
     kms: KmsAddress = PLAIN
     models: tuple[ModelSettings, ...]
+    default_model: FilePath | None = None
 
     @classmethod
     def read(cls, file: BinaryIO, settings: Path) -> PlannedModels:
         """From JSON. settings: the file, for messages and relative paths; it need not exist. Raises SettingsError."""
-        return validated(cls, json.loads(file.read()), settings)
+        planned = validated(cls, json.loads(file.read()), settings)
+        return planned.model_copy(update={"models": with_default(planned.models, planned.default_model)})
 
 
 def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEntry]:

@@ -1,4 +1,4 @@
-"""`lacre model bench` and `choose`: how fast the worker's engine serves models here, and which of them suits."""
+"""`lacre model bench`, `choose` and `default`: how fast models are served here, and which of them suits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lacre_fabric.keys.kms import PLAIN
 if TYPE_CHECKING:
     from lacre_backend.workshop.benchmark import StreamRate
     from lacre_backend.workshop.choosing import Candidate
+    from lacre_backend.workshop.default_model import DefaultModel, TriedType
 
 __all__ = ["commands"]
 
@@ -81,6 +82,24 @@ def choose(
     say(f"Chosen: {found.chosen}" if found.chosen else "No model of this folder suits.")
 
 
+@commands.command("default")
+def default(
+    again: Annotated[bool, typer.Option("--again", help="Measure although that was done here before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which file `lacre up` serves as the default model here, and why. Measures once, and keeps the file in the cache."""
+    from pydantic import TypeAdapter
+
+    from lacre_backend.workshop.default_model import DefaultModel, Surroundings, default_model
+
+    with drawn() as report:
+        found = default_model(Surroundings(tell=lambda line: typer.echo(line, err=True), report=report), again=again)
+    if as_json:
+        say_json(TypeAdapter(DefaultModel).dump_python(found, mode="json"), indent=2)
+        return
+    _say_default(found)
+
+
 def size(text: str) -> int:
     """Bytes: a number with B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB. Raises SettingsError."""
     found = _SIZE.fullmatch(text.strip())
@@ -99,3 +118,20 @@ def _candidate(each: Candidate) -> tuple[str, ...]:
     score = None if each.score is None else each.score.value
     quality = (number(each.kl, ".4f"), number(score, ".3f"), each.reason or "suits")
     return (each.path.name, each.type or "-", *map(number, megabytes), *speeds, *quality)
+
+
+def _say_default(found: DefaultModel) -> None:
+    from lacre_backend.engine.tune import SLOTS
+
+    record = found.record
+    if record is not None:
+        speeds = (*(f"tok/s at {n}" for n in SLOTS), "prompt tok/s")
+        say_table(("type", "MB", "KL", "same top", *speeds, "times as fast"), map(_tried, record.tried))
+        say(f"One thread, measured at {record.date} with llama-cpp-python {record.llama_cpp.partition(':')[0]}.")
+    say(f"{found.path}: {found.told}")
+
+
+def _tried(each: TriedType) -> tuple[str, ...]:
+    rates = (*each.speed.streams.values(), each.speed.prompt)
+    loss = (f"{each.kl:.4f}", f"{each.same_top:.1%}")
+    return (each.type, f"{each.bytes / 1e6:.1f}", *loss, *(f"{rate:.0f}" for rate in rates), f"{each.gain:.2f}")

@@ -51,6 +51,9 @@ OpeningKms = Annotated[
         metavar="ADDRESS",
     ),
 ]
+AsShipped = Annotated[
+    bool, typer.Option("--as-shipped", help="Serve the default model's own file, not the type that is the fastest here.")
+]
 RotateHours = Annotated[float, typer.Option(help="Hours between rotations of the pools' keys; 0: never.", min=0)]
 
 token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
@@ -121,13 +124,16 @@ def up(
     asyncio.run(until_signalled(run()))
 
 
-def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False) -> None:
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    as_shipped: AsShipped = False,
+) -> None:
     """Start everything in a temporary state, and show one sealed chat from both sides."""
     from lacre_fabric.operate import demo as show
     from lacre_fabric.operate.up import until_signalled
 
     async def run() -> None:
-        result = await show.demo(Console(stderr=as_json))
+        result = await show.demo(Console(stderr=as_json), as_shipped=as_shipped)
         if as_json:
             typer.echo(show.as_json(result))
 

@@ -57,11 +57,15 @@ class _Tap(httpx2.AsyncBaseTransport):
         await self._inner.aclose()
 
 
-async def demo(out: Console) -> Result:
-    """Starts everything in a temporary state, runs and shows one chat, and stops everything."""
+async def demo(out: Console, *, as_shipped: bool = False) -> Result:
+    """Starts everything in a temporary state, runs and shows one chat, and stops everything. as_shipped: see `running`."""
+
+    def tell(line: str) -> None:
+        out.print(Text(line, style="dim"))
+
     with tempfile.TemporaryDirectory(prefix="lacre-demo-") as folder:
         out.print("[dim]Starting nats-server, a gateway and a worker with the model …[/dim]")
-        async with running(Path(folder) / "state", 0) as (live, _):
+        async with running(Path(folder) / "state", 0, as_shipped=as_shipped, tell=tell) as (live, _):
             tap = _Tap()
             token = live.site.token("ada@example.com")
             memory = lacre.VersionMemory()

@@ -103,19 +103,20 @@ class ModelRefused(VerificationError):
     remedy = SettingsError.remedy
 
 
-async def read_served(settings: Path, kms: str, tables: Sequence[Mapping[str, object]]) -> Entries:
+async def read_served(settings: Path, kms: str, tables: Sequence[Mapping[str, object]], default: Path | None = None) -> Entries:
     """The digests of the files that a worker is about to serve, and their verified signers. A child process reads them,
-    because only the backend can open every kind of model file. kms: the worker's. tables: its `[[models]]`. settings: their
-    file, from whose folder relative paths start; it need not exist.
+    because only the backend can open every kind of model file. kms: the worker's. tables: its `[[models]]`. default: of the
+    one without a path. settings: their file, from whose folder relative paths start; it need not exist.
 
     Raises ModelRefused or SettingsError with the child's reason, or ChildDied.
     """
+    planned = {"kms": kms, "models": tables, "default_model": None if default is None else str(default)}
     command = leashed([*PYTHON, "-m", "lacre_backend", "digests", "--settings", str(settings), "--planned", "--json"])
     process = await asyncio.create_subprocess_exec(
         *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        said, complaint = await process.communicate(json.dumps({"kms": kms, "models": tables}).encode())
+        said, complaint = await process.communicate(json.dumps(planned).encode())
     finally:
         if process.returncode is None:
             process.kill()

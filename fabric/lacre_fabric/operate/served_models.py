@@ -25,11 +25,12 @@ _ASIDE: Final = "set-aside.toml"
 @dataclass(frozen=True, slots=True)
 class ServedModels:
     """The models to serve. names: the ids for callers. tables: the `[[models]]` of the settings file; empty if it has an
-    `[upstream]`.
+    `[upstream]`. default: the file of the table without a path; None: the shipped one.
     """
 
     names: tuple[str, ...]
     tables: tuple[Mapping[str, object], ...]
+    default: Path | None = None
 
 
 def table(model: Path) -> dict[str, str]:

@@ -385,10 +385,15 @@ class Site:
         return Pool({model: known.get(model, ModelEntry()) for model in models}, keys, receipt_key, SHAPES)
 
     def write_settings(
-        self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]], nodes: Sequence[str] = (NODE,)
+        self,
+        nats_url: str,
+        port: int,
+        models: Mapping[str, Sequence[Mapping[str, object]]],
+        nodes: Sequence[str] = (NODE,),
+        default: Path | None = None,
     ) -> None:
         """Writes the settings files of gateway and workers. models: for each pool with workers here, the tables of
-        `[[models]]`.
+        `[[models]]`. default: the file of the default model; None: the shipped one.
 
         Only addresses, keys and the list of models are rewritten. Settings by a person or by `lacre worker tune` stay. nodes:
         the workers of each pool. If there are several, each gets a copy of the pool's settings with its share of the
@@ -397,7 +402,7 @@ class Site:
         base_url = f"http://127.0.0.1:{port}"
         self._write_gateway(nats_url, port, base_url)
         for pool, tables in models.items():
-            document = self._write_worker(nats_url, pool, tables)
+            document = self._write_worker(nats_url, pool, tables, default)
             for node in nodes if len(nodes) > 1 else ():
                 self._copy_worker(pool, node, document, max(1, len(os.sched_getaffinity(0)) // len(nodes)))
         self.save(nats_url, base_url)
@@ -424,7 +429,9 @@ class Site:
                 settings_files.update(issuer, {"jwks": key_set})  # the folder may have moved
         settings_files.save(self.gateway_settings, document)
 
-    def _write_worker(self, nats_url: str, pool: str, tables: Sequence[Mapping[str, object]]) -> TOMLDocument:
+    def _write_worker(
+        self, nats_url: str, pool: str, tables: Sequence[Mapping[str, object]], default: Path | None
+    ) -> TOMLDocument:
         path = self.worker_settings(pool)
         document, new = settings_files.opened(path)
         if not new and not {"models", "upstream"} & set(document):
@@ -438,7 +445,9 @@ class Site:
             "kms": self.kms,
             "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
         }
-        settings_files.update(document, values)
+        if default is None:
+            document.pop("default_model", None)
+        settings_files.update(document, values if default is None else {**values, "default_model": str(default)})
         if new:
             settings_files.update(document, {"drain": DRAIN, "memory": "manifests", "health": "health"})
         if "upstream" not in document:

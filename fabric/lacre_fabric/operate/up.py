@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate import dev_issuer, floods, model_digests, served_models
+from lacre_fabric.operate import default_model, dev_issuer, floods, model_digests, served_models
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
@@ -84,6 +84,7 @@ async def running(
     schedule: Schedule | None = None,
     kms: str | None = None,
     workers: int = 1,
+    as_shipped: bool = False,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> AsyncIterator[tuple[Running, Supervisor]]:
     """Starts everything, waits until it serves requests, and stops everything on exit. Main thread only.
@@ -93,7 +94,8 @@ async def running(
     - signers: public keys in PEM, one of which must have signed each model; default: those in the state's settings.
     - port: 0 picks a free one.
     - schedule: for the pool keys. kms: the address of the key that wraps them, and the keys of sealed models; None: unchanged.
-    - workers: their number in the pool. tell: gets a line for each death and restart of a worker.
+    - workers: their number in the pool. as_shipped: serves the default model's shipped file, not the type that is the fastest.
+    - tell: gets a line about the default model, and one for each death and restart of a worker.
 
     The models are read first: a model that is refused leaves no new state. Raises SettingsError, ModelRefused, KmsError,
     ChildDied or FabricUnavailable.
@@ -105,6 +107,8 @@ async def running(
         served = served_models.chosen(Site(state, {}).worker_settings(POOL), models, signers)
         site = _site(state, served)
         port = _free(port)
+        if not as_shipped:
+            served = replace(served, default=await _default(served, tell))
         if kms is not None:
             site.check_kms(kms)
         named = await _read_models(site, served, site.kms if kms is None else kms)
@@ -155,6 +159,15 @@ def _site(state: Path, served: ServedModels) -> Site:
     return site
 
 
+async def _default(served: ServedModels, tell: Callable[[str], None]) -> Path | None:
+    """The file for the model without a path, if there is one. None: the shipped one."""
+    if all("path" in table for table in served.tables):
+        return None
+    found = await default_model.fastest(tell)
+    tell(found.told)
+    return found.path
+
+
 async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> None:
     """Renews the token in `env` while this runs. every: seconds."""
     while True:
@@ -169,7 +182,7 @@ async def _start(
     server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles(nodes))
     children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
-    site.write_settings(server.url, port, {POOL: served.tables}, nodes)
+    site.write_settings(server.url, port, {POOL: served.tables}, nodes, served.default)
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
         await provision(connection, site.pools)
@@ -203,7 +216,9 @@ async def _start(
 async def _read_models(site: Site, served: ServedModels, kms: str) -> model_digests.Entries:
     """The digests of the files that the workers here will serve. Raises as `model_digests.read_served`."""
     path = site.worker_settings(POOL)
-    return await model_digests.read_served(path, kms, served_models.planned(path, served.tables)) if served.tables else {}
+    if not served.tables:
+        return {}
+    return await model_digests.read_served(path, kms, served_models.planned(path, served.tables), served.default)
 
 
 async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaitable[bool]]) -> None:
