@@ -25,6 +25,7 @@ from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.tune import SLOTS
 from lacre_backend.models.gguf import default_path, find
 from lacre_backend.workshop.comparison import Figures
+from lacre_backend.workshop.default_model import known_models
 from lacre_backend.workshop.draft import draft
 from lacre_backend.workshop.fidelity import Fidelity
 from lacre_backend.workshop.importance import importance_matrix, influence
@@ -299,4 +300,7 @@ def test_the_default_model_becomes_faster_within_the_bound(tmp_path: Path) -> No
     found = quantized(default_path(), out, "Q8_0", "Q4_0", max_kl=1.0, requantize=True)
     losses = {trial.figures.type: trial.figures.fidelity.kl for trial in found.tried}
     assert 0 < losses["Q8_0"] < MAX_KL < losses["Q4_0"]
+    shipped = known_models()[find().digest]  # the table that `lacre up` goes by
+    assert {name: shipped.types[name].kl for name in losses} == pytest.approx(losses, rel=0.1)
+    assert shipped.types["Q8_0"].bytes == pytest.approx(found.tried[0].figures.bytes, rel=0.001)
     assert find(out).digest == found.digest

@@ -36,10 +36,10 @@ class Up:
     token: str = ""
 
     @classmethod
-    def start(cls, state: Path, *arguments: str) -> Up:
-        """It serves the default model's shipped file, whose answers are the same on all machines."""
+    def start(cls, state: Path, *arguments: str, as_shipped: bool = True) -> Up:
+        """as_shipped: serve the default model's shipped file, whose answers are the same on all machines."""
         log = state.with_name(f"up-{time.monotonic_ns()}.log")
-        command = [*LACRE, "up", "--state", str(state), "--port", "0", "--as-shipped", *arguments]
+        command = [*LACRE, "up", "--state", str(state), "--port", "0", *(["--as-shipped"] if as_shipped else []), *arguments]
         with log.open("wb") as output:
             up = cls(subprocess.Popen(command, stdout=output, stderr=output, env=environment(state)), state, log)
         try:

@@ -122,7 +122,7 @@ def test_settings_errors_name_the_key(tmp_path: Path, command: str) -> None:
 
 @pytest.mark.slow
 def test_demo_as_json() -> None:
-    done = run("demo", "--json")
+    done = run("demo", "--json", "--as-shipped")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
     assert (shown["ok"], shown["kem"], bool(shown["text"])) == (True, "MLKEM768-X25519", True)

@@ -116,7 +116,7 @@ def test_up(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
     def start(_number: int) -> Doomed:
-        arguments = ("up", "--state", str(state), "--port", "0")
+        arguments = ("up", "--state", str(state), "--port", "0", "--as-shipped")
         up = Doomed.start(tmp_path / "up.log", "lacre", *arguments, environment=environment(state))
         up.until(lambda: "ready lacre" in up.said())
         up.log = Site(state, {}).log("up")

@@ -29,8 +29,8 @@ from parts.up import LACRE
 MEMORY: Final = 6_000_000  # KiB
 CODES: Final = {0, 1, 2, *EXIT_CODES.values()}
 ANSWER: Final = "The sea is wide."
-# What serves until it is ended, or makes a whole Lacre: with settings that do not exist, they end by themselves.
-SERVERS: Final = {("up",), ("demo",), ("proxy",)}
+# What serves until it is ended, makes a whole Lacre, or measures for long: with odd options, they end by themselves.
+SERVERS: Final = {("up",), ("demo",), ("proxy",), ("model", "default")}
 TEXTS: Final = (
     "", " ", "x", "-1", "0", "1e999", "nan", "٣", "caf\udce9", "é日本🔒", "a\nb", "\x1b[31m", "/", "/dev/null", "/dev/zero",
     "nowhere/x", "lacre://a..b?trust=" + "A" * 43, "http://[", "{", "[" * 3000, "y" * 5000, "2026-01-01", "9" * 20,

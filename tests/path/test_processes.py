@@ -12,7 +12,7 @@ import pytest
 
 import lacre
 from lacre_backend.models.gguf import find
-from parts.up import LACRE, Up, run, ticks, wait_until_gone
+from parts.up import LACRE, Up, environment, run, ticks, wait_until_gone
 from parts.waiting import wait_until
 
 INTERRUPTS = (signal.SIGINT, signal.SIGKILL)
@@ -101,14 +101,16 @@ def test_a_state_of_message_servers_elsewhere_is_left_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_demo(number: signal.Signals) -> None:
-    """No demonstration, no success."""
-    process = subprocess.Popen([*LACRE, "demo", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_an_interrupted_demo(number: signal.Signals, tmp_path: Path) -> None:
+    """No demonstration, no success, and no part of a file in the cache."""
+    env = environment(tmp_path / "state")
+    process = subprocess.Popen([*LACRE, "demo", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stderr is not None
     assert process.stderr.readline()  # it has begun to start things
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"lock"}
 
 
 class TestDeaths:

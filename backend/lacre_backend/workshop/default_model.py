@@ -38,7 +38,7 @@ from lacre_backend.workshop.speed import Speed, better, gain
 LEAST_GAIN: Final = 1.1  # in every round: a smaller one is not worth a second file, and may be noise
 ALIKE: Final = 0.95  # types with this share of the best gain are as fast; of them, the one that loses least is chosen
 SECONDS: Final = 10.0  # after these no further type is tried, so that a first start stays short on a busy machine
-_PATIENCE: Final = 120.0  # seconds to wait for another process that measures
+PATIENCE: Final = 120.0  # seconds to wait for another process that measures
 _SHARE_OF_MEMORY: Final = 0.25  # of what is free: caches and other programs need the rest
 _LOSSES: Final = "default_losses.json"
 _PROCESSOR: Final = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU ")  # lines of /proc/cpuinfo
@@ -114,11 +114,15 @@ def processor_facts() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a measurement counts for. folder: of the cache. tell: gets a line before work that takes seconds."""
+    """What a measurement counts for. folder: of the cache. patience: seconds to wait for another process that measures.
+
+    tell: gets a line before work that takes seconds.
+    """
 
     folder: Path = field(default_factory=lambda: platformdirs.user_cache_path("lacre", appauthor=False) / "default-model")
     processor: str = field(default_factory=processor_facts)
     llama_cpp: str = field(default_factory=lambda: f"{L.__version__}: {L.llama_print_system_info().decode()}")
+    patience: float = PATIENCE
     tell: Callable[[str], None] = field(default=lambda _line: None)
     report: Report = field(default=lambda _what, _share: None)
 
@@ -161,13 +165,13 @@ def _best(shipped: ModelFile, known: KnownModel | None, around: Surroundings, ag
         raise SettingsError(f"no losses are known of this file ({shipped.digest})")
     if L.llama_supports_gpu_offload():
         raise SettingsError("llama.cpp computes on a GPU here, and only processors are measured")
-    kept = _record_path(shipped, around)
+    kept = record_path(shipped, around)
     if not again and (found := _kept(kept, shipped, around)) is not None:
         return found
     around.folder.mkdir(parents=True, exist_ok=True)
-    lock = file_locks.attempt(around.folder / "lock", _PATIENCE)
+    lock = file_locks.attempt(around.folder / "lock", around.patience)
     if lock is None:
-        raise SettingsError(f"another process has measured for more than {_PATIENCE:.0f} s")
+        raise SettingsError(f"another process has measured for more than {around.patience:.0f} s")
     try:
         if not again and (found := _kept(kept, shipped, around)) is not None:
             return found
@@ -185,7 +189,8 @@ def _best(shipped: ModelFile, known: KnownModel | None, around: Surroundings, ag
         lock.release()
 
 
-def _record_path(shipped: ModelFile, around: Surroundings) -> Path:
+def record_path(shipped: ModelFile, around: Surroundings) -> Path:
+    """Where the record of a choice is kept."""
     facts = "\0".join((shipped.digest, around.processor, around.llama_cpp))
     return around.folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 

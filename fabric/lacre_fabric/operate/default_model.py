@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,8 @@ from lacre_fabric.work.model_names import DEFAULT_MODEL
 
 COMMAND: Final = (*PYTHON, "-m", "lacre", "model", "default", "--json")
 LIMIT: Final = 240.0  # seconds: it may wait 120 s for another process that measures, and then work itself
+
+_LEAVE: Final = 5.0  # seconds to end after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +52,24 @@ async def fastest(tell: Callable[[str], None], command: tuple[str, ...] = COMMAN
         return _shipped(f"`lacre model default` took more than {limit:.0f} s")
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
+            await _end(process)
     if status != 0:
         return _shipped(f"`lacre model default` ended with status {status}")
     try:
         return _served(Members.parse(said, "the answer of `lacre model default`"))
     except InvalidMessage as exc:
         return _shipped(str(exc))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """It gets a moment to remove what it has begun to write."""
+    process.terminate()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LEAVE):
+            await process.wait()
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
 
 
 async def _all(stream: asyncio.StreamReader | None) -> bytes:
