@@ -1,4 +1,7 @@
-"""Tokens per second of our engine beside its peers', in turns in one run: same GGUF (Q4_0), same threads, unique prompts.
+"""Tokens per second of our engine beside its peers', in turns in one run: same GGUF, same threads, unique prompts.
+
+The model is the file that users run: the type that `lacre up` serves as the default model here (`lacre model default`). Peers
+get the same file. `LACRE_BENCH_MODEL=FILE` in the environment names another.
 
 Every engine is a process of its own (`bench/runner.py`), stopped while another runs. Peers have virtual environments under
 `$XDG_CACHE_HOME/lacre/peers`, made at the first run. If a peer cannot be installed, the run says so and continues without it.
@@ -7,7 +10,6 @@ Every engine is a process of its own (`bench/runner.py`), stopped while another 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -22,11 +24,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-
 from bench import command
-from lacre_backend.engine.model import silence
-from lacre_backend.models import gguf
+from lacre_backend.workshop.default_model import Surroundings, default_model
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre"
 LIMIT = 300  # seconds for one task of a peer
@@ -36,18 +35,12 @@ PEERS = {"xllamacpp": ["xllamacpp==2026.10.11549"], "server": [*SERVER, "typing-
 
 
 def model() -> Path:
-    """The default model as Q4_0: Q4_1, as it comes, batches at half the speed on CPUs."""
-    path = CACHE / "bench" / "smollm2-135m-q4_0.gguf"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
-        draft = path.with_suffix(".part")
-        source = str(gguf.find().path).encode()
-        silence()
-        assert llama_cpp.llama_model_quantize(source, str(draft).encode(), ctypes.byref(params)) == 0
-        draft.replace(path)
-    return path
+    """The file that users run: what `lacre up` serves as the default model on this machine. Or that of LACRE_BENCH_MODEL."""
+    if given := os.environ.get("LACRE_BENCH_MODEL"):
+        return Path(given).resolve()
+    found = default_model(Surroundings(tell=lambda line: print(line, file=sys.stderr)))
+    print(f"model: {found.told}", file=sys.stderr)
+    return found.path
 
 
 def python_of(peer: str) -> str | None:

@@ -1,7 +1,8 @@
 """Cost of the sealed path: tokens per second at 8 streams and time to the first token, beside the bare engine's, in turns.
 
-Both sides have the same GGUF (Q4_0), prompts and settings. The bare engine is a process of its own (`bench/runner.py`), whose
-tasks use the Engine protocol. The sealed one is `lacre up` (nats-server, gateway, worker) with this process as its client.
+Both sides have the same GGUF (what `lacre up` serves by default here), prompts and settings. The bare engine is a process of
+its own (`bench/runner.py`), whose tasks use the Engine protocol. The sealed one is `lacre up` (nats-server, gateway, worker)
+with this process as its client.
 
 Each has one engine thread, because two leave no core for anything else on a small machine. Figures with two are reported too.
 `LACRE_BENCH_SEALED_ROUNDS` sets how many pairs; 9 otherwise, 3 for `--quick`.
@@ -92,11 +93,12 @@ def measure(quick: bool) -> command.Figures:
 def pairs(threads: int, rounds: int, tokens: int) -> command.Figures:
     many: list[tuple[float, float]] = []
     alone: list[tuple[float, float]] = []
+    path = model()
     with ExitStack() as stack:
-        bare = Peer("ours", sys.executable, model(), threads)
+        bare = Peer("ours", sys.executable, path, threads)
         stack.callback(bare.close)
         bare.ready()
-        sealed = stack.enter_context(lacre_up(model(), threads))
+        sealed = stack.enter_context(lacre_up(path, threads))
         for turn in range(rounds + 1):
             for n, name, into in ((STREAMS, "rate", many), (1, "ttft", alone)):
                 runs = {}

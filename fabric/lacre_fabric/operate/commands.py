@@ -93,6 +93,7 @@ def up(
     workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
     kms: OpeningKms = None,
+    as_shipped: AsShipped = False,
 ) -> None:
     """Run a complete Lacre on this machine: keys, NATS server, gateway and workers. Ctrl-C stops it.
 
@@ -114,7 +115,17 @@ def up(
         with ExitStack() as starting:
             starting.enter_context(waiting("starting a NATS server, a gateway and workers"))
             signers = [key.resolve() for key in signer or []]
-            everything = running(folder, port, files, signers=signers, schedule=schedule, kms=kms, workers=workers, tell=tell)
+            everything = running(
+                folder,
+                port,
+                files,
+                signers=signers,
+                schedule=schedule,
+                kms=kms,
+                workers=workers,
+                as_shipped=as_shipped,
+                tell=tell,
+            )
             async with everything as (live, supervisor):
                 starting.close()
                 typer.echo(f"ready {live.connection_string}")
