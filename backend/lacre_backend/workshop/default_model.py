@@ -3,8 +3,8 @@
 Rules:
 - The loss comes from `default_losses.json`, by the shipped file's digest. `default_speed.py` measures the speed here, once.
 - The file and its figures stay in the user's cache, by processor and llama.cpp's build. The file's digest is checked before it
-  is used. A missing or damaged file is written again; another processor or build is measured anew.
-- Whatever fails, the shipped file is served, and the reason told. Of several processes, one measures and the others wait.
+  is used. A missing or damaged file is written again; another processor or build is measured again.
+- If anything fails, the shipped file is served, and the reason told. Of several processes, one measures and the others wait.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DefaultRecord:
 
 @dataclass(frozen=True, slots=True)
 class DefaultModel:
-    """path: of the file to serve. shipped: whether that is the one of the package. told: what is served, and why."""
+    """path: of the file to serve. shipped: whether that is the one of the package. told: which file is served, and why."""
 
     path: Path
     shipped: bool
@@ -273,7 +273,7 @@ def _fastest(speeds: Sequence[Speed]) -> Speed:
 
 
 def _written(shipped: ModelFile, record: DefaultRecord, around: Surroundings) -> DefaultRecord:
-    """With the digest of its file, which is written anew."""
+    """With the digest of its file, which is written again."""
     with draft(_file_path(record, around), [shipped.path]) as out:
         digest = run(WRITE, WriteAsked(shipped.path, out, record.type), around.report)
     return replace(record, digest=digest)

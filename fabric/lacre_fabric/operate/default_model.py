@@ -1,7 +1,7 @@
 """Which file `lacre up` serves as the default model: the type that `lacre model default` found to be the fastest here.
 
 Rules:
-- Whatever fails, the shipped file is served: a worse speed is no reason not to start.
+- If anything fails, the shipped file is served: a lower speed is no reason not to start.
 - A child process finds it, because only the backend reads model files. It is ended if it takes too long.
 """
 
@@ -29,7 +29,7 @@ _LEAVE: Final = 5.0  # seconds to end after SIGTERM
 
 @dataclass(frozen=True, slots=True)
 class DefaultFile:
-    """path: None for the shipped file. told: the line that says what is served, and why."""
+    """path: None for the shipped file. told: the line that says which file is served, and why."""
 
     path: Path | None
     told: str
