@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from backend.generating import GREEDY, make_task
 from backend.posting import Reply, chat, post
 from lacre.asgi import App, Call
 from lacre.wire.outer import MAX_PARTS
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
+from lacre_backend.api.requests import MAX_BODY
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.protocol import Token
 from parts.echo_engine import UNLIKELY, EchoEngine
 from parts.waiting import until
 
@@ -146,6 +151,98 @@ async def test_who_leaves_cancels_the_rest() -> None:
         left.set()
         await asking
         await until(lambda: not slow.running)
+
+
+# Hostile bodies
+
+ODD = [
+    "", " ", "\n\n", "a" * 40, "aa", "<|end|>", "<|start|>assistant\n", "{{ 7 * 7 }}", "\x00\x1b[2J", "\u202eolso\u202c",
+    "\u200b", "\ufeff", "日本", "é", "e\u0301", "👩\u200d👩\u200d👧", "\uffff", "\U0010fffe",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(ODD) | st.text(max_size=12), min_size=1, max_size=5)
+
+
+def likely(said: str, answer: str) -> float:
+    """The score that the echo of a message gives to an answer."""
+    echoed = said.encode()
+    return sum(UNLIKELY for i, byte in enumerate(answer.encode()) if echoed[i : i + 1] != bytes([byte]))
+
+
+@given(TEXTS, st.data())
+def test_any_parts_are_left_out_exactly(texts: list[str], data: st.DataObject) -> None:
+    """Empty ones, ones that overlap, that look like control tokens or templates, or that no terminal can show."""
+    whole = "".join(texts)
+    answer = data.draw(st.sampled_from([whole, *texts, *ODD]) | st.text(max_size=12), "answer")[:60] or "x"
+
+    async def told() -> Any:
+        with closing(EchoEngine(n_ctx=1024)) as engine:
+            return (await post(create_app([engine]), PATH, parts(*texts, answer=answer))).json()
+
+    found = asyncio.run(told())
+    assert found["answer"] == answer == "".join(token["text"] for token in found["tokens"])
+    assert found["logprob"] == likely(whole, answer)
+    without = ["".join(texts[:i] + texts[i + 1 :]) for i in range(len(texts))]
+    assert [part["drop"] for part in found["parts"]] == [found["logprob"] - likely(text, answer) for text in without]
+    assert sum(part["share"] for part in found["parts"]) == pytest.approx(1) or not any(
+        part["drop"] > 0 for part in found["parts"]
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [], {}, "text", 7, [7], [None], [{"type": "text"}], [{"id": "a"}], [{"type": "image_url", "id": "a"}],
+        [{"type": "text", "id": "", "text": "a"}], [{"type": "text", "id": "x" * 257, "text": "a"}],
+        [{"type": "text", "id": {}, "text": "a"}], [{"type": "text", "id": "a", "text": None}], [[[[[]]]]],
+        [{"type": "text", "id": "a", "text": "a"}] * 2, [{"type": "text", "id": str(i), "text": ""} for i in range(10_000)],
+    ],
+    ids=range(16),
+)  # fmt: skip
+async def test_odd_content_is_refused_or_answered(says_once: App, once: EchoEngine, content: Any) -> None:
+    reply = await post(says_once, PATH, {**BASE, "messages": [{"role": "user", "content": content}], "answer": "a"})
+    assert reply.status == 200 if content == "text" else reply.error(400)
+    assert once.running == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"\xff", b'{"answer": "\\ud800"}', b'{"a":' * 9999, b"[" * 99_999, b'{"model": "echo"' + b" " * MAX_BODY],
+    ids=range(7),
+)
+async def test_bodies_that_are_none(says_once: App, body: bytes) -> None:
+    assert (await post(says_once, PATH, body)).status in (400, 413)
+
+
+async def test_who_leaves_pays_for_what_was_computed() -> None:
+    """A receipt may be signed before the end: it counts the runs so far, and not those that were cancelled."""
+    with closing(EchoEngine(n_ctx=512, delay=0.002)) as slow:
+        call, left = Call("r", model="echo", action="explain", max_tokens=9, max_prompt_tokens=9000), asyncio.Event()
+        body = parts("ab" * 50, "cd", answer="ab" * 40)
+        asking = asyncio.create_task(post(create_app([slow]), PATH, body, call=call, leaving=left))
+        await until(lambda: call.usage.prompt_tokens > 200)
+        left.set()
+        await asking
+        counted = call.usage.prompt_tokens
+        await until(lambda: not slow.running)
+        assert 200 < call.usage.prompt_tokens == counted < 3 * 200
+
+
+async def test_a_chat_does_not_wait_for_an_explanation_of_many_parts(tiny: Path) -> None:
+    """It has more runs than the engine has slots. Another tenant's chat is next as soon as one of them ends."""
+    settings = LlamaSettings(n_ctx=1024, threads=1, slots=4)
+    with closing(LlamaEngine(tiny, name="tiny", digest="sha256:0", settings=settings)) as engine:
+        weighed: list[int] = []
+        call = Call("r", model="tiny", action="explain", max_prompt_tokens=99_999, fair=("a", "x"), weigh=weighed.append)
+        body = parts(*(f"{i} " * 20 for i in range(MAX_PARTS)), model="tiny", answer="red")
+        explaining = asyncio.create_task(post(create_app([engine]), PATH, body, call=call))
+        await until(lambda: engine.held[0] == MAX_PARTS + 1)
+        task = make_task(engine, "green. ", 8, sampling=GREEDY, fair=("b", "y"))
+        events = [event async for event in engine.submit(task)]
+        before = MAX_PARTS + 1 - weighed[-1]
+        assert len([event for event in events if isinstance(event, Token)]) == 8
+        assert weighed[-1] > 0, "the explanation goes on"
+        assert (await explaining).status == 200
+        assert before <= 2 * engine.slots
 
 
 async def test_a_run_out_of_time_scores_nothing(once: EchoEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -14,9 +15,11 @@ from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre import errors
 from lacre.asgi import Opened
 from lacre.asgi.admission import SealedRefusal
+from lacre.chat.attribution import Attribution
 from lacre.chat.choices import TextDelta
 from lacre.chat.reply import Reply
 from lacre.chat.stream import Deltas
+from lacre.cli.explain import bar, seen, style
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.receipts import TRAILER, Receipt
@@ -171,7 +174,26 @@ def made(kind: int, content: bytes, digest: bytes) -> bytes:
     return head + encoder.data(problem if kind == SEALED_DATE else content) + encoder.end(((TRAILER, receipt),))
 
 
+def explanation(data: bytes) -> Attribution:
+    """An explanation of two parts, with a lens where the first byte is odd."""
+    response = httpx2.Response(200, content=data[1:], extensions={FACTS: FACTS_OF_AN_ANSWER})
+    return Attribution.parse(response, {"a": "Oslo", "b": "Rome"}, lens=data[:1] > b"\x00")
+
+
+def explanation_can_be_drawn(_data: bytes, told: Attribution) -> None:
+    """Every number is one, every part is the caller's, and no lens has a hole."""
+    assert [part.id for part in told.parts] == ["a", "b"]
+    assert all(map(math.isfinite, [told.logprob, *(part.drop for part in told.parts)]))
+    assert all(0 <= part.share <= 1 and bar(part.share) is not None for part in told.parts)
+    assert "".join(token.text for token in told.tokens) == told.answer
+    assert all(token.bits >= 0 and style(token) is not None for token in told.tokens)
+    for token in told.lens.tokens if told.lens is not None else ():
+        assert told.lens is not None and len(told.lens.layers) == len(token.ranks)
+        seen(told.lens, token)
+
+
 TARGETS: Final = (
+    Target("explanation", explanation, (errors.InvalidMessage, errors.InvalidReceipt), explanation_can_be_drawn, json=True),
     Target("deltas", deltas, (*OF_AN_ANSWER, errors.TruncatedStream), deltas_can_be_counted, json=True),
     Target("reply", reply, OF_AN_ANSWER, reply_can_be_counted, json=True),
     Target("request_inside", request_inside, MALFORMED, refusal_can_be_sealed),

@@ -13,8 +13,9 @@ from llguidance import LLMatcher
 
 from fuzz.target import Target
 from lacre.errors import UsageError
+from lacre.wire.outer import MAX_PARTS
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.requests import parse_chat
+from lacre_backend.api.requests import ExplainRequest, parse_chat, parse_explain
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.schema.patterns import byte_tokenizer
 from lacre_backend.api.template.bounds import Bounds
@@ -108,7 +109,21 @@ def only_its_own_control_tokens(_data: bytes, rendered: tuple[int, tuple[Piece, 
     "".join(piece for piece in pieces if isinstance(piece, str)).encode()
 
 
+def each_part_alone_is_left_out(_data: bytes, request: ExplainRequest) -> None:
+    """Whatever their ids and texts: all the rest of the conversation stays, in its order."""
+    written = [message.for_template() for message in request.messages]
+    assert len(request.parts) <= MAX_PARTS
+    for name, (i, j) in request.parts.items():
+        left = request.without(name)
+        assert [message.for_template() for k, message in enumerate(left) if k != i] == written[:i] + written[i + 1 :]
+        content, kept = request.messages[i].content or [], left[i].content or []
+        assert len(kept) == max(len(content) - 1, 1)
+        assert [part for part in kept if len(content) > 1] == [*content[:j], *content[j + 1 :]]
+    assert [message.for_template() for message in request.messages] == written
+
+
 TARGETS: Final = (
+    Target("explain_request", parse_explain, (RequestRefused,), each_part_alone_is_left_out, json=True),
     Target("chat_request", chat_request, (RequestRefused,), only_its_own_control_tokens, json=True),
     Target("json_schema", json_schema, (RequestRefused,), compiles, max_length=1024, json=True, floor=2**24),
     Target("chat_template", chat_template, (Refused,), bounded, max_length=512, floor=2**25),

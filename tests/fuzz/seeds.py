@@ -28,6 +28,11 @@ REQUEST: Final = bhttp.Request(
 )  # fmt: skip
 CHUNK: Final = {"id": "c1", "model": "tiny", "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]}
 USAGE: Final = {"prompt_tokens": 12, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+EXPLANATION: Final = {
+    "id": "e1", "model": "tiny", "answer": "Oslo", "logprob": -1.5, "usage": USAGE,
+    "parts": [{"id": "a", "drop": 8.0, "share": 1.0}, {"id": "b", "drop": -0.5, "share": 0.0}],
+    "tokens": [{"text": "Os", "bits": 1.5}, {"text": "lo", "bits": 0.0}],
+}  # fmt: skip
 MESSAGE: Final = {
     "id": "c1", "model": "tiny", "usage": USAGE,
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}],
@@ -113,6 +118,9 @@ def of_answers() -> Iterator[tuple[str, str, bytes]]:
     yield "deltas", "error", b'{"error":{"message":"m","type":"t","code":"c"}}'
     yield "reply", "answer", b"\x00" + json.dumps(MESSAGE).encode()
     yield "reply", "error", b'\x01{"error":{"message":"m","type":"t","code":"c"}}'
+    yield "explanation", "parts", b"\x00" + json.dumps(EXPLANATION).encode()
+    lens = {"layers": [0, 5], "tokens": [{"text": "O", "ranks": [9, 1], "probabilities": [0.1, 0.9], "says": ["x", "O"]}]}
+    yield "explanation", "lens", b"\x01" + json.dumps({**EXPLANATION, "lens": lens}).encode()
     yield "request_inside", "request", bhttp.encode_request(REQUEST)
     yield "request_inside", "path", b"\x00\x03GET\x05https\x0dlacre.invalid\x0a/v1/%2e./a"
     no_cuts, document, sealed = b"\x00", b"\x00", b"\x00"
@@ -222,6 +230,10 @@ def of_chats() -> Iterator[tuple[str, str, bytes]]:
     plain = {"messages": [ask], "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "logit_bias": {"3": 1}}
     yield "chat_request", "plain", json.dumps({"model": "tiny", **plain}).encode()
     tools = {"messages": [ask, *called], "tools": [tool], "tool_choice": "auto"}
+    parts = [{"type": "text", "id": "a", "text": "Oslo"}, {"type": "text", "text": "Where?"}]
+    explained = {"messages": [{"role": "user", "content": parts}, called[0] | {"content": parts[:1]}, called[1]]}
+    explained["messages"][1]["content"] = [{"type": "text", "id": "b", "text": "Rome"}]
+    yield "explain_request", "parts", json.dumps({"model": "tiny", "answer": "Oslo", "lens": True, **explained}).encode()
     yield "chat_request", "tools", json.dumps({"model": "tiny", **tools}).encode()
 
 

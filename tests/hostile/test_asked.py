@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import secrets
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from lacre.wire.fields import MAX_FIELDS
 from lacre.wire.header import MAX_REQUEST_CHUNKS, Aead, Kdf, Kem
 from lacre.wire.ohttp import RequestSealer, seal_request
 from lacre.wire.opening import PrivateKey
-from parts.keys import OTHER_MODEL
+from parts.keys import MODEL, OTHER_MODEL
 from parts.stage import Stage
 
 INSIDE = "the worker compares the inside with the grant"
@@ -42,6 +43,12 @@ def sent(content: bytes | None = None, more: tuple[tuple[str, str], ...] = (), *
 
 def asking(**members: Any) -> Callable[[Stage], bytes]:
     return lambda stage: encode_request(inner(chat(stage, **members)))
+
+
+def explained(parts: int, **members: Any) -> bytes:
+    """An explanation of an answer that rests on so many parts."""
+    content = [{"type": "text", "id": str(i), "text": "a part of the prompt"} for i in range(parts)]
+    return json.dumps({"model": MODEL, "messages": [{"role": "user", "content": content}], "answer": "a", **members}).encode()
 
 
 test_path_traversal = told(
@@ -63,6 +70,14 @@ test_connect = unread(
       for control in (b"CONNECT|https|db.internal:5432|/", b"GET /|https|x|/", b"GET|https|user@x|/")),
 )  # fmt: skip
 test_another_model = told("ask for another model inside than was granted", INSIDE, MISMATCH, asking(model=OTHER_MODEL), calls=1)
+test_a_lens = told("ask what each layer would say, under a grant for an explanation alone", INSIDE, MISMATCH,
+    sent(explained(1, lens=True), path="/v1/explain"), calls=1, action="explain")  # fmt: skip
+test_no_lens = told("ask for another action than the layers that were granted", INSIDE, MISMATCH,
+    sent(explained(1), path="/v1/explain"), sent(explained(1, lens=False), path="/v1/explain"), calls=1,
+    action="lens")  # fmt: skip
+test_a_lens_elsewhere = told("chat under a grant for the layers", INSIDE, MISMATCH, asking(lens=True), action="lens")
+test_more_parts = told("compute a prompt anew without each of many parts, beyond the reservation", INSIDE, MISMATCH,
+    sent(explained(16), path="/v1/explain"), calls=1, action="explain", max_prompt_tokens=400)  # fmt: skip
 test_more_prompt = told(
     "send more prompt than the reservation covers", INSIDE, MISMATCH, asking(), calls=1, max_prompt_tokens=10
 )

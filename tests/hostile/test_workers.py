@@ -15,7 +15,7 @@ from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
 from hostile.attacks import NOTHING, Verdict, attack
 from hostile.shapes import Test
 from lacre import ApiError, problems
-from lacre.errors import InvalidReceipt, WrongModel
+from lacre.errors import InvalidMessage, InvalidReceipt, WrongModel
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime import tasks
@@ -159,6 +159,50 @@ async def test_false_weights(stage: Stage, gateway: GatewayOwner) -> None:
     async with LyingWorker(stage, resigned(stage, model=f"sha256:{APPROVED}")):
         reply = await stage.client(gateway).chat(stage.prompt)
     assert (reply.text, reply.receipt.model) == (TEXT, f"sha256:{APPROVED}")
+
+
+TWO_PARTS = {"a": "Oslo", "b": "Rome"}
+TOLD = {
+    "id": "e1", "model": MODEL, "answer": "Oslo", "logprob": -1.5, "usage": {"prompt_tokens": 9, "completion_tokens": TOKENS},
+    "parts": [{"id": "a", "drop": 8.0, "share": 1.0}, {"id": "b", "drop": -0.5, "share": 0.0}],
+    "tokens": [{"text": "Os", "bits": 1.5}, {"text": "lo", "bits": 0.0}],
+    "lens": {"layers": [0, 5],
+             "tokens": [{"text": "Os", "ranks": [9, 1], "probabilities": [0.1, 0.9], "says": ["x", "Os"]}]},
+}  # fmt: skip
+
+
+def of_parts(*parts: tuple[str, Any, Any]) -> dict[str, Any]:
+    return {"parts": [{"id": name, "drop": drop, "share": share} for name, drop, share in parts]}
+
+
+def of_lens(**members: Any) -> dict[str, Any]:
+    token = {"text": "Os", "ranks": [9, 1], "probabilities": [0.1, 0.9], "says": ["x", "Os"]}
+    return {"lens": {"layers": members.pop("layers", [0, 5]), "tokens": [token | members]}}
+
+
+@attack("explain parts that nobody sent, or by numbers that are none", "worker",
+        "the caller accepts a drop for each of its own parts, finite numbers, and tokens that spell the answer",
+        InvalidMessage, cases=[
+            of_parts(("a", 8.0, 1.0)), of_parts(("b", 8.0, 1.0), ("a", 0.0, 0.0)), of_parts(("a", 8.0, 1.0), ("x", 0.0, 0.0)),
+            of_parts(("a", 8.0, 1.0), ("a", 0.0, 0.0), ("b", 0.0, 0.0)), of_parts(("a", 8.0, 1.5), ("b", 0.0, 0.0)),
+            of_parts(("a", "8", 1.0), ("b", 0.0, 0.0)), of_parts(("a", True, 1.0), ("b", 0.0, 0.0)),
+            of_parts(("a", float("nan"), 1.0), ("b", 0.0, 0.0)), of_parts(("a", 10**400, 1.0), ("b", 0.0, 0.0)),
+            {"logprob": float("inf")}, {"logprob": None}, {"answer": "Rome"}, {"tokens": []}, {"parts": {}}, {"lens": None},
+            {"tokens": [{"text": "Oslo", "bits": -1.0}]}, of_lens(layers=[5, 0]), of_lens(layers=[0]), of_lens(layers=[0, 0]),
+            of_lens(ranks=[0, 1]), of_lens(ranks=[1.5, 1]), of_lens(says=["x"]), of_lens(probabilities=[2, 0.9]),
+        ], ids=range(23))  # fmt: skip
+async def test_explanations(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: dict[str, Any]) -> None:
+    async with LyingWorker(stage, body=json.dumps(TOLD | case).encode()):
+        with verdict.refused():
+            await stage.client(gateway).explain(stage.prompt, parts=TWO_PARTS, lens=True)
+
+
+@attack("explain an answer by numbers of its own invention", "worker", "nothing: no one else computed them",
+        gain="an explanation that is false, under the pool's receipt")  # fmt: skip
+async def test_false_explanation(stage: Stage, gateway: GatewayOwner) -> None:
+    async with LyingWorker(stage, body=json.dumps(TOLD).encode()):
+        told = await stage.client(gateway).explain(stage.prompt, parts=TWO_PARTS, lens=True)
+    assert told.top is not None and (told.top.id, told.answer) == ("a", "Oslo")
 
 
 @attack("claim tokens that it did not make, in the receipt and in the answer alike", "worker",

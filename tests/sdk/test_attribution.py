@@ -11,7 +11,9 @@ import pytest
 
 import lacre
 from lacre.asgi import EXTENSION
+from lacre.errors import ProtocolError, VerificationError
 from lacre_backend.api.app import create_app
+from parts.bent import flipped
 from parts.echo_engine import LAYERS, UNLIKELY, EchoEngine
 from parts.relay import Relay, connect, connect_async
 
@@ -91,6 +93,25 @@ def test_wrong_arguments(relay: Relay, messages: Any, parts: Any) -> None:
     with connect(relay) as client, pytest.raises(lacre.UsageError):
         client.explain(messages, parts=parts)
     assert not relay.requests
+
+
+def test_an_answer_cut_anywhere_explains_nothing(relay: Relay) -> None:
+    """At each byte of the sealed answer, and with each of its bytes changed."""
+    sealed: list[bytes] = []
+
+    def kept(pieces: list[bytes]) -> list[bytes]:
+        sealed[:] = [b"".join(pieces)]
+        return pieces
+
+    relay.bend = kept
+    options = {"retries": 0, "resume": 0}
+    with connect(relay, **options) as client:
+        assert client.explain("q", parts=["a"], answer="a", lens=True).parts
+        for place in range(0, len(sealed[0]), max(len(sealed[0]) // 64, 1)):
+            for bend in (lambda data, place=place: data[:place], lambda data, place=place: flipped(data, place)):
+                relay.bend = lambda pieces, bend=bend: [bend(b"".join(pieces))]
+                with pytest.raises((ProtocolError, VerificationError)):
+                    client.explain("q", parts=["a"], answer="a", lens=True)
 
 
 def test_a_refusal_of_the_worker(relay: Relay) -> None:

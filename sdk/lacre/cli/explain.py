@@ -110,11 +110,11 @@ def show_lens(lens: Lens) -> None:
         return
     say("")
     layers = f"layers {lens.layers[0]} to {lens.layers[-1]}"
-    say_table(("token", layers, "from", "before"), [_seen(lens, token) for token in lens.tokens])
+    say_table(("token", layers, "from", "before"), [seen(lens, token) for token in lens.tokens])
     say("  ".join([*(f"{mark} rank {rank}" if rank == 1 else f"{mark} to {rank}" for rank, mark in _RANKS), f"{_FAR} beyond"]))
 
 
-def _seen(lens: Lens, token: LensToken) -> tuple[str, str, str, str]:
+def seen(lens: Lens, token: LensToken) -> tuple[str, str, str, str]:
     """from: the layer from which on the token is the likeliest. before: what is the likeliest in the layer before that, or in
     the last one.
     """

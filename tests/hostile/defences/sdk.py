@@ -7,6 +7,14 @@ from typing import Final
 from hostile.mutation import Mutation
 
 MUTATIONS: Final = Mutation.of(
+    # what a worker says
+    ("workers: explanations", "an explanation is of the parts that were sent, and its tokens spell the answer",
+     "lacre.chat.attribution:Attribution._of",
+     'if [part.id for part in parts] != list(texts) or "".join(token.text for token in tokens) != body["answer"]:'),
+    ("workers: explanations", "a number is finite", "lacre.chat.attribution:_finite",
+     "if not math.isfinite(number := float(value)):", "if (number := float(value)) is None:"),
+    ("workers: explanations", "a lens has no holes", "lacre.chat.attribution:_lens",
+     "if not complete or not ranked or list(lens.layers) != sorted(set(lens.layers)):"),
     # wire
     ("answers: early_final", "the final chunk has an AAD of its own", "lacre.wire.chunks", '_FINAL: Final = b"final"',
      '_FINAL: Final = b""'),
