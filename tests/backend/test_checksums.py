@@ -19,8 +19,9 @@ from lacre.errors import SettingsError
 from lacre_backend.commands.weights import commands
 from lacre_backend.models import checksum
 from lacre_backend.models.gguf import find
+from lacre_backend.workshop.adapter_inspection import INSPECT_FILE, FileAsked
 from lacre_backend.workshop.child import run
-from lacre_backend.workshop.inspection import INSPECT, InspectAsked
+from lacre_backend.workshop.inspection import InspectAsked
 from lacre_backend.workshop.quantization import QUANTIZE, QuantizeAsked, quantize
 from lacre_backend.workshop.rewriting import Rewriting, rewrite
 from parts.tiny_model import tiny_model
@@ -98,7 +99,9 @@ def test_what_llama_cpp_writes_gets_its_own(tmp_path: Path) -> None:
     for wanted in (Rewriting("Q8_0"), Rewriting(None, without=[1])):
         rewrite(source, out, wanted, lambda _share: None)
         assert find(out).digests.checked
-    assert run(INSPECT, InspectAsked(out)).checked
+    inspected = run(INSPECT_FILE, FileAsked(InspectAsked(out))).model
+    assert inspected is not None
+    assert inspected.checked
 
 
 Step = Callable[[Path, Path], list[str]]

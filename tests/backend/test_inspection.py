@@ -15,21 +15,23 @@ from typer.testing import CliRunner
 
 from lacre.errors import SettingsError
 from lacre_backend.commands.model import commands
+from lacre_backend.workshop.adapter_inspection import INSPECT_FILE, FileAsked
 from lacre_backend.workshop.child import Job, JobFailed, Report, run
 from lacre_backend.workshop.draft import draft
-from lacre_backend.workshop.inspection import INSPECT, InspectAsked, Inspected
+from lacre_backend.workshop.inspection import InspectAsked, Inspected
 from parts.tiny_model import TEMPLATE, tiny_model
 
 
-def inspected(path: Path) -> Inspected:
-    return run(INSPECT, InspectAsked(path))
+def inspected(path: Path, report: Report = lambda _what, _share: None) -> Inspected:
+    found = run(INSPECT_FILE, FileAsked(InspectAsked(path)), report).model
+    assert found is not None
+    return found
 
 
 def test_a_whole_file_is_described(tmp_path: Path) -> None:
     shares: list[float] = []
-    found = run(
-        INSPECT, InspectAsked(tiny_model(tmp_path / "tiny.gguf", template=TEMPLATE)), lambda _, share: shares.append(share)
-    )
+    path = tiny_model(tmp_path / "tiny.gguf", template=TEMPLATE)
+    found = inspected(path, lambda _, share: shares.append(share))
     assert (found.architecture, found.kind, found.layers, found.embedding) == ("llama", "generate", 2, 64)
     assert found.bytes == (tmp_path / "tiny.gguf").stat().st_size
     assert found.types["F32"].parameters == found.parameters > 0

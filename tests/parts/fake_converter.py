@@ -1,7 +1,8 @@
 """A small environment for `lacre model convert`: a venv whose `torch` and `transformers` are stand-ins.
 
 Its converter reads real safetensors, whose tensors have GGUF's names, and writes a real GGUF file. Its transformers tokenizes
-and computes with llama.cpp, from a second GGUF file in the checkpoint: `twin.gguf`, or one that differs on purpose.
+and computes with llama.cpp, from a second GGUF file in the checkpoint: `twin.gguf`, or one that differs on purpose. The same
+holds for adapters and the stand-in for `peft`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,37 @@ for name, tensor in json.loads(data[8 : 8 + length]).items():
     begin, end = (8 + length + at for at in tensor["data_offsets"])
     writer.add_tensor(name, np.frombuffer(data[begin:end], np.float32).reshape(tensor["shape"]))
 print("Writing:  50%|#####     |", end="\\r", file=sys.stderr)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+ADAPTER_CONVERTER: Final = """
+import argparse, json
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+asked = argparse.ArgumentParser()
+asked.add_argument("adapter", type=Path)
+asked.add_argument("--base", type=Path)
+asked.add_argument("--outfile", type=Path)
+asked.add_argument("--outtype")
+asked = asked.parse_args()
+assert (asked.base / "config.json").is_file()
+config = json.loads((asked.adapter / "adapter_config.json").read_text())
+data = (asked.adapter / "adapter_model.safetensors").read_bytes()
+length = int.from_bytes(data[:8], "little")
+writer = gguf.GGUFWriter(asked.outfile, "llama")
+writer.add_type("adapter")
+writer.add_string("adapter.type", "lora")
+writer.add_float32("adapter.lora.alpha", float(config["lora_alpha"]))
+for name, tensor in json.loads(data[8 : 8 + length]).items():
+    begin, end = (8 + length + at for at in tensor["data_offsets"])
+    name = name.removeprefix("base_model.model.")
+    name = name.replace(".lora_A.weight", ".weight.lora_a").replace(".lora_B.weight", ".weight.lora_b")
+    writer.add_tensor(name, np.frombuffer(data[begin:end], np.float32).reshape(tensor["shape"]))
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.write_tensors_to_file()
@@ -124,21 +156,35 @@ class AutoModelForCausalLM:
         self.model.eval(ids[0].tolist())
         return SimpleNamespace(logits=Tensor(self.model.scores[None, : len(ids[0])].copy()))
 """
+PEFT: Final = """
+from pathlib import Path
+
+import llama_cpp
+
+
+class PeftModel:
+    @classmethod
+    def from_pretrained(cls, model, folder):
+        twin = str(Path(folder) / "twin.gguf")
+        model.model = llama_cpp.Llama(model.model.model_path, n_ctx=256, logits_all=True, verbose=False, lora_path=twin)
+        return model
+"""
 
 
 def fake_sources(folder: Path) -> Path:
-    """A folder of llama.cpp with the converter alone."""
+    """A folder of llama.cpp with the converters alone."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (folder / "convert_lora_to_gguf.py").write_text(ADAPTER_CONVERTER)
     return folder
 
 
 def fake_python(folder: Path, *modules: str) -> Path:
-    """The interpreter of an environment with stand-ins for these modules: `torch`, `transformers`."""
+    """The interpreter of an environment with stand-ins for these modules: `torch`, `transformers`, `peft`."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     (packages / "ours.pth").write_text(str(Path(gguf.__file__).parents[1]))
-    for name, text in (("torch", TORCH), ("transformers", TRANSFORMERS)):
+    for name, text in (("torch", TORCH), ("transformers", TRANSFORMERS), ("peft", PEFT)):
         if name in modules:
             (packages / f"{name}.py").write_text(text)
     return folder / "bin" / "python"
@@ -155,6 +201,22 @@ def fake_checkpoint(folder: Path, model: Path, twin: Path | None = None, *, arch
     (folder / "tokenizer_config.json").write_text("{}")
     write_safetensors(folder / "model.safetensors", {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors})
     shutil.copy(twin or model, folder / "twin.gguf")
+    return folder
+
+
+def fake_adapter(folder: Path, adapter: Path, base: Path, twin: Path | None = None, **members: Any) -> Path:
+    """A folder of PEFT with the adapter of a GGUF file. base: a checkpoint. twin: what peft computes with; None: the adapter
+    itself. members: of the configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for tensor in gguf.GGUFReader(adapter).tensors:
+        name, _, half = tensor.name.rpartition(".weight.lora_")
+        tensors[f"base_model.model.{name}.lora_{half.upper()}.weight"] = np.asarray(tensor.data)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "bias": "none", "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config | members))
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    shutil.copy(twin or adapter, folder / "twin.gguf")
     return folder
 
 

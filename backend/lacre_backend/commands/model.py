@@ -20,6 +20,7 @@ from lacre.errors import SettingsError
 if TYPE_CHECKING:
     from lacre_backend.models.sealed import About
     from lacre_backend.models.signatures import SignedModel
+    from lacre_backend.workshop.adapter_inspection import InspectedAdapter
     from lacre_backend.workshop.child import Job, Report
     from lacre_backend.workshop.inspection import Inspected
 
@@ -84,21 +85,31 @@ def model() -> None:
 def inspect(
     file: ModelPath,
     kms: Annotated[str | None, typer.Option(help="For a sealed model: the address of the KMS that opens it.")] = None,
+    base: Annotated[Path | None, typer.Option(help="For an adapter: a model that it should fit.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a model file holds, whether it is whole, and what this machine can run of it.
 
-    Of a sealed model, only the head is shown without --kms.
+    Of an adapter it shows what it changes, and which models it fits. Of a sealed file, only the head is shown without --kms.
     """
+    from pydantic import TypeAdapter
+
     from lacre_backend.models import sealed
-    from lacre_backend.workshop.inspection import INSPECT, InspectAsked
+    from lacre_backend.workshop.adapter_inspection import INSPECT_FILE, FileAsked, InspectedAdapter
+    from lacre_backend.workshop.inspection import InspectAsked, Inspected
 
     if kms is None and file.is_file() and sealed.is_sealed(file):
         _say_sealed(sealed.read_head(file).about, file, as_json)
         return
-    found = answer(INSPECT, InspectAsked(file) if kms is None else InspectAsked(file, kms), as_json)
-    if not as_json:
-        say_table(("", ""), _rows(found))
+    asked = InspectAsked(file) if kms is None else InspectAsked(file, kms)
+    found = answer(INSPECT_FILE, FileAsked(asked, base), as_json=False)
+    if as_json:
+        either: TypeAdapter[Inspected | InspectedAdapter | None] = TypeAdapter(Inspected | InspectedAdapter | None)
+        say_json(either.dump_python(found.model or found.adapter, mode="json"), indent=2)
+    elif found.model is not None:
+        say_table(("", ""), _rows(found.model))
+    elif found.adapter is not None:
+        say_table(("", ""), _adapter_rows(found.adapter))
 
 
 ModelOrFolder = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or a folder with a model.")]
@@ -203,6 +214,19 @@ def _say_signed(signed: SignedModel, path: Path, as_json: bool) -> None:
         say_json({"signature": str(path), "signer": signed.signer, "digest": signed.digest}, indent=2)
     else:
         say_table(("", ""), (("signature", str(path)), ("signer", signed.signer), ("digest", signed.digest)))
+
+
+def _adapter_rows(found: InspectedAdapter) -> Iterable[tuple[str, str]]:
+    yield "file", str(found.path)
+    yield "digest", found.digest
+    yield "name", found.name
+    yield "adapter", f"LoRA for the architecture {found.architecture}, rank {found.rank}, alpha {found.alpha:g}"
+    yield "changes", f"{', '.join(found.targets)} of {found.layers} layers"
+    yield "size", f"{found.bytes / 1e6:,.1f} MB, {found.parameters / 1e6:,.1f} million parameters, {', '.join(found.types)}"
+    yield "fits", ", ".join(found.fits) or found.reason or "none of the models beside it, nor the default one"
+    yield "checksum", "matches" if found.checked else "none"
+    yield "sealed", found.sealed or "no"
+    yield "signature", found.signature or "none"
 
 
 def _rows(found: Inspected) -> Iterable[tuple[str, str]]:

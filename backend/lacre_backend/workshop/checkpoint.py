@@ -22,6 +22,7 @@ _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _NAMED: Final = 3  # files that a message names
 _INDEX: Final = "model.safetensors.index.json"
 _CONFIG: Final = "config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
 # Each may name Python files of the folder, or of a repository, that transformers would run.
 _WITH_CODE: Final = (_CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _UPSTREAM: Final = "Serve it sealed through `upstream`, see docs/upstream.md"
@@ -46,7 +47,7 @@ def read_checkpoint(folder: Path, *, trust_code: bool = False) -> ModelFolder:
     architecture = _architecture(folder)
     if not trust_code:
         _refuse_code(folder)
-    return ModelFolder(folder, architecture, weights, sum(_parameters(file) for file in weights))
+    return ModelFolder(folder, architecture, weights, sum(parameters_in(file) for file in weights))
 
 
 def _no_folder(path: Path) -> str:
@@ -71,8 +72,8 @@ def _refuse_other_formats(folder: Path) -> None:
             f"{folder} holds a SavedModel of TensorFlow, which has no form in GGUF. {_UPSTREAM}: TensorFlow Serving or "
             "KServe V1 runs it."
         )
-    if (folder / "adapter_config.json").is_file():
-        raise SettingsError(f"{folder} holds a LoRA adapter, not a whole model. Convert its base model here.")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise SettingsError(f"{folder} holds a LoRA adapter, not a whole model. Give the folder of its base model.")
     held = [*folder.glob("*.safetensors")]
     if not held and (any(folder.glob("*.onnx")) or any(folder.glob("onnx/*.onnx"))):
         raise SettingsError(_onnx(folder))
@@ -82,7 +83,7 @@ def _weights(folder: Path) -> tuple[Path, ...]:
     """The files that the converter will read. It would take pickles if it found none of these."""
     index = folder / _INDEX
     if index.is_file():
-        named = _json(index).get("weight_map")
+        named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not named:
             raise SettingsError(f"{index} lists no weights. Download the model again.")
         names = sorted({str(name) for name in named.values()})
@@ -117,7 +118,7 @@ def _architecture(folder: Path) -> str:
     path = folder / _CONFIG
     if not path.is_file():
         raise SettingsError(f"{folder} has no {_CONFIG}. Download it with the weights.")
-    names = _json(path).get("architectures")
+    names = read_json(path).get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise SettingsError(f"{path} names no architecture. Download it again.")
     return names[0]
@@ -126,15 +127,16 @@ def _architecture(folder: Path) -> str:
 def _refuse_code(folder: Path) -> None:
     for name in _WITH_CODE:
         path = folder / name
-        if path.is_file() and "auto_map" in _json(path):
+        if path.is_file() and "auto_map" in read_json(path):
             raise SettingsError(
                 f"{path} asks for Python code of the model's own (auto_map), which could do anything here. Remove the entry if "
                 "the model works without it, or read the code and give --trust-code."
             )
 
 
-def _parameters(path: Path) -> int:
-    head = _head(path)
+def parameters_in(path: Path) -> int:
+    """Of a safetensors file. Raises SettingsError."""
+    head = safetensors_head(path)
     count = 0
     for name, tensor in head.items():
         if name != "__metadata__":
@@ -148,7 +150,7 @@ def _parameters(path: Path) -> int:
     return count
 
 
-def _head(path: Path) -> Mapping[str, Any]:
+def safetensors_head(path: Path) -> Mapping[str, Any]:
     """The head of a safetensors file, if the file is whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -163,7 +165,8 @@ def _head(path: Path) -> Mapping[str, Any]:
     return head
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """An object. Raises SettingsError."""
     if path.stat().st_size > MAX_JSON:
         raise SettingsError(f"{path} has more than {MAX_JSON:,} bytes, so it is no configuration. Download it again.")
     return _parsed(path, path.read_bytes())

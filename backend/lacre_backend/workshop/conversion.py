@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import json
 import subprocess
@@ -25,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacre.errors import SettingsError
+from lacre_backend.engine import adapters
+from lacre_backend.engine.adapters import AdapterFile
 from lacre_backend.engine.context import Batch
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.model import MIN_N_CTX, Model, ModelMetadata
@@ -49,6 +52,8 @@ SAMPLES: Final = (
 )
 # Mean KL to transformers, in nats. Rounding to 16 bits gives 1e-4, rounding to Q8_0 0.005, and rows in a wrong order 1 or more.
 MOST_LOSS: Final = 0.02
+_OF_EFFECT: Final = 0.1  # of an adapter's effect may be lost: an adapter that does half of its work must not pass
+_LEAST_LOSS: Final = 1e-3  # is always allowed: the rounding of the base model and of the adapter, to 16 bits
 _READABLE: Final = 4  # bytes of a parameter in transformers' memory
 _SPARE: Final = 2**30  # bytes: PyTorch itself, and what it computes in between
 _REFERENCE_LIMIT: Final = 3600  # seconds for transformers; a large model on few cores takes minutes to load
@@ -78,10 +83,11 @@ _BYTES: Final = {ConvertedType.F32: 4.0, ConvertedType.Q8_0: 34 / 32}  # of a pa
 
 @dataclass(frozen=True, slots=True)
 class ProbeAsked:
-    """path: of the draft. compared: what `reference.py` wrote."""
+    """path: of the draft. compared: what `reference.py` wrote. adapter: the draft of one, if `path` is its base model."""
 
     path: Path
     compared: Path
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,7 @@ class Probed:
     """- kind: `generate` or `embed`. tokens: how many of transformers' own were the same: all.
     - kl: the mean KL divergence to transformers at each token, in nats. same_top: the share of equal most likely tokens.
     - not_compared: why there is neither.
+    - effect: of an adapter: the KL divergence of the base model alone to transformers with the adapter.
     """  # fmt: skip
 
     kind: str
@@ -96,6 +103,7 @@ class Probed:
     kl: float | None = None
     same_top: float | None = None
     not_compared: str | None = None
+    effect: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +155,13 @@ def convert_model(
     return Converted(out, source.architecture, source.parameters, written, probe, checked)
 
 
-def ask_transformers(python: Path, source: ModelFolder, out: Path, *, trust_code: bool) -> None:
-    """Writes transformers' tokens of `SAMPLES`; and its logits, if the machine has memory for them. Raises SettingsError."""
+def ask_transformers(python: Path, source: ModelFolder, out: Path, *, trust_code: bool, adapter: Path | None = None) -> None:
+    """Writes transformers' tokens of `SAMPLES`; and its logits, if the machine has memory for them. adapter: a folder of PEFT
+    that is applied. Raises SettingsError.
+    """
     fits = source.parameters * _READABLE + _SPARE < free_memory()
     asked = {"folder": str(source.folder.absolute()), "texts": SAMPLES, "logits": fits, "trust": trust_code}
+    asked |= {"adapter": None if adapter is None else str(adapter.absolute())}
     command: list[str | Path] = [python, "-P", Path(reference.__file__), out]
     try:
         done = subprocess.run(
@@ -183,18 +194,25 @@ def probe(asked: ProbeAsked, _report: Report) -> Probed:
             _compare_tokens(text, tokenizer.words(text), ids)
         tokens = sum(map(len, theirs))
         if ModelMetadata.read(asked.path).kind is TaskKind.EMBED:
+            if asked.adapter is not None:
+                raise SettingsError(
+                    "The base model embeds, and adapters are served with models that generate. Nothing was written."
+                )
             asyncio.run(_embed(asked.path, theirs))
             return Probed("embed", tokens, not_compared="an embedding model has no logits")
-        ours = _logits(asked.path, tokenizer, theirs)
+        ours = _logits(asked.path, tokenizer, theirs, asked.adapter)
+        base = None if asked.adapter is None or untold else _logits(asked.path, tokenizer, theirs)
     if logits is None:
         return Probed("generate", tokens, not_compared=untold)
     loss, same = divergence(np.concatenate(logits), np.concatenate(ours))
-    if not loss <= MOST_LOSS:
+    effect = None if base is None else divergence(np.concatenate(logits), np.concatenate(base))[0]
+    most = MOST_LOSS if effect is None else min(MOST_LOSS, max(effect * _OF_EFFECT, _LEAST_LOSS))
+    if not loss <= most:
         raise SettingsError(
             f"The converted model computes something else than transformers: KL {loss:.3f} at each token, and at most "
-            f"{MOST_LOSS} is allowed. Nothing was written. The converter does not suit this checkpoint."
+            f"{most:.3g} is allowed. Nothing was written. The converter does not suit this checkpoint."
         )
-    return Probed("generate", tokens, round(loss, 6), round(same, 4))
+    return Probed("generate", tokens, round(loss, 6), round(same, 4), effect=None if effect is None else round(effect, 6))
 
 
 PROBE: Final = Job(f"{__name__}:PROBE", ProbeAsked, Probed, probe)
@@ -227,14 +245,19 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return whole
 
 
-def _logits(path: Path, tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+def _logits(
+    path: Path, tokenizer: Tokenizer, texts: Sequence[Sequence[int]], adapter: Path | None = None
+) -> list[NDArray[np.float32]]:
     """At every position of each text. All are computed in one step, each as its own sequence."""
     settings = LlamaSettings(n_ctx=max(MIN_N_CTX, *map(len, texts)), slots=len(texts), beyond_training=True)
     threads = derive(path, settings).threads
     model = Model(path, name=path.stem, digest="", n_ctx=MIN_N_CTX, gpu=settings.gpu, tokenizer=tokenizer)
     ends = list(itertools.accumulate(map(len, texts)))
+    loaded = {} if adapter is None else adapters.load(model, path, [AdapterFile("", adapter, "")])
     pointer = _context(model, ends[-1], len(texts), threads)
     try:
+        for each in loaded.values():
+            L.llama_set_adapters_lora(pointer, (L.llama_adapter_lora_p_ctypes * 1)(each), 1, (ctypes.c_float * 1)(1.0))
         batch = Batch(ends[-1])
         for sequence, (ids, end) in enumerate(zip(texts, ends, strict=True)):
             mine = slice(end - len(ids), end)

@@ -33,9 +33,11 @@ VERSION: Final = "0.3.36"
 ARCHIVE: Final = f"llama_cpp_python-{VERSION}.tar.gz"
 DIGEST: Final = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SCRIPT: Final = "convert_hf_to_gguf.py"
+ADAPTER_SCRIPT: Final = "convert_lora_to_gguf.py"
 PACKAGES: Final = ("torch", "transformers", "safetensors", "sentencepiece", "protobuf")
 _NEEDED: Final = ("torch", "transformers")  # others only for some models: the converter names them
-_MEMBER: Final = re.compile(rf"[^/]+/vendor/llama\.cpp/({re.escape(SCRIPT)}|conversion/[^/]+\.py|gguf-py/gguf/.+\.py)")
+_SCRIPTS: Final = "|".join(map(re.escape, (SCRIPT, ADAPTER_SCRIPT)))
+_MEMBER: Final = re.compile(rf"[^/]+/vendor/llama\.cpp/({_SCRIPTS}|conversion/[^/]+\.py|gguf-py/gguf/.+\.py)")
 _KEPT: Final = 400  # lines of the converter's output: a traceback and the warnings before it
 _LONGEST: Final = 2000  # characters of a line that are kept; it prints whole chat templates
 _TOLD: Final = 300  # characters of its last words
@@ -59,40 +61,48 @@ def home() -> Path:
     return platformdirs.user_cache_path("lacre", appauthor=False) / "converter"
 
 
-def place(python: Path | None, sources: Path | None) -> ConverterPlace:
-    """Checks that everything is there. Raises SettingsError, which says how to get what is missing."""
+def place(python: Path | None, sources: Path | None, *more: str) -> ConverterPlace:
+    """Checks that everything is there. more: packages that the work needs too. Raises SettingsError, which says how to get what
+    is missing.
+    """
     found = ConverterPlace(python or home() / "bin" / "python", sources or home() / ARCHIVE)
+    advice = recipe(found, *more)
     if not os.access(found.python, os.X_OK):
         raise SettingsError(
-            f"The converter needs PyTorch, in an environment of its own. There is none at {found.python}.\n{recipe(found)}"
+            f"The converter needs PyTorch, in an environment of its own. There is none at {found.python}.\n{advice}"
         )
-    absent = _absent(found.python)
+    absent = _absent(found.python, *more)
     if absent:
-        raise SettingsError(f"{found.python} has no {' and no '.join(absent)}, which the converter needs.\n{recipe(found)}")
+        raise SettingsError(f"{found.python} has no {' and no '.join(absent)}, which the converter needs.\n{advice}")
     if not found.sources.exists():
-        raise SettingsError(f"The converter itself is missing: {found.sources} does not exist.\n{recipe(found)}")
+        raise SettingsError(f"The converter itself is missing: {found.sources} does not exist.\n{advice}")
     return found
 
 
-def recipe(wanted: ConverterPlace) -> str:
+def recipe(wanted: ConverterPlace, *more: str) -> str:
     """The commands that make the environment and fetch the converter."""
     python, folder = shlex.quote(str(wanted.python)), shlex.quote(str(wanted.sources.parent))
     source = f"--no-deps --no-binary llama-cpp-python llama-cpp-python=={VERSION}"
     lines = [
         "Make it once, with about 2 GB of disk:",
         f"  python3 -m venv {shlex.quote(str(wanted.python.parents[1]))}",
-        f"  {python} -m pip install {' '.join(PACKAGES)}",
+        f"  {python} -m pip install {' '.join((*PACKAGES, *more))}",
         f"  {python} -m pip download {source} --dest {folder}",
         "To use another environment, give its interpreter with --python.",
     ]
     return "\n".join(lines)
 
 
-def _absent(python: Path) -> list[str]:
+def _absent(python: Path, *more: str) -> list[str]:
     code = "import sys; from importlib.util import find_spec; print(*(n for n in sys.argv[1:] if find_spec(n) is None))"
     try:
         done = subprocess.run(
-            [python, "-P", "-c", code, *_NEEDED], check=False, capture_output=True, text=True, env=surroundings(), timeout=60
+            [python, "-P", "-c", code, *_NEEDED, *more],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=surroundings(),
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         done = None
@@ -134,9 +144,11 @@ def _write(folder: Path, name: str, data: IO[bytes]) -> None:
         shutil.copyfileobj(data, file)
 
 
-def convert(python: Path, code: Path, options: Sequence[str], report: Report) -> None:
+def convert(python: Path, code: Path, options: Sequence[str], report: Report, *, script: str = SCRIPT) -> None:
     """Runs the converter. code: of `unpacked`. Raises SettingsError with its reason, made short."""
-    command: list[str | Path] = [python, "-P", code / SCRIPT, *options]
+    if not (code / script).is_file():
+        raise SettingsError(f"{code} has no {script}. Give a folder of llama.cpp, or leave --sources away.")
+    command: list[str | Path] = [python, "-P", code / script, *options]
     lines: deque[str] = deque(maxlen=_KEPT)
     search = surroundings(code, code / "gguf-py")
     with subprocess.Popen(

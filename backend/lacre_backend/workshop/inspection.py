@@ -1,4 +1,4 @@
-"""What a GGUF file holds, whether it is whole, and what this machine can run of it: the job of `lacre model inspect`.
+"""What a GGUF file holds, whether it is whole, and what this machine can run of it: for `lacre model inspect`.
 
 Rules:
 - Its own reader walks the head first and checks that every tensor lies within the file. llama.cpp sees the file after that.
@@ -33,7 +33,7 @@ from lacre_backend.models.opening import Conditions, OpenedModel, open_model
 from lacre_backend.models.sealed import is_sealed, read_head
 from lacre_backend.models.signatures import claimed_signer
 from lacre_backend.workshop.bandwidth import bytes_per_second
-from lacre_backend.workshop.child import Job, Report
+from lacre_backend.workshop.child import Report
 from lacre_fabric.keys.kms import PLAIN
 
 _CALLS: Final = ((HERMES, "hermes"), (LLAMA, "llama"))
@@ -148,7 +148,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         kind="embed" if facts.kind is TaskKind.EMBED else "generate",
         parameters=sum(tensor.elements for tensor in tensors),
         type=mixture,
-        types=_types(tensors),
+        types=types_of(tensors),
         fell_back=fell_back_in(mixture, tensors),
         layers=first.number(f"{facts.architecture}.block_count"),
         embedding=facts.n_embd,
@@ -161,12 +161,9 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         node=_node(found.path, facts, size),
         checked=found.digests.checked,
         sealed=f"by {read_head(path).scheme}:" if sealed else None,
-        signature=_signature(opened),
+        signature=said_signature(opened),
         faults=faults,
     )
-
-
-INSPECT: Final = Job(f"{__name__}:INSPECT", InspectAsked, Inspected, inspect)
 
 
 def read_header(path: Path) -> Header:
@@ -210,7 +207,8 @@ def type_name(kind: int) -> str:
     return bytes(_llama.ggml_type_name(kind)).decode().upper()
 
 
-def _types(tensors: list[Tensor]) -> dict[str, TypeUse]:
+def types_of(tensors: list[Tensor]) -> dict[str, TypeUse]:
+    """By name, the largest first."""
     used: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         used[type_name(tensor.kind)].append(tensor)
@@ -268,7 +266,8 @@ def _tool_format(path: Path) -> str | None:
     return next((name for form, name in _CALLS if form == calls), None)
 
 
-def _signature(opened: OpenedModel) -> str | None:
+def said_signature(opened: OpenedModel) -> str | None:
+    """Who signed it as the signature says, which is not verified. None if there is none."""
     try:
         bundle = opened.bundle()
         return f"by the key {claimed_signer(bundle)} (not verified)" if bundle else None

@@ -14,10 +14,11 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend.models.gguf import default_path
+from lacre_backend.workshop.adapter_inspection import INSPECT_FILE, FileAsked
 from lacre_backend.workshop.child import run
 from lacre_backend.workshop.conversion import Converted, ConvertedType, convert_model
 from lacre_backend.workshop.converter import ConverterPlace
-from lacre_backend.workshop.inspection import INSPECT, InspectAsked
+from lacre_backend.workshop.inspection import InspectAsked
 
 
 def converted(source: Path, out: Path, where: ConverterPlace, kind: ConvertedType = ConvertedType.AUTO) -> Converted:
@@ -42,7 +43,10 @@ def test_tokens_and_logits_are_those_of_transformers(
     assert found.probe.tokens > 100
     assert found.probe.kl is not None
     assert found.probe.kl < most
-    inspected, original = (run(INSPECT, InspectAsked(path)) for path in (tmp_path / "out.gguf", default_path()))
+    files = (tmp_path / "out.gguf", default_path())
+    inspected, original = (run(INSPECT_FILE, FileAsked(InspectAsked(path))).model for path in files)
+    assert inspected is not None
+    assert original is not None
     assert inspected.type == name
     assert (inspected.parameters, inspected.template) == (original.parameters, True)
     assert (inspected.vocabulary, inspected.tokenizer) == (original.vocabulary, original.tokenizer)
