@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Callable[[Made], list[str]], int, str]] = {
     "another kind of service": (
         lambda m: [str(m / "m.sealed"), "--kms", "vault://127.0.0.1:9/transit/x"],
         5,
-        "was wrapped by file:, but `kms` is vault:",
+        "m.sealed: the model's key was wrapped by file:, but `kms` is vault:. Check",
     ),
     "no signature": (
         lambda m: [str(m / "unsigned.gguf"), "--signer", str(m / "signer.pub")],

@@ -155,8 +155,10 @@ def verify(
     if not path.is_file():
         raise signatures.UntrustedModel(f"{file} has no signature: {path} does not exist")
     bundle = signatures.read_bundle(path)
-    digests = folders.read(file, signatures.ignored_paths(bundle)) if found is None else found.digests
-    _say_signed(signatures.verify(digests, bundle, [public]), path, as_json)
+    with signatures.naming(file):
+        digests = folders.read(file, signatures.ignored_paths(bundle)) if found is None else found.digests
+        signed = signatures.verify(digests, bundle, [public])
+    _say_signed(signed, path, as_json)
 
 
 KmsOption = Annotated[str, typer.Option("--kms", help="The address of the key management service (docs/kms.md).")]

@@ -15,7 +15,7 @@ from lacre_backend.models.chunked import SealedModelInvalid
 from lacre_backend.models.gguf import WHOLE, FileDigests, ModelFile, default_path, find
 from lacre_backend.models.sealed import SealedWeights, is_sealed
 from lacre_backend.models.signatures import UntrustedModel
-from lacre_fabric.keys.kms import PLAIN, connect
+from lacre_fabric.keys.kms import PLAIN, WrongWrapping, connect
 from lacre_fabric.work.model_names import from_file
 
 
@@ -75,8 +75,9 @@ def _unsealed(path: Path, conditions: Conditions) -> SealedWeights:
         weights = SealedWeights(path, service)
         if conditions.whole:
             weights.check()
-    except SealedModelInvalid as exc:
-        raise exc if str(path) in str(exc) else SealedModelInvalid(f"{path}: {exc}") from None
+    except (SealedModelInvalid, WrongWrapping) as exc:
+        what = str(exc).removesuffix(f". {exc.remedy}")  # WrongWrapping adds its remedy itself
+        raise exc if str(path) in what else type(exc)(f"{path}: {what}") from None
     finally:
         service.close()
     return weights
@@ -88,7 +89,5 @@ def _verified(path: Path, opened: OpenedModel, conditions: Conditions) -> Opened
     if not (bundle := opened.bundle()):
         raise UntrustedModel(f"{path}: the model {opened.file.name} has no signature, and its settings demand one")
     keys = [signatures.public_key(key) for key in conditions.signers]
-    try:
+    with signatures.naming(path):
         return replace(opened, signer=signatures.verify(opened.file.digests, bundle, keys).signer)
-    except UntrustedModel as exc:
-        raise UntrustedModel(f"{path}: {exc}") from None

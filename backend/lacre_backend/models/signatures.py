@@ -14,7 +14,8 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
@@ -64,6 +65,17 @@ class SignedModel:
 
     signer: str
     digest: str
+
+
+@contextmanager
+def naming(model: Path) -> Iterator[None]:
+    """What the block raises of a signature names its model."""
+    try:
+        yield
+    except UntrustedModel as exc:
+        raise UntrustedModel(f"{model}: {exc}") from None
+    except InvalidMessage as exc:
+        raise InvalidMessage(f"{model}: {exc}") from None
 
 
 def signature_path(path: Path) -> Path:

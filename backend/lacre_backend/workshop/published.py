@@ -61,13 +61,11 @@ def _signed(folder: Path, signers: Sequence[Path]) -> tuple[bool, str | None]:
             raise UntrustedModel(f"{folder} has no signature: {path} does not exist")
         return False, None
     bundle = signatures.read_bundle(path)
-    digests = folders.read(folder, signatures.ignored_paths(bundle))
-    try:
+    with signatures.naming(folder):
+        digests = folders.read(folder, signatures.ignored_paths(bundle))
         if signers:
             return True, signatures.verify(digests, bundle, map(signatures.public_key, signers)).signer
         signatures.check_content(digests, bundle)
-    except UntrustedModel as exc:
-        raise UntrustedModel(f"{folder}: {exc}") from None
     return True, None
 
 

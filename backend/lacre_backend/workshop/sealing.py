@@ -56,13 +56,11 @@ def _signature(file: ModelFile, signers: Sequence[Path]) -> bytes:
             raise UntrustedModel(f"{file.path} has no signature: {path} does not exist")
         return b""
     bundle = signatures.read_bundle(path)
-    try:
+    with signatures.naming(file.path):
         if signers:
             signatures.verify(file.digests, bundle, map(signatures.public_key, signers))
         else:
             signatures.check_content(file.digests, bundle)
-    except UntrustedModel as exc:
-        raise UntrustedModel(f"{file.path}: {exc}") from None
     return bundle
 
 
