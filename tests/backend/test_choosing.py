@@ -104,6 +104,8 @@ def test_questions_that_contradict_themselves_are_refused(folder: Path, options:
 def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="holds no GGUF file"):
         chosen(tmp_path)
+    with pytest.raises(SettingsError, match="is a file"):
+        chosen(tiny_model(tmp_path.parent / "model.gguf"))
     with pytest.raises(SettingsError, match="No such folder"):
         chosen(tmp_path / "absent")
 

@@ -123,12 +123,14 @@ def sign(
 ) -> None:
     """Sign a model: writes FILE.sig, an OpenSSF Model Signing bundle."""
     from lacre.runtime.private_files import replace
+    from lacre_backend.engine.shards import check_name
     from lacre_backend.models import folders, signatures
     from lacre_backend.models.gguf import find
     from lacre_backend.workshop.inspection import check_whole
 
     private = signatures.private_key(key, _passphrase)
     if file.is_dir():
+        check_name(file)
         digests, ignored = folders.read(file), list(folders.IGNORED)
     else:
         digests, ignored = find(file).digests, []

@@ -35,6 +35,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
     Raises SettingsError, which names the wrong file, or OSError if `path` cannot be read.
     """
+    check_file(path)
     split = read_split(path)
     if split is None:
         return (path,)
@@ -58,6 +59,29 @@ def files_of(path: Path) -> tuple[Path, ...]:
                 f"{file} is not shard {number + 1} of {split.count}, as its name says. Put this model's own file there."
             )
     return files
+
+
+def check_file(path: Path) -> None:
+    """Raises SettingsError if it can be no model: nothing is there, a folder, a pipe or a device, or a name that is not UTF-8.
+
+    Reading a pipe could wait forever, and a device may never end. llama.cpp and JSON take names in UTF-8 only.
+    """
+    check_name(path)
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder. Give the path of a model file.")
+    if path.exists():
+        raise SettingsError(f"{path} is a pipe or a device. Give the path of a model file.")
+    raise SettingsError(f"No such model file: {path}. Check the path.")
+
+
+def check_name(path: Path) -> None:
+    """Raises SettingsError if it is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"The name {str(path)!r} is not UTF-8. Rename the file, or its folder.") from None
 
 
 def size(path: Path) -> int:

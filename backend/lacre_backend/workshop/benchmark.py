@@ -27,6 +27,7 @@ from lacre_backend.engine.sizing import LlamaSettings
 from lacre_backend.engine.tune import SLOTS
 from lacre_backend.models.opening import Conditions, OpenedModel, open_model
 from lacre_backend.workshop.child import Job, Report
+from lacre_backend.workshop.inspection import check_weights, read_header
 from lacre_fabric.keys.kms import PLAIN
 
 ANSWER: Final = 64  # tokens of an answer, as in bench/engine.py
@@ -86,12 +87,12 @@ class Benchmark:
 
 def bench(asked: BenchAsked, report: Report) -> Benchmark:
     """Raises SettingsError, EngineError or OSError."""
-    if not asked.path.is_file():
-        raise SettingsError(f"No such model file: {asked.path}. Check the path.")
+    shards.check_file(asked.path)
     if not 1 <= asked.rounds <= MOST_ROUNDS:
         raise SettingsError(f"--rounds is {asked.rounds}; give 1 to {MOST_ROUNDS}.")
     report("loading", 0.0)
     opened = open_model(asked.path, None, Conditions(asked.kms))
+    check_weights(asked.path, map(read_header, shards.files_of(opened.file.path)))
     began = time.perf_counter()
     embeds = ModelMetadata.read(opened.file.path).kind is TaskKind.EMBED
     with closing(_embedder(opened) if embeds else _engine(opened)) as engine:

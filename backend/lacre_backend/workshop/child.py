@@ -22,12 +22,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import IO, Any, Final, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
 from lacre.errors import LacreError, SettingsError
+from lacre_backend.engine.shards import check_name
 
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
@@ -56,6 +58,7 @@ class Job(Generic[Asked, Told]):
 
 def run(job: Job[Asked, Told], question: Asked, report: Report = lambda _what, _share: None) -> Told:
     """The answer of a job. Raises SettingsError with the child's own words, or JobFailed if it died."""
+    _check_names(question)
     answer, answers = os.pipe()
     command = [sys.executable, "-P", "-m", __name__, job.place, str(answers)]
     with tempfile.TemporaryFile() as said, os.fdopen(answer, "rb") as lines:
@@ -75,6 +78,13 @@ def run(job: Job[Asked, Told], question: Asked, report: Report = lambda _what, _
     if "error" in told:
         raise SettingsError(str(told["error"]))
     return TypeAdapter(job.told).validate_python(told["answer"])
+
+
+def _check_names(question: Any) -> None:
+    """Raises SettingsError for a path that JSON cannot hold."""
+    for member in fields(question):
+        if isinstance(path := getattr(question, member.name), Path):
+            check_name(path)
 
 
 def _ask(child: subprocess.Popen[bytes], question: bytes) -> None:

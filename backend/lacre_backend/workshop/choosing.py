@@ -20,9 +20,9 @@ from lacre_backend.engine.model import ModelMetadata
 from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.sizing import OVERHEAD, LlamaSettings
 from lacre_backend.workshop.benchmark import BENCH, BenchAsked
-from lacre_backend.workshop.child import Job, Report, run
+from lacre_backend.workshop.child import Job, JobFailed, Report, run
 from lacre_backend.workshop.examples import Examples, ModelTask, read_examples
-from lacre_backend.workshop.inspection import check_extents, mixture_of, read_header
+from lacre_backend.workshop.inspection import check_extents, check_weights, mixture_of, read_header
 from lacre_backend.workshop.judging import ANSWERS, JUDGE, LOSS, JudgeAsked, LossAsked, ReferenceAnswer, Score
 
 MOST_FILES: Final = 200  # of a folder; each may take minutes to measure
@@ -103,7 +103,10 @@ def choose(asked: ChooseAsked, report: Report) -> ChosenModel:
     for number, path in enumerate(paths):
         told = _within(report, path.name, number, len(paths))
         told("its head", 0.0)
-        candidate = run(LOOK, replace(asked, folder=path))
+        try:
+            candidate = run(LOOK, replace(asked, folder=path))
+        except JobFailed as exc:
+            candidate = Candidate(path, False, str(exc))
         if candidate.suits and asked.measure:
             candidate = _measured(candidate, trial, told)
         found.append(candidate)
@@ -123,6 +126,8 @@ def _within(report: Report, name: str, number: int, count: int) -> Report:
 
 
 def _check(asked: ChooseAsked) -> None:
+    if asked.folder.is_file():
+        raise SettingsError(f"{asked.folder} is a file. Give the folder that it is in.")
     if not asked.folder.is_dir():
         raise SettingsError(f"No such folder: {asked.folder}. Check the path.")
     if asked.quality is not None and (asked.reference is None or not asked.measure):
@@ -213,6 +218,7 @@ def look(asked: ChooseAsked, _report: Report) -> Candidate:
         headers = [read_header(file) for file in files]
         for file, header in zip(files, headers, strict=True):
             check_extents(file, header)
+        check_weights(path, headers)
         facts = ModelMetadata.read(path)
         candidate = Candidate(path, True, None, mixture_of(headers[0]), sum(file.stat().st_size for file in files))
         task = _task(facts)

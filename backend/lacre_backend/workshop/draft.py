@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lacre.errors import SettingsError
 from lacre.runtime.private_files import sync_folder
+from lacre_backend.engine.shards import check_name
 
 
 @contextmanager
@@ -19,11 +20,14 @@ def draft(out: Path, sources: Sequence[Path], *, size: int = 0) -> Iterator[Path
     sources: files that the work reads; `out` may not be one of them. size: bytes that the output will take, if known.
     Raises SettingsError before anything is written, and OSError.
     """
+    check_name(out)
     for source in sources:
         if out.exists() and out.samefile(source):
             raise SettingsError(f"{out} is the input itself. Give another file with --out; nothing was changed.")
     if out.is_dir():
         raise SettingsError(f"{out} is a folder. Give the path of a file with --out.")
+    if out.exists() and not out.is_file():  # the draft would replace the device itself
+        raise SettingsError(f"{out} is a pipe or a device. Give the path of a file with --out.")
     folder = out.parent
     if not folder.is_dir():
         raise SettingsError(f"The folder {folder} does not exist. Make it, or give another --out.")

@@ -26,6 +26,7 @@ LEAST: Final = 2 * PREFACE  # tokens of a text, and of its last window
 _MOST: Final = 8192  # tokens of a text: figures become no more exact, and two cores take a minute
 _MOST_KEPT: Final = 512 * 2**20  # bytes: 2,700 tokens with a vocabulary of 49,000
 _ROWS: Final = 32  # processed at once, in double precision
+_MOST_TEXT: Final = 2**20  # bytes of it; `_MOST` tokens are fewer
 _SAMPLE: Final = "sample.txt"
 
 
@@ -65,7 +66,8 @@ def read_text(path: Path | None) -> str:
     if not path.is_file():
         raise SettingsError(f"No such text: {path}. Check the path.")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            return file.read(_MOST_TEXT).decode("utf-8", "strict" if path.stat().st_size <= _MOST_TEXT else "ignore")
     except UnicodeDecodeError:
         raise SettingsError(f"{path} is not UTF-8 text. Convert it, or give another text.") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from lacre_backend.engine import gguf_header, sizing
 from lacre_backend.engine.gguf_header import Header, Malformed, Tensor
 from lacre_backend.engine.model import Gpu, Model, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
-from lacre_backend.engine.shards import files_of
+from lacre_backend.engine.shards import check_file, files_of
 from lacre_backend.engine.sizing import LlamaSettings
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models.opening import Conditions, OpenedModel, open_model
@@ -36,6 +36,7 @@ from lacre_backend.workshop.bandwidth import bytes_per_second
 from lacre_backend.workshop.child import Report
 from lacre_fabric.keys.kms import PLAIN
 
+NO_WEIGHTS: Final = "it holds a vocabulary and no weights. Give the whole model"
 _CALLS: Final = ((HERMES, "hermes"), (LLAMA, "llama"))
 _SUPER_BLOCK: Final = 256  # weights that a K or IQ type packs together; a row of another length falls back to an older type
 _ENOUGH_CONTEXT: Final = 64  # tokens; for the template's trial no context is used
@@ -114,8 +115,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
     """Raises SettingsError for a file that no command could use, or OSError."""
     report("reading", 0.0)
     path = asked.path
-    if not path.is_file():
-        raise SettingsError(f"No such model file: {path}. Check the path.")
+    check_file(path)
     sealed = is_sealed(path)
     headers = [] if sealed else [(file, read_header(file)) for file in files_of(path)]
     for file, header in headers:
@@ -128,7 +128,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
     report("loading the vocabulary", 0.7)
     facts = ModelMetadata.read(found.path)
     first = headers[0][1]
-    faults = list(_faults(first, facts.kind))
+    faults = list(_faults(first, _kind(facts)))
     calls = None
     try:
         calls = _tool_format(found.path)
@@ -145,7 +145,7 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         digest=found.digest,
         name=found.name,
         architecture=facts.architecture,
-        kind="embed" if facts.kind is TaskKind.EMBED else "generate",
+        kind=_kind(facts),
         parameters=sum(tensor.elements for tensor in tensors),
         type=mixture,
         types=types_of(tensors),
@@ -158,12 +158,18 @@ def inspect(asked: InspectAsked, report: Report) -> Inspected:
         tokenizer=first.text("tokenizer.ggml.pre") or first.text("tokenizer.ggml.model"),
         template=bool(first.text("tokenizer.chat_template")),
         tool_format=calls,
-        node=_node(found.path, facts, size),
+        node=_node(found.path, facts, size) if tensors else OnThisNode(False, reason=NO_WEIGHTS),
         checked=found.digests.checked,
         sealed=f"by {read_head(path).scheme}:" if sealed else None,
         signature=said_signature(opened),
         faults=faults,
     )
+
+
+def check_weights(path: Path, headers: Iterable[Header]) -> None:
+    """Raises SettingsError if there are none."""
+    if not any(header.tensors for header in headers):
+        raise SettingsError(f"{path} cannot be run: {NO_WEIGHTS}.")
 
 
 def read_header(path: Path) -> Header:
@@ -205,6 +211,15 @@ def tensor_bytes(path: Path, tensor: Tensor) -> int:
 def type_name(kind: int) -> str:
     _llama.ggml_type_name.restype = ctypes.c_char_p
     return bytes(_llama.ggml_type_name(kind)).decode().upper()
+
+
+def _kind(facts: ModelMetadata) -> str:
+    """What it does, as a verb."""
+    if facts.pooling == L.LLAMA_POOLING_TYPE_RANK:
+        return "rerank"
+    if facts.kind is TaskKind.EMBED:
+        return "embed"
+    return "generate" if facts.generates else "encode"
 
 
 def types_of(tensors: list[Tensor]) -> dict[str, TypeUse]:
@@ -249,8 +264,8 @@ def _items(header: Header, key: str) -> int | None:
     return value.count if isinstance(value, gguf_header.MetadataArray) else None
 
 
-def _faults(header: Header, kind: TaskKind) -> Iterator[str]:
-    if kind is TaskKind.GENERATE and not header.text("tokenizer.chat_template"):
+def _faults(header: Header, kind: str) -> Iterator[str]:
+    if kind == "generate" and not header.text("tokenizer.chat_template"):
         yield "It has no chat template: only text completion works well."
 
 
@@ -276,6 +291,8 @@ def said_signature(opened: OpenedModel) -> str | None:
 
 
 def _node(path: Path, facts: ModelMetadata, size: int) -> OnThisNode:
+    if facts.pooling == L.LLAMA_POOLING_TYPE_RANK:
+        return OnThisNode(False, reason="the engine does not serve rerankers")
     try:
         if facts.kind is TaskKind.EMBED:
             sizing.memory_for_caches(path, facts, LlamaSettings())

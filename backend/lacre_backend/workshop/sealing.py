@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.shards import files_of
+from lacre_backend.engine.shards import check_file, files_of
 from lacre_backend.models import sealed, signatures
 from lacre_backend.models.chunked import sealed_size
 from lacre_backend.models.gguf import ModelFile, find
@@ -27,8 +27,7 @@ def seal_model(source: Path, out: Path, kms: str, report: Report, signers: Seque
     signers: public keys, one of which must have signed the model; empty: any key, or none. Raises SettingsError,
     UntrustedModel, KmsError or OSError.
     """
-    if not source.is_file():
-        raise SettingsError(f"No such model file: {source}. Check the path.")
+    check_file(source)
     if sealed.is_sealed(source):
         raise SettingsError(f"{source} is sealed already. To change who can open it, use `lacre model rewrap`.")
     if len(files_of(source)) > 1:
@@ -66,8 +65,7 @@ def _signature(file: ModelFile, signers: Sequence[Path]) -> bytes:
 
 def rewrap_model(path: Path, old: str, new: str) -> About:
     """Replaces the file. Raises as `seal_model`, and SealedModelInvalid."""
-    if not path.is_file():
-        raise SettingsError(f"No such model file: {path}. Check the path.")
+    check_file(path)
     about = sealed.read_head(path).about
     size = path.stat().st_size
     with connected(old) as before, connected(new) as after, draft(path, [], size=size) as out, out.open("xb") as written:

@@ -16,11 +16,11 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.gguf_header import Header, Tensor
 from lacre_backend.engine.model import Gpu, Model, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
-from lacre_backend.engine.shards import files_of
+from lacre_backend.engine.shards import check_file, files_of
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models.gguf import FileDigests
 from lacre_backend.models.sealed import is_sealed
-from lacre_backend.workshop.inspection import check_extents, mixture_of, read_header, tensor_bytes
+from lacre_backend.workshop.inspection import check_extents, check_weights, mixture_of, read_header, tensor_bytes
 
 WINDOW = 512  # tokens of a text that a model reads at once
 
@@ -40,6 +40,7 @@ class SourceModel:
         headers = tuple(map(read_header, files))
         for file, header in zip(files, headers, strict=True):
             check_extents(file, header)
+        check_weights(path, headers)
         facts = ModelMetadata.read(files[0])
         if facts.kind is TaskKind.EMBED or not facts.generates:
             raise SettingsError(
@@ -89,8 +90,7 @@ class SourceModel:
 
 def files_at(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` belongs to. Raises SettingsError if it is absent or sealed, and as `files_of`."""
-    if not path.is_file():
-        raise SettingsError(f"No such model file: {path}. Check the path.")
+    check_file(path)
     if is_sealed(path):
         raise SettingsError(f"{path} is sealed. Use the plain model that it was made from, and seal the result.")
     return files_of(path)
