@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -120,6 +122,8 @@ def test_a_vocabulary_alone_is_shown_and_not_run(tmp_path: Path) -> None:
 def test_a_reranker_is_shown_as_one(tmp_path: Path) -> None:
     found = INSPECT.work(InspectAsked(tiny_reranker(tmp_path / "rank.gguf")), SILENT)
     assert (found.kind, found.node.fits, found.faults) == ("rerank", False, [])
+    with pytest.raises(SettingsError, match="is a reranker"):
+        READERS["bench"](tmp_path / "rank.gguf")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,13 @@ def test_what_is_no_place_for_a_file_is_not_replaced(
     with pytest.raises(SettingsError, match=said), draft(tmp_path / name, []):
         pytest.fail("it begins to write")
     assert [(each.name, each.lstat().st_ino) for each in tmp_path.iterdir()] == before
+
+
+def test_a_file_that_becomes_too_large_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=re.escape(str(out))), draft(out, []) as path, path.open("wb"):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_a_long_text_the_beginning_is_read(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_two_models_with_one_id_are_refused_before_either_is_loaded(tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "No such model file"), ("a folder", "cannot be read"), (b"", "not a GGUF file"),
+        (None, "No such model file"), ("a folder", "is a folder"), (b"", "not a GGUF file"),
         (b"GGU", "not a GGUF file"), (b"PK\x03\x04" + bytes(100), "not a GGUF file"),
         (b"GGUF\x01\x00\x00\x00" + bytes(100), "version 1"),
         (b"GGUF\x00\x00\x00\x03" + bytes(100), "little-endian"),

@@ -272,6 +272,8 @@ class _Encoder:
 def _context(path: Path, settings: LlamaSettings) -> int:
     """The tokens of one text. Raises SettingsError."""
     facts = ModelMetadata.read(path)
+    if facts.pooling == L.LLAMA_POOLING_TYPE_RANK:
+        raise SettingsError(f"{path.name} is a reranker, which this engine does not serve. Give a model that embeds.")
     if facts.pooling not in _POOLED:
         raise SettingsError(
             f"{path.name} does not say how to make one vector of a text (pooling by mean, first or last token). "

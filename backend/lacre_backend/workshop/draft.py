@@ -45,6 +45,9 @@ def draft(out: Path, sources: Sequence[Path], *, size: int = 0) -> Iterator[Path
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         path.replace(out)
+    except OSError as exc:
+        exc.filename = exc.filename or str(out)  # a write does not know where
+        raise
     finally:
         with suppress(FileNotFoundError):
             path.unlink()
