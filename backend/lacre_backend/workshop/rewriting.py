@@ -112,8 +112,13 @@ def _matrix(matrix: Mapping[str, Values]) -> tuple[Any, list[Values]]:
     return entries, arrays
 
 
+_IO: Final = "iostream error"  # C++'s own words, if a write fails
+
+
 def _reason(source: Path, out: Path, errors: list[str]) -> str:
     if shutil.disk_usage(out.parent).free < _FULL:
         return f"The disk of {out.parent} is full. Make room, or give another --out; nothing was written."
     words = "; ".join(errors)[-300:] or "it gives no reason"
+    if _IO in words:
+        return f"{out.parent} takes no file of this size ({words}). Check quotas and `ulimit -f`; nothing was written."
     return f"llama.cpp cannot write this from {source}: {words}. Give another type, or another model; nothing was written."
