@@ -12,18 +12,19 @@ from typing import Final
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from tests.parts.tiny_model import TEMPLATE, tiny_model, tiny_reranker, tiny_vocabulary, write_gguf
+from tests.parts.tiny_model import TEMPLATE, tiny_lora, tiny_model, tiny_reranker, tiny_vocabulary, write_gguf
 from typer.testing import CliRunner
 
 from lacre.errors import LacreError, SettingsError
 from lacre_backend.commands.measure import commands
+from lacre_backend.workshop.adapter_inspection import INSPECT_FILE, FileAsked
 from lacre_backend.workshop.benchmark import BENCH, BenchAsked
 from lacre_backend.workshop.child import Report, run
 from lacre_backend.workshop.choosing import LOOK, ChooseAsked, choose
 from lacre_backend.workshop.draft import draft
 from lacre_backend.workshop.examples import ModelTask
 from lacre_backend.workshop.fidelity import read_text
-from lacre_backend.workshop.inspection import INSPECT, InspectAsked
+from lacre_backend.workshop.inspection import InspectAsked, inspect
 from lacre_backend.workshop.source import SourceModel
 
 SILENT: Report = lambda _what, _share: None  # noqa: E731
@@ -41,7 +42,7 @@ def sealing(path: Path) -> None:
 
 # What reads the file: `SourceModel` for compare, quantize and prune. The others by their names.
 READERS: Final[Mapping[str, Callable[[Path], object]]] = {
-    "inspect": lambda path: INSPECT.work(InspectAsked(path), SILENT),
+    "inspect": lambda path: INSPECT_FILE.work(FileAsked(InspectAsked(path)), SILENT),
     "bench": lambda path: BENCH.work(BenchAsked(path), SILENT),
     "measure": SourceModel.read,
     "sign": lambda path: command("sign", path, "--key", signing_key(path.parent)),
@@ -91,11 +92,22 @@ def test_a_folder_is_no_model(tmp_path: Path, reader: str) -> None:
         READERS[reader](tmp_path)
 
 
+def test_what_is_no_model_beside_an_adapter_is_not_tried(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    tiny_model(tmp_path / "caf\udce9.gguf")
+    model, lora = tiny_model(tmp_path / "model.gguf"), tiny_lora(tmp_path / "lora.gguf")
+    found = INSPECT_FILE.work(FileAsked(InspectAsked(lora)), SILENT).adapter
+    assert found is not None
+    assert found.fits == [str(model)]
+    with pytest.raises(SettingsError, match="is a pipe or a device"):
+        INSPECT_FILE.work(FileAsked(InspectAsked(lora), tmp_path / "pipe.gguf"), SILENT)
+
+
 def test_a_name_that_json_cannot_hold_is_told_before_the_child(tmp_path: Path) -> None:
     path = tmp_path / "caf\udce9.gguf"
     tiny_model(path)
     with pytest.raises(SettingsError, match="is not UTF-8"):
-        run(INSPECT, InspectAsked(path))
+        run(INSPECT_FILE, FileAsked(InspectAsked(path)))
     with pytest.raises(LacreError, match="is not UTF-8"):
         choose(ChooseAsked(tmp_path, ModelTask.CHAT, measure=False), SILENT)
 
@@ -108,7 +120,7 @@ def vocabulary_only(path: Path) -> Path:
 
 def test_a_vocabulary_alone_is_shown_and_not_run(tmp_path: Path) -> None:
     path = vocabulary_only(tmp_path / "vocabulary.gguf")
-    found = INSPECT.work(InspectAsked(path), SILENT)
+    found = inspect(InspectAsked(path), SILENT)
     assert (found.node.fits, found.parameters) == (False, 0)
     assert "no weights" in (found.node.reason or "")
     for reader in ("bench", "measure"):
@@ -120,7 +132,7 @@ def test_a_vocabulary_alone_is_shown_and_not_run(tmp_path: Path) -> None:
 
 
 def test_a_reranker_is_shown_as_one(tmp_path: Path) -> None:
-    found = INSPECT.work(InspectAsked(tiny_reranker(tmp_path / "rank.gguf")), SILENT)
+    found = inspect(InspectAsked(tiny_reranker(tmp_path / "rank.gguf")), SILENT)
     assert (found.kind, found.node.fits, found.faults) == ("rerank", False, [])
     with pytest.raises(SettingsError, match="is a reranker"):
         READERS["bench"](tmp_path / "rank.gguf")

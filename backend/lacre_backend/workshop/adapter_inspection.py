@@ -16,6 +16,7 @@ from typing import Final
 from lacre.errors import SettingsError
 from lacre_backend.engine import adapters, gguf_header
 from lacre_backend.engine.gguf_header import Header, Malformed
+from lacre_backend.engine.shards import check_file
 from lacre_backend.models.gguf import default_path
 from lacre_backend.models.opening import Conditions, open_model
 from lacre_backend.models.sealed import is_sealed, read_head
@@ -82,8 +83,7 @@ class InspectedFile:
 def inspect_file(asked: FileAsked, report: Report) -> InspectedFile:
     """Raises SettingsError for a file that no command could use, or OSError."""
     path = asked.file.path
-    if not path.is_file():
-        raise SettingsError(f"No such model file: {path}. Check the path.")
+    check_file(path)
     opened = open_model(path, None, Conditions(asked.file.kms)) if is_sealed(path) else None
     head = path if opened is None else opened.file.path
     if not is_adapter(head):
@@ -142,6 +142,7 @@ def _described(path: Path, header: Header) -> InspectedAdapter:
 def _fitting(head: Path, path: Path, base: Path | None) -> tuple[list[str], str | None]:
     """The models that it fits, and why it does not fit `base`."""
     if base is not None:
+        check_file(base)
         if reason := _unfit(head, base):
             return [], reason
         return [str(base)], None
@@ -149,8 +150,17 @@ def _fitting(head: Path, path: Path, base: Path | None) -> tuple[list[str], str 
     return [str(file) for file in tried], None
 
 
+def _readable(path: Path) -> bool:
+    """Not so a pipe, for example, which could make this wait forever."""
+    try:
+        check_file(path)
+    except SettingsError:
+        return False
+    return True
+
+
 def _models(path: Path) -> Iterator[Path]:
-    beside: Sequence[Path] = sorted(path.parent.glob("*.gguf"))
+    beside: Sequence[Path] = [file for file in sorted(path.parent.glob("*.gguf")) if _readable(file)]
     yield from itertools.islice((file for file in beside if file != path), _MOST_MODELS)
     try:
         yield default_path()

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Generic, TypeVar
 
@@ -82,9 +82,11 @@ def run(job: Job[Asked, Told], question: Asked, report: Report = lambda _what, _
 
 def _check_names(question: Any) -> None:
     """Raises SettingsError for a path that JSON cannot hold."""
-    for member in fields(question):
-        if isinstance(path := getattr(question, member.name), Path):
-            check_name(path)
+    for value in (getattr(question, member.name) for member in fields(question)):
+        if isinstance(value, Path):
+            check_name(value)
+        elif is_dataclass(value):
+            _check_names(value)
 
 
 def _ask(child: subprocess.Popen[bytes], question: bytes) -> None:
