@@ -142,7 +142,6 @@ def _described(path: Path, header: Header) -> InspectedAdapter:
 def _fitting(head: Path, path: Path, base: Path | None) -> tuple[list[str], str | None]:
     """The models that it fits, and why it does not fit `base`."""
     if base is not None:
-        check_file(base)
         if reason := _unfit(head, base):
             return [], reason
         return [str(base)], None
@@ -150,17 +149,8 @@ def _fitting(head: Path, path: Path, base: Path | None) -> tuple[list[str], str 
     return [str(file) for file in tried], None
 
 
-def _readable(path: Path) -> bool:
-    """Not so a pipe, for example, which could make this wait forever."""
-    try:
-        check_file(path)
-    except SettingsError:
-        return False
-    return True
-
-
 def _models(path: Path) -> Iterator[Path]:
-    beside: Sequence[Path] = [file for file in sorted(path.parent.glob("*.gguf")) if _readable(file)]
+    beside: Sequence[Path] = sorted(path.parent.glob("*.gguf"))
     yield from itertools.islice((file for file in beside if file != path), _MOST_MODELS)
     try:
         yield default_path()
@@ -170,9 +160,8 @@ def _models(path: Path) -> Iterator[Path]:
 
 def _unfit(head: Path, base: Path) -> str | None:
     try:
+        check_file(base)  # reading a pipe could wait forever
         adapters.check(head, base)
     except SettingsError as exc:
         return str(exc)
-    except FileNotFoundError:
-        return f"No such model file: {base}. Check the path."
     return None
