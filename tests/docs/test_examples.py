@@ -74,6 +74,18 @@ def test_search(run: Run, tmp_path: Path) -> None:
     assert "cat" in found and float(found.split()[0]) > 0.3
 
 
+def test_distillation_asks_its_teacher(run: Run, tmp_path: Path) -> None:
+    """tests/heavy/convert trains the student: there is PyTorch."""
+    prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("What is rain?\n\nWhat is snow?\n")
+    told = run("distill.py", "ask", str(prompts), "--out", str(answers), "--max-tokens", "4")
+    assert told.startswith("2 answers of smollm2-135m in ")
+    asked = [json.loads(line)["messages"] for line in answers.read_text().splitlines()]
+    assert [[turn["role"] for turn in turns] for turns in asked] == [["user", "assistant"]] * 2
+    assert [turns[0]["content"] for turns in asked] == ["What is rain?", "What is snow?"]
+    assert all(turns[1]["content"] for turns in asked) and answers.stat().st_mode & 0o077 == 0
+
+
 def events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     name = ""
     for line in lines:
