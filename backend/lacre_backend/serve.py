@@ -247,8 +247,8 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
 
 def open_adapters(model: ModelSettings, kms: str) -> list[AdapterFile]:
     """The adapters of a model's table. They must meet what the model must. Raises as `open_model`."""
-    opened = [(name, open_model(path, name, model.conditions(kms))) for name, path in model.adapters.items()]
-    return [AdapterFile(name, one.file.path, one.file.digest, one.weights) for name, one in opened]
+    opened = [(name, path, open_model(path, name, model.conditions(kms))) for name, path in model.adapters.items()]
+    return [AdapterFile(name, one.file.path, one.file.digest, one.weights, path) for name, path, one in opened]
 
 
 def open_draft(model: ModelSettings, kms: str) -> DraftFile | None:

@@ -126,3 +126,14 @@ def test_signed_and_sealed_adapters_are_served_where_both_are_demanded(tmp_path:
     assert (found["kind"], found["rank"], found["fits"], found["sealed"]) == ("adapter", 4, [str(base)], "by file:")
     assert signer_id(KEY.public_key()) in found["signature"]
     assert told("inspect", tmp_path / "legal.sealed")["digest"] == find(lora).digest
+
+
+def test_a_sealed_adapter_that_does_not_fit_is_named(tmp_path: Path, base: Path) -> None:
+    """At the start, and by `lacre worker digests`, which `lacre up` runs first."""
+    kms, other = f"file:{tmp_path / 'kms'}", tiny_lora(tmp_path / "other.gguf", metadata={"general.architecture": "qwen2"})
+    told("seal", other, "--out", tmp_path / "other.sealed", "--kms", kms)
+    settings = ModelSettings(path=base, name="m", context=256, slots=2, adapters={"legal": tmp_path / "other.sealed"})
+    with pytest.raises(SettingsError, match=r"The adapter .*/other\.sealed cannot be used: it is for the architecture qwen2"):
+        load_engine(settings, kms)
+    with pytest.raises(SettingsError, match=r"The adapter .*/other\.sealed cannot be used"):
+        served_files(WorkerSettings.model_construct(models=(settings,), kms=kms))

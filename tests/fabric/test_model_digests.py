@@ -72,6 +72,22 @@ def test_what_is_no_answer(tmp_path: Path, said: str, told: str) -> None:
         model_digests.named([said.format(file=file)], ("small", "large"))
 
 
+def test_adapters_by_the_answer_of_a_worker(tmp_path: Path) -> None:
+    """The digest of an adapter's model is that of two files, so an answer of one file is refused."""
+    models = ("m", "m:legal", "m:tax")
+    answer = report(
+        tmp_path / "w.json", models={"m": {"sha256": [ONE], "signers": []}, "m:legal": {"sha256": [TWO], "signers": [SIGNER]}}
+    )
+    found = model_digests.named([f"m={answer}", f"m:legal={answer}"], models)
+    assert found == {"m": ModelEntry((ONE,)), "m:legal": ModelEntry((TWO,), (SIGNER,))}
+    with pytest.raises(SettingsError, match="does not name m:tax, but m, m:legal"):
+        model_digests.named([f"m:tax={answer}"], models)
+    with pytest.raises(SettingsError, match="m:tax is an adapter, whose digest is that of two"):
+        model_digests.named([f"m:tax={report(tmp_path / 'a.json', digest=f'sha256:{ONE}')}"], models)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        model_digests.named([f"m={report(tmp_path / 'b.json', models=[])}"], models)
+
+
 def test_a_signer_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no id"):
         model_digests.named([f"m={report(tmp_path / 'a', digest=f'sha256:{ONE}', signer='me')}"], ("m",))

@@ -12,10 +12,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 import lacre
 from lacre.client import fetch_manifest
+from lacre_backend.engine.adapters import adapted_digest
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import find
 from lacre_backend.workshop.sealing import seal_model
-from parts.tiny_model import tiny_model
+from parts.tiny_model import tiny_lora, tiny_model
 from parts.up import Up, run
 
 
@@ -120,3 +121,35 @@ def test_a_signed_and_sealed_model_is_served_and_named(made: Made) -> None:
     (made / "m.sealed").write_bytes((made / "m.gguf").read_bytes())
     done = run("up", "--state", str(made / "state"), "--port", "0", state=made / "state")
     assert (done.returncode, "m.sealed: the model m has no signature" in done.stderr) == (5, True), done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_are_models_of_their_own(made: Made) -> None:
+    """Named in the manifest by the digest that receipts have, and kept: a restart needs no option."""
+    loras = [tiny_lora(made / f"{name}.gguf", seed=seed) for name, seed in (("legal", 7), ("tax", 8))]
+    digests = {f"m:{path.stem}": adapted_digest(find(made / "m.gguf").digest, find(path).digest) for path in loras}
+    first = ("--model", str(made / "m.gguf"), "--adapter", f"legal={loras[0]}")
+    for arguments, names in (
+        (first, ("m:legal",)),
+        (("--adapter", f"tax={loras[1]}"), ("m:legal", "m:tax")),
+        ((), ("m:legal", "m:tax")),
+    ):
+        with (
+            Up.start(made / "state", *arguments) as up,
+            up.client(pin_models={name: digests[name] for name in names}) as client,
+        ):
+            models = fetch_manifest(up.url).pools["default"].models
+            assert list(models) == ["m", *names]
+            assert [models[name].digests for name in names] == [(digests[name],) for name in names]
+            texts = [client.chat("Hi.", model=name, max_tokens=8, temperature=0).text for name in ("m", *names)]
+            assert len(set(texts)) == len(texts), "each answers in its own way"
+
+
+def test_adapters_that_cannot_be_served(made: Made) -> None:
+    """An adapter of another model is refused by name, and an option without a file says how to write it."""
+    other = tiny_lora(made / "other.gguf", metadata={"general.architecture": "qwen2"})
+    for said, told in ((f"legal={other}", "for the architecture qwen2, and m.gguf is llama"), ("legal", "write NAME=FILE")):
+        done = run("up", "--state", str(made / "state"), "--port", "0", "--model", str(made / "m.gguf"), "--adapter", said,
+                   state=made / "state")  # fmt: skip
+        assert done.returncode == 1
+        assert told in done.stderr, done.stderr

@@ -75,7 +75,7 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
             opened = open_model(model.path, model.name, model.conditions(settings.kms)).file
             adapters = open_adapters(model, settings.kms)
             for adapter in adapters:
-                check(adapter.path, opened.path)
+                check(adapter.path, opened.path, adapter.source)
             if (draft := open_draft(model, settings.kms)) is not None:
                 check_draft(draft, opened.path)
             digests[opened.name] = opened.digest

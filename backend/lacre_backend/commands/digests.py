@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lacre.trust.manifest import DIGEST, ModelEntry
-from lacre_backend.engine.adapters import adapted_digest, adapted_name
+from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
 from lacre_backend.models.opening import open_model
 from lacre_backend.settings import ModelSettings, WorkerSettings, with_default
 from lacre_fabric.keys.kms import PLAIN
@@ -32,7 +32,7 @@ class PlannedModels(Table):
 def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEntry]:
     """The entry of each model, and of each of its adapters. A signer is named if the settings demand one.
 
-    Reads every file once. Raises what `open_model` raises.
+    Reads every file once. Raises what `open_model` raises, or SettingsError for an adapter that does not fit its model.
     """
     found: dict[str, ModelEntry] = {}
     for model in settings.models:
@@ -41,6 +41,7 @@ def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEnt
         found[base.file.name] = _entry(base.file.digest, base.signer)
         for name, path in model.adapters.items():
             adapter = open_model(path, name, conditions)
+            check(adapter.file.path, base.file.path, path)
             both = adapted_digest(base.file.digest, adapter.file.digest)
             found[adapted_name(base.file.name, name)] = _entry(both, base.signer, adapter.signer)
     return found

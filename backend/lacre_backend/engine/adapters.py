@@ -37,13 +37,15 @@ _INVOKED: Final = "adapter.alora.invocation_tokens"
 class AdapterFile:
     """An adapter to load. name: within its base model. digest: `sha256:` and hex, of the file.
 
-    weights: of a sealed one, of which `path` has the head alone.
+    weights: of a sealed one, of which `path` has the head alone. source: the file that the settings name, for messages; None:
+    `path`.
     """
 
     name: str
     path: Path
     digest: str
     weights: Weights | None = None
+    source: Path | None = None
 
 
 def adapted_digest(base: str, adapter: str) -> str:
@@ -67,11 +69,11 @@ def load(model: Model, base: Path, adapters: Sequence[AdapterFile]) -> dict[str,
 
 
 def _load(model: Model, base: Path, adapter: AdapterFile) -> Any:
-    check(adapter.path, base)
+    check(adapter.path, base, adapter.source)
     with logged_errors() as errors:
         pointer = _pointer(model, adapter)
     if not pointer:
-        _refuse(adapter.path, "; ".join(errors) or "llama.cpp gives no reason")
+        _refuse(adapter.source or adapter.path, "; ".join(errors) or "llama.cpp gives no reason")
     return pointer
 
 
@@ -86,9 +88,10 @@ def _pointer(model: Model, adapter: AdapterFile) -> Any:
     return pointer
 
 
-def check(path: Path, base: Path) -> None:
-    """Raises SettingsError if the file is no LoRA adapter, or not one for this base model."""
+def check(path: Path, base: Path, source: Path | None = None) -> None:
+    """Raises SettingsError if the file is no LoRA adapter, or not one for this base model. source: as in `AdapterFile`."""
     header, of_base = _head(path), [_head(file) for file in files_of(base)]
+    path = source or path
     kind, of, architecture = (header.text(key) for key in _TEXTS)
     if kind != "adapter" or of != "lora":
         _refuse(path, f"it is not a LoRA adapter (general.type is {kind}, adapter.type is {of})")

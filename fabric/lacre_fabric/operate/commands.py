@@ -90,6 +90,10 @@ def up(
         list[Path] | None,
         typer.Option(help="A public key (PEM) that must have signed the models; may be repeated: one of them suffices."),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA adapter of the model, served as MODEL:NAME; may be repeated.", metavar="NAME=FILE"),
+    ] = None,
     workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
     kms: OpeningKms = None,
@@ -106,6 +110,7 @@ def up(
     schedule = Schedule(every=rotate_hours * 3600 or None)
     # Keep symbolic links: in some model stores the link has the model's name and the target only a digest.
     files = [Path(os.path.normpath(path.absolute())) for path in model or []]
+    adapters = dict(_adapter(each) for each in adapter or [])
 
     def tell(line: str) -> None:
         with suppress(OSError):  # nobody reads the output; keep running
@@ -120,6 +125,7 @@ def up(
                 port,
                 files,
                 signers=signers,
+                adapters=adapters,
                 schedule=schedule,
                 kms=kms,
                 workers=workers,
@@ -133,6 +139,15 @@ def up(
                 await supervisor.watch()
 
     asyncio.run(until_signalled(run()))
+
+
+def _adapter(said: str) -> tuple[str, Path]:
+    from lacre.errors import SettingsError
+
+    name, _, file = said.partition("=")
+    if not name or not file:
+        raise SettingsError(f"--adapter {said}: write NAME=FILE, for example legal=legal.gguf")
+    return name, Path(os.path.normpath(Path(file).absolute()))
 
 
 def demo(

@@ -62,11 +62,12 @@ def record(path: Path, pool: str, entries: Entries) -> None:
 
 def named(said: Iterable[str], models: Collection[str]) -> Entries:
     """The entries that a person names, each as `MODEL=FILE`. FILE: the answer of `lacre model verify --json`, or of another
-    command of `lacre model` whose answer has a `digest`. Several files of one model may all be served. models: of the pool.
+    command of `lacre model` whose answer has a `digest`; or that of `lacre worker digests --json`, which an adapter needs.
+    Several files of one model may all be served. models: of the pool.
 
     Raises SettingsError.
     """
-    reports: dict[str, list[tuple[str, str | None]]] = {}
+    reports: dict[str, list[ModelEntry]] = {}
     for each in said:
         model = max((name for name in models if each.startswith(f"{name}=")), key=len, default=None)  # a name may have a `=`
         if model is None:
@@ -74,27 +75,42 @@ def named(said: Iterable[str], models: Collection[str]) -> Entries:
                 f"--model {each}: write MODEL=FILE, with one of the pool's models: {', '.join(models) or 'none'}"
             )
         file = each[len(model) + 1 :]
-        reports.setdefault(model, []).extend([_report(Path(file))] if file else [])
+        reports.setdefault(model, []).extend([_report(Path(file), model, models)] if file else [])
     return {model: _entry(each) for model, each in reports.items()}
 
 
-def _entry(reports: Sequence[tuple[str, str | None]]) -> ModelEntry:
-    digests = dict.fromkeys(digest.removeprefix(DIGEST) for digest, _ in reports)
-    return ModelEntry(tuple(digests), tuple(dict.fromkeys(signer for _, signer in reports if signer is not None)))
+def _entry(reports: Sequence[ModelEntry]) -> ModelEntry:
+    digests = dict.fromkeys(digest for each in reports for digest in each.sha256)
+    return ModelEntry(tuple(digests), tuple(dict.fromkeys(signer for each in reports for signer in each.signers)))
 
 
-def _report(path: Path) -> tuple[str, str | None]:
+def _report(path: Path, model: str, models: Collection[str]) -> ModelEntry:
     try:
         with path.open("rb") as file:
             members = parse_object(file.read(MAX_REPORT), "it")
+        if "models" in members:
+            return _of_worker(path, members, model)
     except (OSError, InvalidMessage) as exc:
         raise SettingsError(f"{path} cannot be read ({exc}): make it with `lacre model verify FILE --key KEY --json`") from exc
+    if model.rpartition(":")[0] in models:
+        raise SettingsError(
+            f"{path} is of one file, and {model} is an adapter, whose digest is that of two: make it with "
+            "`lacre worker digests --settings worker.toml --json`"
+        )
     digest, signer = members.get("digest"), members.get("signer")  # `signer` stands only in answers that verified it
     if not isinstance(digest, str) or not is_digest(digest):
         raise SettingsError(f"{path} has no `digest`: make it with `lacre model verify FILE --key KEY --json`")
     if signer is not None and not (isinstance(signer, str) and is_digest(DIGEST + signer)):
         raise SettingsError(f"{path} has a `signer` that is no id: make it with `lacre model verify FILE --key KEY --json`")
-    return digest, signer
+    return ModelEntry((digest.removeprefix(DIGEST),), () if signer is None else (signer,))
+
+
+def _of_worker(path: Path, members: Mapping[str, object], model: str) -> ModelEntry:
+    """Of an answer of `lacre worker digests --json`. Raises SettingsError, or InvalidMessage."""
+    found = _entries(Members(members, "it"))
+    if model not in found:
+        raise SettingsError(f"{path} does not name {model}, but {', '.join(found) or 'nothing'}")
+    return found[model]
 
 
 class ModelRefused(VerificationError):

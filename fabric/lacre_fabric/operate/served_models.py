@@ -10,22 +10,24 @@ Rules:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from lacre.errors import SettingsError
 from lacre_fabric.operate import settings_files
 from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file, is_name
 
+NO_ADAPTERS: Final[Mapping[str, Path]] = MappingProxyType({})
 _ASIDE: Final = "set-aside.toml"
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """The models to serve. names: the ids for callers. tables: the `[[models]]` of the settings file; empty if it has an
-    `[upstream]`. default: the file of the table without a path; None: the shipped one.
+    """The models to serve. names: the ids for callers, with those of adapters. tables: the `[[models]]` of the settings file;
+    empty if it has an `[upstream]`. default: the file of the table without a path; None: the shipped one.
     """
 
     names: tuple[str, ...]
@@ -40,17 +42,21 @@ def table(model: Path) -> dict[str, str]:
     return {"name": from_file(model), "path": str(model)}
 
 
-def chosen(path: Path, models: Sequence[Path], signers: Sequence[Path] = ()) -> ServedModels:
+def chosen(
+    path: Path, models: Sequence[Path], signers: Sequence[Path] = (), adapters: Mapping[str, Path] = NO_ADAPTERS
+) -> ServedModels:
     """path: the worker's settings file; it may be missing. models: absolute paths; empty: those in the file.
 
-    signers: public keys, one of which must have signed each model from now on; empty: what the file says stays.
+    signers: public keys, one of which must have signed each model from now on; empty: what the file says stays. adapters: of
+    the only model, by name, beside those in the file.
 
-    Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, and for two models with one id.
+    Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, for two models with one id, and for
+    adapters of several models.
     """
     document: Mapping[str, Any] = settings_files.read(path) or {}
     if "upstream" in document:
-        if models:
-            raise SettingsError(f"{path} has a table [upstream]: omit --model, or remove that table")
+        if models or adapters:
+            raise SettingsError(f"{path} has a table [upstream]: omit --model and --adapter, or remove that table")
         return ServedModels(_upstream(path, document), ())
     there = [_named(one) for one in settings_files.tables(path, document, "models")]
     aside = path.with_name(_ASIDE)
@@ -58,8 +64,12 @@ def chosen(path: Path, models: Sequence[Path], signers: Sequence[Path] = ()) -> 
     wanted = [_as_there(path, known, table(model)) for model in models] or there or [table(Path(DEFAULT_MODEL))]
     unique = list({(one["name"], one.get("path")): one for one in wanted}.values())
     _check_names(unique)
+    if adapters and len(unique) > 1:
+        raise SettingsError(f"--adapter is for one model, and {len(unique)} are served: write `adapters` into {path}")
     demanded = {"signers": [str(key) for key in signers], "require_signature": True} if signers else {}
-    return ServedModels(tuple(one["name"] for one in unique), tuple({**one, **demanded} for one in unique))
+    files = {"adapters": {name: str(file) for name, file in adapters.items()}} if adapters else {}
+    tables = tuple({**one, **demanded, **files} for one in unique)
+    return ServedModels(tuple(name for one in planned(path, tables) for name in _names(one)), tables)
 
 
 def planned(path: Path, wanted: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -68,7 +78,21 @@ def planned(path: Path, wanted: Sequence[Mapping[str, object]]) -> list[dict[str
     aside = path.with_name(_ASIDE)
     waiting = settings_files.tables(aside, settings_files.read(aside) or {}, "models")
     known = [*waiting, *there]
-    return [{**next((one for one in known if _same(one, table)), {}), **table} for table in wanted]
+    return [_merged(next((one for one in known if _same(one, table)), {}), table) for table in wanted]
+
+
+def _merged(before: Mapping[str, object], table: Mapping[str, object]) -> dict[str, object]:
+    """Adapters are added to the earlier ones."""
+    both = [each for each in (before.get("adapters"), table.get("adapters")) if isinstance(each, Mapping)]
+    adapters = {name: file for each in both for name, file in each.items()}
+    return {**before, **table, **({"adapters": adapters} if adapters else {})}
+
+
+def _names(table: Mapping[str, object]) -> Iterator[str]:
+    """The ids of a model and of its adapters. The worker refuses adapters that are no table."""
+    yield str(table["name"])
+    adapters = table.get("adapters")
+    yield from (f"{table['name']}:{adapter}" for adapter in (adapters if isinstance(adapters, Mapping) else ()))
 
 
 def keep(
@@ -89,7 +113,7 @@ def keep(
     aside_path = path.with_name(_ASIDE)
     aside, _new = settings_files.opened(aside_path)
     waiting = settings_files.tables(aside_path, aside, "models")
-    known = [{**next((one for one in waiting if same(one, table)), {}), **table} for table in wanted]
+    known = [_merged(next((one for one in waiting if same(one, table)), {}), table) for table in wanted]
     going = settings_files.set_tables(document, "models", known, same)
     left = [one for one in waiting if not any(same(one, table) for table in wanted)]
     left += [one for one in going if not derived(one) and not any(same(one, other) for other in left)]
