@@ -108,6 +108,7 @@ Step = Callable[[Path, Path], list[str]]
 STEPS: Final[dict[str, Step]] = {
     "quantize": lambda model, folder: ["quantize", str(model), "--type", "Q8_0", "--out", str(folder / "out")],
     "prune": lambda model, folder: ["prune", str(model), "--drop", "1", "--out", str(folder / "out")],
+    "compare": lambda model, folder: ["compare", str(model), str(model)],
     "sign": lambda model, folder: ["sign", str(model), "--key", str(folder / "key.pem")],
     "seal": lambda model, folder: ["seal", str(model), "--out", str(folder / "out"), "--kms", f"file:{folder / 'kms'}"],
     "verify": lambda model, folder: ["verify", str(model), "--key", str(folder / "key.pub")],

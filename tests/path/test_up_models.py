@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 import lacre
 from lacre.client import fetch_manifest
+from lacre.jose.jws import b64u
 from lacre_backend.engine.adapters import adapted_digest
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import find
 from lacre_backend.workshop.sealing import seal_model
+from lacre_fabric.operate.nats_server import free_port
 from parts.tiny_model import tiny_lora, tiny_model
 from parts.up import Up, run
 
@@ -43,6 +46,18 @@ class Made:
             path.with_name(f"{path.name}.sig").write_bytes(signature.read_bytes())
         return str(path)
 
+    def by_a_vault(self) -> str:
+        """A copy that says that a vault wrapped its key. The token is for that vault."""
+        data = (self / "m.sealed").read_bytes()
+        at = data.index(b'{"by":"file"')
+        after = at + int.from_bytes(data[at - 4 : at], "big")
+        block = json.dumps({"by": "vault", "wrapped": b64u(b"vault:v1:AAAA")}).encode()
+        renamed = data[: at - 4] + len(block).to_bytes(4, "big") + block + data[after:]
+        (self / "vault.sealed").write_bytes(renamed)
+        (self / "token").touch(0o600)
+        (self / "token").write_text("t")
+        return str(self / "vault.sealed")
+
 
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
@@ -67,6 +82,11 @@ REFUSED: dict[str, tuple[Callable[[Made], list[str]], int, str]] = {
         lambda m: [str(m / "m.sealed"), "--kms", "vault://127.0.0.1:9/transit/x"],
         5,
         "m.sealed: the model's key was wrapped by file:, but `kms` is vault:. Check",
+    ),
+    "the service is away": (
+        lambda m: [m.by_a_vault(), "--kms", f"vault://127.0.0.1:{free_port()}/transit/x?token-file={m / 'token'}"],
+        1,
+        "the vault at 127.0.0.1 does not answer",
     ),
     "no signature": (
         lambda m: [str(m / "unsigned.gguf"), "--signer", str(m / "signer.pub")],

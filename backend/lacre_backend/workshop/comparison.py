@@ -50,6 +50,8 @@ def compare(asked: CompareAsked, report: Report) -> Compared:
     report("reading", 0.0)
     text = read_text(asked.text)
     first, second = SourceModel.read(asked.first), SourceModel.read(asked.second)
+    for each in (first, second):
+        each.check_bytes()
     report("the first on the text", 0.05)
     with loaded(first.path) as model:
         expected = reference(first.path, model, text)
