@@ -83,7 +83,7 @@ def signature_path(path: Path) -> Path:
 
     Raises SettingsError, or OSError.
     """
-    first = path.resolve() if path.is_dir() else files_of(path)[0]
+    first = path.absolute() if path.is_dir() else files_of(path)[0]
     return first.with_name(first.name + SUFFIX)
 
 
