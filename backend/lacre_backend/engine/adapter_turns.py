@@ -19,8 +19,8 @@ from typing import Final
 
 from lacre_backend.engine.turns import Fair
 
-# Steps. A change of the adapter makes llama.cpp plan its memory again. `bench/adapters.py` measures 2.5 ms with 30 layers, a
-# sixth of a step of 4 sequences: so changes take 4 % of the time
+# Steps. A change of the adapter makes llama.cpp plan its memory again. `bench/adapters.py` measures 3 ms with 30 layers, a
+# seventh of a step of 4 sequences: so changes take 4 % of the time
 TURN: Final = 4
 
 
