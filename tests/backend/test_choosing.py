@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.parts.tiny_model import tiny_model, tiny_split_model
+from tests.parts.tiny_model import tiny_lora, tiny_model, tiny_split_model
 from typer.testing import CliRunner
 
 from lacre.errors import SettingsError
@@ -82,9 +82,15 @@ def test_speed_and_loss_are_measured_and_bounded(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_row_for_each_file(folder: Path) -> None:
+    tiny_lora(folder / "lora.gguf")
     printed = CliRunner().invoke(commands, ["choose", str(folder), "--no-measure"])
     assert printed.exit_code == 0, printed.output
-    assert len(printed.stdout.splitlines()) == 6
+    heading, *rows = printed.stdout.splitlines()
+    assert "tok/s" not in heading  # not measured
+    assert sorted(row.split()[0] for row in rows[:5]) == ["chat.gguf", "cut.gguf", "embed.gguf", "lora.gguf", "rerank.gguf"]
+    assert [row.split()[1] for row in rows[:5]] == ["yes", "no", "no", "no", "no"]
+    assert len(rows) == 5 + 4 + 1
+    assert "lora.gguf: it is an adapter, not a model" in rows
     assert f"Chosen: {folder / 'chat.gguf'}" in printed.stdout
 
 

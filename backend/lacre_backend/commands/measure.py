@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["commands"]
 
+_HEADINGS: Final = ("model", "suits", "type", "MB", "memory MB", "slots", "tok/s at 16", "prompt tok/s", "KL", "score")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
 
 
@@ -75,8 +77,10 @@ def choose(
     if as_json:
         say_json(TypeAdapter(ChosenModel).dump_python(found, mode="json"), indent=2)
         return
-    headings = ("model", "type", "MB", "memory MB", "slots", "tok/s at 16", "prompt tok/s", "KL", "score", "")
-    say_table(headings, map(_candidate, found.candidates))
+    say_table(*_with_figures(_HEADINGS, [_candidate(each) for each in found.candidates]))
+    for each in found.candidates:
+        if each.reason is not None:
+            say(each.reason if each.path.name in each.reason else f"{each.path.name}: {each.reason}")
     if score := next((each.score for each in found.candidates if each.score), None):
         say(f"The score is the {score.measure} on {score.examples} examples.")
     say(f"Chosen: {found.chosen}" if found.chosen else "No model of this folder suits.")
@@ -109,15 +113,20 @@ def size(text: str) -> int:
     return int(float(found[1]) * base ** (" KMGT".index(found[2].upper()) if found[2] else 0))
 
 
+def _with_figures(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that no row fills: a terminal has 80 characters."""
+    kept = [i for i in range(len(headings)) if any(row[i] != "-" for row in rows)]
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def _candidate(each: Candidate) -> tuple[str, ...]:
     def number(value: float | None, form: str = ",.0f") -> str:
         return "-" if value is None else format(value, form)
 
-    megabytes = (None if value is None else value / 1e6 for value in (each.bytes, each.memory))
+    megabytes = [number(None if value is None else value / 1e6) for value in (each.bytes, each.memory)]
     speeds = (number(each.slots), number(each.streams), number(each.prompt))
-    score = None if each.score is None else each.score.value
-    quality = (number(each.kl, ".4f"), number(score, ".3f"), each.reason or "suits")
-    return (each.path.name, each.type or "-", *map(number, megabytes), *speeds, *quality)
+    quality = (number(each.kl, ".4f"), number(None if each.score is None else each.score.value, ".3f"))
+    return (each.path.name, "yes" if each.suits else "no", each.type or "-", *megabytes, *speeds, *quality)
 
 
 def _say_default(found: DefaultModel) -> None:

@@ -219,6 +219,8 @@ def look(asked: ChooseAsked, _report: Report) -> Candidate:
         for file, header in zip(files, headers, strict=True):
             check_extents(file, header)
         check_weights(path, headers)
+        if headers[0].text("general.type") == "adapter":
+            return Candidate(path, False, "it is an adapter, not a model", bytes=path.stat().st_size)
         facts = ModelMetadata.read(path)
         candidate = Candidate(path, True, None, mixture_of(headers[0]), sum(file.stat().st_size for file in files))
         task = _task(facts)
