@@ -38,7 +38,6 @@ class Eager(Gain):
 class Told:
     """A `Drafter` that knows the answers. wrong: the share of its guesses that are not right."""
 
-    free = True
     seconds = 0.0
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from backend.guessing import PROMPTS, SPLIT, UNIFIED, Told, alike, both, counts,
 from lacre_backend.engine.adapters import AdapterFile
 from lacre_backend.engine.drafting import MAX_DRAFT, Wanted
 from lacre_backend.engine.generate import LlamaEngine
+from lacre_backend.engine.lookup import Lookup
 from lacre_backend.engine.protocol import Finish, Sampling, Token
+from lacre_backend.engine.speculation import Speculation
 from lacre_backend.models import gguf
 from parts.tiny_model import tiny_lora
 
@@ -84,6 +87,27 @@ async def test_real_text_is_the_same_with_lookup() -> None:
         guessed = await made(engine, prompt, 48, sampling=GREEDY, logprobs=0)
         assert counts(engine).accepted > 24
     alike(plain, guessed, tie=0.25)
+
+
+async def test_many_prompts_with_lookup(tiny_engine: LlamaEngine) -> None:
+    """Texts by chance, of which most repeat themselves; as many at a time as there are slots, and more."""
+    chance = random.Random(5)
+    tiny_engine.speculation = Speculation(Lookup(), tiny_engine._scheduler.limits)
+    eager(tiny_engine)
+    tasks = []
+    for _ in range(80):
+        words = ["".join(chance.choices("abcdef ", k=chance.randint(1, 9))) for _ in range(chance.randint(1, 4))]
+        tasks.append(make_task(tiny_engine, "".join(chance.choices(words, k=10)), 24, sampling=GREEDY, logprobs=0))
+    with without(tiny_engine):
+        plain = [await run(tiny_engine, task) for task in tasks]
+    again = [dataclasses.replace(task, id=task.id + "-again") for task in tasks]
+    guessed = await asyncio.gather(*(run(tiny_engine, task) for task in again))
+    for one, other in zip(plain, guessed, strict=True):
+        alike(one, other)
+    assert sum(one.ids == other.ids for one, other in zip(plain, guessed, strict=True)) >= 76, "ties are rare"
+    assert counts(tiny_engine).accepted > 100
+    assert counts(tiny_engine).guessed > 1.3 * counts(tiny_engine).accepted, "and many guesses were wrong"
+    assert tiny_engine.held == (0, 0)
 
 
 # Other kinds of tasks

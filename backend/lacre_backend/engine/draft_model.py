@@ -67,8 +67,6 @@ class _Sequence:
 class DraftModel:
     """A `Drafter`. Raises SettingsError if it cannot be loaded, and DraftVocabularyDiffers."""
 
-    free = False
-
     def __init__(self, file: DraftFile, target: Model, limits: EngineLimits, compute: Compute, gpu: Gpu) -> None:
         """limits: of the served model's context, which its own fits."""
         self.seconds = 0.0

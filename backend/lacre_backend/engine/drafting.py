@@ -26,13 +26,8 @@ class Drafter(Protocol):
     """Only the decode thread uses it."""
 
     @property
-    def free(self) -> bool:
-        """Whether guessing costs almost nothing, so that it can be done before anyone knows how many guesses are worth it."""
-        ...
-
-    @property
     def seconds(self) -> float:
-        """What one more guess for every task takes, as measured."""
+        """What one more guess for every task takes, as measured; 0 if it costs almost nothing."""
         ...
 
     def draft(self, wanted: Sequence[Wanted]) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 Rules:
 - Pure, and within one task: the tokens of other tasks are never looked at.
-- A guess costs no computation of a model. Comparing 65,536 tokens takes about 0.1 ms.
+- A guess costs no computation of a model. Looking at 65,536 tokens takes 0.02 ms, and 0.1 ms if all are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lacre_backend.engine.drafting import Wanted
 
 LEAST_MATCH: Final = 3  # tokens that must have occurred before; copies after two are wrong too often
 MOST_MATCH: Final = 8  # a longer match does not make the next token more certain
+OCCURRENCES: Final = 4096  # of the last token, the latest ones: all of them take 1 ms where every token is the same
 WINDOW: Final = 65_536  # tokens at the end in which it looks: so a long context does not slow every step
 
 
@@ -27,6 +28,7 @@ def continuation(tokens: array[int], most: int) -> list[int]:
     if n <= LEAST_MATCH or most < 1:
         return []
     ends = np.flatnonzero(text[LEAST_MATCH - 1 : -1] == text[-1]) + LEAST_MATCH  # each behind one occurrence of the last token
+    ends = ends[-OCCURRENCES:]
     for back in range(2, MOST_MATCH + 1):
         longer = ends[ends >= back]
         longer = longer[text[longer - back] == text[-back]]
@@ -44,7 +46,6 @@ def continuation(tokens: array[int], most: int) -> list[int]:
 class Lookup:
     """A `Drafter` that copies."""
 
-    free = True
     seconds = 0.0
 
     def draft(self, wanted: Sequence[Wanted]) -> dict[str, list[int]]:

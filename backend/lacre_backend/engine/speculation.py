@@ -29,6 +29,7 @@ from lacre_backend.engine.sizing import EngineSizing, LlamaSettings
 _PRIOR: Final = 0.6  # the share of right guesses before any was checked
 _OWN: Final = 2.0  # guesses of a task that count as much as those of all tasks
 _FADE: Final = 0.98  # of a task's record, for each step in which it got no guess: so it is tried again
+_SURE: Final = 0.99  # no guess is surer
 _MEMORY: Final = 0.9  # of a task's record, for each checked guess
 _ALL: Final = 0.99  # the same, of all tasks
 
@@ -105,19 +106,17 @@ class Speculation:
             return {}
         if self._even and not all(task.able for task in wanted):
             return {}  # each would need as many guesses as the others
-        found = self._drafter.draft(wanted) if self._drafter.free else {}
-        longest = [len(found.get(task.id, ())) if self._drafter.free else task.most for task in wanted]
         every = self._every.share(_PRIOR)
         hits = [self._tasks.setdefault(task.id, _Hits(_MEMORY)) for task in wanted]
-        offers = [Offer(min(one.share(every), 0.99), most) for one, most in zip(hits, longest, strict=True)]
+        offers = [Offer(min(one.share(every), _SURE), task.most) for one, task in zip(hits, wanted, strict=True)]
         numbers = self.gain.allot(offers, self._drafter.seconds)
         if not any(numbers):
             self._fade(hits, offers)
             return {}
-        if not self._drafter.free:
-            asked = [task._replace(most=min(task.most, n)) for task, n in zip(wanted, numbers, strict=True)]
-            found = self._drafter.draft([task for task in asked if task.most > 0])
-        return self._padded(wanted, numbers, found)
+        asked = [task._replace(most=min(task.most, n)) for task, n in zip(wanted, numbers, strict=True)]
+        found = self._drafter.draft([task for task in asked if task.most > 0])
+        there = [offer._replace(most=len(found.get(task.id, ()))) for offer, task in zip(offers, wanted, strict=True)]
+        return self._padded(wanted, self.gain.allot(there), found)  # there may be few, or none
 
     def executed(self, plan: StepPlan, seconds: float) -> None:
         """A step that read no prompt took this long."""
