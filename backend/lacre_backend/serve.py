@@ -182,7 +182,7 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
 def _tell(model: str, speculation: Speculation) -> None:
     """Logs what the worker's guesses were worth, when it ends."""
     counts = speculation.counts
-    log.info("speculation", model=model, number=counts.guessed, accepted=counts.accepted)
+    log.info("worker.speculation", model=model, number=counts.guessed, accepted=counts.accepted)
 
 
 def _check_names(models: Sequence[ModelSettings]) -> None:

@@ -136,8 +136,8 @@ async def test_a_worker_with_a_sealed_draft_says_what_its_guesses_were_worth(tin
             assert counts(engine).acceptance > 0.9
         async with AsyncExitStack() as own:
             served(settings, own)
-    assert [line for line in said if line["event"] == "speculation"] == [
-        {"event": "speculation", "log_level": "info", "model": "tiny", "number": 0, "accepted": 0}
+    assert [line for line in said if line["event"] == "worker.speculation"] == [
+        {"event": "worker.speculation", "log_level": "info", "model": "tiny", "number": 0, "accepted": 0}
     ]
     plain = table | {"path": sealed, "draft_model": tiny, "sealed": True}
     with pytest.raises(SettingsError, match="not sealed"):  # the draft must meet what the model must
