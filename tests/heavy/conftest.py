@@ -18,11 +18,14 @@ from typing import Final
 
 import pytest
 
+from lacre_backend.workshop import converter
+
 HEAVY = Path(__file__).resolve().parent
 ROOT = HEAVY.parents[1]
 # Of one test, with the environment that it may be the first to make.
 SECONDS = 600
 TORCH: Final = "torch==2.13.0"
+PIP: Final = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 
 Environment = Callable[[str], str]
 
@@ -51,8 +54,18 @@ def environment_with_torch(environment: Environment) -> Environment:
     def made(name: str) -> str:
         python = environment(name)
         if subprocess.run([python, "-P", "-c", "import torch"], check=False, capture_output=True).returncode != 0:
-            pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-            subprocess.run([*pip, TORCH], check=True)
+            subprocess.run([python, *PIP, "install", TORCH], check=True)
         return python
 
     return made
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The locked source archive of llama-cpp-python, which holds llama.cpp's."""
+    made = tmp_path_factory.mktemp("sources")
+    # Built by nobody: what builds it is here already, and tells pip its name and version.
+    source = ["--no-deps", "--require-hashes", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
+    lock = ROOT / "requirements/native.lock"
+    subprocess.run([sys.executable, *PIP, "download", *source, "-r", lock, "--dest", made], check=True)
+    return made / converter.ARCHIVE
