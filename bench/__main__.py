@@ -1,11 +1,12 @@
 """`make bench`: every benchmark in turn."""
 
-from bench import command, engine, flood, gateway, imports, planning, scale, seal, sealed
+from bench import command, default_model, engine, flood, gateway, imports, planning, scale, seal, sealed
 
 BENCHMARKS = {
     "imports": imports,
     "seal": seal,
     "planning": planning,
+    "default_model": default_model,
     "engine": engine,
     "sealed": sealed,
     "gateway": gateway,
