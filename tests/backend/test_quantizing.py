@@ -106,16 +106,15 @@ def test_a_split_model_is_merged_without_a_change(tmp_path: Path, text: Path) ->
 
 
 def test_the_fastest_within_the_bound_is_kept(tmp_path: Path, text: Path) -> None:
-    """No bound is met by nothing; a wide one by the fastest of all."""
+    """A bound of 0 is met by the source alone, which is copied; a wide one by the fastest of all."""
     source, out = tiny_model(tmp_path / "tiny.gguf"), tmp_path / "out.gguf"
     types = ("Q8_0", "Q4_0")
-    with refused(tmp_path, r"No type is faster .* Tried: Q8_0 KL .*; Q4_0 KL .* nothing was written"):
-        quantized(source, out, *types, max_kl=0.0, text=text)
-    try:
-        found = quantized(source, out, *types, max_kl=100.0, text=text)
-    except SettingsError as exc:  # on a busy machine neither may be faster than so small a model
-        assert "No type is faster" in str(exc)
-    else:
+    found = quantized(source, out, *types, max_kl=0.0, text=text)
+    assert (found.type, [trial.figures.type for trial in found.tried]) == (found.source.type, [*types])
+    kept = {tensor.name: bytes(tensor.data) for tensor in GGUFReader(source).tensors}
+    assert {tensor.name: bytes(tensor.data) for tensor in GGUFReader(out).tensors} == kept
+    found = quantized(source, out, *types, max_kl=100.0, text=text)
+    if found.type in types:  # on a busy machine neither may be faster than so small a model
         assert [trial.figures.type for trial in found.tried] == [*types]
         assert max(found.tried, key=lambda trial: trial.gain).figures.type == found.type == SourceModel.read(out).type
         assert found.source.speed.prompt == max(trial.beside.prompt for trial in found.tried), "not of the first turns alone"

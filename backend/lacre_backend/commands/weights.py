@@ -74,6 +74,8 @@ def quantize(
         fallen = f", {trial.fell_back} tensors fell back to another type" if trial.fell_back else ""
         say(f"{trial.figures.type}: {trial.gain:.2f} times as fast as the source, written in {trial.seconds:.1f} s{fallen}")
     _say_unchecked(file, found.checked)
+    if found.type not in {trial.figures.type for trial in found.tried}:
+        say(f"No type is faster here than the source within a KL of {found.max_kl}, so its weights were copied.")
     say(f"Wrote {found.type} to {found.out} ({found.digest}).")
 
 

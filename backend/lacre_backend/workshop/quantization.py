@@ -3,8 +3,9 @@
 Rules:
 - The parent keeps the draft's place and removes what a dead child leaves. The child writes, tries and measures.
 - A file that llama.cpp cannot load, or that computes values that are not numbers, is never renamed into place.
-- `--auto` tries every type of `AUTOMATIC` and keeps the fastest within the bound. The source is measured beside each of them,
-  in turns, so that the gains can be compared.
+- `--auto` tries every type of `AUTOMATIC` and keeps the fastest within the bound. If the source is the fastest, its weights are
+  copied, so that the next command finds a file.
+- The source is measured beside each type, in turns, so that the gains can be compared.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lacre_backend.workshop.rewriting import COPY, NEED_MATRIX, Rewriting, known
 from lacre_backend.workshop.source import SourceModel, files_at, loaded
 from lacre_backend.workshop.speed import Speed, better, gain, speeds
 
-AUTOMATIC: Final = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
+AUTOMATIC: Final = ("BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
 WITH_MATRIX: Final = ("IQ4_NL",)  # also tried then: without one it loses more than Q4_K_M, and takes a minute to write
 MAX_KL: Final = 0.02  # nats: about one token in twenty has another top token
 _TRIAL: Final = ".trial"  # ends the name of the file that is being tried
@@ -117,11 +118,11 @@ def _quantize(asked: QuantizeAsked, report: Report) -> Quantized:
             best = name
             _trial_of(asked.out).replace(asked.out)
     if best is None:
-        raise SettingsError(_nothing(source, list(trials.values()), asked.max_kl))
+        rewrite(source.path, asked.out, Rewriting(COPY), lambda _share: None)
     digest = "sha256:" + FileDigests.read([asked.out]).model
     fastest = functools.reduce(better, (trial.beside for trial in trials.values()))
     measured = figures(source, expected.fidelity, fastest)
-    written = trials[best].figures.type if best == COPY else best
+    written = source.type if best in (None, COPY) else best
     return Quantized(asked.out, written, digest, asked.max_kl, measured, list(trials.values()), checked)
 
 
@@ -194,11 +195,3 @@ def is_better(trial: Trial, best: Trial | None, max_kl: float | None) -> bool:
     if max_kl is None:
         return True
     return trial.figures.fidelity.kl <= max_kl and trial.gain > (1.0 if best is None else best.gain)
-
-
-def _nothing(source: SourceModel, trials: list[Trial], max_kl: float | None) -> str:
-    found = "; ".join(f"{each.figures.type} KL {each.figures.fidelity.kl:.4f}, {each.gain:.2f} times" for each in trials)
-    return (
-        f"No type is faster than {source.path} ({source.type}) here within a KL of {max_kl}. Tried: {found}. "
-        "Keep the file, add --calibrate TEXT, or set a higher --max-kl; nothing was written."
-    )
