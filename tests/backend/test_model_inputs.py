@@ -119,6 +119,17 @@ def vocabulary_only(path: Path) -> Path:
     return write_gguf(path, about | own | {"llama.attention.layer_norm_rms_epsilon": 1e-5} | tiny_vocabulary("llama"), {})
 
 
+def test_the_child_s_error_says_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(bytes(32))
+    (tmp_path / "key").chmod(0o600)
+    kms = f"file:{tmp_path / 'key'}"
+    command("seal", tiny_model(tmp_path / "a.gguf"), "--out", tmp_path / "a.sealed", "--kms", kms)
+    with (tmp_path / "a.sealed").open("r+b") as file:
+        file.truncate(100_000)
+    with pytest.raises(SettingsError, match=r"is cut off.*\. Copy the sealed model again"):
+        run(INSPECT_FILE, FileAsked(InspectAsked(tmp_path / "a.sealed", kms)))
+
+
 def test_a_vocabulary_alone_is_shown_and_not_run(tmp_path: Path) -> None:
     path = vocabulary_only(tmp_path / "vocabulary.gguf")
     found = inspect(InspectAsked(path), SILENT)

@@ -28,7 +28,7 @@ from typing import IO, Any, Final, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
-from lacre.errors import LacreError, SettingsError
+from lacre.errors import LacreError, SettingsError, UsageError
 from lacre_backend.engine.shards import check_name
 
 Asked = TypeVar("Asked")
@@ -138,13 +138,21 @@ def _outcome(place: str, question: bytes, out: IO[str]) -> dict[str, Any]:
     try:
         answer = job.work(TypeAdapter(job.asked).validate_json(question), report)
     except LacreError as exc:
-        return {"error": str(exc)}
+        return {"error": _with_remedy(exc)}
     except OSError as exc:
         named = "" if exc.filename is None else f"{exc.filename}: "
         return {"error": f"{named}{exc.strerror or exc}. Check the path, its permissions and the free space."}
     except MemoryError:
         return {"error": "There is too little memory for this model. Stop other programs, or use a larger machine."}
     return {"answer": TypeAdapter(job.told).dump_python(answer, mode="json")}
+
+
+def _with_remedy(error: LacreError) -> str:
+    """The parent raises SettingsError, whose message says what helps."""
+    said = str(error)
+    if error.remedy in (LacreError.remedy, UsageError.remedy, SettingsError.remedy) or error.remedy in said:
+        return said
+    return f"{said.rstrip('.')}. {error.remedy}"
 
 
 if __name__ == "__main__":
