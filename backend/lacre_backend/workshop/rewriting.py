@@ -30,7 +30,7 @@ COPY: Final = "COPY"  # llama.cpp's word for the types that the tensors have: a 
 _PREFIX: Final = "LLAMA_FTYPE_"
 _NO_TYPES: Final = frozenset({"GUESSED", "NVFP4"})  # no type, and one that llama.cpp only reads
 # What llama.cpp's own tool refuses without a matrix, because the answers become useless; and IQ3_XXS, as bad here.
-NEED_MATRIX: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S"})
+NEED_MATRIX: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XS", "IQ3_XXS", "Q2_K_S"})
 _PROGRESS: Final = re.compile(r"\[ *([0-9]+)/ *([0-9]+)\]")
 _FULL: Final = 2**20  # bytes: less free space than this, and the disk was full
 _ERROR: Final = 4  # llama.cpp's level
