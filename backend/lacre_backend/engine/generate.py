@@ -41,7 +41,6 @@ from lacre_backend.engine.protocol import (
     FinishReason,
     Grammar,
     ModelInfo,
-    PromptProgress,
     Task,
     TaskRefused,
     check,
@@ -58,7 +57,6 @@ __all__ = ["LlamaEngine", "LlamaSettings"]
 
 CLOSE_LIMIT: Final = 30.0  # seconds for a running step; a large one takes several on a slow machine
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
-_TELL_EACH: Final = 128  # tokens of a prompt between progress events: one per step would slow the steps down
 _MASK_LOOK: Final = 0.05  # seconds between deadline checks while all tasks wait for masks
 
 
@@ -87,13 +85,7 @@ class LlamaEngine:
         tokenizer = tokenizer or Tokenizer(path)
         shape = derive(path, settings, beside=size(adapters), draft=None if draft is None else draft.path)
         self._model = Model(
-            path,
-            name=name,
-            digest=digest,
-            n_ctx=shape.limits.context,
-            gpu=settings.gpu,
-            tokenizer=tokenizer,
-            weights=weights,
+            path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer, weights=weights
         )
         self._adapters = load(self._model, path, adapters)
         self.speculation = speculation(settings, self._model, shape, draft)
@@ -289,9 +281,7 @@ class LlamaEngine:
             self._await_masks()
 
     def _start(self, job: EngineJob, now: float) -> None:
-        job.cached_tokens = self._scheduler.cached(job.task.id)
-        if job.deadline is None and job.task.time_limit is not None:
-            job.deadline = now + job.task.time_limit
+        job.start(self._scheduler.cached(job.task.id), now)
         if job.task.cache_scope is not None:
             self._ages.use(job.task.cache_scope, now)
 
@@ -312,16 +302,12 @@ class LlamaEngine:
         self.computed_tokens += computed
 
     def _tell_read(self, plan: StepPlan) -> None:
-        """Reports progress of prompts that need further steps. A prompt that is read again after its task lost its cells is not
-        reported.
-        """
+        """Reports progress of prompts that need further steps."""
         for segment in plan.segments:
             if segment.task is not None and not segment.output:
                 job = self._jobs[segment.task]
-                read = segment.start + len(segment.tokens)
-                if job.completion_tokens == 0 and read >= job.told + _TELL_EACH:
-                    job.told = read
-                    self._outbox.post(job.stream, PromptProgress(read, job.cached_tokens))
+                if (progress := job.progress(segment.start + len(segment.tokens))) is not None:
+                    self._outbox.post(job.stream, progress)
 
     def _results(self, outputs: list[Segment], rows: list[int]) -> None:
         """outputs: the segments with logits. rows: of all of them, in the batch."""

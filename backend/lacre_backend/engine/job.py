@@ -7,16 +7,19 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from lacre_backend.engine.context import Logits
 from lacre_backend.engine.delivery import TaskEvents
 from lacre_backend.engine.drafting import MAX_DRAFT, Wanted
 from lacre_backend.engine.masks import Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
-from lacre_backend.engine.protocol import Alternative, Finish, FinishReason, Task, TaskRefused, Token
+from lacre_backend.engine.protocol import Alternative, Finish, FinishReason, PromptProgress, Task, TaskRefused, Token
 from lacre_backend.engine.sampling import Sampler, logprob
 from lacre_backend.engine.text import TextStream
 from lacre_backend.engine.tokens import Tokens
+
+_TELL_EACH: Final = 128  # tokens of a prompt between progress events: one per step would slow the steps down
 
 
 class EngineJob:
@@ -46,6 +49,19 @@ class EngineJob:
     def lacks_tokens(self) -> bool:
         """Whether there are tokens left to generate."""
         return self.limit > 0 and not self.text.stopped
+
+    def start(self, cached_tokens: int, now: float) -> None:
+        """It is admitted, perhaps not for the first time. cached_tokens: of its prompt."""
+        self.cached_tokens = cached_tokens
+        if self.deadline is None and self.task.time_limit is not None:
+            self.deadline = now + self.task.time_limit
+
+    def progress(self, read: int) -> PromptProgress | None:
+        """What to tell after so many tokens of the prompt. Nothing while a task that lost its cells reads its prompt again."""
+        if self.completion_tokens or read < self.told + _TELL_EACH:
+            return None
+        self.told = read
+        return PromptProgress(read, self.cached_tokens)
 
     def interrupted(self, now: float) -> FinishReason | None:
         """The reason to stop between two steps, if any."""
