@@ -146,6 +146,25 @@ async def test_an_explanation_reserves_each_of_its_runs(put_up: PutUp, issuer: I
         assert_problem(refused, problems.FORBIDDEN)
 
 
+async def test_explanations_shrink_with_what_is_left_and_end_with_it(put_up: PutUp, issuer: Issuer) -> None:
+    """Each reserves what is left, down to all of its runs in ordinary text. Below that it is refused before anything runs."""
+    limit, used, least = 60_000, 3000, (MAX_PARTS + 1) * (SMALLEST // 4 + OUTPUT)
+    stage = await put_up(plans=PLANS.replace("[prices", f"explained.user.tokens_per_day = {limit}\n[prices"))
+    async with stage.fake_worker() as worker, stage.http() as client:
+        worker.script = Script(usage={"prompt_tokens": used - OUTPUT, "cached_tokens": 0, "completion_tokens": OUTPUT})
+        token = stage.issuer.token(plan="explained", scope="lacre:explain")
+        outer = {"lacre_action": "explain", "lacre_max_tokens": str(OUTPUT)}
+        statuses = []
+        while 200 not in statuses or statuses[-1] == 200:
+            statuses.append((await stage.post(client, token, body=padded(stage), **outer)).status_code)
+            await stage.trail(len(statuses))
+        served = statuses.index(429)
+        assert [grant.max_prompt_tokens for grant in worker.grants] == [
+            min((MAX_PARTS + 1) * 2048, limit - used * number - OUTPUT) for number in range(served)
+        ]
+        assert limit - used * served < least + OUTPUT <= limit - used * (served - 1)
+
+
 async def test_a_lens_reserves_one_run_more_and_each_state(put_up: PutUp, issuer: Issuer) -> None:
     stage = await put_up(plans=PLANS)
     async with stage.fake_worker() as worker, stage.http() as client:

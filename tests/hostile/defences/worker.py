@@ -89,7 +89,7 @@ MUTATIONS: Final = Mutation.of(
     ("turns: other_model", "a model has slots of its own", "lacre_fabric.work.slots:Slots.__init__",
      "self._each = {model: min(given.get(model, total), total) for model in models}",
      "self._each = dict.fromkeys(models, total)"),
-    ("turns: choices", "a request counts once for each choice", "lacre_backend.api.app:_Endpoint._answer",
+    ("turns: choices", "a request counts once for each choice", "lacre_backend.api.endpoint:Endpoint._answer",
      "call.weigh(request.n)", "call.weigh(1)"),
     ("turns: linked", "pseudonyms change with the hour", "lacre_gateway.auth.pseudonyms:Pseudonyms.of",
      "hour = str(int(now // HOUR))", 'hour = ""'),
