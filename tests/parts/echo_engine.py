@@ -61,7 +61,7 @@ class _Job:
         text = "" if self.text.stopped else self.text.flush()
         if self.text.stopped and reason == "length":
             reason = "stop"
-        self.stream.put(Finish(reason, len(self.task.sequence), 0, self.completion_tokens, text))
+        self.stream.put(Finish(reason, len(self.task.sequence), 0, self.completion_tokens, text, self.text.matched))
 
 
 class EchoEngine:
@@ -141,10 +141,13 @@ class EchoEngine:
         if self._closed:
             raise EngineError("The engine is closed.")
         check(task, self.model)
-        if task.sampling.grammar is not None:
-            raise TaskRefused("This engine only echoes.", field="grammar")
+        self._admit(task)
         if task.id in self._jobs:
             raise TaskRefused("An unfinished task has this id.", field="id")
+
+    def _admit(self, task: Task) -> None:
+        if task.sampling.grammar is not None:
+            raise TaskRefused("This engine only echoes.", field="grammar")
 
     async def _run(self, job: _Job) -> None:
         reason = await self._generate(job)

@@ -16,20 +16,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lacre.asgi import EXTENSION, App, Disconnected, Receive, Scope, Send
+from lacre.asgi import App
 from lacre.errors import SettingsError
-from lacre_backend.api import ceilings, responses
+from lacre_backend.api import responses
+from lacre_backend.api.counting import CountTokens, Tokenize
 from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.endpoint import Endpoint
-from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found
+from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.explain import Explain
 from lacre_backend.api.faces.chat import Chat
 from lacre_backend.api.faces.completion import Completion
-from lacre_backend.api.http import read_body, send_json
-from lacre_backend.api.prompts import chat_prompt, plain_tokens
+from lacre_backend.api.faces.messages import Messages
+from lacre_backend.api.faces.responses import Responses
 from lacre_backend.api.registry import ServedModel, Serving
-from lacre_backend.api.requests import MAX_BODY, parse_tokenize
-from lacre_backend.engine.protocol import Engine, EngineError
+from lacre_backend.engine.protocol import Engine
 
 WEIGHED: Final = frozenset({"chat", "complete", "explain", "lens"})  # actions whose body says how many sequences a request has
 # Actions that may start before the worker's claim is confirmed: they change nothing outside this process.
@@ -53,9 +53,13 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
         routes=[
             Route("/v1/chat/completions", Endpoint(serving, Chat()), methods=["POST"]),
             Route("/v1/completions", Endpoint(serving, Completion()), methods=["POST"]),
+            Route("/v1/responses", Endpoint(serving, Responses()), methods=["POST"]),
+            Route("/v1/messages", Endpoint(serving, Messages()), methods=["POST"]),
+            Route("/v1/responses/input_tokens", CountTokens(serving, Responses()), methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountTokens(serving, Messages()), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(serving), methods=["POST"]),
             Route("/v1/explain", Explain(serving), methods=["POST"]),
-            Route("/v1/tokenize", _Tokenize(serving), methods=["POST"]),
+            Route("/v1/tokenize", Tokenize(serving), methods=["POST"]),
             Route("/v1/models", _models, methods=["GET"]),
             Route("/v1/models/{name:path}", _model, methods=["GET"]),
         ],
@@ -64,31 +68,6 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
     app.router.redirect_slashes = False  # a path with an extra slash is a different path, and clients follow no redirects
     app.state.served = served
     return app
-
-
-class _Tokenize:
-    """An ASGI app for `/v1/tokenize`, in vLLM's format: the cost of a request before it is made."""
-
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            request = parse_tokenize(await read_body(receive, MAX_BODY))
-            ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "inspect")
-            served = self._serving.named(request.model)
-            if request.messages is not None:
-                tokens = await chat_prompt(served, request.messages, request.tools, goes_on=False)
-            else:
-                tokens = await plain_tokens(served, request.prompt or "")
-            answer = {"count": len(tokens), "max_model_len": served.engine.model.n_ctx, "tokens": tokens}
-            await send_json(send, 200, answer)
-        except RequestRefused as refusal:
-            await send_json(send, refusal.status, refusal.body())
-        except EngineError:
-            await send_json(send, engine_failed().status, engine_failed().body())
-        except Disconnected:
-            return
 
 
 # Models and unknown URLs

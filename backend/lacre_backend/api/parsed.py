@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
+import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.errors import RequestRefused, unsupported
 
 MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has a few thousand
 # pydantic's names for types, mapped to JSON's.
@@ -16,6 +17,8 @@ _TYPES: Final = {
     "int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "tuple": "array",
     "dict": "object", "model": "object",
 }  # fmt: skip
+
+_SPOKEN: Final[Mapping[type, str]] = {str: "a string", dict: "an object", list: "an array", bool: "a boolean"}
 
 
 class Parsed(BaseModel):
@@ -37,6 +40,37 @@ class Echoed(Parsed):
         if not isinstance(raw, dict):
             return raw
         return {name: value for name, value in raw.items() if value is not None and name not in cls.ignored}
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The body's JSON object. The parser refuses lone surrogates and deep nesting. Raises `RequestRefused`."""
+    try:
+        raw = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError:
+        raise RequestRefused("We could not parse the JSON body of your request. Send a JSON object in UTF-8.") from None
+    if not isinstance(raw, dict):
+        raise RequestRefused("The body must be a JSON object.")
+    check_size(raw)
+    for name, value in raw.items():
+        if has_infinite(value):
+            raise RequestRefused(
+                f"'{name}' holds a number that JSON readers do not keep exactly.", code="invalid_value", param=name
+            )
+    return raw
+
+
+def bare(raw: Mapping[str, Any], ignored: Mapping[str, type], inert: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """A body's members that have an effect. ignored: those of which no answer depends, with their types. inert: the values at
+    which a member has no effect; other values are refused. Null counts as absent. Raises `RequestRefused`.
+    """
+    for name, kind in ignored.items():
+        if not isinstance(raw.get(name), kind | None):
+            raise RequestRefused(f"Invalid type for '{name}': expected {_SPOKEN[kind]}.", code="invalid_type", param=name)
+    for name, allowed in inert.items():
+        value = raw.get(name)
+        if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
+            raise unsupported(name)
+    return {name: value for name, value in raw.items() if value is not None and name not in inert and name not in ignored}
 
 
 def check_size(document: Any) -> None:

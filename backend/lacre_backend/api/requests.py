@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-import pydantic_core
 from pydantic import BeforeValidator, Field
 
 from lacre.wire.outer import MAX_PARTS, MAX_TOKENS
-from lacre_backend.api.errors import RequestRefused, unsupported
+from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.messages import MAX_NAME, Message, Messages, TextPart, check_known, check_turns, has_a_beginning
-from lacre_backend.api.parsed import Echoed, Parsed, check_size, has_infinite, missing, validated
+from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.api.tools.request import MAX_TOOLS, Calling, Tool, calling
@@ -25,7 +24,7 @@ from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
 MAX_N: Final = 16  # choices; each is a sequence in the engine
-MAX_STOP: Final = 4  # OpenAI's
+MAX_STOP: Final = 16  # OpenAI has 4; other servers take more
 MAX_STOP_LENGTH: Final = 256  # characters; held-back text is searched for it at each token
 MAX_TOP_LOGPROBS: Final = 20  # OpenAI's
 MAX_LOGPROBS: Final = 5  # OpenAI's, for text completions
@@ -59,7 +58,6 @@ _IGNORED: Final[Mapping[str, type]] = {
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
 }
-_SPOKEN: Final[Mapping[type, str]] = {str: "a string", dict: "an object"}
 OWN_IDS: Final = "own_token_ids"
 # Ids of another model's vocabulary mean other words here, yet their vectors look normal.
 _FOREIGN_IDS: Final = (
@@ -366,14 +364,19 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
+    check_beginning(request)
+    _check_generate(request)
+    return request
+
+
+def check_beginning(request: ChatCompletionRequest) -> None:
+    """Raises `RequestRefused`."""
     if request.continue_final_message and not has_a_beginning(request.messages):
         raise RequestRefused(
             "'continue_final_message' needs a text message of the assistant at the end, after at least one other message.",
             code="invalid_value",
             param="continue_final_message",
         )
-    _check_generate(request)
-    return request
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -419,24 +422,5 @@ def _check_generate(request: Generate) -> None:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    """The body's JSON object without fields that have no effect. The parser refuses lone surrogates and deep nesting."""
-    try:
-        raw = pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError:
-        raise RequestRefused("We could not parse the JSON body of your request. Send a JSON object in UTF-8.") from None
-    if not isinstance(raw, dict):
-        raise RequestRefused("The body must be a JSON object.")
-    check_size(raw)
-    for name, value in raw.items():
-        if has_infinite(value):
-            raise RequestRefused(
-                f"'{name}' holds a number that JSON readers do not keep exactly.", code="invalid_value", param=name
-            )
-    for name, kind in _IGNORED.items():
-        if not isinstance(raw.get(name), kind | None):
-            raise RequestRefused(f"Invalid type for '{name}': expected {_SPOKEN[kind]}.", code="invalid_type", param=name)
-    for name, inert in _INERT.items():
-        value = raw.get(name)
-        if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in inert):
-            raise unsupported(name)
-    return {k: v for k, v in raw.items() if v is not None and k not in _INERT and k not in _IGNORED}
+    """The body's JSON object without fields that have no effect."""
+    return bare(json_object(body), _IGNORED, _INERT)

@@ -15,7 +15,7 @@ from typing import Any
 from lacre.asgi import Scope, Usage
 from lacre.exchange.resume_marks import ASK, YES, Mark
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.face import AnswerWriter, ServerEvent
+from lacre_backend.api.faces.face import AnswerWriter, Ending, ServerEvent
 from lacre_backend.api.http import EventStream, header
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.run import GenerationRuns
@@ -60,9 +60,9 @@ class _Choice:
             return [Speech(event.text)] if event.text else []
         return [*self.reader.push(event.text), *(self.reader.finish() if isinstance(event, Finish) else ())]
 
-    def reason(self, finish: Finish) -> str:
+    def ending(self, finish: Finish) -> Ending:
         called = finish.reason == "stop" and self.reader is not None and self.reader.called
-        return "tool_calls" if called else finish.reason
+        return Ending("tool_calls" if called else finish.reason, finish.stop)
 
 
 class Answer:
@@ -92,7 +92,7 @@ class Answer:
                 choice = self._choice(index)
                 choice.parts += choice.take(event)
                 if isinstance(event, Finish):
-                    finished[index] = self._writer.choice(index, choice.parts, choice.tokens, choice.reason(event))
+                    finished[index] = self._writer.choice(index, choice.parts, choice.tokens, choice.ending(event))
                 elif event.logprob is not None:
                     choice.tokens.append(event)
         return self._writer.whole([finished[index] for index in sorted(finished)], self._usage)
@@ -131,4 +131,4 @@ class Answer:
         for i, part in enumerate(parts):
             yield from self._writer.piece(index, part, tokens if i == 0 else ())
         if isinstance(event, Finish):
-            yield from self._writer.last(index, choice.reason(event))
+            yield from self._writer.last(index, choice.ending(event))

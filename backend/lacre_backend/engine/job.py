@@ -85,7 +85,7 @@ class EngineJob:
         text = "" if self.text.stopped else self.text.flush()
         if self.text.stopped and reason == "length":
             reason = "stop"
-        return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text)
+        return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text, self.text.matched)
 
 
 def begin(task: Task, model: Model, masks: Masks) -> EngineJob:

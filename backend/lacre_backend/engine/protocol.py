@@ -214,13 +214,16 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a task. text: held-back text that was no stop string after all. prompt_tokens: includes the begun tokens."""
+    """The end of a task. text: held-back text that was no stop string after all. prompt_tokens: includes the begun tokens.
+    stop: the stop string that the text met.
+    """
 
     reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     text: str = field(default="", repr=False)
+    stop: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,16 @@ from collections.abc import Iterable, Sequence
 
 
 class StopFilter:
-    """Holds text back while it may become a stop string. Once `stopped` is True it releases nothing more."""
+    """Holds text back while it may become a stop string. matched: the one that the text met. Then it releases nothing more."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(sorted({s for s in stop if s}, key=len, reverse=True))
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.matched is not None
 
     def push(self, text: str) -> str:
         """Takes more text and returns what may be released now."""
@@ -32,9 +36,9 @@ class StopFilter:
             return ""
         window = self._held + text
         # A match that ended inside `_held` would have been found before, so only ends inside `text` are checked.
-        start = self._first_match(window, len(self._held))
-        if start is not None:
-            self.stopped = True
+        found = self._first_match(window, len(self._held))
+        if found is not None:
+            start, self.matched = found
             self._held = ""
             return window[:start]
         keep = self._held_length(window)
@@ -46,14 +50,16 @@ class StopFilter:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, window: str, known: int) -> int | None:
-        """The start of the stop string that ends first. The first `known` characters of the window contain no complete one."""
-        best: tuple[int, int] | None = None  # (end, start): the least is the earliest end, then the longest
+    def _first_match(self, window: str, known: int) -> tuple[int, str] | None:
+        """The start of the stop string that ends first, and the string. The first `known` characters of the window contain no
+        complete one.
+        """
+        best: tuple[int, int, str] | None = None  # (end, start, string): the least is the earliest end, then the longest
         for stop in self._stop:
             start = window.find(stop, max(0, known - len(stop) + 1))
-            if start >= 0 and (best is None or (start + len(stop), start) < best):
-                best = (start + len(stop), start)
-        return None if best is None else best[1]
+            if start >= 0 and (best is None or (start + len(stop), start, stop) < best):
+                best = (start + len(stop), start, stop)
+        return None if best is None else best[1:]
 
     def _held_length(self, window: str) -> int:
         for length in range(min(len(window), len(self._stop[0]) - 1), 0, -1):
@@ -69,6 +75,11 @@ class TextStream:
     def __init__(self, stop: Sequence[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._filter = StopFilter(stop)
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that the text met."""
+        return self._filter.matched
 
     @property
     def stopped(self) -> bool:

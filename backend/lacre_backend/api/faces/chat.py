@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.face import Face, ServerEvent
+from lacre_backend.api.faces.face import Ending, Face, ServerEvent
 from lacre_backend.api.prompts import call_format, chat_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
@@ -43,6 +43,12 @@ class Chat(Face[ChatCompletionRequest]):
 
 def _logprob(raw: bytes, logprob: float) -> dict[str, Any]:
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+
+def token_logprob(token: Token) -> dict[str, Any]:
+    """token: one whose logprob was requested."""
+    top = [_logprob(each.raw, each.logprob) for each in token.top]
+    return {**_logprob(token.raw, token.logprob or 0.0), "top_logprobs": top}
 
 
 def spoken(parts: Sequence[Part]) -> str:
@@ -81,18 +87,14 @@ class ChatWriter:
         self._chunk = reply.head("chat.completion.chunk") | ({"usage": None} if reply.usage_asked else {})
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        content = [
-            {**_logprob(token.raw, token.logprob), "top_logprobs": [_logprob(a.raw, a.logprob) for a in token.top]}
-            for token in tokens
-            if token.logprob is not None
-        ]
+        content = [token_logprob(token) for token in tokens if token.logprob is not None]
         return {"content": content, "refusal": None} if content else None
 
-    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], reason: str) -> dict[str, Any]:
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": spoken(parts), "refusal": None}
         if calls := called(parts):
             message |= {"content": message["content"] or None, "tool_calls": calls}
-        return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": ending.reason}
 
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         return {**self._whole, "choices": list(choices), "usage": usage(spent)}
@@ -103,8 +105,8 @@ class ChatWriter:
     def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:
         yield self._delta(index, _delta(part), self.logprobs(tokens), None)
 
-    def last(self, index: int, reason: str) -> Iterator[ServerEvent]:
-        yield self._delta(index, {}, None, reason)
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:
+        yield self._delta(index, {}, None, ending.reason)
 
     def end(self, spent: Usage) -> Iterator[ServerEvent]:
         if self._usage_asked:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import DONE, spoken
-from lacre_backend.api.faces.face import Face, ServerEvent
+from lacre_backend.api.faces.face import Ending, Face, ServerEvent
 from lacre_backend.api.prompts import text_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import CompletionRequest, parse_completion
@@ -62,8 +62,13 @@ class CompletionWriter:
             "text_offset": offsets,
         }
 
-    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": spoken(parts), "logprobs": self.logprobs(index, tokens), "finish_reason": reason}
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending | None) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": spoken(parts),
+            "logprobs": self.logprobs(index, tokens),
+            "finish_reason": ending and ending.reason,
+        }
 
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         return {**self._head, "choices": list(choices), "usage": usage(spent)}
@@ -75,8 +80,8 @@ class CompletionWriter:
     def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:
         yield ServerEvent({**self._head, "choices": [self.choice(index, [part], tokens, None)]})
 
-    def last(self, index: int, reason: str) -> Iterator[ServerEvent]:
-        yield ServerEvent({**self._head, "choices": [self.choice(index, (), (), reason)]})
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:
+        yield ServerEvent({**self._head, "choices": [self.choice(index, (), (), ending)]})
 
     def end(self, spent: Usage) -> Iterator[ServerEvent]:
         if self._usage_asked:

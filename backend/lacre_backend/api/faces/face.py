@@ -26,6 +26,14 @@ class ServerEvent:
     name: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a choice ended: `stop`, `length` or `tool_calls`. stop: the stop string that its text met, if one ended it."""
+
+    reason: str
+    stop: str | None = field(default=None, repr=False)
+
+
 class AnswerWriter(Protocol):
     """Writes one answer. Of a stream it keeps where it is: the events of a choice come in order, those of several mixed.
 
@@ -34,7 +42,7 @@ class AnswerWriter(Protocol):
 
     end_mark: ClassVar[bytes]
 
-    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], reason: str) -> Any:
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> Any:
         """A whole choice. tokens: those whose logprobs were requested."""
 
     def whole(self, choices: Sequence[Any], spent: Usage) -> dict[str, Any]: ...
@@ -44,7 +52,7 @@ class AnswerWriter(Protocol):
 
     def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterable[ServerEvent]: ...
 
-    def last(self, index: int, reason: str) -> Iterable[ServerEvent]:
+    def last(self, index: int, ending: Ending) -> Iterable[ServerEvent]:
         """The events that end a choice."""
 
     def end(self, spent: Usage) -> Iterable[ServerEvent]:
@@ -81,3 +89,7 @@ class Face(ABC, Generic[Asked]):
     def refused(self, refusal: RequestRefused) -> dict[str, Any]:
         """The error as this API writes it."""
         return refusal.body()
+
+    def counted(self, tokens: int) -> dict[str, Any]:
+        """What a count of the prompt's tokens says."""
+        return {"input_tokens": tokens}

@@ -19,7 +19,7 @@ from lacre_backend.api.schema.grammar import NOTHING, Grammars, literal
 from lacre_backend.api.tools.request import Calling, Function
 
 MAX_CALLS: Final = 16  # in one answer: a small model may not stop by itself
-MAX_NAME: Final = 64
+MAX_NAME: Final = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ MAX_TOOLS: Final = 128  # OpenAI's
 MAX_CALLS: Final = 64  # in one message
 MAX_ID: Final = 256
 
-_Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 # Members that clients add to a function or a call. No prompt depends on them.
 _BOOKKEEPING: Final = frozenset(
     {"index", "parsed_arguments", "provider_specific_fields", "extra_content", "thought_signature", "cache_control"}
@@ -35,7 +35,7 @@ class Function(Echoed):
     parameters: the JSON schema of the arguments; default: no arguments. strict: refuse a schema that cannot be enforced.
     """
 
-    name: _Name
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -62,7 +62,7 @@ class FunctionCall(Echoed):
 
     ignored = _BOOKKEEPING
 
-    name: _Name
+    name: ToolName
     arguments: str
 
 
@@ -92,7 +92,7 @@ class MessageToolCall(Echoed):
 
 
 class _Named(Parsed):
-    name: _Name
+    name: ToolName
 
 
 class _NamedTool(Parsed):

@@ -1,0 +1,176 @@
+"""Anthropic's Messages API: a message of content blocks, and the events of a stream of them.
+
+Source: the event grammar that `anthropic` reads. `message_start`, then each block from `content_block_start` to
+`content_block_stop`, then `message_delta` with the reason and the usage, then `message_stop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+import pydantic_core
+
+from lacre.asgi import Usage
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.faces.chat import spoken
+from lacre_backend.api.faces.face import Ending, Face, ServerEvent
+from lacre_backend.api.faces.messages_request import MessagesRequest, parse_messages
+from lacre_backend.api.prompts import call_format, chat_prompt
+from lacre_backend.api.registry import ServedModel
+from lacre_backend.api.responses import ResponseInfo
+from lacre_backend.api.tools.format import Argued, Called, CallReader, Part, Speech
+from lacre_backend.engine.protocol import Token
+
+_ERRORS: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+class Messages(Face[MessagesRequest]):
+    """`POST /v1/messages`."""
+
+    action = "chat"
+    prompt_param = "messages"
+    prefix = "msg_"
+
+    def parse(self, body: bytes) -> MessagesRequest:
+        return parse_messages(body)
+
+    async def prompt(self, served: ServedModel, request: MessagesRequest) -> list[int]:
+        calling = request.calling()
+        tools = () if calling is None else calling.tools
+        return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
+
+    def reader(self, served: ServedModel, request: MessagesRequest) -> Callable[[], CallReader] | None:
+        form = call_format(served)
+        return None if request.calling() is None else lambda: CallReader(form)
+
+    def writer(self, request: MessagesRequest, reply: ResponseInfo) -> MessageWriter:  # noqa: ARG002 - for other faces
+        return MessageWriter(reply)
+
+    def refused(self, refusal: RequestRefused) -> dict[str, Any]:
+        return _error(refusal)
+
+
+def _error(refusal: RequestRefused) -> dict[str, Any]:
+    kind = _ERRORS.get(refusal.status, "api_error" if refusal.status >= 500 else "invalid_request_error")
+    field = "" if refusal.param is None or refusal.param in str(refusal) else f"{refusal.param}: "
+    return {"type": "error", "error": {"type": kind, "message": f"{field}{refusal}"}}
+
+
+def _usage(spent: Usage) -> dict[str, int]:
+    """Here the input tokens are those that were read anew. The three kinds together are the prompt."""
+    return {
+        "input_tokens": spent.prompt_tokens - spent.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": spent.cached_tokens,
+        "output_tokens": spent.completion_tokens,
+    }
+
+
+def _reason(ending: Ending) -> dict[str, Any]:
+    met = ending.reason == "stop" and ending.stop is not None
+    return {
+        "stop_reason": "stop_sequence" if met else _REASONS[ending.reason],
+        "stop_sequence": ending.stop if met else None,
+    }
+
+
+def _blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The text first, then the calls. A call that the limit cut holds what was said of its arguments."""
+    text = spoken(parts)
+    arguments: dict[int, str] = {}
+    for part in parts:
+        if isinstance(part, Argued):
+            arguments[part.index] = arguments.get(part.index, "") + part.text
+    calls = [
+        {"type": "tool_use", "id": part.id, "name": part.name, "input": _object(arguments.get(part.index, ""))}
+        for part in parts
+        if isinstance(part, Called)
+    ]
+    return [*([{"type": "text", "text": text}] if text or not calls else []), *calls]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        read = pydantic_core.from_json(text or "{}", allow_inf_nan=False, allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+class MessageWriter:
+    """One message. Of a stream it keeps the open block."""
+
+    end_mark: ClassVar[bytes] = b""
+
+    def __init__(self, reply: ResponseInfo) -> None:
+        self._head = {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model.name}
+        self._blocks = 0  # begun so far
+        self._open: str | None = None  # the kind of the open block
+        self._ending = Ending("stop")
+
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:  # noqa: ARG002
+        return {"content": _blocks(parts), **_reason(ending)}
+
+    def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
+        [choice] = choices
+        return {**self._head, **choice, "usage": _usage(spent)}
+
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+        message: dict[str, Any] = {
+            **self._head,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": _usage(spent),
+        }
+        yield _event("message_start", message=message)
+
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:  # noqa: ARG002 - no logprobs
+        match part:
+            case Speech():
+                if self._open != "text":
+                    yield from self._begin({"type": "text", "text": ""})
+                yield self._delta({"type": "text_delta", "text": part.text})
+            case Called():
+                yield from self._begin({"type": "tool_use", "id": part.id, "name": part.name, "input": {}})
+            case Argued():
+                yield self._delta({"type": "input_json_delta", "partial_json": part.text})
+
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+        self._ending = ending
+        yield from self._close()
+
+    def end(self, spent: Usage) -> Iterator[ServerEvent]:
+        yield _event("message_delta", delta=_reason(self._ending), usage=_usage(spent))
+        yield _event("message_stop")
+
+    def broken(self, refusal: RequestRefused) -> ServerEvent:
+        return ServerEvent(_error(refusal), "error")
+
+    def _begin(self, block: dict[str, Any]) -> Iterator[ServerEvent]:
+        yield from self._close()
+        self._open = block["type"]
+        self._blocks += 1
+        yield _event("content_block_start", index=self._blocks - 1, content_block=block)
+
+    def _delta(self, delta: dict[str, Any]) -> ServerEvent:
+        return _event("content_block_delta", index=self._blocks - 1, delta=delta)
+
+    def _close(self) -> Iterator[ServerEvent]:
+        if self._open is not None:
+            self._open = None
+            yield _event("content_block_stop", index=self._blocks - 1)
+
+
+def _event(kind: str, **members: Any) -> ServerEvent:
+    return ServerEvent({"type": kind, **members}, kind)

@@ -1,0 +1,217 @@
+"""OpenAI's Responses API: a response of items, and the events of a stream of them.
+
+Source: the event grammar that `openai` reads. `response.created` and `response.in_progress`; each item from
+`response.output_item.added` to `response.output_item.done`, with its parts between; then `response.completed`, or
+`response.incomplete` if the limit ended it. Every event has the next `sequence_number`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lacre.asgi import Usage
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.faces.chat import token_logprob
+from lacre_backend.api.faces.face import Ending, Face, ServerEvent
+from lacre_backend.api.faces.responses_request import ResponsesRequest, custom_input, parse_responses
+from lacre_backend.api.prompts import call_format, chat_prompt
+from lacre_backend.api.registry import ServedModel
+from lacre_backend.api.responses import ResponseInfo
+from lacre_backend.api.tools.format import Called, CallReader, Part, Speech
+from lacre_backend.engine.protocol import Token
+
+
+class Responses(Face[ResponsesRequest]):
+    """`POST /v1/responses`."""
+
+    action = "chat"
+    prompt_param = "input"
+    prefix = "resp_"
+
+    def parse(self, body: bytes) -> ResponsesRequest:
+        return parse_responses(body)
+
+    async def prompt(self, served: ServedModel, request: ResponsesRequest) -> list[int]:
+        calling = request.calling()
+        tools = () if calling is None else calling.tools
+        return await chat_prompt(served, request.messages, tools, goes_on=False)
+
+    def reader(self, served: ServedModel, request: ResponsesRequest) -> Callable[[], CallReader] | None:
+        form = call_format(served)
+        return None if request.calling() is None else lambda: CallReader(form)
+
+    def writer(self, request: ResponsesRequest, reply: ResponseInfo) -> ResponseWriter:
+        return ResponseWriter(request, reply)
+
+    def counted(self, tokens: int) -> dict[str, Any]:
+        return {"object": "response.input_tokens", **super().counted(tokens)}
+
+
+def _usage(spent: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": spent.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": spent.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": spent.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": spent.prompt_tokens + spent.completion_tokens,
+    }
+
+
+def _output_text(text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+@dataclass(slots=True)
+class _Item:
+    """One item of the answer. said: its text, or its arguments. part: what opened it."""
+
+    index: int
+    part: Speech | Called
+    id: str
+    said: str = field(default="", repr=False)
+    logprobs: list[Any] = field(default_factory=list, repr=False)
+
+
+class ResponseWriter:
+    """One response. Of a stream it keeps the items so far."""
+
+    end_mark: ClassVar[bytes] = b""
+
+    def __init__(self, request: ResponsesRequest, reply: ResponseInfo) -> None:
+        self._names = request.names
+        self._number = itertools.count()
+        self._items: list[_Item] = []
+        self._ending = Ending("stop")
+        self._id = reply.id
+        self._head = {
+            "id": reply.id,
+            "object": "response",
+            "created_at": reply.created,
+            "model": reply.model.name,
+            "error": None,
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "previous_response_id": None,
+            "background": False,
+            "store": False,
+            "service_tier": "default",
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_logprobs": request.top_logprobs or 0,
+            "truncation": "disabled",
+            "max_output_tokens": request.max_tokens,
+            "instructions": request.told["instructions"],
+            "metadata": request.told["metadata"] or {},
+            "tools": request.told["tools"] or [],
+            "tool_choice": request.told["tool_choice"] or "auto",
+            "text": {"format": {"type": "text"}, **(request.told["text"] or {})},
+            "reasoning": {"effort": None, "summary": None, **(request.told["reasoning"] or {})},
+        }
+
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> None:  # noqa: ARG002
+        for i, part in enumerate(parts):
+            self._take(part, tokens if i == 0 else ())
+        self._ending = ending
+
+    def whole(self, choices: Sequence[None], spent: Usage) -> dict[str, Any]:  # noqa: ARG002 - there is one choice
+        return self._response(spent)
+
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+        begun = {**self._head, "status": "in_progress", "output": [], "incomplete_details": None, "usage": None}
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
+
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:  # noqa: ARG002
+        before = self._items[-1] if self._items else None
+        item, added = self._take(part, tokens)
+        if item is not before:
+            if before is not None:
+                yield from self._done(before)
+            yield from self._added(item)
+        if not added:
+            return
+        at = {"item_id": item.id, "output_index": item.index}
+        if isinstance(item.part, Speech):
+            logprobs = [token_logprob(token) for token in tokens]
+            yield self._event("response.output_text.delta", **at, content_index=0, delta=added, logprobs=logprobs)
+        elif item.part.name not in self._names.custom:  # a custom tool's text is known when its JSON is whole
+            yield self._event("response.function_call_arguments.delta", **at, delta=added)
+
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+        self._ending = ending
+        if self._items:
+            yield from self._done(self._items[-1])
+
+    def end(self, spent: Usage) -> Iterator[ServerEvent]:
+        response = self._response(spent)
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def broken(self, refusal: RequestRefused) -> ServerEvent:
+        """Clients look for `error`; the API's own event has its members at the top."""
+        error = refusal.body()["error"]
+        told = {name: error[name] for name in ("code", "message", "param")}
+        return self._event("error", **told, error=error)
+
+    def _take(self, part: Part, tokens: Sequence[Token]) -> tuple[_Item, str]:
+        """The item of a part, and what the part adds to it."""
+        last = self._items[-1] if self._items else None
+        added = "" if isinstance(part, Called) else part.text
+        if isinstance(part, Called) or last is None or isinstance(part, Speech) != isinstance(last.part, Speech):
+            opening = part if isinstance(part, Speech | Called) else Called(part.index, "", "")
+            kind = "msg" if isinstance(part, Speech) else "fc"
+            last = _Item(len(self._items), opening, f"{kind}_{self._id.partition('_')[2]}_{len(self._items)}")
+            self._items.append(last)
+        last.said += added
+        last.logprobs += [token_logprob(token) for token in tokens if isinstance(part, Speech)]
+        return last, added
+
+    def _added(self, item: _Item) -> Iterator[ServerEvent]:
+        yield self._event("response.output_item.added", output_index=item.index, item=self._written(item, "in_progress", ""))
+        if isinstance(item.part, Speech):
+            at = {"item_id": item.id, "output_index": item.index, "content_index": 0}
+            yield self._event("response.content_part.added", **at, part=_output_text(""))
+
+    def _done(self, item: _Item) -> Iterator[ServerEvent]:
+        at = {"item_id": item.id, "output_index": item.index}
+        if isinstance(item.part, Speech):
+            whole = _output_text(item.said, item.logprobs)
+            yield self._event("response.output_text.done", **at, content_index=0, text=item.said, logprobs=item.logprobs)
+            yield self._event("response.content_part.done", **at, content_index=0, part=whole)
+        elif item.part.name in self._names.custom:
+            text = custom_input(item.said)
+            yield self._event("response.custom_tool_call_input.delta", **at, delta=text)
+            yield self._event("response.custom_tool_call_input.done", **at, input=text)
+        else:
+            named = self._names.of(item.part.name)["name"]
+            yield self._event("response.function_call_arguments.done", **at, name=named, arguments=item.said)
+        yield self._event(
+            "response.output_item.done", output_index=item.index, item=self._written(item, self._status(item), item.said)
+        )
+
+    def _status(self, item: _Item) -> str:
+        cut = self._ending.reason == "length" and item is self._items[-1]
+        return "incomplete" if cut else "completed"
+
+    def _written(self, item: _Item, status: str, said: str) -> dict[str, Any]:
+        if isinstance(item.part, Speech):
+            content = [_output_text(said, item.logprobs)] if status != "in_progress" else []
+            return {"type": "message", "id": item.id, "status": status, "role": "assistant", "content": content}
+        named = {"id": item.id, "call_id": item.part.id, **self._names.of(item.part.name)}
+        if item.part.name in self._names.custom:
+            return {"type": "custom_tool_call", "status": status, **named, "input": custom_input(said) if said else ""}
+        return {"type": "function_call", "status": status, **named, "arguments": said}
+
+    def _response(self, spent: Usage) -> dict[str, Any]:
+        cut = self._ending.reason == "length"
+        return {
+            **self._head,
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": [self._written(item, self._status(item), item.said) for item in self._items],
+            "usage": _usage(spent),
+        }
+
+    def _event(self, kind: str, **members: Any) -> ServerEvent:
+        return ServerEvent({"type": kind, "sequence_number": next(self._number), **members}, kind)

@@ -1,0 +1,37 @@
+"""An engine that says what a script tells it to, byte by byte: a test double of the engine alone, behind the real API.
+
+Everything around it is real: templates, parsing of calls, grammars' sources, sealing. It takes a grammar, and does not obey it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lacre_backend.engine.protocol import Grammar, Task
+from parts.echo_engine import EchoEngine
+
+
+@dataclass(frozen=True, slots=True)
+class _Unheld:
+    """A grammar that holds nothing."""
+
+    begun: tuple[int, ...] = ()
+
+
+class ScriptedEngine(EchoEngine):
+    """script: from the prompt's text to the answer's."""
+
+    def __init__(self, script: Callable[[str], str], **settings: Any) -> None:
+        super().__init__(name="scripted", **settings)
+        self._script = script
+
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
+        return _Unheld(begun)
+
+    def _admit(self, task: Task) -> None:
+        """Any task with a grammar."""
+
+    def _answer(self, prompt: tuple[int, ...]) -> Iterator[int]:
+        yield from self._script(bytes(token for token in prompt if token < 256).decode("utf-8", "replace")).encode()
