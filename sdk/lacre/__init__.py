@@ -23,7 +23,7 @@ from lacre.chat.choices import (
 )
 from lacre.chat.reply import Reply, TokenUsage
 from lacre.chat.stream_sync import ChatStream
-from lacre.client import BASE_URL, Client
+from lacre.client import BASE_URL, ORIGIN, Client
 from lacre.errors import (
     AlreadyUsedError,
     ApiError,
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE_URL",
+    "ORIGIN",
     "AlreadyUsedError",
     "ApiError",
     "AsyncChatStream",

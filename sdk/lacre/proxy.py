@@ -28,6 +28,7 @@ from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
 from lacre.exchange.retry import may_have_lost
 from lacre.runtime import arguments
 from lacre.runtime.served_hosts import Hosts, as_origin
+from lacre.wire import outer
 from lacre.wire.records import EVENT_STREAM
 
 try:
@@ -53,6 +54,7 @@ BODY_TIMEOUT: Final = 60.0  # seconds for a body; it comes from this machine
 # Bytes of all bodies together, until their requests end: 18 of the largest. Sealing copies a body while it sends it.
 HELD: Final = 128 * 1024 * 1024
 RETRY_AFTER: Final = 1  # seconds; there is room again as soon as a request ends
+_PASSED_ON: Final = ALLOWED_HEADERS | {outer.MODEL, outer.CEILING}
 _UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would otherwise hold back the stream to its end
 _BLANKS: Final = " \t"
 _PLAIN: Final = re.compile(r"[\t -~]*")
@@ -168,17 +170,24 @@ def _check_address(request: Request, door: ProxyAccess) -> Response | None:
 
 
 def _check_key(request: Request, door: ProxyAccess) -> Response | None:
-    sent, *others = request.headers.getlist("authorization") or [""]
-    scheme, _, key = sent.strip(_BLANKS).partition(" ")  # RFC 9110 sections 11.1 and 11.4: any case, one blank or more
-    right = hmac.compare_digest(key.lstrip(_BLANKS).encode("latin-1"), door.key.encode("latin-1"))
-    if not others and scheme.lower() == "bearer" and right:
+    bearers, keys = request.headers.getlist("authorization"), request.headers.getlist("x-api-key")  # Anthropic's is the second
+    sent = [*map(_bearer, bearers), *(key.strip(_BLANKS) for key in keys)]
+    right = [hmac.compare_digest(each.encode("latin-1"), door.key.encode("latin-1")) for each in sent]
+    if sent and all(right) and len(bearers) <= 1 and len(keys) <= 1:
         return None
     message = (
-        "Send the key that `lacre proxy` printed (or keeps in its --key-file) as a bearer token: OPENAI_API_KEY or api_key."
+        "Send the key that `lacre proxy` printed (or keeps in its --key-file) as a bearer token or as `x-api-key`: "
+        "OPENAI_API_KEY, ANTHROPIC_API_KEY or api_key."
     )
     refusal = _error(401, "invalid_api_key", message)
     refusal.headers["www-authenticate"] = "Bearer"
     return refusal
+
+
+def _bearer(sent: str) -> str:
+    """The token; empty for another scheme. RFC 9110 sections 11.1 and 11.4: any case, one blank or more."""
+    scheme, _, key = sent.strip(_BLANKS).partition(" ")
+    return key.lstrip(_BLANKS) if scheme.lower() == "bearer" else ""
 
 
 async def _forward(request: Request) -> Response:
@@ -208,7 +217,7 @@ def _passed_on(request: Request) -> list[tuple[str, str]]:
     """The headers to pass on. Raises UsageError for a header that is not plain text, or is repeated: programs read such a
     header differently.
     """
-    headers = [(name, value) for name, value in request.headers.items() if name in ALLOWED_HEADERS]
+    headers = [(name, value) for name, value in request.headers.items() if name in _PASSED_ON]
     for name, value in headers:
         if _PLAIN.fullmatch(value) is None or len(request.headers.getlist(name)) > 1:
             raise errors.UsageError(f"the header {name} must appear once, in ASCII characters: correct it, or omit it")
@@ -241,7 +250,8 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
     except errors.LacreError as exc:
         if not answer.headers.get("content-type", "").startswith(EVENT_STREAM):
             raise
-        yield b"\n\ndata: " + json.dumps(explained(exc)).encode() + b"\n\n"
+        # In the form that clients of every API here take for an error: by its name, its type, or its member `error`.
+        yield b"\n\nevent: error\ndata: " + json.dumps({"type": "error", **explained(exc)}).encode() + b"\n\n"
 
 
 def explained(error: errors.LacreError) -> dict[str, Any]:

@@ -14,12 +14,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import anthropic
 import numpy as np
 import openai
 import pytest
+from anthropic.types import ToolUseBlock
 from openai.resources.chat.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
 from openai.resources.embeddings import Embeddings
+from openai.types.responses import ResponseFunctionToolCall
 
 import lacre
 from parts.both import serving_both
@@ -404,3 +407,49 @@ class TestModels:
     def test_tokenize(self, client: openai.OpenAI, model: str) -> None:
         counted: Any = client.post("/tokenize", cast_to=object, body={"model": model, "prompt": "Two seas"})
         assert counted["count"] == len(counted["tokens"]) >= 2
+
+
+class TestOtherFaces:
+    """The same generation by `/v1/responses` and by Anthropic's `/v1/messages`."""
+
+    def test_a_response(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": CHAT_MODEL, "input": MESSAGES, "max_output_tokens": 8, "store": False, "temperature": 0}
+        answer = client.responses.create(**asked)
+        events: list[Any] = list(client.responses.create(**asked, stream=True))
+        assert answer.status == events[-1].response.status == "incomplete"
+        assert answer.usage is not None
+        assert answer.usage.output_tokens == events[-1].response.usage.output_tokens == 8
+        deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == events[-1].response.output_text != ""
+
+    def test_a_response_of_a_schema_and_of_a_call(self, client: openai.OpenAI) -> None:
+        form = {"type": "json_schema", "name": "facts", "strict": True, "schema": object_of(SALT)}
+        asked: Any = {"model": CHAT_MODEL, "input": "A sea?", "max_output_tokens": 100, "text": {"format": form}}
+        assert set(json.loads(client.responses.create(**asked).output_text)) == {*SALT}
+        tool = {"type": "function", **TIDE["function"]}
+        asked = {"model": CHAT_MODEL, "input": "Tide?", "tools": [tool], "tool_choice": "required"}
+        [called, *_] = client.responses.create(**asked).output
+        assert isinstance(called, ResponseFunctionToolCall)
+        assert (called.name, set(json.loads(called.arguments))) == ("get_tide", {*UNIT})
+
+    def test_a_message(self, both: Up) -> None:
+        tool = {"name": "get_tide", "input_schema": object_of(UNIT)}
+        said: Any = {"model": CHAT_MODEL, "messages": MESSAGES, "system": "Be brief.", "max_tokens": 8}
+        with both.client() as sealed:
+            client = anthropic.Anthropic(http_client=sealed, base_url=lacre.ORIGIN, api_key="sealed", max_retries=0)
+            answer = client.messages.create(**said)
+            with client.messages.stream(**said) as stream:
+                streamed = stream.get_final_message()
+            called = client.messages.create(
+                **{**said, "max_tokens": 100}, tools=[tool], tool_choice={"type": "tool", "name": "get_tide"}
+            )
+            counted = client.messages.count_tokens(model=CHAT_MODEL, messages=MESSAGES, system="Be brief.")
+            with pytest.raises(anthropic.NotFoundError):
+                client.messages.create(**{**said, "model": "none"})
+        assert answer.stop_reason == streamed.stop_reason == "max_tokens"
+        assert answer.usage.output_tokens == streamed.usage.output_tokens == 8
+        read = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+        assert counted.input_tokens == read
+        [block] = called.content
+        assert isinstance(block, ToolUseBlock)
+        assert (block.name, set(block.input), called.stop_reason) == ("get_tide", {*UNIT}, "tool_use")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from lacre.wire.outer import MAX_TOKENS
 
 CHAT = "/v1/chat/completions"
 ACTIONS = {
-    "chat": [f"POST {CHAT}"],
+    "chat": [f"POST {CHAT}", "POST /v1/responses", "POST /v1/messages"],
     "complete": ["POST /v1/completions"],
     "embed": ["POST /v1/embeddings"],
     "rerank": ["POST /v1/rerank"],
     "explain": ["POST /v1/explain"],
-    "inspect": ["GET /v1/models", "GET /v1/models/org/name", "POST /v1/tokenize"],
+    "inspect": ["GET /v1/models", "GET /v1/models/org/name", "POST /v1/tokenize", "POST /v1/responses/input_tokens",
+                "POST /v1/messages/count_tokens"],
     # OpenAI's way to delete a model is no mere look
     "http": ["DELETE /v1/models/name", "POST /v1/models", "get /v1/models", "GET /v1/modelsx", "GET /v1/tokenize",
              "POST /predict"],
@@ -52,6 +54,9 @@ def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool =
         (CHAT, b'{"n": 2, "max_completion_tokens": 5}', {}, "first", 10),
         (CHAT, b'{"n": 3}', {}, "first", 3 * DEFAULT_MAX_TOKENS),
         (CHAT, b'{"max_tokens": -1}', {}, "first", DEFAULT_MAX_TOKENS),
+        ("/v1/responses", b'{"max_output_tokens": 7, "max_tokens": 9}', {}, "first", 7),
+        ("/v1/messages", b'{"max_tokens": 9}', {}, "first", 9),
+        ("/v1/messages/count_tokens", b'{"max_tokens": 9}', {}, "first", NO_OUTPUT),
         ("/v1/explain", b'{"max_tokens": 9}', {}, "first", 9),
         ("/v1/explain", b'{"max_tokens": 9, "lens": true}', {}, "first", 9),
         ("/v1/explain", b'{"max_tokens": 9, "answer": "given: none is made"}', {}, "first", NO_OUTPUT),
@@ -76,9 +81,19 @@ def test_what_no_header_may_say(headers: dict[str, str]) -> None:
         prepared("/predict", **headers)
 
 
-def test_what_an_application_answers_is_left_as_it_is() -> None:
-    content = b'{"user": "ours",  "instances": []}'
+@pytest.mark.parametrize("path", ["/predict", "/v1/responses", "/v1/messages", CHAT])
+@pytest.mark.parametrize("name", ["user", "metadata", "prompt_cache_key", "safety_identifier", "user_profile_id"])
+def test_no_body_says_who_asks(path: str, name: str) -> None:
+    """Whatever the path: a server behind it reads what stands in the body."""
+    content = json.dumps({"model": "e", name: {"user_id": "u"}, "instances": []}).encode()
+    assert json.loads(prepared(path, content).plain.content) == {"model": "e", "instances": []}
+    assert prepared(path, content, keep=True).plain.content == content
+
+
+def test_what_says_nothing_of_the_caller_is_left_as_it_is() -> None:
+    content = b'{"instances":  []}'
     assert prepared("/predict", content).plain.content == content
+    assert prepared("/predict", b'["user"]').plain.content == b'["user"]'
 
 
 def test_a_look_at_the_models() -> None:
@@ -101,7 +116,7 @@ MISDIRECTED = {
     ],
     problems.UNKNOWN_PATH: [
         *((f"POST {path}", KNOWN) for path in (
-            "/v1/responses", "/v1/chat", "/v1/audio/transcriptions", "/v2/chat/completions", "/v1/models/tiny:predict",
+            "/v1/threads", "/v1/chat", "/v1/audio/transcriptions", "/v2/chat/completions", "/v1/models/tiny:predict",
         )),
         ("GET /", KNOWN),
     ],

@@ -43,12 +43,15 @@ class Proxy:
     def filled(self, text: str) -> str:
         return text.replace("{key}", self.told["api_key"]).replace("{port}", str(httpx2.URL(self.told["base_url"]).port))
 
-    def client(self, **headers: str) -> httpx2.Client:
-        """headers: beside the key's."""
-        sent = {name: self.filled(value) for name, value in ({"authorization": "Bearer {key}"} | headers).items()}
+    def client(self, **headers: str | None) -> httpx2.Client:
+        """headers: beside the key's; None for one that is not sent."""
+        wanted = {"authorization": "Bearer {key}"} | headers
+        sent = {name: self.filled(value) for name, value in wanted.items() if value is not None}
         return httpx2.Client(base_url=self.told["base_url"] + "/", headers=sent, timeout=60, trust_env=False)
 
-    def ask(self, method: str = "POST", path: str = "chat/completions", body: Any = BODY, **headers: str) -> httpx2.Response:
+    def ask(
+        self, method: str = "POST", path: str = "chat/completions", body: Any = BODY, **headers: str | None
+    ) -> httpx2.Response:
         with self.client(**headers) as client:
             return client.request(method, path, **({"content": body} if isinstance(body, bytes) else {"json": body}))
 
@@ -111,6 +114,13 @@ class TestWhatPasses:
         assert outside.headers["authorization"] == "Bearer t0ken"  # the proxy's own key goes nowhere
         assert b"the sea" not in outside.content and proxy.told["api_key"] not in str(outside.headers)
 
+    def test_what_a_body_cannot_say(self, proxy: Proxy, gateway: Gateway) -> None:
+        """Which model, and how much the answer may hold, of a path whose body nobody reads."""
+        proxy.ask(path="predict", body=b"0123", **{"lacre-model": "tiny", "lacre-max-tokens": "99"})
+        [outside] = gateway.relay.sealed
+        assert (outside.headers["lacre-action"], outside.headers["lacre-model"]) == ("http", "tiny")
+        assert outside.headers["lacre-max-tokens"] == "99"
+
     def test_pieces_pass_while_the_answer_is_still_sealed(self, proxy: Proxy, gateway: Gateway) -> None:
         """The gateway holds the later records back until the program has seen the first token."""
         seen, lines = threading.Event(), []
@@ -149,7 +159,7 @@ class TestWhatPasses:
         ("method", "path", "refusal", "allow"),
         [
             ("POST", "chat/completions/", (404, "path-form"), None),
-            ("POST", "responses", (404, "unknown-path"), None),
+            ("POST", "threads", (404, "unknown-path"), None),
             ("POST", "models", (405, "wrong-method"), "GET"),
         ],
     )
@@ -191,13 +201,19 @@ class TestWhoGetsIn:
             *(({"host": host}, 200) for host in LOOPBACK),
             *(({"authorization": key}, 401) for key in NO_KEY),
             *(({"authorization": key}, 200) for key in ("bearer {key}", "BEARER {key}", "Bearer   {key}")),  # RFC 9110, 11.1
+            # what clients of Anthropic's API send, alone or beside the bearer
+            ({"authorization": None, "x-api-key": "{key}"}, 200),
+            ({"x-api-key": "{key}"}, 200),
+            ({"x-api-key": "wrong"}, 401),
+            ({"authorization": "Bearer x", "x-api-key": "{key}"}, 401),
+            ({"authorization": None, "x-api-key": "Bearer {key}"}, 401),
             *(({"origin": page}, 403) for page in ("http://evil.example", "null", "http://localhost:3001", "")),
             ({"origin": PAGE}, 200),
             ({"origin": PAGE, "authorization": "Bearer x"}, 401),
         ],
         ids=str,
     )
-    def test_by_its_headers(self, proxy: Proxy, gateway: Gateway, headers: dict[str, str], status: int) -> None:
+    def test_by_its_headers(self, proxy: Proxy, gateway: Gateway, headers: dict[str, str | None], status: int) -> None:
         answer = proxy.ask(**headers)
         assert answer.status_code == status
         assert (answer.headers.get("access-control-allow-origin") == PAGE) == (headers.get("origin") == PAGE)

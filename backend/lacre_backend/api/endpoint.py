@@ -79,7 +79,7 @@ class Endpoint(Generic[Asked]):
             generation.submit()
             answer = Answer(generation, usage, face.writer(request, reply), face.reader(served, request))
             if request.stream:
-                progress = Progress.of(request, scope, usage)
+                progress = Progress.of(request, scope, usage) if face.marked else None
                 headers = () if progress is None else ((DIGEST.encode(), model.digest.encode()),)
                 await answer.stream(EventStream(send, headers), progress)
             else:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from lacre.client._sync import Client
 from lacre.client.manifest import fetch_manifest
 from lacre.client.settings import BASE_URL, DEFAULT_RESUMES, DEFAULT_TIMEOUT, EventHooks
+from lacre.exchange.call import ORIGIN
 
 if TYPE_CHECKING:
     from lacre.client._async import AsyncClient
 
-__all__ = ["BASE_URL", "DEFAULT_RESUMES", "DEFAULT_TIMEOUT", "AsyncClient", "Client", "EventHooks", "fetch_manifest"]
+__all__ = ["BASE_URL", "DEFAULT_RESUMES", "DEFAULT_TIMEOUT", "ORIGIN", "AsyncClient", "Client", "EventHooks", "fetch_manifest"]
 
 Client.__module__ = __name__  # its public place, for its representation and for errors
 

@@ -16,11 +16,15 @@ from lacre.problems import Problem
 # As `lacre.exchange.request.action_of` has them.
 METHODS: Final[dict[str, str]] = {
     "/v1/chat/completions": "POST",
+    "/v1/responses": "POST",
+    "/v1/messages": "POST",
     "/v1/completions": "POST",
     "/v1/embeddings": "POST",
     "/v1/rerank": "POST",
     "/v1/explain": "POST",
     "/v1/tokenize": "POST",
+    "/v1/responses/input_tokens": "POST",
+    "/v1/messages/count_tokens": "POST",
     "/v1/models": "GET",
 }
 _MODEL: Final = "/v1/models/"  # followed by a model's name

@@ -1,7 +1,7 @@
 """The content of a sealed request: the application's request without anything that says who asks.
 
 Headers are taken by allow-list. `Authorization`, cookies, `User-Agent`, `X-Stainless-*` and trace context never go in. Of a
-JSON body, `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are dropped unless the caller insists.
+JSON body, for whatever path, the members in `IDENTIFYING_FIELDS` are dropped unless the caller insists.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ NO_OUTPUT: Final = 1  # the least value of `Lacre-Max-Tokens`, for actions whose
 # The last one says how many bytes of a body are JSON, before tensors in binary form (the Open Inference Protocol). It describes
 # the content as its type does.
 ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK, "inference-header-content-length"})
-# OpenAI's fields that say who asks. `prompt_cache_key` replaces `user` and is a lasting pseudonym; here the salt does its work,
-# and the salt changes every hour.
-IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+# Fields of OpenAI's and Anthropic's APIs that say who asks. `prompt_cache_key` replaces `user` and is a lasting pseudonym; here
+# the salt does its work, and the salt changes every hour.
+IDENTIFYING_FIELDS: Final = (
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "client_metadata", "user_profile_id", "workspace_id",
+)  # fmt: skip
 # Sealing adds the key encapsulation, a tag for each chunk, headers and padding: less than this together.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
@@ -33,13 +35,15 @@ LENS: Final = "lens"  # an explanation that also shows the layers, which needs a
 # The actions that run a model, each with its path. Of `/v1/explain`, the body may make it `LENS`.
 _RUNS: Final = {
     "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
     "/v1/completions": "complete",
     "/v1/embeddings": "embed",
     "/v1/rerank": "rerank",
     "/v1/explain": EXPLAIN,
 }
 _MODELS: Final = "/v1/models"
-_TOKENIZE: Final = "/v1/tokenize"
+_COUNTS: Final = frozenset({"/v1/tokenize", "/v1/responses/input_tokens", "/v1/messages/count_tokens"})
 _WITHOUT_OUTPUT: Final = frozenset({"embed", "rerank", "inspect"})
 
 
@@ -49,7 +53,7 @@ def action_of(method: str, path: str) -> str:
     """
     if method == "GET" and (path == _MODELS or path.startswith(_MODELS + "/")):
         return "inspect"
-    if method == "POST" and path == _TOKENIZE:
+    if method == "POST" and path in _COUNTS:
         return "inspect"
     return _RUNS.get(path, "http")
 
@@ -94,31 +98,39 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     if len(plain.content) > MAX_CONTENT:
         raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
     action = action_of(plain.method, plain.path.partition("?")[0])
-    body = object_in(plain.content) if action != "http" else None
+    body = object_in(plain.content)
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
     # Headers for a request whose body cannot say it: the model, and how much the answer may hold.
     default_model = headers.get(outer.MODEL, models[0] if models else "")
-    if action == "http":
-        return Prepared(allowed, action, _named(default_model), _asked(headers.get(outer.CEILING)))
     if body is None:
         ceiling = NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS
+        ceiling = _asked(headers.get(outer.CEILING)) if action == "http" else ceiling
         return Prepared(allowed, action, _named(default_model), ceiling)
     dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS
     sealed_body = {name: value for name, value in body.items() if name not in dropped}
+    if action == "http":
+        return Prepared(
+            _with_body(allowed, body, sealed_body), action, _named(default_model), _asked(headers.get(outer.CEILING))
+        )
     if sealed_body.get("model") is None:
         sealed_body["model"] = default_model
     elif not isinstance(sealed_body["model"], str):
         raise UsageError(
             "`model` is not a string: pass a name that `client.models()` lists, or omit it for the pool's first model"
         )
-    if sealed_body != body:
-        allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
     given = action == EXPLAIN and isinstance(sealed_body.get("answer"), str)  # nothing is left to generate
     if action == EXPLAIN and sealed_body.get(LENS) is True:
         action = LENS
     ceiling = NO_OUTPUT if given or action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
-    return Prepared(allowed, action, _named(sealed_body["model"]), ceiling)
+    return Prepared(_with_body(allowed, body, sealed_body), action, _named(sealed_body["model"]), ceiling)
+
+
+def _with_body(plain: Plain, given: dict[str, Any], sealed: dict[str, Any]) -> Plain:
+    """A body of which nothing changes keeps its bytes."""
+    if sealed == given:
+        return plain
+    return replace(plain, content=json.dumps(sealed, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def _named(model: str) -> str:
@@ -140,7 +152,7 @@ def _ceiling(body: dict[str, Any]) -> int:
     """Output tokens over all choices; of a resumed answer, those that remain. A value that is not a count passes unchanged: the
     model's server refuses it.
     """
-    asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
+    asked = (body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"))
     each = next((value for value in asked if _is_count(value)), DEFAULT_MAX_TOKENS)
     each = max(each - _begun(body), 1)
     choices = body.get("n")

@@ -24,6 +24,7 @@ class Chat(Face[ChatCompletionRequest]):
     action = "chat"
     prompt_param = "messages"
     prefix = "chatcmpl-"
+    marked = True
 
     def parse(self, body: bytes) -> ChatCompletionRequest:
         return parse_chat(body)

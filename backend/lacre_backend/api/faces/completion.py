@@ -23,6 +23,7 @@ class Completion(Face[CompletionRequest]):
     action = "complete"
     prompt_param = "prompt"
     prefix = "cmpl-"
+    marked = True
 
     def parse(self, body: bytes) -> CompletionRequest:
         return parse_completion(body)

@@ -64,12 +64,13 @@ class AnswerWriter(Protocol):
 
 class Face(ABC, Generic[Asked]):
     """One API's way to ask for a generation. prompt_param: its field that holds the prompt, for errors. prefix: of an answer's
-    id.
+    id. marked: whether its streams carry marks with which a client resumes them (`lacre.exchange.resume_marks`).
     """
 
     action: ClassVar[str]
     prompt_param: ClassVar[str]
     prefix: ClassVar[str]
+    marked: ClassVar[bool] = False
 
     @abstractmethod
     def parse(self, body: bytes) -> Asked:

@@ -53,7 +53,6 @@ _INCLUDED: Final = frozenset({_LOGPROBS, "reasoning.encrypted_content"})
 _TOLD: Final = ("instructions", "metadata", "tools", "tool_choice", "text", "reasoning")
 _TEXTS: Final = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 INPUT: Final = "input"  # the argument of a custom tool
-_ONE_TEXT: Final = {"type": "object", "additionalProperties": False}
 _ID = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 # Members that the API adds to its items.
 _ADDED: Final = frozenset({"id", "status", "caller", "async", "phase"})
