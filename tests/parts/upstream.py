@@ -36,7 +36,7 @@ def _with(servers: str, more: str, of_chat: str = "") -> Upstream:
         name = "writer"
         known_as = "/models/writer.gguf"
         allow = ["POST {CHAT}", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/rerank",
-                 "POST /v1/explain"]
+                 "POST /v1/explain", "POST /v1/responses", "POST /v1/messages"]
         {of_chat}
         [[models]]
         name = "encoder"

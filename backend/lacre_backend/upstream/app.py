@@ -21,10 +21,12 @@ from lacre.evidence.receipts import UNIT, units
 from lacre.runtime.json_objects import object_in
 from lacre.wire.records import EVENT_STREAM
 from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_found
+from lacre_backend.api.faces.refused import refused_at
 from lacre_backend.api.http import EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.registry import SALT_HEADER
 from lacre_backend.api.requests import MAX_BODY
 from lacre_backend.upstream import bodies, counts, events, refusals
+from lacre_backend.upstream.faces import FACES, UpstreamFace
 from lacre_backend.upstream.fields import Headers
 from lacre_backend.upstream.origin import UpstreamRequest, UpstreamResponse
 from lacre_backend.upstream.origins import Origins
@@ -55,7 +57,7 @@ class _Forward:
             body = await read_body(receive, MAX_BODY)
             await until_disconnect(receive, self._answer(scope, body, send))
         except RequestRefused as refusal:
-            await send_json(send, refusal.status, refusal.body())
+            await send_json(send, refusal.status, refused_at(_path(scope), refusal))
         except Disconnected:
             return
 
@@ -99,28 +101,34 @@ class _Forward:
 
     async def _speak(self, scope: Scope, body: bytes, send: Send, call: Call, model: UpstreamModel) -> None:
         fixed = {**model.fixed, **self._salt(scope, model)}
-        ready = bodies.ready(body, call, model.known_as or model.name, frozenset(model.members), fixed)
+        face = FACES.get(_path(scope))
+        ready = bodies.ready(body, call, model.known_as or model.name, frozenset(model.members), fixed, face=face)
         headers = [(b"content-type", _JSON), (b"accept", _EVENT_STREAM if ready.stream else _JSON)]
         async with self._origins.ask(UpstreamRequest(scope["method"], _path(scope), headers, ready.content)) as answer:
             if answer.status >= 400:
                 return await _tell_error(answer, send)
             if not ready.stream:
-                return await send_json(send, 200, await self._whole(answer, call, model))
+                return await send_json(send, 200, await self._whole(answer, call, model, face))
             if answer.media_type != _EVENT_STREAM:
                 raise refusals.unusable("does not stream")
             out = EventStream(send)
             try:
-                await events.relay(answer.pieces, out, call, model.name, tell_usage=ready.tell_usage)
+                if face is None:
+                    await events.relay(answer.pieces, out, call, model.name, tell_usage=ready.tell_usage)
+                else:
+                    await events.relay_face(answer.pieces, out, call, model.name, face)
             except RequestRefused as refusal:
                 if not out.started:
                     raise
-                await out.broken(refusal.body())
+                await out.broken(refused_at(_path(scope), refusal), None if face is None else "error")
 
-    async def _whole(self, answer: UpstreamResponse, call: Call, model: UpstreamModel) -> dict[str, Any]:
+    async def _whole(
+        self, answer: UpstreamResponse, call: Call, model: UpstreamModel, face: UpstreamFace | None
+    ) -> dict[str, Any]:
         document = object_in(await _read(answer.pieces))
         if document is None:
             raise refusals.unusable("does not answer with a JSON object")
-        counts.take(call, document.get("usage"))
+        counts.take(call, document.get("usage") if face is None else face.counts(face.usage(document)))
         return {**document, "model": model.name}
 
     def _salt(self, scope: Scope, model: UpstreamModel) -> dict[str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from lacre.asgi import Call
 from lacre.exchange.request import IDENTIFYING_FIELDS
 from lacre_backend.api.errors import RequestRefused, grant_mismatch
 from lacre_backend.api.requests import OWN_IDS, check_token_ids
+from lacre_backend.upstream.faces import UpstreamFace
 
 _SAMPLING: Final = frozenset(
     {
@@ -55,15 +56,24 @@ class UpstreamBody:
     tell_usage: bool = False
 
 
-def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed: Mapping[str, object]) -> UpstreamBody:
+def ready(
+    content: bytes,
+    call: Call,
+    known_as: str,
+    also: frozenset[str],
+    fixed: Mapping[str, object],
+    *,
+    face: UpstreamFace | None = None,
+) -> UpstreamBody:
     """call: with an action in `ACTIONS`. known_as: the model's name there. also: further members to forward. fixed: members
-    that the operator sets.
+    that the operator sets. face: of a chat in another API's words.
 
     Raises RequestRefused.
     """
     body = _object(content)
     action = str(call.action)
-    for name in body.keys() - _MEMBERS[action] - _EVERYWHERE - also:
+    members = _MEMBERS[action] if face is None else face.members | {"stream_options"}
+    for name in body.keys() - members - _EVERYWHERE - also:
         raise RequestRefused(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
     if not isinstance(body.get("model"), str):
         raise RequestRefused("Invalid type for 'model': expected a string.", code="invalid_type", param="model")
@@ -73,8 +83,13 @@ def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed
     stream = tell_usage = False
     if action == "embed":
         check_token_ids(body.get("input"), body.pop(OWN_IDS, None))
-    if action in _GENERATE:
-        _bound(body, call, several="n" in also)
+    if face is not None:
+        _bound(body, call, (face.limit,), several=False)
+        stream, _ = _streaming(body)
+        body.pop("stream_options", None)  # usage comes unasked
+        body |= face.fixed
+    elif action in _GENERATE:
+        _bound(body, call, _LIMITS, several="n" in also)
         stream, tell_usage = _streaming(body)
     return UpstreamBody(json.dumps({**body, **fixed}, separators=(",", ":"), allow_nan=False).encode(), stream, tell_usage)
 
@@ -100,8 +115,10 @@ def _finite(text: str) -> float:
     return number
 
 
-def _bound(body: dict[str, Any], call: Call, *, several: bool) -> None:
-    """Sets the output limit of each choice. several: whether there may be more than one."""
+def _bound(body: dict[str, Any], call: Call, limits: Sequence[str], *, several: bool) -> None:
+    """Sets the output limit of each choice. limits: the members that say it; the last is always set. several: whether there may
+    be more than one.
+    """
     choices = _count(body, "n", 1) * _prompts(body.get("prompt"))
     if choices > 1 and not several:
         raise RequestRefused(
@@ -110,15 +127,13 @@ def _bound(body: dict[str, Any], call: Call, *, several: bool) -> None:
             param="n",
         )
     granted = call.max_tokens or 0
-    asked = [_count(body, name, granted) for name in _LIMITS if body.get(name) is not None]
+    asked = [_count(body, name, granted) for name in limits if body.get(name) is not None]
     each = min(asked, default=granted // choices)
     if each * choices > granted or each < 1:
         raise grant_mismatch(
-            f"The request asks for {choices} x {max(each, 1)} output tokens, but was granted {granted}.", "max_tokens"
+            f"The request asks for {choices} x {max(each, 1)} output tokens, but was granted {granted}.", limits[-1]
         )
-    body["max_tokens"] = each
-    if "max_completion_tokens" in body:
-        body["max_completion_tokens"] = each
+    body |= {name: each for name in limits if name in body or name == limits[-1]}
 
 
 def _prompts(prompt: object) -> int:

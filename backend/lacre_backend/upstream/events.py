@@ -17,6 +17,7 @@ from lacre.exchange.event_blocks import DONE, MAX_EVENT, EventBlocks, data_of
 from lacre.runtime.json_objects import object_in
 from lacre_backend.api.http import EventStream
 from lacre_backend.upstream import counts, refusals
+from lacre_backend.upstream.faces import UpstreamFace
 
 
 async def relay(pieces: AsyncIterator[bytes], out: EventStream, call: Call, name: str, *, tell_usage: bool) -> None:
@@ -40,6 +41,29 @@ async def relay(pieces: AsyncIterator[bytes], out: EventStream, call: Call, name
                 counted = True
             if (told := _told(event, name, tell_usage=tell_usage)) is not None:
                 await out.event(told)
+        if len(blocks.pending) > MAX_EVENT:
+            raise refusals.unusable("sends an event that is too long")
+    raise refusals.broken()
+
+
+async def relay_face(pieces: AsyncIterator[bytes], out: EventStream, call: Call, name: str, face: UpstreamFace) -> None:
+    """As `relay`, for an API whose events have names and whose last one is an event like the others."""
+    blocks, seen, usage = EventBlocks(), 0, dict[str, Any]()
+    async for piece in pieces:
+        for data in filter(None, map(data_of, blocks.feed(piece))):
+            event = _object(data)
+            if face.fails(event):
+                raise refusals.broken()
+            if face.says_something(event):
+                seen += 1
+                counts.count_event(call, seen)
+            usage |= face.usage(event)
+            whole = face.ends(event)
+            if whole:
+                counts.take(call, face.counts(usage))
+            await out.event(face.renamed(event, name), name=str(event.get("type")))
+            if whole:
+                return await out.done(b"")
         if len(blocks.pending) > MAX_EVENT:
             raise refusals.unusable("sends an event that is too long")
     raise refusals.broken()

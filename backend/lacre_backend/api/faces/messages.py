@@ -57,10 +57,11 @@ class Messages(Face[MessagesRequest]):
         return MessageWriter(reply)
 
     def refused(self, refusal: RequestRefused) -> dict[str, Any]:
-        return _error(refusal)
+        return message_error(refusal)
 
 
-def _error(refusal: RequestRefused) -> dict[str, Any]:
+def message_error(refusal: RequestRefused) -> dict[str, Any]:
+    """Anthropic's error object. It has no field for the parameter, so the message names it."""
     kind = _ERRORS.get(refusal.status, "api_error" if refusal.status >= 500 else "invalid_request_error")
     field = "" if refusal.param is None or refusal.param in str(refusal) else f"{refusal.param}: "
     return {"type": "error", "error": {"type": kind, "message": f"{field}{refusal}"}}
@@ -155,7 +156,7 @@ class MessageWriter:
         yield _event("message_stop")
 
     def broken(self, refusal: RequestRefused) -> ServerEvent:
-        return ServerEvent(_error(refusal), "error")
+        return ServerEvent(message_error(refusal), "error")
 
     def _begin(self, block: dict[str, Any]) -> Iterator[ServerEvent]:
         yield from self._close()
