@@ -1,7 +1,7 @@
 """The content of a sealed request: the application's request without anything that says who asks.
 
 Headers are taken by allow-list. `Authorization`, cookies, `User-Agent`, `X-Stainless-*` and trace context never go in. Of a
-JSON body, for whatever path, the members in `IDENTIFYING_FIELDS` are dropped unless the caller insists.
+JSON body, for any path, the members in `IDENTIFYING_FIELDS` are dropped unless the caller insists.
 """
 
 from __future__ import annotations

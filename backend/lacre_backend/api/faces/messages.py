@@ -68,7 +68,7 @@ def message_error(refusal: RequestRefused) -> dict[str, Any]:
 
 
 def _usage(spent: Usage) -> dict[str, int]:
-    """Here the input tokens are those that were read anew. The three kinds together are the prompt."""
+    """Here the input tokens are those that no cache had. The three kinds together are the prompt."""
     return {
         "input_tokens": spent.prompt_tokens - spent.cached_tokens,
         "cache_creation_input_tokens": 0,
