@@ -1,39 +1,33 @@
 """The `lacre` sub-commands that provision and run a local Lacre, and change its keys.
 
-`up`, `demo`, `token`, `keys`, `signer`, `root`, `fabric`, `manifest publish`.
+`token`, `keys`, `signer`, `root`, `fabric`, `manifest publish`; `up` and `demo` are in `start_commands`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shlex
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from lacre.cli import manifest_app
-from lacre.cli.output import AsJson, printable, say_table, waiting
+from lacre.cli.output import AsJson, say_table, waiting
 from lacre.runtime import tasks
+from lacre_fabric.operate.start_commands import RotateHours, State, demo, up
 
 if TYPE_CHECKING:  # imported in the command that needs it
     from lacre_fabric.keys.generations import Generation
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.operate.rotation import Rotated
     from lacre_fabric.operate.site import Site
-
-MAX_WORKERS: Final = 16  # for `lacre up`: each worker keeps its models and caches in this machine's memory
-
-State = Annotated[Path | None, typer.Option(help="The state folder. Default: $XDG_STATE_HOME/lacre.")]
 
 Pools = Annotated[list[str] | None, typer.Option(help="A pool; may be repeated. Default: all pools.")]
 Grace = Annotated[
@@ -44,18 +38,6 @@ KmsAddress = Annotated[
     str | None,
     typer.Option(help="For a new state: the address of the key that wraps the pools' keys (docs/kms.md).", metavar="ADDRESS"),
 ]
-OpeningKms = Annotated[
-    str | None,
-    typer.Option(
-        help="The address of the key that opens sealed models and wraps the pools' keys (docs/kms.md). Default: the state's.",
-        metavar="ADDRESS",
-    ),
-]
-AsShipped = Annotated[
-    bool, typer.Option("--as-shipped", help="Serve the default model's own file, not the type that is the fastest here.")
-]
-RotateHours = Annotated[float, typer.Option(help="Hours between rotations of the pools' keys; 0: never.", min=0)]
-
 token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
 keys_app = typer.Typer(name="keys", help="The keys of a state folder, and those of its pools.", no_args_is_help=True)
 signer_app = typer.Typer(name="signer", help="The key that signs manifests.", no_args_is_help=True)
@@ -74,97 +56,6 @@ def register(app: typer.Typer) -> None:
     if find_spec("fastapi") is not None and find_spec("llama_cpp") is not None:
         app.command()(up)
         app.command()(demo)
-
-
-def up(
-    state: State = None,
-    port: Annotated[int, typer.Option(help="The gateway's port; 0 picks a free one.", min=0, max=65535)] = 8321,
-    model: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A GGUF file, plain or sealed, or the default model's name; may be repeated. Default: what this state served "
-            "last, or the default model."
-        ),
-    ] = None,
-    signer: Annotated[
-        list[Path] | None,
-        typer.Option(help="A public key (PEM) that must have signed the models; may be repeated: one of them suffices."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="A LoRA adapter of the model, served as MODEL:NAME; may be repeated.", metavar="NAME=FILE"),
-    ] = None,
-    workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
-    rotate_hours: RotateHours = 24.0,
-    kms: OpeningKms = None,
-    as_shipped: AsShipped = False,
-) -> None:
-    """Run a complete Lacre on this machine: keys, NATS server, gateway and workers. Ctrl-C stops it.
-
-    A worker that dies is restarted.
-    """
-    from lacre_fabric.operate.rotation import Schedule
-    from lacre_fabric.operate.up import default_state, running, until_signalled
-
-    folder = (state or default_state()).resolve()
-    schedule = Schedule(every=rotate_hours * 3600 or None)
-    # Keep symbolic links: in some model stores the link has the model's name and the target only a digest.
-    files = [Path(os.path.normpath(path.absolute())) for path in model or []]
-    adapters = dict(_adapter(each) for each in adapter or [])
-
-    def tell(line: str) -> None:
-        with suppress(OSError):  # nobody reads the output; keep running
-            typer.secho(printable(line), dim=True, err=True)  # one unbroken line, so that it can be copied
-
-    async def run() -> None:
-        with ExitStack() as starting:
-            starting.enter_context(waiting("starting a NATS server, a gateway and workers"))
-            signers = [key.resolve() for key in signer or []]
-            everything = running(
-                folder,
-                port,
-                files,
-                signers=signers,
-                adapters=adapters,
-                schedule=schedule,
-                kms=kms,
-                workers=workers,
-                as_shipped=as_shipped,
-                tell=tell,
-            )
-            async with everything as (live, supervisor):
-                starting.close()
-                typer.echo(f"ready {live.connection_string}")
-                tell(f"In another shell:  . {shlex.quote(str(live.site.folder / 'env'))} && lacre chat")
-                await supervisor.watch()
-
-    asyncio.run(until_signalled(run()))
-
-
-def _adapter(said: str) -> tuple[str, Path]:
-    from lacre.errors import SettingsError
-
-    name, _, file = said.partition("=")
-    if not name or not file:
-        raise SettingsError(f"--adapter {said}: write NAME=FILE, for example legal=legal.gguf")
-    return name, Path(os.path.normpath(Path(file).absolute()))
-
-
-def demo(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-    as_shipped: AsShipped = False,
-) -> None:
-    """Start everything in a temporary state, and show one sealed chat from both sides."""
-    from lacre_fabric.operate import demo as show
-    from lacre_fabric.operate.up import until_signalled
-
-    async def run() -> None:
-        result = await show.demo(Console(stderr=as_json), as_shipped=as_shipped)
-        if as_json:
-            typer.echo(show.as_json(result))
-
-    if (number := asyncio.run(until_signalled(run()))) is not None:
-        raise typer.Exit(128 + number)  # as shells report a signal
 
 
 @token_app.command("issue")
