@@ -132,6 +132,19 @@ def test_short_and_long_prompts_do_not_wait_for_each_other() -> None:
     assert driver.left["long"] == 0
 
 
+def test_the_end_of_a_long_prompt_stalls_nobody_either() -> None:
+    """What is left of it becomes as short as a short prompt, and is read in shares all the same."""
+    driver = Driver()
+    driver.submit("stream", [6] * 4, output=60)
+    driver.step()
+    driver.submit("long", [5] * 100, output=1)
+    read = []
+    while driver.left["long"]:
+        read += [len(segment.tokens) for segment in driver.step().segments if segment.task == "long"]
+    assert sum(read) == 100
+    assert max(read) <= SPLIT.share
+
+
 # The choices of one request
 
 ALL = pytest.mark.parametrize("limits", [SPLIT, TIGHT, WHOLE], ids=["split", "unified", "recurrent"])

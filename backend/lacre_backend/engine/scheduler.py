@@ -262,6 +262,7 @@ class Scheduler:
             if common < task.choices.length:
                 task.choices.reader = task
         task.cached = found if task.cached is None else task.cached
+        task.long = unread(slot) > self.limits.burst
         while self.free_cells < need and self._evict():
             pass
         return True
@@ -421,8 +422,8 @@ class Scheduler:
         # A task that waits for something other than a step has nothing left to read.
         reading = sorted((s for s in slots if s.index not in segments and unread(s) > 0), key=self._next_to_read)
         others = generating > 0 or any(slot.generating for slot in self._slots)
-        short = [slot for slot in reading if unread(slot) <= self.limits.burst]
-        long = [slot for slot in reading if unread(slot) > self.limits.burst]
+        short = [slot for slot in reading if slot.task is not None and not slot.task.long]
+        long = [slot for slot in reading if slot.task is not None and slot.task.long]
         room = self.limits.burst if others else self.limits.chunk
         left = self._read(short, room, segments)
         # While nothing is generated, a whole chunk stalls no task, but short prompts may come at every step.

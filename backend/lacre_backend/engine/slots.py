@@ -15,7 +15,7 @@ from lacre_backend.engine.turns import Fair
 class QueuedTask:
     """A task from submission to its end, in the queue or in a slot."""
 
-    __slots__ = ("adapter", "cached", "choices", "fair", "generated", "id", "number", "scope", "slot", "tokens")
+    __slots__ = ("adapter", "cached", "choices", "fair", "generated", "id", "long", "number", "scope", "slot", "tokens")
 
     def __init__(
         self, task_id: str, tokens: Tokens, scope: bytes | None, fair: Fair, choices: Choices[QueuedTask] | None
@@ -28,6 +28,7 @@ class QueuedTask:
         self.choices = choices  # of its request, if it has several
         self.generated = 0
         self.cached: int | None = None  # tokens found in the cache at the first admission
+        self.long = False  # whether its prompt is read in shares, to its last token, while others generate
         self.slot: CacheSlot | None = None
         self.number = 0  # of the admission; the age order of running tasks
 
