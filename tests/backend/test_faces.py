@@ -85,6 +85,9 @@ def without_ids(value: Any) -> Any:
 
 # Responses
 
+CALLED = {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"}
+RESULT = {"type": "function_call_output", "call_id": "c", "output": "rain"}
+
 
 def responses_body(**members: Any) -> dict[str, Any]:
     return {"model": "scripted", "input": "Hi", "tools": [{"type": "function", **FUNCTION}], **members}
@@ -212,6 +215,15 @@ async def test_custom_and_namespaced_tools_come_back_as_they_were_offered() -> N
         ({"input": [{"role": "user", "content": [3]}]}, "input[0].content[0]"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
+        ({"input": [CALLED]}, "input"),
+        ({"input": [CALLED, {"role": "user", "content": "x"}, RESULT]}, "input"),
+        ({"input": [CALLED, {**CALLED, "call_id": "d"}, RESULT, {"role": "assistant", "content": "x"}]}, "input"),
+        ({"input": [RESULT]}, "input[0].call_id"),
+        ({"input": [CALLED, RESULT, RESULT]}, "input[2].call_id"),
+        ({"input": [{**CALLED, "namespace": "n" * 128}, RESULT]}, "input[0].name"),
+        ({"input": [{**CALLED, "namespace": "a b"}, RESULT]}, "input[0].namespace"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"metadata": {"k": "x" * 513}}, "metadata.k"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),

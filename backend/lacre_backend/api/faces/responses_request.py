@@ -22,6 +22,7 @@ from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
 from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest
+from lacre_backend.api.tools.format import MAX_NAME
 from lacre_backend.api.tools.request import MAX_ID, MAX_TOOLS, ToolName
 
 _STATELESS: Final = "Nothing is stored here: send the whole history as 'input'."
@@ -54,6 +55,9 @@ _TOLD: Final = ("instructions", "metadata", "tools", "tool_choice", "text", "rea
 _TEXTS: Final = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 INPUT: Final = "input"  # the argument of a custom tool
 _ID = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+MAX_METADATA: Final = 16  # OpenAI's, and so are the lengths; an answer repeats them
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
 # Members that the API adds to its items.
 _ADDED: Final = frozenset({"id", "status", "caller", "async", "phase"})
 
@@ -79,7 +83,7 @@ class _Call(_Item):
     type: Literal["function_call"]
     call_id: _ID
     name: ToolName
-    namespace: str | None = None
+    namespace: ToolName | None = None
     arguments: str
 
 
@@ -87,7 +91,7 @@ class _CustomCall(_Item):
     type: Literal["custom_tool_call"]
     call_id: _ID
     name: ToolName
-    namespace: str | None = None
+    namespace: ToolName | None = None
     input: str
 
 
@@ -208,7 +212,7 @@ class _Body(Parsed):
     tool_choice: Any = None
     text: _Text | None = None
     reasoning: _Effort | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[_Key, _Value], Field(max_length=MAX_METADATA)] | None = None
     stream_options: _StreamOptions | None = None
 
 
@@ -238,12 +242,14 @@ def parse_responses(body: bytes) -> ResponsesRequest:
     for i, name in enumerate(read.include):
         if name not in _INCLUDED:
             raise RequestRefused(f"This server has no '{name}' to include.", code="unsupported_value", param=f"include[{i}]")
+    items = list(_items(read.input))
+    _check_calls(items)
     functions, names = _tools(read.tools)
     request = validated(
         ResponsesRequest,
         {
             **same,
-            "messages": [*_instructions(read.instructions), *_messages(list(_items(read.input)))],
+            "messages": [*_instructions(read.instructions), *_messages(items)],
             "max_tokens": read.max_output_tokens,
             "tools": functions,
             "tool_choice": _choice(read.tool_choice),
@@ -291,9 +297,35 @@ def _items(given: Any) -> Iterator[_Read]:
                 f"Items of this type are not supported: '{kind}'.", code="unsupported_value", param=f"{path}.type"
             )
         read = validated(_KINDS[kind], item, at=path)
+        if isinstance(read, _Call | _CustomCall):
+            _check_name(_flat(read.namespace, read.name), f"{path}.name")
         for name in ("content", "output", "summary"):
             _text(getattr(read, name, None) or (), f"{path}.{name}")  # texts alone
         yield read
+
+
+def _check_name(name: str, at: str) -> None:
+    if len(name) > MAX_NAME:
+        raise RequestRefused(f"The tool '{name}' has too long a name with its namespace.", param=at)
+
+
+def _check_calls(items: Sequence[_Read]) -> None:
+    """Each call has its output behind it, before anything else is said, and each output its call. Raises `RequestRefused`."""
+    waiting: list[str] = []
+    begun = False  # an output has come for one of them
+    for i, item in enumerate(items):
+        if isinstance(item, _Output):
+            if item.call_id not in waiting:
+                raise RequestRefused(f"The output for '{item.call_id}' answers no call before it.", param=f"input[{i}].call_id")
+            waiting.remove(item.call_id)
+            begun = True
+            continue
+        if waiting and (begun or (isinstance(item, _Said) and item.role != "assistant")):
+            break
+        begun = False
+        waiting += [item.call_id] if isinstance(item, _Call | _CustomCall) else []
+    if waiting:
+        raise RequestRefused(f"The call '{waiting[0]}' has no output behind it.", param="input")
 
 
 def _text(parts: Sequence[Any], at: str = "") -> str:
@@ -370,8 +402,7 @@ def _tools(given: Sequence[Any]) -> tuple[list[dict[str, Any]], ToolNames]:
         else:
             shape = {"name": name, "description": read.description, "parameters": read.parameters, "strict": read.strict}
             functions.append({"type": "function", "function": shape})
-        if len(name) > 128:
-            raise RequestRefused(f"The tool '{name}' has too long a name with its namespace.", param=f"{path}.name")
+        _check_name(name, f"{path}.name")
     return functions, ToolNames(custom=frozenset(custom), spaces=spaces)
 
 
