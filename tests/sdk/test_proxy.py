@@ -401,10 +401,12 @@ class TestStarting:
             process.stderr.readline()  # it was told by then
             process.terminate()
             told = process.stdout.read()
-        script = f'{told}\nprintf "%s %s" "$OPENAI_BASE_URL" "$OPENAI_API_KEY"'
+        names = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY")
+        script = f'{told}\nprintf "%s %s %s %s" ' + " ".join(f'"${name}"' for name in names)
         read = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout
-        url, key = read.split(" ")
-        assert url.startswith("http://127.0.0.1:") and url.endswith("/v1")
+        url, key, origin, same = read.split(" ")
+        assert url.startswith("http://127.0.0.1:") and url == f"{origin}/v1"
+        assert key == same
         assert len(key) >= 32 and (not folder or key == file.read_text().strip())
 
     def test_a_gateway_that_it_cannot_reach(self, gateway: Gateway, tmp_path: Path) -> None:

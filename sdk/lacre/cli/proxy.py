@@ -137,12 +137,21 @@ async def _serve(
 
 
 def _as_shell(base_url: str, key: str, key_file: Path | None) -> str:
-    url = shell.exported("OPENAI_BASE_URL", base_url)
-    if key_file is None:
-        return f"{url}\n{shell.exported('OPENAI_API_KEY', key)}"
-    return f'{url}\nexport OPENAI_API_KEY="$(cat {shell.quoted(str(key_file.resolve()))})"'
+    lines = [
+        shell.exported("OPENAI_BASE_URL", base_url),
+        shell.exported("ANTHROPIC_BASE_URL", _origin(base_url)),
+    ]
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        read = None if key_file is None else f'export {name}="$(cat {shell.quoted(str(key_file.resolve()))})"'
+        lines.append(read or shell.exported(name, key))
+    return "\n".join(lines)
 
 
 def _as_json(base_url: str, key: str, key_file: Path | None) -> str:
     shown = {"api_key": key} if key_file is None else {"key_file": str(key_file.resolve())}
-    return json.dumps({"base_url": base_url, **shown})
+    return json.dumps({"base_url": base_url, "origin": _origin(base_url), **shown})
+
+
+def _origin(base_url: str) -> str:
+    """Clients of Anthropic's API add the `/v1` themselves."""
+    return base_url.removesuffix("/v1")
