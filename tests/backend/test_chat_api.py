@@ -159,7 +159,7 @@ REFUSED: dict[str | None, list[tuple[str, Any]]] = {
     "above_max_value": [
         ("max_tokens", 2**40), ("n", 99), ("temperature", 2.1), ("top_p", 1.1), ("logit_bias.5", {"5": 101}),
     ],
-    "array_above_max_length": [("stop", ["a", "b", "c", "d", "e"])],
+    "array_above_max_length": [("stop", ["a"] * 17)],
     "string_below_min_length": [("stop[0]", [""])],
     "string_above_max_length": [("stop[0]", ["x" * 999])],
     None: [("logit_bias", {"99999999": 1}), ("response_format", {"type": "json_object"})],  # the echo has no grammars
@@ -233,7 +233,7 @@ async def test_answer_ends_with_the_context(app: App) -> None:
 
 
 async def test_unknown_addresses_and_methods(app: App) -> None:
-    for path in ("/v1/nothing", "/v1/responses", f"{CHAT}/", "/v1/chat", "/V1/chat/completions"):
+    for path in ("/v1/nothing", "/v1/threads", f"{CHAT}/", "/v1/chat", "/V1/chat/completions"):
         error = (await post(app, path, {})).error(404)
         assert error["code"] == "unknown_url"
         assert f"This server has {CHAT}, /v1/completions" in error["message"]

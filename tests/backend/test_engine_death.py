@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lacre.runtime.tasks import TaskDied
 from lacre_backend.app_thread import AHEAD, Elsewhere
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.lens import LensTask
 from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, EngineHealth, Event, Finish, Task, TaskKind
 from lacre_backend.engine.tokens import Tokens
 from lacre_backend.node.readiness import alive
@@ -91,11 +92,11 @@ async def test_who_waits_for_a_dead_thread_is_told(engine: Threaded) -> None:
 class Unchecked(LlamaEngine):
     """Lets through what `check` refuses: llama.cpp fails at it, as it would at a device that is gone."""
 
-    def _begin(self, task: Task) -> Any:
-        job = super()._begin(task)
-        if job.task.id.startswith("bad"):
-            job.tokens = Tokens([10**6] * 5, chained=False)
-        return job
+    def _enter(self, jobs: Sequence[EngineJob], lensed: Sequence[LensTask]) -> None:
+        for job in jobs:
+            if job.task.id.startswith("bad"):
+                job.tokens = Tokens([10**6] * 5, chained=False)
+        super()._enter(jobs, lensed)
 
 
 async def outcome(engine: LlamaEngine, name: str) -> str:

@@ -93,7 +93,7 @@ def test_the_models_of_a_typo_are_those_that_policy_allows() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code", "allow"),
     [
-        ("POST", "/v1/responses", 404, "unknown-path", None),
+        ("POST", "/v1/threads", 404, "unknown-path", None),
         ("POST", "/v1//chat/completions", 404, "path-form", None),
         ("POST", "/v1/embeddings/", 404, "path-form", None),
         ("POST", "/v1/models", 405, "wrong-method", "GET"),

@@ -63,12 +63,12 @@ def scene(tmp_path: Path) -> Scene:
 
 async def test_a_set_that_holds_takes_over(scene: Scene) -> None:
     before = scene.rules.status
-    assert scene.allows and (before.policies, before.refused, before.reloads) == (5, None, 0)
+    assert scene.allows and (before.refused, before.reloads) == (None, 0)
     scene.tighten()
     assert scene.allows  # until it is reloaded
     await scene.reload("acme/olga")
     after = scene.rules.status
-    assert not scene.allows and (after.policies, after.refused, after.reloads) == (6, None, 1)
+    assert not scene.allows and (after.policies, after.refused, after.reloads) == (before.policies + 1, None, 1)
     assert after.policy_set != before.policy_set and after.rules != before.rules and after.since >= before.since
     [event] = scene.events
     assert isinstance(event, Event)

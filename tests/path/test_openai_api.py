@@ -236,7 +236,7 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
         "web_search_options": [{}],
         # Values of supported ones.
         "modalities": [["text", "audio"]], "service_tier": ["flex"], "store": [True], "n": [17], "temperature": [3],
-        "tool_choice": ["maybe"], "logprobs": [1], "stop": [["a"] * 5], "max_tokens": [0],
+        "tool_choice": ["maybe"], "logprobs": [1], "stop": [["a"] * 17], "max_tokens": [0],
     },
     "text": {"best_of": [2], "echo": [True], "suffix": ["end"]},
 }  # fmt: skip
