@@ -22,6 +22,7 @@ from lacre.runtime.tasks import TaskDied
 from lacre_backend.app_thread import AHEAD, Elsewhere
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.job import EngineJob
 from lacre_backend.engine.lens import LensTask
 from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, EngineHealth, Event, Finish, Task, TaskKind
 from lacre_backend.engine.tokens import Tokens
