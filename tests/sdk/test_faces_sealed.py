@@ -58,7 +58,7 @@ def test_nobody_behind_the_seal_learns_who_asks(relay: Relay, ask: Ask) -> None:
     [inside], [outside] = relay.opened, relay.sealed
     assert outside.headers["lacre-action"] == "chat"
     for secret in ("jo@example", "secret-key"):
-        assert secret not in str(inside.request) + str(outside.headers)
+        assert secret not in inside.request.content.decode() + str(inside.request.headers) + str(outside.headers)
     assert json.loads(inside.request.content)["model"] == "scripted"
 
 
