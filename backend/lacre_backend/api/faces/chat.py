@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
@@ -16,27 +16,33 @@ from lacre_backend.api.tools.format import Argued, Called, CallReader, Part, Spe
 from lacre_backend.engine.protocol import Token
 
 DONE: Final = b"data: [DONE]\n\n"
+ChatAsked = TypeVar("ChatAsked", bound=ChatCompletionRequest)
 
 
-class Chat(Face[ChatCompletionRequest]):
-    """`POST /v1/chat/completions`."""
+class ChatFace(Face[ChatAsked]):
+    """What the faces of chats share: the prompt is a conversation, and the answer may call functions."""
 
     action = "chat"
+
+    async def prompt(self, served: ServedModel, request: ChatAsked) -> list[int]:
+        calling = request.calling()
+        tools = () if calling is None else calling.tools
+        return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
+
+    def reader(self, served: ServedModel, request: ChatAsked) -> Callable[[], CallReader] | None:
+        form = call_format(served)
+        return None if request.calling() is None else lambda: CallReader(form)
+
+
+class Chat(ChatFace[ChatCompletionRequest]):
+    """`POST /v1/chat/completions`."""
+
     prompt_param = "messages"
     prefix = "chatcmpl-"
     marked = True
 
     def parse(self, body: bytes) -> ChatCompletionRequest:
         return parse_chat(body)
-
-    async def prompt(self, served: ServedModel, request: ChatCompletionRequest) -> list[int]:
-        calling = request.calling()
-        tools = () if calling is None else calling.tools
-        return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
-
-    def reader(self, served: ServedModel, request: ChatCompletionRequest) -> Callable[[], CallReader] | None:
-        form = call_format(served)
-        return None if request.calling() is None else lambda: CallReader(form)
 
     def writer(self, request: ChatCompletionRequest, reply: ResponseInfo) -> ChatWriter:  # noqa: ARG002 - for other faces
         return ChatWriter(reply)

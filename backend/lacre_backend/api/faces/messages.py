@@ -6,20 +6,18 @@ Source: the event grammar that `anthropic` reads. `message_start`, then each blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 import pydantic_core
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.chat import spoken
-from lacre_backend.api.faces.face import Ending, Face, ServerEvent
+from lacre_backend.api.faces.chat import ChatFace, spoken
+from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.faces.messages_request import MessagesRequest, parse_messages
-from lacre_backend.api.prompts import call_format, chat_prompt
-from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.tools.format import Argued, Called, CallReader, Part, Speech
+from lacre_backend.api.tools.format import Argued, Called, Part, Speech
 from lacre_backend.engine.protocol import Token
 
 _ERRORS: Final = {
@@ -34,24 +32,14 @@ _ERRORS: Final = {
 _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class Messages(Face[MessagesRequest]):
+class Messages(ChatFace[MessagesRequest]):
     """`POST /v1/messages`."""
 
-    action = "chat"
     prompt_param = "messages"
     prefix = "msg_"
 
     def parse(self, body: bytes) -> MessagesRequest:
         return parse_messages(body)
-
-    async def prompt(self, served: ServedModel, request: MessagesRequest) -> list[int]:
-        calling = request.calling()
-        tools = () if calling is None else calling.tools
-        return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
-
-    def reader(self, served: ServedModel, request: MessagesRequest) -> Callable[[], CallReader] | None:
-        form = call_format(served)
-        return None if request.calling() is None else lambda: CallReader(form)
 
     def writer(self, request: MessagesRequest, reply: ResponseInfo) -> MessageWriter:  # noqa: ARG002 - for other faces
         return MessageWriter(reply)

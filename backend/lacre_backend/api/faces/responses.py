@@ -8,40 +8,28 @@ Source: the event grammar that `openai` reads. `response.created` and `response.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.chat import token_logprob
-from lacre_backend.api.faces.face import Ending, Face, ServerEvent
+from lacre_backend.api.faces.chat import ChatFace, token_logprob
+from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.faces.responses_request import ResponsesRequest, custom_input, parse_responses
-from lacre_backend.api.prompts import call_format, chat_prompt
-from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.tools.format import Called, CallReader, Part, Speech
+from lacre_backend.api.tools.format import Called, Part, Speech
 from lacre_backend.engine.protocol import Token
 
 
-class Responses(Face[ResponsesRequest]):
+class Responses(ChatFace[ResponsesRequest]):
     """`POST /v1/responses`."""
 
-    action = "chat"
     prompt_param = "input"
     prefix = "resp_"
 
     def parse(self, body: bytes) -> ResponsesRequest:
         return parse_responses(body)
-
-    async def prompt(self, served: ServedModel, request: ResponsesRequest) -> list[int]:
-        calling = request.calling()
-        tools = () if calling is None else calling.tools
-        return await chat_prompt(served, request.messages, tools, goes_on=False)
-
-    def reader(self, served: ServedModel, request: ResponsesRequest) -> Callable[[], CallReader] | None:
-        form = call_format(served)
-        return None if request.calling() is None else lambda: CallReader(form)
 
     def writer(self, request: ResponsesRequest, reply: ResponseInfo) -> ResponseWriter:
         return ResponseWriter(request, reply)
