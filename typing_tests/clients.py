@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from typing import Any, assert_type
 
 import httpx
 import httpx2
 import openai
+import pydantic
 
 import lacre
 import lacre.legacy
@@ -37,7 +38,20 @@ def sync_client() -> None:
             if isinstance(event, lacre.ToolCallDelta):
                 assert_type(event.arguments, str)
         assert_type(client.models(), tuple[str, ...])
+        assert_type(client.embed(["x"], timeout=3.0).vectors, tuple[tuple[float, ...], ...])
+        assert_type(client.tokenize("x").ids, tuple[int, ...])
+        assert_type(client.rerank("q", ["x"]).results, tuple[lacre.RankedText, ...])
         assert_type(client.post("/v1/chat/completions", json={}), httpx2.Response)
+
+
+class Sea(pydantic.BaseModel):
+    name: str
+
+
+def structured(client: lacre.Client, schema: dict[str, object], params: dict[str, Any]) -> None:
+    assert_type(client.chat("x", schema=Sea, **params).parsed(Sea), Sea)
+    assert_type(client.chat("x", schema=schema).choices[0].parsed(list[Sea]), list[Sea])
+    client.chat("x", schema=list[Sea]).parsed()
 
 
 async def async_token() -> str:
@@ -90,3 +104,7 @@ def mistakes() -> None:
     lacre.OpenAI(pool=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lacre.legacy.Client(transport=httpx.HTTPTransport())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lacre.Client().chat(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    lacre.Client().chat("x", temprature=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    lacre.Client().chat_stream("x", max_tokens="9")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    lacre.Client().explain("x", temperature=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    lacre.Client().embed("x", timout=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

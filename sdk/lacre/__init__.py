@@ -23,6 +23,7 @@ from lacre.chat.choices import (
 )
 from lacre.chat.reply import Reply, TokenUsage
 from lacre.chat.stream_sync import ChatStream
+from lacre.chat.texts import EmbedReply, RankedText, RerankReply, TokenizeReply
 from lacre.client import BASE_URL, ORIGIN, Client
 from lacre.errors import (
     AlreadyUsedError,
@@ -91,6 +92,7 @@ __all__ = [
     "ClientCredentials",
     "ConnectionString",
     "DestinationError",
+    "EmbedReply",
     "Expired",
     "ExplainedPart",
     "Finished",
@@ -112,6 +114,7 @@ __all__ = [
     "Part",
     "ProofKey",
     "ProtocolError",
+    "RankedText",
     "RateLimited",
     "ReasoningDelta",
     "Receipt",
@@ -119,6 +122,7 @@ __all__ = [
     "RefusalDelta",
     "RefusedError",
     "Reply",
+    "RerankReply",
     "Rollback",
     "ScoredToken",
     "SettingsError",
@@ -128,6 +132,7 @@ __all__ = [
     "TimedOut",
     "TokenLogprob",
     "TokenUsage",
+    "TokenizeReply",
     "ToolCall",
     "ToolCallDelta",
     "TruncatedStream",

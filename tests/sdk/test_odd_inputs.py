@@ -71,6 +71,9 @@ class Samples:
                 "e", "m", "Oslo", -1.0, (), (), None, reply.usage, 1, reply.receipt, reply.audit, reply.verification, {}
             ),
             lacre.Lens: lambda: lacre.Lens((), ()),
+            lacre.EmbedReply: lambda: lacre.EmbedReply("m", (), reply.usage, 1, reply.receipt, reply.audit, reply.verification),
+            lacre.RerankReply: lambda: lacre.RerankReply((), reply.usage, 1, reply.receipt, reply.audit, reply.verification),
+            lacre.TokenizeReply: lambda: lacre.TokenizeReply((1, 2), 512, reply.verification),
             lacre.LensToken: lambda: lacre.LensToken("a", (1,), (1.0,), ("a",)),
             lacre.ChatStream: lambda: client.chat_stream("Hello."),
             lacre.AsyncChatStream: lambda: later.chat_stream("Hello."),

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, overload
 
+from lacre.chat import structured
+from lacre.chat.structured import T
 from lacre.errors import InvalidMessage
 from lacre.runtime.json_objects import object_in
 
@@ -105,6 +107,19 @@ class Choice:
     reasoning: str | None = field(repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(repr=False)
     message: Mapping[str, Any] = field(repr=False)
+
+    @overload
+    def parsed(self) -> Any: ...
+
+    @overload
+    def parsed(self, kind: type[T]) -> T: ...
+
+    def parsed(self, kind: Any = None) -> Any:
+        """The text as an instance of `kind`, such as a model of pydantic; plain JSON values if there is none.
+
+        Raises InvalidMessage if the text does not fit: it was cut short, or the request had no `schema`.
+        """
+        return structured.read(self.text, kind)
 
     @classmethod
     def parse(cls, choice: Mapping[str, Any], place: int) -> Choice:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import httpx2
 
 from lacre.chat.choices import Choice, TokenLogprob, ToolCall
+from lacre.chat.structured import T
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError, UsageError
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Facts, documented
@@ -86,6 +87,19 @@ class Reply:
     def message(self) -> Mapping[str, Any]:
         """To append to `messages` for the next turn."""
         return self.choices[0].message
+
+    @overload
+    def parsed(self) -> Any: ...
+
+    @overload
+    def parsed(self, kind: type[T]) -> T: ...
+
+    def parsed(self, kind: Any = None) -> Any:
+        """The text as an instance of `kind`, such as a model of pydantic; plain JSON values if there is none.
+
+        Raises InvalidMessage if the text does not fit: it was cut short, or the request had no `schema`.
+        """
+        return self.choices[0].parsed(kind)
 
     @classmethod
     def parse(cls, response: httpx2.Response) -> Reply:

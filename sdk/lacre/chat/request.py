@@ -13,10 +13,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import httpx2
 
+from lacre.chat import structured
+from lacre.chat.params import CallOptions
 from lacre.errors import UsageError
 from lacre.runtime import arguments
 
@@ -43,25 +45,43 @@ class ChatRequest:
         params: Mapping[str, Any],
         *,
         stream: bool,
-        timeout: object = ...,
-        extra_headers: Mapping[str, str] | None = None,
-        extra_query: Mapping[str, str] | None = None,
-        extra_body: Mapping[str, Any] | None = None,
+        schema: object = None,
+        **options: Unpack[CallOptions],
     ) -> ChatRequest:
-        """Raises UsageError. Asks a stream for its usage, unless the caller sets that option."""
+        """schema: the type or the JSON schema that the answer must fit. Raises UsageError. Asks a stream for its usage, unless
+        the caller sets that option.
+        """
+        body: dict[str, Any] = {"messages": turns_of(messages), **params}
+        if schema is not None:
+            if body.get("response_format") is not None:
+                raise UsageError("schema and response_format both say what the answer must fit: pass one of them")
+            body["response_format"] = structured.format_of(schema)
+        return cls._of(body, options, stream=stream)
+
+    @classmethod
+    def about(cls, body: Mapping[str, Any], options: CallOptions) -> ChatRequest:
+        """A request that never streams. Raises UsageError."""
+        return cls._of(body, options, stream=False)
+
+    @classmethod
+    def _of(cls, given: Mapping[str, Any], options: CallOptions, *, stream: bool) -> ChatRequest:
+        extra_body, extra_query = options.get("extra_body"), options.get("extra_query")
+        timeout: object = options.get("timeout", ...)
+        if unknown := options.keys() - CallOptions.__annotations__:
+            raise UsageError(f"{min(unknown)!r} is not an option of a call: see `lacre.chat.params.CallOptions`")
         if extra_body is not None and not isinstance(extra_body, Mapping):
             raise UsageError(f"extra_body must be a mapping, not {arguments.kind_of(extra_body)}")
-        body = {"messages": turns_of(messages), **params, **(extra_body or {})}
+        body = {**given, **(extra_body or {})}
         _check_stream(body.pop("stream", None), stream=stream)
         _check_model(body)
         if stream:
             body = {"stream_options": {"include_usage": True}, **body, "stream": True}
-        options: dict[str, Any] = {"headers": {**arguments.headers(extra_headers, "extra_headers"), **_JSON}}
+        sent: dict[str, Any] = {"headers": {**arguments.headers(options.get("extra_headers"), "extra_headers"), **_JSON}}
         if extra_query is not None:
-            options["params"] = arguments.fields(extra_query, "extra_query")
+            sent["params"] = arguments.fields(extra_query, "extra_query")
         if timeout is not ... and timeout is not httpx2.USE_CLIENT_DEFAULT:
-            options["timeout"] = arguments.timeout(timeout)
-        return cls(encode(body), options)
+            sent["timeout"] = arguments.timeout(timeout)
+        return cls(encode(body), sent)
 
 
 def encode(body: Mapping[str, Any]) -> bytes:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import NoneType
-from typing import Any
+from typing import Any, Unpack
 
 import httpx2
 
 from lacre.chat.attribution import EXPLAIN_PATH, Attribution, ExplainedPrompt, Parts
 from lacre.chat.choices import StreamEvent
+from lacre.chat.params import CallOptions, ChatParams, ExplainParams, Timeout
 from lacre.chat.reply import CHAT_PATH, Reply, check
 from lacre.chat.request import ChatRequest, Messages
 from lacre.chat.stream import Deltas, events_of
 from lacre.chat.stream_async import AsyncChatStream
+from lacre.chat.structured import Schema
+from lacre.chat.texts import (
+    EMBED_PATH,
+    RERANK_PATH,
+    TOKENIZE_PATH,
+    EmbedReply,
+    RerankReply,
+    TokenizeReply,
+    embed_body,
+    rerank_body,
+    texts_of,
+    tokenize_body,
+)
 from lacre.client.settings import (
     DEFAULT_RESUMES,
     DEFAULT_TIMEOUT,
     OUTER_HEADERS,
     EventHooks,
-    Timeout,
     at_once_of,
     memory_of,
     models_of,
@@ -116,22 +129,25 @@ class AsyncClient(AsyncSealingClient):
         self,
         messages: Messages,
         *,
+        schema: Schema | None = None,
         timeout: Timeout = ...,
         extra_headers: Mapping[str, str] | None = None,
         extra_query: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        **params: Any,
+        **params: Unpack[ChatParams],
     ) -> Reply:
         """One whole answer.
 
-        messages: a string, or messages in OpenAI's form; params: any parameter of OpenAI's chat completions. timeout: of this
-        call, in seconds. extra_body, extra_query, extra_headers: as in `openai`; headers that say who asks are not sealed.
+        messages: a string, or messages in OpenAI's form; params: any parameter of OpenAI's chat completions. schema: what the
+        answer must fit, a JSON schema or a type that pydantic reads; `reply.parsed(TYPE)` returns the instance. timeout: of
+        this call, in seconds. extra_body, extra_query, extra_headers: as in `openai`; headers that say who asks are not sealed.
         Raises UsageError for a wrong argument.
         """
         request = ChatRequest.of(
             messages,
             params,
             stream=False,
+            schema=schema,
             timeout=timeout,
             extra_headers=extra_headers,
             extra_query=extra_query,
@@ -143,11 +159,12 @@ class AsyncClient(AsyncSealingClient):
         self,
         messages: Messages,
         *,
+        schema: Schema | None = None,
         timeout: Timeout = ...,
         extra_headers: Mapping[str, str] | None = None,
         extra_query: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        **params: Any,
+        **params: Unpack[ChatParams],
     ) -> AsyncChatStream:
         """The answer as it arrives: iterate for its text, over `events()` for all of it, or call `reply()`. Arguments: see
         `chat`.
@@ -159,6 +176,7 @@ class AsyncClient(AsyncSealingClient):
             messages,
             params,
             stream=True,
+            schema=schema,
             timeout=timeout,
             extra_headers=extra_headers,
             extra_query=extra_query,
@@ -190,7 +208,7 @@ class AsyncClient(AsyncSealingClient):
         extra_headers: Mapping[str, str] | None = None,
         extra_query: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        **params: Any,
+        **params: Unpack[ExplainParams],
     ) -> Attribution:
         """Which parts of the prompt an answer rests on, and how surprising each of its tokens was. Needs the scope
         `lacre:explain`.
@@ -204,7 +222,7 @@ class AsyncClient(AsyncSealingClient):
         own: dict[str, Any] = ({} if answer is None else {"answer": answer}) | ({"lens": True} if lens else {})
         request = ChatRequest.of(
             prompt.turns,
-            own | params,
+            own | dict(params),
             stream=False,
             timeout=timeout,
             extra_headers=extra_headers,
@@ -213,6 +231,47 @@ class AsyncClient(AsyncSealingClient):
         )
         response = await self.post(EXPLAIN_PATH, content=request.content, **request.options)
         return Attribution.parse(response, prompt.texts, lens=lens)
+
+    async def embed(
+        self,
+        texts: str | Iterable[str],
+        *,
+        model: str | None = None,
+        dimensions: int | None = None,
+        **options: Unpack[CallOptions],
+    ) -> EmbedReply:
+        """The vectors of texts. Needs the scope `lacre:embed`.
+
+        dimensions: of each vector, for models that can shorten theirs. options: see `chat`.
+        """
+        listed = texts_of(texts, "texts")
+        request = ChatRequest.about(embed_body(listed, model, dimensions), options)
+        return EmbedReply.parse(await self.post(EMBED_PATH, content=request.content, **request.options), len(listed))
+
+    async def tokenize(self, prompt: Messages, *, model: str | None = None, **options: Unpack[CallOptions]) -> TokenizeReply:
+        """The tokens of a prompt, before it costs anything: of a string as it stands, of messages in the form of the model's
+        template. Needs the scope `lacre:inspect`. options: see `chat`.
+        """
+        request = ChatRequest.about(tokenize_body(prompt, model), options)
+        return TokenizeReply.parse(await self.post(TOKENIZE_PATH, content=request.content, **request.options))
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        model: str | None = None,
+        **options: Unpack[CallOptions],
+    ) -> RerankReply:
+        """Documents by their relevance to a query. Needs the scope `lacre:rerank`, and a pool with a model that ranks.
+
+        top_n: how many to return; None: all. options: see `chat`.
+        """
+        listed = texts_of(documents, "documents")
+        request = ChatRequest.about(rerank_body(query, listed, model, top_n), options)
+        response = await self.post(RERANK_PATH, content=request.content, **request.options)
+        return RerankReply.parse(response, listed, top_n)
 
     @property
     def verification(self) -> Verification:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from types import EllipsisType
 from typing import Any, Final
 
 import httpx2
@@ -27,7 +26,6 @@ DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0
 DEFAULT_RESUMES: Final = 3
 
 EventHooks = Mapping[str, list[Any]]
-Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...`: the client's own
 OUTER_HEADERS: Final = {"user-agent": f"lacre/{__version__}"}
 
 
