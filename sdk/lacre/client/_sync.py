@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from types import NoneType
+from types import EllipsisType, NoneType
 from typing import Any, Unpack
 
 import httpx2
@@ -37,6 +37,7 @@ from lacre.client.settings import (
     at_once_of,
     memory_of,
     models_of,
+    overrides_of,
     pin_models_of,
     proof_key_of,
 )
@@ -74,7 +75,8 @@ class Client(SealingClient):
     s; `attempts` counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an
     answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests
     may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An
-    async client counts in each event loop. memory: where to remember the newest manifest seen; default: a file under
+    async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix cache of their
+    own; no worker can tell who it is. memory: where to remember the newest manifest seen; default: a file under
     `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
@@ -95,6 +97,7 @@ class Client(SealingClient):
         retries: int | None = None,
         resume: int = DEFAULT_RESUMES,
         max_concurrency: int | None = None,
+        cache_scope: str | None = None,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
@@ -122,9 +125,32 @@ class Client(SealingClient):
         dial: Dial[httpx2.BaseTransport] = Dial(
             where.base_url, OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, arguments.limits(limits), transport
         )
-        self._sealed = SealedTransport(sealing, outer(dial), bearer, key, at_once)
+        overrides = overrides_of(cache_scope=cache_scope)
+        self._sealed = SealedTransport(sealing, outer(dial), bearer, key, at_once, overrides=overrides)
         self._pool_name = pool
         super().__init__(self._sealed, lasts, hooks)
+
+    def with_options(
+        self,
+        *,
+        timeout: Timeout = ...,
+        retries: int | EllipsisType | None = ...,
+        model: str | None = None,
+        pool: str | None = None,
+        cache_scope: str | None = None,
+    ) -> Client:
+        """A client with other options that shares this one's connections, manifest, token and `max_concurrency`.
+
+        model: of requests that name none. `...` and None: as before, except that `timeout=None` sets no limit and
+        `retries=None` retries as a new client does. It costs microseconds: make one for each user or request. Close only the
+        first client. Event hooks are shared.
+        """
+        overrides = overrides_of(retries=retries, model=model, pool=pool, cache_scope=cache_scope)
+        other = Client.__new__(Client)
+        other._sealed, other._pool_name = self._sealed.overridden(overrides), pool or self._pool_name
+        lasts = self.timeout if isinstance(timeout, EllipsisType) else arguments.timeout(timeout)
+        SealingClient.__init__(other, other._sealed, lasts, self.event_hooks)
+        return other
 
     def chat(
         self,

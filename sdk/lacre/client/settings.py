@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from types import EllipsisType
 from typing import Any, Final
 
 import httpx2
@@ -11,6 +12,7 @@ import httpx2
 from lacre._version import __version__
 from lacre.errors import SettingsError, UsageError
 from lacre.exchange.call import ORIGIN
+from lacre.exchange.request import Overrides
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.trust.manifest import Pool, is_digest
@@ -39,6 +41,22 @@ def memory_of(given: Memory | None) -> Memory:
 
 def at_once_of(given: int | None) -> int | None:
     return None if given is None else arguments.count(given, "max_concurrency", least=1)
+
+
+def overrides_of(
+    *,
+    retries: int | EllipsisType | None = ...,
+    model: str | None = None,
+    pool: str | None = None,
+    cache_scope: str | None = None,
+) -> Overrides:
+    """Raises UsageError."""
+    for name, value in (("model", model), ("pool", pool), ("cache_scope", cache_scope)):
+        if value is not None:
+            arguments.unicode_text(arguments.text(value, name), name)
+    if retries is not None and not isinstance(retries, EllipsisType):
+        arguments.count(retries, "retries")
+    return Overrides(pool=pool, model=model, cache_scope=cache_scope, retries=retries)
 
 
 def proof_key_of(given: ProofKey | None) -> ProofKey | None:

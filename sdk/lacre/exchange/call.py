@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import hashlib
+import hmac
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
+from types import EllipsisType, MappingProxyType
 from typing import Final
 
 from lacre.errors import (
@@ -89,6 +91,16 @@ class Scope:
     since: float
     salt: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     offset: float = 0.0
+
+    def salt_of(self, cache_scope: str | None) -> str:
+        """The salt of one of the program's users, who cannot be told from it; the client's own if there is none.
+
+        Derived (HMAC-SHA-256) and not kept: a server may have any number of users.
+        """
+        if cache_scope is None:
+            return self.salt
+        derived = hmac.new(bytes.fromhex(self.salt), cache_scope.encode(), hashlib.sha256)
+        return derived.hexdigest()[: len(self.salt)]
 
 
 @dataclass(slots=True)
@@ -191,7 +203,9 @@ class Sealing:
         it.
         """
         repeatable = is_repeatable(plain)
-        retries = Retries.of(self._retries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
+        asked = plain.overrides.retries
+        tries = self._retries if isinstance(asked, EllipsisType) else asked
+        retries = Retries.of(tries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
         call = CallState(plain, retries, self._scope_now())
         try:
             return (yield from self._exchange(call))
@@ -372,17 +386,18 @@ class Sealing:
     def _seal(self, call: CallState) -> tuple[Send, Opening, Mapping[str, object]]:
         """What to send, what opens the answer, and what the gateway's audit entry must say of the request."""
         manifest = call.manifest
-        pool = manifest.pools.get(self._pool)
+        name = call.plain.overrides.pool or self._pool
+        pool = manifest.pools.get(name)
         if pool is None:
-            raise UsageError(f"the manifest has no pool {self._pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
-        key = self._choose([key for key in pool.keys if key.not_after > self._clock()])
+            raise UsageError(f"the manifest has no pool {name!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
+        key = self._choose(name, [key for key in pool.keys if key.not_after > self._clock()])
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
-            raise SettingsError(f"pool {self._pool!r} does not accept the shape {self._shape!r}: choose one of {taken}")
+            raise SettingsError(f"pool {name!r} does not accept the shape {self._shape!r}: choose one of {taken}")
         prepared = prepare(call.plain, tuple(pool.models), keep_identifying_fields=self._keep_identifying_fields)
         verify = self._verifier(pool, prepared)
         said = (
-            (outer.POOL, self._pool),
+            (outer.POOL, name),
             (outer.MODEL, prepared.model),
             (outer.ACTION, prepared.action),
             (outer.CEILING, str(prepared.max_tokens)),
@@ -394,13 +409,15 @@ class Sealing:
         )
         headers = (*said, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
         call.attempts += 1
-        facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, key))
+        facts = Facts(
+            header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, SealedTo.of(name, key))
+        )
         call.facts = self._last = facts
 
         sent = {
             "kind": "intent",
             "enc": b64u(header.digest),
-            "pool": self._pool,
+            "pool": name,
             "model": prepared.model,
             "action": prepared.action,
             "max_tokens": prepared.max_tokens,
@@ -432,26 +449,26 @@ class Sealing:
 
         return verify
 
-    def _checked(self, trusted: Trusted | None, key: PoolKey | None = None) -> Verification:
-        """trusted: the manifest of the call; the newest if the call has none yet. key: the key that it seals to."""
+    def _checked(self, trusted: Trusted | None, sealed_to: SealedTo | None = None) -> Verification:
+        """trusted: the manifest of the call; the newest if the call has none yet. sealed_to: the key that it seals to."""
         with self._lock:
             trusted = trusted or self._trusted
         signed = None if trusted is None else Signed.of(trusted, self._clock())
-        return Verification(b64u(self._root), signed, None if key is None else SealedTo.of(self._pool, key))
+        return Verification(b64u(self._root), signed, sealed_to)
 
     def _inner(self, prepared: Prepared, scope: Scope, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
         plain = prepared.plain
         date = email.utils.formatdate(self._clock() + scope.offset, usegmt=True)
-        own = (("date", date), ("lacre-cache-salt", scope.salt))
+        own = (("date", date), ("lacre-cache-salt", scope.salt_of(plain.overrides.cache_scope)))
         return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*plain.headers, *own, *outer), plain.content)
 
-    def _choose(self, keys: Sequence[PoolKey]) -> PoolKey:
+    def _choose(self, pool: str, keys: Sequence[PoolKey]) -> PoolKey:
         for kem in self._kems:
             for key in keys:
                 if key.config.kem is kem:
                     return key
         wanted = ", ".join(kem.label for kem in self._kems)
-        raise UnsupportedSuite(f"pool {self._pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
+        raise UnsupportedSuite(f"pool {pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
 
     def _scope_now(self) -> Scope:
         """A new one each hour, and after the clock was turned back."""

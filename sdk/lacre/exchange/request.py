@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import EllipsisType
 from typing import Any, Final, TypeGuard
 
 from lacre.errors import MessageTooLarge, UsageError
@@ -65,6 +66,31 @@ def may_be(action: str, method: str, path: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Overrides:
+    """Options of some calls, in place of their client's. None, or `...` for `retries`: the client's own.
+
+    model: the model of a request that names none. cache_scope: names one of the program's users, for a prefix cache apart.
+    """
+
+    pool: str | None = None
+    model: str | None = None
+    cache_scope: str | None = field(default=None, repr=False)
+    retries: int | EllipsisType | None = ...
+
+    def over(self, older: Overrides) -> Overrides:
+        """These, and the older ones where these say nothing."""
+        return Overrides(
+            pool=self.pool or older.pool,
+            model=self.model or older.model,
+            cache_scope=self.cache_scope or older.cache_scope,
+            retries=older.retries if self.retries is ... else self.retries,
+        )
+
+
+NO_OVERRIDES: Final = Overrides()
+
+
+@dataclass(frozen=True, slots=True)
 class Plain:
     """An application's request before sealing. `path` includes the query; header names are in lower case."""
 
@@ -72,6 +98,7 @@ class Plain:
     path: str
     headers: Sequence[tuple[str, str]] = field(repr=False)
     content: bytes = field(repr=False)
+    overrides: Overrides = NO_OVERRIDES
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +117,8 @@ def is_repeatable(plain: Plain) -> bool:
 
 
 def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: bool) -> Prepared:
-    """models: those of the pool; the first is the default if neither the body nor a `lacre-model` header names one. The header
-    `lacre-max-tokens` sets the ceiling of an action `http`.
+    """models: those of the pool; the first is the default if neither the body, a `lacre-model` header nor the client's options
+    name one. The header `lacre-max-tokens` sets the ceiling of an action `http`.
 
     Raises MessageTooLarge or UsageError. A body that is not JSON passes unchanged: the model's server refuses it.
     """
@@ -102,7 +129,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
     # Headers for a request whose body cannot say it: the model, and how much the answer may hold.
-    default_model = headers.get(outer.MODEL, models[0] if models else "")
+    default_model = headers.get(outer.MODEL) or plain.overrides.model or (models[0] if models else "")
     if body is None:
         ceiling = NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS
         ceiling = _asked(headers.get(outer.CEILING)) if action == "http" else ceiling

@@ -30,6 +30,7 @@ class SharedOptions(TypedDict, total=False):
     retries: int | None
     resume: int
     max_concurrency: int | None
+    cache_scope: str | None
     memory: Memory | None
     verify: Verify
     proxy: httpx2.Proxy | httpx2.URL | str | None

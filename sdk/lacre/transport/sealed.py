@@ -16,7 +16,7 @@ import httpx2
 from lacre import errors, problems
 from lacre.exchange import retry
 from lacre.exchange.call import ORIGIN
-from lacre.exchange.request import Plain
+from lacre.exchange.request import Overrides, Plain
 from lacre.exchange.resume import ResumableAnswer
 from lacre.exchange.sealed_answer import GatewayRefusal
 from lacre.transport.mapped_errors import TimedOut, Unreachable
@@ -28,7 +28,7 @@ FACTS: Final = "lacre"
 REQUEST_ID: Final = "x-request-id"  # OpenAI's packages look for it here; it is the gateway's, because a worker does not know it
 
 
-def plain_request(request: httpx2.Request, content: bytes) -> Plain:
+def plain_request(request: httpx2.Request, content: bytes, overrides: Overrides) -> Plain:
     """The application's request, if it is for us. Raises DestinationError."""
     url = request.url
     if (url.scheme, url.host, url.port) != ("https", ORIGIN.removeprefix("https://"), None):
@@ -36,7 +36,7 @@ def plain_request(request: httpx2.Request, content: bytes) -> Plain:
             "a sealed client reaches only its workers: use lacre.BASE_URL, and another client for other addresses"
         )
     headers = [(name.lower(), value) for name, value in request.headers.multi_items()]
-    return Plain(request.method, url.raw_path.decode("ascii"), headers, content)
+    return Plain(request.method, url.raw_path.decode("ascii"), headers, content, overrides)
 
 
 def sealed_response(answer: ResumableAnswer, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:

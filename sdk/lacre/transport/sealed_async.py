@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator
 
 import httpx2
@@ -15,6 +16,7 @@ import httpx2
 from lacre import errors
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import Sealing
+from lacre.exchange.request import NO_OVERRIDES, Overrides
 from lacre.exchange.resume import ResumableAnswer, asking
 from lacre.exchange.sealed_answer import GatewayRefusal
 from lacre.jose.dpop import ProofKey
@@ -38,16 +40,20 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         token: AsyncToken,
         key: ProofKey | None = None,
         at_once: int | None = None,
+        *,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> None:
         """at_once: requests that may run at a time; None for no limit."""
         self._sealing = sealing
+        self._overrides = overrides
+        self._borrowed = False
         self._link = AsyncLink(outer, token, key)
         self._turns = None if at_once is None else PerLoop(lambda: AsyncTurns(at_once))
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         with arguments.of_content():
             content = await request.aread()
-        plain = plain_request(request, content)
+        plain = plain_request(request, content, self._overrides)
         plain = asking(plain) if self._sealing.resume else plain
         slot = Slot() if self._turns is None else await self._turns.get().take()
         try:
@@ -71,8 +77,15 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         """The verified manifest; fetched if there is none or it is old."""
         return await AsyncWire(self._link, {}).run(self._sealing.manifest())
 
+    def overridden(self, overrides: Overrides) -> AsyncSealedTransport:
+        """The same transport for calls with other options. Closing it closes nothing."""
+        other = copy.copy(self)
+        other._overrides, other._borrowed = overrides.over(self._overrides), True
+        return other
+
     async def aclose(self) -> None:
-        await self._link.aclose()
+        if not self._borrowed:
+            await self._link.aclose()
 
 
 class AsyncSealedStream(httpx2.AsyncByteStream):

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import httpx2
@@ -16,6 +17,7 @@ import httpx2
 from lacre import errors
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import Sealing
+from lacre.exchange.request import NO_OVERRIDES, Overrides
 from lacre.exchange.resume import ResumableAnswer, asking
 from lacre.exchange.sealed_answer import GatewayRefusal
 from lacre.jose.dpop import ProofKey
@@ -39,16 +41,20 @@ class SealedTransport(httpx2.BaseTransport):
         token: Token,
         key: ProofKey | None = None,
         at_once: int | None = None,
+        *,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> None:
         """at_once: requests that may run at a time; None for no limit."""
         self._sealing = sealing
+        self._overrides = overrides
+        self._borrowed = False
         self._link = Link(outer, token, key)
         self._turns = None if at_once is None else PerProcess(lambda: Turns(at_once))
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         with arguments.of_content():
             content = request.read()
-        plain = plain_request(request, content)
+        plain = plain_request(request, content, self._overrides)
         plain = asking(plain) if self._sealing.resume else plain
         slot = Slot() if self._turns is None else self._turns.get().take()
         try:
@@ -72,8 +78,15 @@ class SealedTransport(httpx2.BaseTransport):
         """The verified manifest; fetched if there is none or it is old."""
         return Wire(self._link, {}).run(self._sealing.manifest())
 
+    def overridden(self, overrides: Overrides) -> SealedTransport:
+        """The same transport for calls with other options. Closing it closes nothing."""
+        other = copy.copy(self)
+        other._overrides, other._borrowed = overrides.over(self._overrides), True
+        return other
+
     def close(self) -> None:
-        self._link.close()
+        if not self._borrowed:
+            self._link.close()
 
 
 class SealedStream(httpx2.SyncByteStream):
