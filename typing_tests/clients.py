@@ -71,6 +71,7 @@ async def async_client() -> None:
 
 def programs() -> None:
     assert_type(lacre.OpenAI(token="t", pool="p"), openai.OpenAI)
+    assert_type(lacre.info(lacre.OpenAI().models.list()).receipt, lacre.Receipt | None)
     assert_type(lacre.AsyncOpenAI(token=async_token), openai.AsyncOpenAI)
     openai.OpenAI(http_client=lacre.Client(), base_url=lacre.BASE_URL, api_key="sealed")
     openai.AsyncOpenAI(http_client=lacre.AsyncClient(), base_url=lacre.BASE_URL, api_key="sealed")

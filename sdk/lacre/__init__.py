@@ -24,6 +24,7 @@ from lacre.chat.choices import (
 from lacre.chat.reply import Reply, TokenUsage
 from lacre.chat.stream_sync import ChatStream
 from lacre.chat.texts import EmbedReply, RankedText, RerankReply, TokenizeReply
+from lacre.chat.told import info
 from lacre.client import BASE_URL, ORIGIN, Client
 from lacre.errors import (
     AlreadyUsedError,
@@ -150,6 +151,7 @@ __all__ = [
     "VersionMemory",
     "WrongModel",
     "__version__",
+    "info",
 ]
 
 

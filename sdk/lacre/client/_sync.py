@@ -75,8 +75,8 @@ class Client(SealingClient):
     s; `attempts` counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an
     answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests
     may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An
-    async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix cache of their
-    own; no worker can tell who it is. memory: where to remember the newest manifest seen; default: a file under
+    async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix cache of
+    their own; no worker can tell who it is. memory: where to remember the newest manifest seen; default: a file under
     `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`

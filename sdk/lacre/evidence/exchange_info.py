@@ -33,10 +33,10 @@ class Facts:
 
     attempts: how many sealed requests were sent for it. lost: workers that were, or may have been, lost while they had it.
     parts: the usage of requests whose answers broke off. request_id: the gateway's name for the newest request; nobody signed
-    it. tokens: ids of the answer's tokens, if the worker of a stream sends them. checked: the checks before anything was sent;
-    `verification` adds the later ones. audit: the gateway's verified proof that it recorded this request; None on a refusal
-    without a proof. receipt, trailers: present once the answer has ended; the receipt is verified. None until then, and on a
-    refusal.
+    it. action, model: as the request named them to the gateway; empty without a gateway. tokens: ids of the answer's tokens, if
+    the worker of a stream sends them. checked: the checks before anything was sent; `verification` adds the later ones. audit:
+    the gateway's verified proof that it recorded this request; None on a refusal without a proof. receipt, trailers: present
+    once the answer has ended; the receipt is verified. None until then, and on a refusal.
     """
 
     kem: str
@@ -51,6 +51,8 @@ class Facts:
     tokens: list[int] = field(default_factory=list, repr=False)
     lost: int = 0
     request_id: str | None = None
+    action: str = ""
+    model: str = ""
 
     def broke_off(self, prompt: int, cached: int, completion: int) -> None:
         """The present request took this much, and another continues its answer."""

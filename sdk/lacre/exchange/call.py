@@ -409,9 +409,9 @@ class Sealing:
         )
         headers = (*said, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
         call.attempts += 1
-        facts = Facts(
-            header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, SealedTo.of(name, key))
-        )
+        checked = self._checked(call.trusted, SealedTo.of(name, key))
+        facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, checked)
+        facts.action, facts.model = prepared.action, prepared.model
         call.facts = self._last = facts
 
         sent = {

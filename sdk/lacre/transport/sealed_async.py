@@ -26,6 +26,7 @@ from lacre.transport.concurrency import AsyncTurns, Slot
 from lacre.transport.connection_async import AsyncLink, AsyncWire
 from lacre.transport.mapped_errors import mapped_stream
 from lacre.transport.oauth import AsyncToken
+from lacre.transport.request_log import CallLog
 from lacre.transport.sealed import plain_request, refusal_response, sealed_response
 from lacre.trust.manifest import Manifest
 
@@ -56,17 +57,21 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         plain = plain_request(request, content, self._overrides)
         plain = asking(plain) if self._sealing.resume else plain
         slot = Slot() if self._turns is None else await self._turns.get().take()
+        log = CallLog()
         try:
             wire = AsyncWire(self._link, request.extensions)
             outcome = await wire.run(self._sealing.exchange(plain))
+            log.headed()
             if isinstance(outcome, GatewayRefusal):
                 await wire.close()
+                log.ended(outcome.facts, outcome.problem.status, "refused")
                 slot.leave()
                 return refusal_response(outcome)
             answer = ResumableAnswer(self._sealing, plain, outcome)
-            return sealed_response(answer, AsyncSealedStream(answer, wire, slot))
-        except BaseException:
+            return sealed_response(answer, AsyncSealedStream(answer, wire, slot, log))
+        except BaseException as exc:
             slot.leave()
+            log.failed(exc)
             raise
 
     @property
@@ -91,10 +96,11 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
 class AsyncSealedStream(httpx2.AsyncByteStream):
     """The body of a sealed answer, piece by piece as its records open; resumed if it breaks off."""
 
-    def __init__(self, answer: ResumableAnswer, wire: AsyncWire, slot: Slot) -> None:
+    def __init__(self, answer: ResumableAnswer, wire: AsyncWire, slot: Slot, log: CallLog) -> None:
         self._answer = answer
         self._wire = wire
         self._slot = slot
+        self._log = log
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._answer.take():
@@ -115,3 +121,5 @@ class AsyncSealedStream(httpx2.AsyncByteStream):
             await self._wire.close()
         finally:
             self._slot.leave()
+            answer = self._answer
+            self._log.ended(answer.facts, answer.head.status, "whole" if answer.ended else "left")

@@ -27,6 +27,7 @@ from lacre.transport.concurrency import Slot, Turns
 from lacre.transport.connection_sync import Link, Wire
 from lacre.transport.mapped_errors import mapped_stream
 from lacre.transport.oauth import Token
+from lacre.transport.request_log import CallLog
 from lacre.transport.sealed import plain_request, refusal_response, sealed_response
 from lacre.trust.manifest import Manifest
 
@@ -57,17 +58,21 @@ class SealedTransport(httpx2.BaseTransport):
         plain = plain_request(request, content, self._overrides)
         plain = asking(plain) if self._sealing.resume else plain
         slot = Slot() if self._turns is None else self._turns.get().take()
+        log = CallLog()
         try:
             wire = Wire(self._link, request.extensions)
             outcome = wire.run(self._sealing.exchange(plain))
+            log.headed()
             if isinstance(outcome, GatewayRefusal):
                 wire.close()
+                log.ended(outcome.facts, outcome.problem.status, "refused")
                 slot.leave()
                 return refusal_response(outcome)
             answer = ResumableAnswer(self._sealing, plain, outcome)
-            return sealed_response(answer, SealedStream(answer, wire, slot))
-        except BaseException:
+            return sealed_response(answer, SealedStream(answer, wire, slot, log))
+        except BaseException as exc:
             slot.leave()
+            log.failed(exc)
             raise
 
     @property
@@ -92,10 +97,11 @@ class SealedTransport(httpx2.BaseTransport):
 class SealedStream(httpx2.SyncByteStream):
     """The body of a sealed answer, piece by piece as its records open; resumed if it breaks off."""
 
-    def __init__(self, answer: ResumableAnswer, wire: Wire, slot: Slot) -> None:
+    def __init__(self, answer: ResumableAnswer, wire: Wire, slot: Slot, log: CallLog) -> None:
         self._answer = answer
         self._wire = wire
         self._slot = slot
+        self._log = log
 
     def __iter__(self) -> Iterator[bytes]:
         for piece in self._answer.take():
@@ -116,3 +122,5 @@ class SealedStream(httpx2.SyncByteStream):
             self._wire.close()
         finally:
             self._slot.leave()
+            answer = self._answer
+            self._log.ended(answer.facts, answer.head.status, "whole" if answer.ended else "left")
