@@ -38,6 +38,7 @@ def sync_client() -> None:
             if isinstance(event, lacre.ToolCallDelta):
                 assert_type(event.arguments, str)
         assert_type(client.models(), tuple[str, ...])
+        assert_type(client.with_options(timeout=3, retries=None, model="m", pool="p", cache_scope="u"), lacre.Client)
         assert_type(client.embed(["x"], timeout=3.0).vectors, tuple[tuple[float, ...], ...])
         assert_type(client.tokenize("x").ids, tuple[int, ...])
         assert_type(client.rerank("q", ["x"]).results, tuple[lacre.RankedText, ...])

@@ -45,7 +45,7 @@ from lacre.evidence.verification import Verification
 from lacre.exchange.call import DEFAULT_KEMS, Sealing
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
-from lacre.transport import oauth
+from lacre.transport import token_choice
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, Verify, async_outer
 from lacre.transport.oauth import AsyncToken
 from lacre.transport.sealed import FACTS
@@ -106,7 +106,7 @@ class AsyncClient(AsyncSealingClient):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = oauth.async_source(token), proof_key_of(dpop)
+        bearer, key = token_choice.async_source(token), proof_key_of(dpop)
         sealing = Sealing(
             where.root,
             memory_of(memory),

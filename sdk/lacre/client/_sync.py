@@ -46,7 +46,7 @@ from lacre.evidence.verification import Verification
 from lacre.exchange.call import DEFAULT_KEMS, Sealing
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
-from lacre.transport import oauth
+from lacre.transport import token_choice
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, Verify, outer
 from lacre.transport.oauth import Token
 from lacre.transport.sealed import FACTS
@@ -107,7 +107,7 @@ class Client(SealingClient):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = oauth.source(token), proof_key_of(dpop)
+        bearer, key = token_choice.source(token), proof_key_of(dpop)
         sealing = Sealing(
             where.root,
             memory_of(memory),

@@ -1,4 +1,4 @@
-"""Where access tokens come from: a string, a callable, or OAuth2 client credentials.
+"""Where access tokens come from: a string, a callable, OAuth2 client credentials, or a person's saved login.
 
 Rules:
 - A token or a secret is never logged, shown, or part of an error.
@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpx2
@@ -90,18 +90,13 @@ Token = str | Callable[[], str] | ClientCredentials
 AsyncToken = str | Callable[[], str | Awaitable[str]] | ClientCredentials
 
 
-def async_source(value: AsyncToken | None) -> AsyncToken:
+def checked_source(value: AsyncToken | None) -> AsyncToken:
     """The value of `token=`; LACRE_TOKEN only if it is None. Raises UsageError or SettingsError."""
     if value is None or isinstance(value, str):
         return arguments.setting(value, "token", "LACRE_TOKEN")
     if callable(value) or isinstance(value, ClientCredentials):
         return value
     raise UsageError(f"token must be a string, a callable or lacre.ClientCredentials, not {arguments.kind_of(value)}")
-
-
-def source(value: Token | None) -> Token:
-    """The same for a sync client, whose callable returns the token itself; `given` checks that."""
-    return cast("Token", async_source(value))
 
 
 def given(value: object) -> str:

@@ -1,0 +1,72 @@
+"""`lacre login` and `lacre logout`: a person's own access token, for the command, the proxy and programs on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lacre.cli.output import err, printable, say, waiting
+from lacre.errors import SettingsError
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from lacre.transport.device_grant import LoginServer
+    from lacre.transport.login import SavedLogin
+
+
+def login(
+    issuer: Annotated[str, typer.Option(help="The OpenID provider, as in the tokens' `iss`.", envvar="LACRE_ISSUER")],
+    client_id: Annotated[str, typer.Option(help="The public client that the provider knows.", envvar="LACRE_CLIENT_ID")],
+    scope: Annotated[str | None, typer.Option(help="Scopes to ask for, as 'openid offline_access'.")] = None,
+    browser: Annotated[
+        bool | None,
+        typer.Option("--browser/--device", help="Log in here, or on any device. Default: here, if there is a browser."),
+    ] = None,
+    file: Annotated[bool, typer.Option("--file", help="Keep the refresh token in a file, and not in the keyring.")] = False,
+) -> None:
+    """Log in on a web page. Later commands and programs of this user need no LACRE_TOKEN."""
+    from lacre.transport.browser_grant import has_browser
+    from lacre.transport.device_grant import LoginServer
+    from lacre.transport.login import LoginStore, login_http
+
+    store = LoginStore.default()
+    with login_http() as http:
+        server = LoginServer.discover(http, issuer)
+        here = browser if browser is not None else server.page_url is not None and has_browser()
+        saved = _here(http, server, client_id, scope) if here else _anywhere(http, server, client_id, scope)
+    hidden = store.save(saved, in_file=file)
+    say(f"logged in; the refresh token is in {'the keyring' if hidden else store.path}")
+
+
+def _here(http: httpx2.Client, server: LoginServer, client_id: str, scope: str | None) -> SavedLogin:
+    import webbrowser
+
+    from lacre.transport.browser_grant import in_browser
+
+    def opening(page: str) -> None:
+        err().print(f"open {printable(page)}", markup=False, soft_wrap=True)
+        webbrowser.open(page)
+
+    return in_browser(http, server, client_id, scope, opening)
+
+
+def _anywhere(http: httpx2.Client, server: LoginServer, client_id: str, scope: str | None) -> SavedLogin:
+    from lacre.transport.device_grant import DeviceCode, wait
+
+    asked = DeviceCode.ask(http, server, client_id, scope)
+    err().print(f"open {printable(asked.page)} and enter {printable(asked.code)}", markup=False, soft_wrap=True)
+    if asked.whole_page is not None:
+        err().print(f"or open {printable(asked.whole_page)}", markup=False, soft_wrap=True)
+    with waiting("waiting for you to confirm"):
+        return wait(http, server, client_id, asked, scope=scope)
+
+
+def logout() -> None:
+    """Forget the login on this machine. The login server keeps its session until that ends."""
+    from lacre.transport.login import LoginStore
+
+    if not LoginStore.default().forget():
+        raise SettingsError("nobody is logged in on this machine")
+    say("logged out")
