@@ -25,7 +25,7 @@ from lacre.runtime import arguments
 # levels of lists and mappings in a body; a schema has some tens, and a value that contains itself has no end
 MAX_DEPTH: Final = 200
 MAX_BITS: Final = 1024  # of a whole number; Python refuses over 4300 digits, and servers read 64 bits
-_JSON: Final = {"content-type": "application/json"}
+JSON_HEADERS: Final = {"content-type": "application/json"}
 _ROLES: Final = "one message is a mapping such as {'role': 'user', 'content': 'Hello.'}"
 
 Messages = str | Iterable[Mapping[str, Any]]
@@ -76,7 +76,7 @@ class ChatRequest:
         _check_model(body)
         if stream:
             body = {"stream_options": {"include_usage": True}, **body, "stream": True}
-        sent: dict[str, Any] = {"headers": {**arguments.headers(options.get("extra_headers"), "extra_headers"), **_JSON}}
+        sent: dict[str, Any] = {"headers": {**arguments.headers(options.get("extra_headers"), "extra_headers"), **JSON_HEADERS}}
         if extra_query is not None:
             sent["params"] = arguments.fields(extra_query, "extra_query")
         if timeout is not ... and timeout is not httpx2.USE_CLIENT_DEFAULT:

@@ -24,6 +24,8 @@ from lacre.evidence.exchange_info import Facts, Part
 from lacre.evidence.receipts import Receipt
 from lacre.evidence.recount import Recount, Tokenizer, Written
 from lacre.evidence.verification import Verification
+from lacre.exchange.resume import ResumableAnswer
+from lacre.exchange.stream_state import checked_key
 from lacre.runtime.forks import StaysInProcess
 
 DONE: Final = "[DONE]"  # ends a stream of events in OpenAI's format
@@ -48,8 +50,8 @@ def events_of(response: httpx2.Response) -> Iterator[httpx2.EventSource]:
 class Deltas:
     """A stream of chat completion chunks, joined event by event.
 
-    facts: of the exchange, from the head of the answer on. left: whether the program gave up the rest. usage, receipt: of an
-    answer that ended whole, verified; None until then.
+    facts, received: of the exchange, from the head of the answer on. left: whether the program gave up the rest. usage,
+    receipt: of an answer that ended whole, verified; None until then.
     """
 
     def __init__(self) -> None:
@@ -60,6 +62,7 @@ class Deltas:
         self.written = Written()
         self.id = self.model = ""
         self.facts: Facts | None = None
+        self.received: ResumableAnswer | None = None
         self.left = False
         self.usage: TokenUsage | None = None
         self.receipt: Receipt | None = None
@@ -214,6 +217,17 @@ class StreamedAnswer(StaysInProcess):
     def attempts(self) -> int:
         """How often the request was sealed and sent, as far as known; 0 before the answer begins."""
         return 0 if self.facts is None else self.facts.attempts
+
+    def state(self, key: bytes) -> str:
+        """A token with which another process or device of the same user continues this answer: `client.continue_stream`.
+
+        key: at least 32 random bytes, which encrypt the token. It lives for 900 s. Raises UsageError if the answer has not
+        begun, has ended, or cannot be continued: it has several choices, or may call functions.
+        """
+        secret, answer = checked_key(key), self._deltas.received
+        if answer is None:
+            raise UsageError("the answer has not begun: read its first piece first")
+        return answer.state().seal(secret, answer.root)
 
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount | None:
         """Counts the answer's tokens again, as far as a client can. tokenizer: returns the number of tokens of a text.

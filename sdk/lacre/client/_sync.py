@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import EllipsisType, NoneType
 from typing import Any, Unpack
@@ -13,7 +14,7 @@ from lacre.chat.attribution import EXPLAIN_PATH, Attribution, ExplainedPrompt, P
 from lacre.chat.choices import StreamEvent
 from lacre.chat.params import CallOptions, ChatParams, ExplainParams, Timeout
 from lacre.chat.reply import CHAT_PATH, Reply, check
-from lacre.chat.request import ChatRequest, Messages
+from lacre.chat.request import JSON_HEADERS, ChatRequest, Messages
 from lacre.chat.stream import Deltas, events_of
 from lacre.chat.stream_sync import ChatStream
 from lacre.chat.structured import Schema
@@ -44,12 +45,13 @@ from lacre.client.settings import (
 from lacre.evidence.exchange_info import documented
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import DEFAULT_KEMS, Sealing
+from lacre.exchange.stream_state import StreamState, checked_key
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.transport import token_choice
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, Verify, outer
 from lacre.transport.oauth import Token
-from lacre.transport.sealed import FACTS
+from lacre.transport.sealed import ANSWER, BEGUN, FACTS
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.transport.sealing_client_sync import SealingClient
 from lacre.trust.chain import ConnectionString
@@ -212,15 +214,31 @@ class Client(SealingClient):
         deltas = Deltas()
         return ChatStream(self._events(request, deltas), deltas)
 
-    def _events(self, request: ChatRequest, deltas: Deltas) -> Generator[StreamEvent]:
+    def continue_stream(self, state: str, *, key: bytes, timeout: Timeout = ...) -> ChatStream:
+        """An answer that another process or device of this user began: its text so far, as one piece, and then the rest.
+
+        state: what `stream.state(key)` returned there. The answer runs twice if the other one goes on reading, and both are
+        paid for; `usage` is that of this request. Raises UsageError and Expired.
+        """
+        begun = StreamState.open(state, checked_key(key), self._sealed.root, time.time())
+        asked = {} if isinstance(timeout, EllipsisType) else {"timeout": arguments.timeout(timeout)}
+        request = ChatRequest(begun.content, {"headers": dict(JSON_HEADERS), "extensions": {BEGUN: begun}, **asked})
+        deltas = Deltas()
+        return ChatStream(self._events(request, deltas, begun), deltas)
+
+    def _events(self, request: ChatRequest, deltas: Deltas, begun: StreamState | None = None) -> Generator[StreamEvent]:
         with self.stream("POST", CHAT_PATH, content=request.content, **request.options) as response:
             facts = deltas.facts = response.extensions[FACTS]
+            deltas.received = response.extensions.get(ANSWER)
             with documented(facts), events_of(response) as events:
                 if response.is_error:
                     response.read()
                     check(response)
+                for said in () if begun is None else deltas.feed(begun.begun):
+                    yield said
                 for event in events:
-                    yield from deltas.feed(event.data)
+                    for said in deltas.feed(event.data):
+                        yield said
                 deltas.close(facts)
 
     def explain(

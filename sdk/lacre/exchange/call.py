@@ -153,7 +153,7 @@ class Sealing:
         resume: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._root = root
+        self.root = root
         self._memory = memory
         self._pool = pool
         self._kems = tuple(kems)
@@ -183,7 +183,7 @@ class Sealing:
         """The checks of the newest request; before the first request, those of the manifest, if there is one."""
         with self._lock:
             trusted, last = self._trusted, self._last
-        checked = Verification(b64u(self._root), None if trusted is None else Signed.of(trusted, self._clock()))
+        checked = Verification(b64u(self.root), None if trusted is None else Signed.of(trusted, self._clock()))
         return checked if last is None else replace(last.verification, manifest=checked.manifest)
 
     def manifest(self) -> Steps[Manifest]:
@@ -328,7 +328,7 @@ class Sealing:
 
     def _accept(self, document: bytes) -> None:
         now = self._clock()
-        trusted = accept(document, self._root, self._memory, now)
+        trusted = accept(document, self.root, self._memory, now)
         with self._lock:
             if self._trusted is None or trusted.manifest.version >= self._trusted.manifest.version:  # threads may overtake
                 self._trusted, self._fetched_at, self._doubted = trusted, now, False
@@ -454,7 +454,7 @@ class Sealing:
         with self._lock:
             trusted = trusted or self._trusted
         signed = None if trusted is None else Signed.of(trusted, self._clock())
-        return Verification(b64u(self._root), signed, sealed_to)
+        return Verification(b64u(self.root), signed, sealed_to)
 
     def _inner(self, prepared: Prepared, scope: Scope, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
         plain = prepared.plain

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from lacre.errors import GaveUp, InvalidReceipt, LacreError, StreamBroken, TruncatedStream
+from lacre.errors import GaveUp, InvalidReceipt, LacreError, StreamBroken, TruncatedStream, UsageError
 from lacre.exchange.call import Sealing
 from lacre.exchange.request import Plain, is_repeatable
 from lacre.exchange.resume_marks import ASK, DIGEST, MEMBER, YES
@@ -24,6 +24,7 @@ from lacre.exchange.retry import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
 from lacre.exchange.sealed_answer import GatewayRefusal, Opening
 from lacre.exchange.sse_join import Splice
 from lacre.exchange.steps import Steps, Wait
+from lacre.exchange.stream_state import LIFETIME, StreamState
 from lacre.wire.records import EVENT_STREAM
 
 
@@ -38,7 +39,8 @@ def asking(plain: Plain) -> Plain:
 class ResumableAnswer:
     """plain: the application's request. opening: its first sealed answer, which has its head."""
 
-    def __init__(self, sealing: Sealing, plain: Plain, opening: Opening) -> None:
+    def __init__(self, sealing: Sealing, plain: Plain, opening: Opening, begun: StreamState | None = None) -> None:
+        """begun: the part that another process received. Raises StreamBroken if the worker has another model file."""
         self._sealing = sealing
         self._plain = plain
         self._opening = opening
@@ -51,15 +53,34 @@ class ResumableAnswer:
         self._digest = self.head.get(DIGEST) if any(name == ASK for name, _ in plain.headers) else ""
         streams = sealing.resume > 0 and self.head.status == 200 and self.head.media_type == EVENT_STREAM
         self._splice = Splice(marked=bool(self._digest)) if streams else None
+        if begun is not None and self.head.status == 200:
+            self._splice = Splice.after(begun.tokens, begun.text, begun.head)
+            if self.head.get(DIGEST) != begun.digest:
+                raise self._broken("this answer was begun by another model file")
         if self._splice is not None:
             self.facts.tokens = self._splice.tokens
         self._collect()
         self._finish()
 
     @property
+    def root(self) -> bytes:
+        """The client's."""
+        return self._sealing.root
+
+    @property
     def ended(self) -> bool:
         """Whether the whole answer was received."""
         return self._opening.ended
+
+    def state(self) -> StreamState:
+        """What another process needs to read this answer on. Raises UsageError if none could."""
+        splice = self._splice
+        if self.ended:
+            raise UsageError("the answer has ended: keep its text, there is nothing left to continue")
+        if splice is None or not splice.open or not splice.tokens:
+            raise UsageError("this answer cannot be continued (yet): it needs one choice, no tools, and a first piece of text")
+        until = self._sealing.now() + LIFETIME
+        return StreamState(self._plain.content, self._digest, tuple(splice.tokens), splice.text, splice.head, until)
 
     def take(self) -> list[bytes]:
         """The bytes that the caller may have now."""

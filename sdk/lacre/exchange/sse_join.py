@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge
@@ -45,9 +46,22 @@ class Splice:
         self.open = marked
         self.failed = False
 
+    @classmethod
+    def after(cls, tokens: Iterable[int], text: str, first: Mapping[str, Any]) -> Splice:
+        """Joins the rest of an answer to the part that another process received. first: members that its events share."""
+        splice = cls(marked=True)
+        splice.tokens, splice._parts, splice._first = list(tokens), [text], dict(first)
+        splice._seams, splice._spent = 1, [(0, 0, 0)]
+        return splice
+
     @property
     def text(self) -> str:
         return "".join(self._parts)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The members that all events of the answer share, as far as it has begun."""
+        return dict(self._first)
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that may be delivered now. Raises InvalidMessage or MessageTooLarge."""

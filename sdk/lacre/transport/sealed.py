@@ -25,6 +25,8 @@ __all__ = ["FACTS", "REFUSAL", "TimedOut", "Unreachable", "plain_request", "refu
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
+ANSWER: Final = "lacre.answer"  # of a response's extensions: the `ResumableAnswer`
+BEGUN: Final = "lacre.begun"  # of a request's extensions: the `StreamState` to continue
 REQUEST_ID: Final = "x-request-id"  # OpenAI's packages look for it here; it is the gateway's, because a worker does not know it
 
 
@@ -44,7 +46,7 @@ def sealed_response(answer: ResumableAnswer, stream: httpx2.SyncByteStream | htt
     headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers if name != REQUEST_ID]
     if answer.facts.request_id is not None:
         headers.append((REQUEST_ID.encode(), answer.facts.request_id.encode()))
-    return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts})
+    return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts, ANSWER: answer})
 
 
 def refusal_response(refusal: GatewayRefusal) -> httpx2.Response:

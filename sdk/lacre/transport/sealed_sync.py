@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx2
 
@@ -20,6 +21,7 @@ from lacre.exchange.call import Sealing
 from lacre.exchange.request import NO_OVERRIDES, Overrides
 from lacre.exchange.resume import ResumableAnswer, asking
 from lacre.exchange.sealed_answer import GatewayRefusal
+from lacre.exchange.stream_state import StreamState
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.runtime.forks import PerProcess
@@ -28,7 +30,7 @@ from lacre.transport.connection_sync import Link, Wire
 from lacre.transport.mapped_errors import mapped_stream
 from lacre.transport.oauth import Token
 from lacre.transport.request_log import CallLog
-from lacre.transport.sealed import plain_request, refusal_response, sealed_response
+from lacre.transport.sealed import BEGUN, plain_request, refusal_response, sealed_response
 from lacre.trust.manifest import Manifest
 
 
@@ -56,24 +58,31 @@ class SealedTransport(httpx2.BaseTransport):
         with arguments.of_content():
             content = request.read()
         plain = plain_request(request, content, self._overrides)
-        plain = asking(plain) if self._sealing.resume else plain
+        begun: StreamState | None = request.extensions.get(BEGUN)
+        plain = asking(plain) if self._sealing.resume or begun else plain
+        sent = plain if begun is None else replace(plain, content=begun.sent)
         slot = Slot() if self._turns is None else self._turns.get().take()
         log = CallLog()
         try:
             wire = Wire(self._link, request.extensions)
-            outcome = wire.run(self._sealing.exchange(plain))
+            outcome = wire.run(self._sealing.exchange(sent))
             log.headed()
             if isinstance(outcome, GatewayRefusal):
                 wire.close()
                 log.ended(outcome.facts, outcome.problem.status, "refused")
                 slot.leave()
                 return refusal_response(outcome)
-            answer = ResumableAnswer(self._sealing, plain, outcome)
+            answer = ResumableAnswer(self._sealing, plain, outcome, begun)
             return sealed_response(answer, SealedStream(answer, wire, slot, log))
         except BaseException as exc:
             slot.leave()
             log.failed(exc)
             raise
+
+    @property
+    def root(self) -> bytes:
+        """The pinned root's public key."""
+        return self._sealing.root
 
     @property
     def verification(self) -> Verification:
