@@ -18,8 +18,9 @@ from parts.npm import install
 ROOT = Path(__file__).resolve().parent.parent
 SDK = ROOT / "sdk"
 TYPING = ROOT / "typing_tests"
-# Bytes of the SDK's own files, compressed one by one as they are in the wheel. The generated sync half takes 11 kB of them.
-MAX_WHEEL = 240_000
+# Bytes of the SDK's own files, compressed one by one as they are in the wheel. The generated sync half takes 12 kB of them, and
+# logging in as a person 12 kB.
+MAX_WHEEL = 280_000
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 
 
