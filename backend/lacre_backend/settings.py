@@ -28,6 +28,7 @@ class ModelSettings(Table):
     name: ModelName | None = None
     # By default these are derived from the model and the machine. `lacre worker tune` measures the last four.
     context: PositiveInt | None = None  # tokens of one request
+    max_output: PositiveInt | None = None  # tokens of an answer if the caller names no limit; `lacre worker digests` tells it
     beyond_training: bool = False  # whether the context may exceed the length that the model was trained for
     cells: PositiveInt | None = None  # tokens of all requests, in a unified cache
     slots: PositiveInt | None = None  # requests at a time

@@ -187,7 +187,6 @@ async def test_refusals(app: App, code: str | None, param: str, value: Any) -> N
     [
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "invalid_parameter_combination"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "above_max_value"),
-        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", None),
         ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
         ({"continue_final_message": True, "messages": [{"role": "assistant", "content": "x"}]},
          "continue_final_message", "invalid_value"),
@@ -243,7 +242,13 @@ async def test_unknown_addresses_and_methods(app: App) -> None:
 
 
 async def test_models(app: App) -> None:
-    model = {"id": "echo", "object": "model", "created": 0, "owned_by": "lacre"}
+    model = {
+        "id": "echo", "object": "model", "created": 0, "owned_by": "lacre", "root": "echo",
+        "max_model_len": 512, "context_length": 512,
+        "architecture": {"modality": "text->text", "input_modalities": ["text"], "output_modalities": ["text"]},
+        "top_provider": {"context_length": 512, "max_completion_tokens": 512, "is_moderated": False},
+        "meta": {"n_ctx": 512, "n_vocab": 259},
+    }  # fmt: skip
     assert (await post(app, "/v1/models", b"", method="GET")).json() == {"object": "list", "data": [model]}
     assert (await post(app, "/v1/models/echo", b"", method="GET")).json() == model
     assert (await post(app, "/v1/models/org/none", b"", method="GET")).error(404)["code"] == "model_not_found"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from lacre.errors import SettingsError
 from lacre.trust.chain import verify
-from lacre.trust.manifest import ModelEntry
+from lacre.trust.manifest import MAX_OUTPUT, ModelEntry, ModelKind
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import find
 from lacre_fabric.keys.kms import PLAIN
@@ -88,6 +89,41 @@ def test_adapters_by_the_answer_of_a_worker(tmp_path: Path) -> None:
         model_digests.named([f"m={report(tmp_path / 'b.json', models=[])}"], models)
 
 
+DESCRIBED: dict[str, Any] = {
+    "kind": "embed", "context": 512, "max_output": 7, "modalities": ["text", "image"], "tools": "hermes",
+}  # fmt: skip
+
+
+def test_a_description_is_told_with_the_digest_and_outlives_it(site: Site, tmp_path: Path) -> None:
+    """In `lacre worker digests`' answer or a publisher's own. A new digest alone leaves it."""
+    entry = ModelEntry((ONE,), (), ModelKind.EMBED, 512, 7, ("text", "image"), "hermes")
+    answer = report(tmp_path / "w.json", models={"small": {"sha256": [ONE], "signers": [], **DESCRIBED}})
+    own = report(tmp_path / "own.json", digest=f"sha256:{ONE}", **DESCRIBED)
+    assert model_digests.named([f"small={answer}"], ("small",)) == {"small": entry}
+    assert model_digests.named([f"small={own}"], ("small",)) == {"small": entry}
+    model_digests.record(site.models_file, "default", {"small": entry})
+    pool = verify(site.sign_manifest(), site.root, time.time()).manifest.pools["default"]
+    assert (pool.models["small"], pool.models["large"].output) == (entry, MAX_OUTPUT)
+    other = model_digests.named([f"small={report(tmp_path / 'b.json', digest=f'sha256:{TWO}')}"], ("small",))
+    assert model_digests.merged({"small": entry}, other) == {"small": replace(entry, sha256=(TWO,))}
+    assert model_digests.merged({"small": entry}, {"small": replace(entry, context=9)})["small"].context == 9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"context": 0}, {"context": 2**31}, {"max_output": "9"}, {"max_output": True}, {"modalities": "text"},
+     {"modalities": ["T"]}, {"modalities": ["text"] * 9}, {"tools": "a b"}, {"tools": ""}, {"kind": 1}],
+)  # fmt: skip
+def test_a_description_that_is_none(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="describes its model wrongly"):
+        model_digests.named([f"m={report(tmp_path / 'a', digest=f'sha256:{ONE}', **wrong)}"], ("m",))
+
+
+def test_a_kind_of_a_later_version_is_unknown(tmp_path: Path) -> None:
+    found = model_digests.named([f"m={report(tmp_path / 'a', digest=f'sha256:{ONE}', kind='speak')}"], ("m",))
+    assert found == {"m": ModelEntry((ONE,))}
+
+
 def test_a_signer_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no id"):
         model_digests.named([f"m={report(tmp_path / 'a', digest=f'sha256:{ONE}', signer='me')}"], ("m",))
@@ -110,9 +146,12 @@ async def test_files_that_settings_name(site: Site, tmp_path: Path) -> None:
     plain = {"name": "plain", "path": str(model.path)}
     settings = site.worker_settings("default")
     digest = model.digest.removeprefix("sha256:")
-    assert await model_digests.read_served(settings, PLAIN, [plain, own]) == {
-        "plain": ModelEntry((digest,)),
-        "own": ModelEntry((digest,), (signatures.signer_id(key.public_key()),)),
+    described = ModelEntry(kind=ModelKind.GENERATE, context=8192, max_output=MAX_OUTPUT, modalities=("text",), tools="hermes")
+    assert await model_digests.read_served(settings, PLAIN, [plain, {**own, "context": 1000, "max_output": 300}]) == {
+        "plain": replace(described, sha256=(digest,)),
+        "own": replace(
+            described, sha256=(digest,), signers=(signatures.signer_id(key.public_key()),), context=1000, max_output=300
+        ),
     }
     (tmp_path / "own.gguf.sig").unlink()
     with pytest.raises(ModelRefused, match=r"own\.gguf: the model own has no signature.*Copy the model and its \.sig"):

@@ -22,7 +22,7 @@ from lacre.jose import jws
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u, b64u_decode, raw_public_key, sign
 from lacre.trust.chain import verify
-from lacre.trust.manifest import MANIFEST_TYP, Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
+from lacre.trust.manifest import MANIFEST_TYP, Document, Manifest, ModelEntry, ModelKind, Pool, PoolKey, RootStatement
 from lacre.trust.manifest_store import MAX_REMEMBERED, Memory, VersionFile, VersionMemory, accept
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import ALL_ALGORITHMS, Kem, KeyConfig
@@ -47,7 +47,13 @@ def configs(draw: st.DrawFn) -> KeyConfig:
 NAME_LISTS = st.lists(NAMES, max_size=3).map(tuple)
 POOL_KEYS = st.builds(PoolKey, configs(), TIMES)
 HEX = st.lists(st.text("0123456789abcdef", min_size=64, max_size=64), max_size=2).map(tuple)
-MODELS = st.dictionaries(NAMES, st.builds(ModelEntry, HEX, HEX), max_size=3)
+COUNTS = st.none() | st.integers(1, 2**31 - 1)
+WORDS = st.text("abcdefghij0123456789", min_size=1, max_size=8)
+ENTRIES = st.builds(
+    ModelEntry, HEX, HEX, st.none() | st.sampled_from(ModelKind), COUNTS, COUNTS, st.lists(WORDS, max_size=8).map(tuple),
+    st.none() | WORDS,
+)  # fmt: skip
+MODELS = st.dictionaries(NAMES, ENTRIES, max_size=3)
 POOLS = st.builds(Pool, MODELS, st.lists(POOL_KEYS, max_size=3).map(tuple), KEYS, NAME_LISTS)
 MANIFESTS = st.builds(
     Manifest, NAMES, st.integers(0, 2**53), TIMES, TIMES.map(lambda time: time + NOW + 1), KEYS,

@@ -179,7 +179,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Pool:
 def test_a_pool_is_read_whatever_the_order_of_its_members() -> None:
     pool = changed(lambda _pool: None)
     assert (list(pool.models), pool.models["b"]) == (["b", "a"], ModelEntry((ONE,), (TWO,)))
-    assert changed(lambda pool: pool["models"]["b"].update(context=8192)) == pool
+    assert changed(lambda pool: pool["models"]["b"].update(colour="red")) == pool
 
 
 @pytest.mark.parametrize(

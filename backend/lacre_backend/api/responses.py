@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre.asgi import Usage
-from lacre_backend.engine.protocol import LayerView, ModelInfo
+from lacre_backend.engine.protocol import LayerView, ModelInfo, TaskKind
 
+_OUTPUTS: Final = {TaskKind.GENERATE: "text", TaskKind.EMBED: "embeddings"}
 LEAST_LOGPROB: Final = -9999.0  # OpenAI's value for "never"; JSON has no minus infinity
 
 
@@ -103,4 +104,26 @@ def embeddings(info: ModelInfo, vectors: Sequence[Any], spent: Usage) -> dict[st
 
 
 def model(info: ModelInfo) -> dict[str, Any]:
-    return {"id": info.name, "object": "model", "created": info.created, "owned_by": "lacre"}
+    """With the members of other servers: vLLM's `max_model_len`, llama-server's `meta`, OpenRouter's `context_length`,
+    `architecture` and `top_provider`.
+    """
+    kind = next(iter(info.kinds))
+    generates = kind is TaskKind.GENERATE
+    output = _OUTPUTS[kind]
+    numbers = {"n_ctx": info.n_ctx, "n_vocab": info.n_vocab, **({} if generates else {"n_embd": info.n_embd})}
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "lacre",
+        "root": info.name,
+        "max_model_len": info.n_ctx,
+        "context_length": info.n_ctx,
+        "architecture": {"modality": f"text->{output}", "input_modalities": ["text"], "output_modalities": [output]},
+        "top_provider": {
+            "context_length": info.n_ctx,
+            "max_completion_tokens": info.n_ctx if generates else None,
+            "is_moderated": False,
+        },
+        "meta": numbers,
+    }

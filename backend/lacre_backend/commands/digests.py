@@ -1,18 +1,27 @@
-"""`lacre worker digests`: what the manifest may say of the model files that a worker's settings name."""
+"""`lacre worker digests`: what the manifest may say of the models that a worker's settings name."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from lacre.trust.manifest import DIGEST, ModelEntry
+from lacre.errors import SettingsError
+from lacre.trust.manifest import DIGEST, ModelEntry, ModelKind
 from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
+from lacre_backend.engine.embed import DEFAULT_CONTEXT
+from lacre_backend.engine.gguf_header import Malformed, read
+from lacre_backend.engine.model import DEFAULT_N_CTX
 from lacre_backend.models.opening import open_model
 from lacre_backend.settings import ModelSettings, WorkerSettings, with_default
 from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.settings import FilePath, KmsAddress, Table, validated
+
+_RANK: Final = 4  # llama.cpp's LLAMA_POOLING_TYPE_RANK, as files say it
+_POOLED: Final = {_RANK: ModelKind.RERANK}  # all other poolings embed
+_HERMES: Final = "<tool_call>"  # begins a call in the form of Hermes and Qwen
+_TEXT: Final = ("text",)  # what this engine reads
 
 
 class PlannedModels(Table):
@@ -38,14 +47,43 @@ def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEnt
     for model in settings.models:
         conditions = replace(model.conditions(settings.kms), whole=True)
         base = open_model(model.path, model.name, conditions)
-        found[base.file.name] = _entry(base.file.digest, base.signer)
+        described = description(base.file.path, model)
+        found[base.file.name] = _entry(base.file.digest, base.signer).described_as(described)
         for name, path in model.adapters.items():
             adapter = open_model(path, name, conditions)
             check(adapter.file.path, base.file.path, path)
             both = adapted_digest(base.file.digest, adapter.file.digest)
-            found[adapted_name(base.file.name, name)] = _entry(both, base.signer, adapter.signer)
+            found[adapted_name(base.file.name, name)] = _entry(both, base.signer, adapter.signer).described_as(described)
     return found
 
 
 def _entry(digest: str, *signers: str | None) -> ModelEntry:
     return ModelEntry((digest.removeprefix(DIGEST),), tuple(dict.fromkeys(each for each in signers if each is not None)))
+
+
+def description(path: Path, settings: ModelSettings) -> ModelEntry:
+    """What the model does, by its file's header and its settings. A worker with little memory may have a smaller context.
+
+    Raises SettingsError.
+    """
+    try:
+        header = read(path)
+    except (Malformed, OSError) as exc:
+        raise SettingsError(f"{path} cannot be read ({exc}): copy the file again") from exc
+    architecture = header.text("general.architecture") or ""
+    pooling = header.number(f"{architecture}.pooling_type")
+    kind = _POOLED.get(pooling, ModelKind.EMBED) if pooling is not None else ModelKind.GENERATE
+    usual = DEFAULT_N_CTX if kind is ModelKind.GENERATE else DEFAULT_CONTEXT
+    context = settings.context or min(header.number(f"{architecture}.context_length") or usual, usual)
+    if kind is not ModelKind.GENERATE:
+        return ModelEntry(kind=kind, context=context, modalities=_TEXT)
+    calls = _calls(header.text("tokenizer.chat_template"))
+    said = ModelEntry(kind=kind, context=context, max_output=settings.max_output, modalities=_TEXT, tools=calls)
+    return replace(said, max_output=said.output)
+
+
+def _calls(template: str | None) -> str | None:
+    """The format of calls, as far as the chat template's text tells. Models that know no tools learn Hermes' form of them."""
+    if template is None:
+        return None
+    return "hermes" if _HERMES in template or "tools" not in template else None

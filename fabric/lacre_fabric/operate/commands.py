@@ -330,7 +330,7 @@ def manifest_publish(
         async with _provisioner(site) as connection:
             async with site.changing():
                 before = model_digests.recorded(site.models_file).get(pool, {})
-                model_digests.record(site.models_file, pool, {**before, **named})
+                model_digests.record(site.models_file, pool, model_digests.merged(before, named))
             await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
             await publish(site, connection)
 

@@ -1,6 +1,6 @@
-"""Which model files may be served: `trust/models.json` of a state folder, which each manifest repeats.
+"""Which model files may be served, and what they are: `trust/models.json` of a state folder, which each manifest repeats.
 
-    {"pools": {"default": {"models": {"smollm2-135m": {"sha256": ["…"], "signers": ["…"]}}}}}
+    {"pools": {"default": {"models": {"smollm2-135m": {"sha256": ["…"], "signers": ["…"], "kind": "generate", …}}}}}
 
 Rules:
 - The publisher writes it, from files that it read itself or from answers of `lacre model verify --json`. Nothing that a worker
@@ -14,6 +14,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from lacre.cli.output import EXIT_CODES
 from lacre.errors import InvalidMessage, SettingsError, VerificationError
 from lacre.jose.claims import Members
 from lacre.runtime.json_objects import parse_object
-from lacre.trust.manifest import DIGEST, ModelEntry, is_digest
+from lacre.trust.manifest import DESCRIPTION, DIGEST, ModelEntry, is_digest
 from lacre_fabric.keys.secret_files import write_secret
 from lacre_fabric.operate.leash import PYTHON, leashed
 from lacre_fabric.operate.supervisor import ChildDied
@@ -80,8 +81,20 @@ def named(said: Iterable[str], models: Collection[str]) -> Entries:
 
 
 def _entry(reports: Sequence[ModelEntry]) -> ModelEntry:
+    """Of all files, described as the last one that is."""
     digests = dict.fromkeys(digest for each in reports for digest in each.sha256)
-    return ModelEntry(tuple(digests), tuple(dict.fromkeys(signer for each in reports for signer in each.signers)))
+    signers = dict.fromkeys(signer for each in reports for signer in each.signers)
+    described = next((each for each in reversed(reports) if each.is_described), ModelEntry())
+    return replace(described, sha256=tuple(digests), signers=tuple(signers))
+
+
+def merged(before: Entries, named: Entries) -> Entries:
+    """The entries so far, with the named ones in place. Digests alone leave a model's description as it was."""
+    kept = {
+        model: entry if entry.is_described or model not in before else entry.described_as(before[model])
+        for model, entry in named.items()
+    }
+    return {**before, **kept}
 
 
 def _report(path: Path, model: str, models: Collection[str]) -> ModelEntry:
@@ -102,7 +115,12 @@ def _report(path: Path, model: str, models: Collection[str]) -> ModelEntry:
         raise SettingsError(f"{path} has no `digest`: make it with `lacre model verify FILE --key KEY --json`")
     if signer is not None and not (isinstance(signer, str) and is_digest(DIGEST + signer)):
         raise SettingsError(f"{path} has a `signer` that is no id: make it with `lacre model verify FILE --key KEY --json`")
-    return ModelEntry((digest.removeprefix(DIGEST),), () if signer is None else (signer,))
+    said: dict[str, object] = {name: members[name] for name in DESCRIPTION if name in members}
+    files = {"sha256": [digest.removeprefix(DIGEST)], "signers": [] if signer is None else [signer]}
+    try:
+        return ModelEntry.parse(Members(said | files, "it"))
+    except InvalidMessage as exc:
+        raise SettingsError(f"{path} describes its model wrongly ({exc}): correct {', '.join(said)}") from exc
 
 
 def _of_worker(path: Path, members: Mapping[str, object], model: str) -> ModelEntry:

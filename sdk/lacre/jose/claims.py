@@ -27,6 +27,9 @@ class Members:
         """Raises InvalidMessage."""
         return cls(parse_object(data, what), what)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def _get(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self._values.get(name)
         # bool is an int to Python, but not in a JSON format.

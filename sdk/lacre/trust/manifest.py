@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge, UnsupportedSuite
@@ -23,7 +24,26 @@ KEY_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 MAX_DOCUMENT: Final = 2**20  # bytes of `GET /v1/manifest`; some hundred pools with X-Wing keys
 MAX_CHAIN: Final = 1000  # root statements; a root that changes monthly for 80 years
 DIGEST: Final = "sha256:"  # how a model's digest begins in receipts and pins
+MAX_OUTPUT: Final = 4096  # tokens of one choice if neither the caller nor the manifest says: a long answer, or a file's edit
+DESCRIPTION: Final = (
+    "kind",
+    "context",
+    "max_output",
+    "modalities",
+    "tools",
+)  # members that describe a model; each may be missing
 _HEX: Final = re.compile("[0-9a-f]{64}")
+_MOST: Final = 2**31 - 1  # tokens: what an engine can count
+_WORD: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")  # a kind, a modality, or a format of tool calls
+_MODALITIES: Final = 8  # of one model; there are text, image, audio, video and few more
+
+
+class ModelKind(StrEnum):
+    """What a model does with a text. Other values of a manifest are from a later version, and count as unknown."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    RERANK = "rerank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +86,82 @@ class ModelEntry:
 
     sha256: digests of the files that may be served as this model, in hex; empty: any file. signers: ids of the keys that
     signed them (OpenSSF Model Signing's `hint`: SHA-256 of the public key in PEM), in hex.
+
+    The rest describes the model, as far as it is known. context, max_output: in tokens; of one request, and of one choice.
+    modalities: what it reads, such as `text`. tools: the format in which it calls functions.
     """
 
     sha256: tuple[str, ...] = ()
     signers: tuple[str, ...] = ()
+    kind: ModelKind | None = None
+    context: int | None = None
+    max_output: int | None = None
+    modalities: tuple[str, ...] = ()
+    tools: str | None = None
 
     @property
     def digests(self) -> tuple[str, ...]:
         """As a receipt names them."""
         return tuple(DIGEST + each for each in self.sha256)
 
+    @property
+    def output(self) -> int:
+        """The most tokens of one choice if the caller names no limit."""
+        return self.max_output or min(self.context or MAX_OUTPUT, MAX_OUTPUT)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether anything is known beside its files."""
+        return replace(self, sha256=(), signers=()) != ModelEntry()
+
+    def described_as(self, other: ModelEntry) -> ModelEntry:
+        """With what `other` says of the model beside its files."""
+        return replace(other, sha256=self.sha256, signers=self.signers)
+
     def members(self) -> dict[str, Any]:
-        return {"sha256": list(self.sha256), "signers": list(self.signers)}
+        """Without what is unknown."""
+        said = {
+            "kind": None if self.kind is None else self.kind.value,
+            "context": self.context,
+            "max_output": self.max_output,
+            "modalities": list(self.modalities) or None,
+            "tools": self.tools,
+        }
+        known = {name: value for name, value in said.items() if value is not None}
+        return {"sha256": list(self.sha256), "signers": list(self.signers), **known}
 
     @classmethod
     def parse(cls, members: Members) -> ModelEntry:
         """Raises InvalidMessage."""
-        found = cls(members.texts("sha256"), members.texts("signers"))
+        found = cls(
+            members.texts("sha256"),
+            members.texts("signers"),
+            kind=_kind(members.text("kind") if "kind" in members else None),
+            context=_tokens(members, "context"),
+            max_output=_tokens(members, "max_output"),
+            modalities=members.texts("modalities") if "modalities" in members else (),
+            tools=members.text("tools") if "tools" in members else None,
+        )
         if not all(map(_HEX.fullmatch, (*found.sha256, *found.signers))):
             raise InvalidMessage("a model's sha256 and signers must be lists of 64 hexadecimal digits in small letters")
+        words = (*found.modalities, *(() if found.tools is None else (found.tools,)))
+        if len(found.modalities) > _MODALITIES or not all(map(_WORD.fullmatch, words)):
+            raise InvalidMessage(f"a model's modalities ({_MODALITIES} at most) and tools must be short words in small letters")
         return found
+
+
+def _kind(text: str | None) -> ModelKind | None:
+    return ModelKind(text) if text in frozenset(ModelKind) else None
+
+
+def _tokens(members: Members, name: str) -> int | None:
+    """Raises InvalidMessage."""
+    if name not in members:
+        return None
+    count = members.count(name)
+    if not 1 <= count <= _MOST:
+        raise InvalidMessage(f"a model's {name} must be a number of tokens from 1 to {_MOST}")
+    return count
 
 
 def is_digest(text: str) -> bool:
