@@ -28,6 +28,7 @@ from lacre_gateway.auth.pseudonyms import Pseudonyms
 from lacre_gateway.auth.revocation import RevocationList, revocation
 from lacre_gateway.auth.throttle import FailureThrottle, RefusalThrottle
 from lacre_gateway.auth.tokens import Authenticator
+from lacre_gateway.budget.fitting import LEAST_OUTPUT
 from lacre_gateway.budget.in_flight import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.settlement import Settlement
@@ -40,6 +41,7 @@ from lacre_gateway.settings import GatewaySettings
 
 # Of an explanation: how often its prompt is computed, and how many states of layers are read. A state costs a prompt's token.
 _RUNS: Final = {Action.EXPLAIN: (MAX_PARTS + 1, 0), Action.LENS: (MAX_PARTS + 2, MAX_LENS_TOKENS * MAX_LENS_LAYERS)}
+_LOWERED: Final = frozenset({Action.CHAT, Action.COMPLETE})  # their answers can end anywhere, with `length`
 ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON, HTTP and padding add more bytes
 
 
@@ -123,7 +125,8 @@ class Gateway:
         bytes than a chat template adds tokens. Below the least padded length these may be too few, so the whole size counts.
         The worker refuses longer prompts. For the action `http`, bytes count instead of tokens. The action `explain` computes
         the prompt once whole and once without each part, each time with an answer of at most `max_tokens` behind it. The action
-        `lens` reads it once more, and each layer of each token.
+        `lens` reads it once more, and each layer of each token. A default ceiling of the actions `chat` and `complete` may be
+        lowered.
         """
         model, action, max_tokens = outer.model, outer.action, outer.max_tokens
         if action is Action.HTTP:
@@ -136,7 +139,13 @@ class Gateway:
         answer = max_tokens if action in _RUNS else 0
         prompt = bound + answer if configured is None else min(configured.context, bound + answer)
         enough = runs * (bound // ORDINARY + answer) + views if padded else None
-        return Reservation(max_prompt_tokens=runs * prompt + views, max_tokens=max_tokens, shrinks=True, enough=enough)
+        return Reservation(
+            max_prompt_tokens=runs * prompt + views,
+            max_tokens=max_tokens,
+            shrinks=True,
+            enough=enough,
+            least_tokens=LEAST_OUTPUT if outer.is_default and action in _LOWERED else None,
+        )
 
     def missing(self) -> dict[str, str]:
         """The parts that are missing before requests can be served, and who can help; empty if none is."""

@@ -60,12 +60,12 @@ class SyncCaller:
 
 def bent(
     attribute: str, name: str, defence: str, refused: Any, *values: Any, ask: str = "chat", calls: int = 0, code: str = "",
-    gain: str = NOTHING, status: int | None = None, posts: int | None = None, **worker: Any,
+    gain: str = NOTHING, status: int | None = None, posts: int | None = None, max_tokens: int | None = None, **worker: Any,
 ) -> Test:  # fmt: skip
     """The attack of a gateway's owner with that `attribute`, with each of `values` in turn: the caller raises.
 
-    calls: how often the worker's app was called. status: of the ApiError. posts: how many sealed requests there were.
-    worker: options of its own.
+    max_tokens: as the caller names it. calls: how often the worker's app was called. status: of the ApiError. posts: how many
+    sealed requests there were. worker: options of its own.
     """
 
     @attack(name, "gateway", defence, refused, code=code, gain=gain, cases=values, ids=range(len(values)))
@@ -73,7 +73,7 @@ def bent(
         running = await stage.worker(**worker)
         setattr(gateway, attribute, case)
         with verdict.refused() as caught:
-            await getattr(caller, ask)(stage.prompt)
+            await getattr(caller, ask)(stage.prompt, max_tokens=max_tokens)
         assert running.calls == calls
         assert posts is None or len(gateway.posts) == posts
         assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}

@@ -19,7 +19,7 @@ from lacre.errors import InvalidMessage, InvalidReceipt, WrongModel
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime import tasks
-from lacre.trust.manifest import ModelEntry
+from lacre.trust.manifest import MAX_OUTPUT, ModelEntry
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
@@ -116,7 +116,8 @@ test_own_key = lied("sign a receipt with a key that is not the pool's", OF_THE_P
 test_another_request = lied("send the receipt of another request", OF_THE_POOL, lambda stage: resigned(stage, enc="A" * 43))
 test_not_final = lied("send a receipt that is not final", OF_THE_POOL, lambda stage: resigned(stage, final=False))
 test_above = lied("claim more tokens than the caller asked for", OF_THE_POOL,
-    lambda stage: resigned(stage, completion_tokens=513), usage={"prompt_tokens": 9, "completion_tokens": 513})  # fmt: skip
+    lambda stage: resigned(stage, completion_tokens=MAX_OUTPUT + 1),
+    usage={"prompt_tokens": 9, "completion_tokens": MAX_OUTPUT + 1})  # fmt: skip
 test_other_than_told = lied(
     "claim a different token count in the receipt than in the answer",
     "the caller compares the receipt with the answer's `usage`",
@@ -217,7 +218,7 @@ async def test_overcount(stage: Stage, gateway: GatewayOwner) -> None:
 
 @attack("bill the gateway for more than was granted", "worker", "receipts are bounded by the reservation",
         gain="nothing; the request is booked as `unreceipted`",
-        cases=[{"completion_tokens": 513}, {"prompt_tokens": 10**6}])  # fmt: skip
+        cases=[{"completion_tokens": MAX_OUTPUT + 1}, {"prompt_tokens": 10**6}])  # fmt: skip
 async def test_bill_above(stage: Stage, honest: Stage, wire: AsgiWire, case: dict[str, int]) -> None:
     async with LyingWorker(stage, told=case):
         await stage.client(wire, honest.token).chat(stage.prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,18 @@ import lacre
 from lacre import problems
 from lacre.errors import UsageError
 from lacre.exchange.model_paths import KNOWN, METHODS, misdirected
-from lacre.exchange.request import DEFAULT_MAX_TOKENS, NO_OUTPUT, Plain, Prepared, action_of, prepare
+from lacre.exchange.request import NO_OUTPUT, OTHER_CEILING, Plain, Prepared, action_of, prepare
+from lacre.trust.manifest import MAX_OUTPUT, ModelEntry, ModelKind
 from lacre.wire.outer import MAX_TOKENS
 
 CHAT = "/v1/chat/completions"
+MODELS = {
+    "first": ModelEntry(),
+    "e": ModelEntry(kind=ModelKind.EMBED, context=512),
+    "r": ModelEntry(kind=ModelKind.RERANK),
+    "small": ModelEntry(kind=ModelKind.GENERATE, context=1000),
+    "long": ModelEntry(kind=ModelKind.GENERATE, context=100_000, max_output=20_000),
+}
 ACTIONS = {
     "chat": [f"POST {CHAT}", "POST /v1/responses", "POST /v1/messages"],
     "complete": ["POST /v1/completions"],
@@ -39,7 +48,7 @@ def test_action(said: str, action: str) -> None:
 def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool = False, **headers: str) -> Prepared:
     """headers: with `_` for `-`."""
     fields = tuple((name.replace("_", "-"), value) for name, value in headers.items())
-    return prepare(Plain(method, path, fields, content), ("first", "e"), keep_identifying_fields=keep)
+    return prepare(Plain(method, path, fields, content), MODELS, keep_identifying_fields=keep)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +57,12 @@ def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool =
         ("/v1/embeddings", b'{"model": "e", "input": "x"}', {}, "e", NO_OUTPUT),
         ("/v1/tokenize", b'{"model": "e", "prompt": "x"}', {}, "e", NO_OUTPUT),
         ("/v1/tokenize", b'{"prompt": "x"}', {}, "first", NO_OUTPUT),
-        (CHAT, b"{}", {}, "first", DEFAULT_MAX_TOKENS),
+        (CHAT, b"{}", {}, "first", MAX_OUTPUT),
         # the ceiling covers all choices
         (CHAT, b'{"model": "e", "n": 2, "max_tokens": 3}', {}, "e", 6),
         (CHAT, b'{"n": 2, "max_completion_tokens": 5}', {}, "first", 10),
-        (CHAT, b'{"n": 3}', {}, "first", 3 * DEFAULT_MAX_TOKENS),
-        (CHAT, b'{"max_tokens": -1}', {}, "first", DEFAULT_MAX_TOKENS),
+        (CHAT, b'{"n": 3}', {}, "first", 3 * MAX_OUTPUT),
+        (CHAT, b'{"max_tokens": -1}', {}, "first", OTHER_CEILING),
         ("/v1/responses", b'{"max_output_tokens": 7, "max_tokens": 9}', {}, "first", 7),
         ("/v1/messages", b'{"max_tokens": 9}', {}, "first", 9),
         ("/v1/messages/count_tokens", b'{"max_tokens": 9}', {}, "first", NO_OUTPUT),
@@ -61,15 +70,59 @@ def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool =
         ("/v1/explain", b'{"max_tokens": 9, "lens": true}', {}, "first", 9),
         ("/v1/explain", b'{"max_tokens": 9, "answer": "given: none is made"}', {}, "first", NO_OUTPUT),
         # what a body cannot say, a header can
-        ("/predict", b'{"user": "u"}', {}, "first", DEFAULT_MAX_TOKENS),
+        ("/predict", b'{"user": "u"}', {}, "first", OTHER_CEILING),
         ("/predict", b'{"user": "u"}', {"lacre_model": "e", "lacre_max_tokens": "4096"}, "e", 4096),
-        (CHAT, b'{"user": "u"}', {"lacre_model": "e", "lacre_max_tokens": "4096"}, "e", DEFAULT_MAX_TOKENS),
+        (CHAT, b'{"user": "u"}', {"lacre_model": "long", "lacre_max_tokens": "7"}, "long", 20_000),
     ],
 )
 def test_what_stands_outside(path: str, content: bytes, headers: Any, model: str, ceiling: int) -> None:
     made = prepared(path, content, keep=True, **headers)
     assert (made.model, made.max_tokens) == (model, ceiling)
     assert not made.plain.headers  # copies of what stands outside are the seal's own to make
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "ceiling", "is_default"),
+    [
+        (CHAT, b'{"model": "small"}', 1000, True),
+        (CHAT, b'{"model": "long", "n": 2}', 40_000, True),
+        (CHAT, b'{"model": "elsewhere", "max_tokens": null}', MAX_OUTPUT, True),
+        (CHAT, b'{"model": "small", "resume": {"tokens": [1, 2, 3]}}', 997, True),
+        ("/v1/responses", b'{"model": "small"}', 1000, True),
+        ("/v1/completions", b'{"model": "small", "prompt": ["a", "b"], "n": 2}', 4000, True),
+        ("/v1/completions", b'{"model": "small", "prompt": [[1, 2], [3]], "max_tokens": 5}', 10, False),
+        ("/v1/completions", b'{"model": "small", "prompt": [1, 2]}', 1000, True),
+        (CHAT, b'{"model": "small", "max_tokens": 9000}', 9000, False),
+        (CHAT, b'{"model": "small", "max_completion_tokens": 1}', 1, False),
+        (CHAT, b'{"model": "small", "max_tokens": "many"}', OTHER_CEILING, False),
+        ("/v1/explain", b'{"model": "small"}', OTHER_CEILING, False),
+        ("/v1/embeddings", b'{"model": "e"}', NO_OUTPUT, False),
+        ("/predict", b'{"model": "small"}', OTHER_CEILING, False),
+    ],
+)
+def test_only_what_the_caller_left_open_is_a_default(path: str, content: bytes, ceiling: int, is_default: bool) -> None:
+    made = prepared(path, content)
+    assert (made.max_tokens, made.is_default) == (ceiling, is_default)
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [(CHAT, "first"), ("/v1/completions", "first"), ("/v1/embeddings", "e"), ("/v1/rerank", "r"), ("/v1/explain", "first")],
+)
+def test_a_request_that_names_no_model_goes_to_one_that_can(path: str, model: str) -> None:
+    made = prepared(path, b"{}")
+    assert (made.model, json.loads(made.plain.content)["model"]) == (model, model)
+
+
+def test_the_default_model_stays_where_the_manifest_names_no_better_one() -> None:
+    plain = Plain("POST", CHAT, (), b"{}")
+    described = {"e": MODELS["e"], "small": MODELS["small"]}
+    assert prepare(plain, described, keep_identifying_fields=False).model == "small"
+    assert prepare(plain, {"e": MODELS["e"]}, keep_identifying_fields=False).model == "e"
+    assert (
+        prepare(replace(plain, path="/v1/embeddings"), {"small": MODELS["small"]}, keep_identifying_fields=False).model
+        == "small"
+    )
 
 
 @pytest.mark.parametrize(

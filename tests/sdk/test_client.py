@@ -19,6 +19,7 @@ import pytest
 import lacre
 from lacre import problems
 from lacre.transport.options import AsyncOptions, Options
+from lacre.trust.manifest import MAX_OUTPUT
 from lacre.wire.header import Kem
 from parts.bent import without
 from parts.chat_app import ChatApp, reply
@@ -202,6 +203,15 @@ class TestOutside:
         sent = [request.headers[name] for name in ("authorization", "content-type", "incremental")]
         assert sent == ["Bearer t0ken", "message/ohttp-chunked-req", "?1"]
 
+    def test_a_default_ceiling_says_so_and_is_not_inside(self, client: lacre.Client, relay: Relay, app: ChatApp) -> None:
+        client.chat("x")
+        client.chat("x", max_tokens=9)
+        said = [[r.headers.get(f"lacre-max-tokens{end}") for end in ("", "-default")] for r in relay.sealed]
+        assert said == [[str(MAX_OUTPUT), "?1"], ["9", None]]
+        assert [opened.headers("lacre-max-tokens") for opened in relay.opened] == [[], ["9"]]
+        assert all("lacre-max-tokens-default" not in dict(opened.request.headers) for opened in relay.opened)
+        assert "max_tokens" not in json.loads(app.bodies[0])
+
     @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3cret s3cret", "s3cr\xe9t", "s3cret\r\nx-more: 1"])
     def test_a_token_that_is_none_is_not_sent_or_told(self, relay: Relay, token: str) -> None:
         with connect(relay, token=lambda: token) as client, pytest.raises(lacre.SettingsError, match="LACRE_TOKEN") as caught:
@@ -215,8 +225,7 @@ class TestOutside:
         client.post(CHAT, json=body, headers=headers)
         names = {name for name, _ in relay.opened[0].request.headers}
         assert names == {
-            "content-type", "accept", "date", "lacre-cache-salt", "lacre-pool", "lacre-model", "lacre-action",
-            "lacre-max-tokens", "lacre-shape",
+            "content-type", "accept", "date", "lacre-cache-salt", "lacre-pool", "lacre-model", "lacre-action", "lacre-shape",
         }  # fmt: skip
         assert json.loads(app.bodies[0]).keys() == {"messages", "model"}
 

@@ -35,14 +35,14 @@ INSIDE = {
     "lacre-pool": "default",
     "lacre-model": "tiny",
     "lacre-action": "chat|complete",
-    "lacre-max-tokens": r"\d+",
     "lacre-shape": "pad",
 }
 OF_A_STREAM = {"lacre-resume": r"\?1"}
+OF_A_NAMED_CEILING = {"lacre-max-tokens": r"\d+"}
 # All that a gateway may: what policy needs, and what HTTP does.
 OUTSIDE = {
     "host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent", "authorization",
-    "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-shape",
+    "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-max-tokens-default", "lacre-shape",
 }  # fmt: skip
 
 # What an application may give away about itself and its users without a thought. None is of hex digits alone: a cache salt is,
@@ -95,6 +95,7 @@ def check_inside(relay: Relay) -> list[dict[str, Any]]:
         request = opened.request
         assert [name for name in INSIDE if len(opened.headers(name)) != 1] == []
         allowed = INSIDE | (OF_A_STREAM if b'"stream"' in request.content else {})
+        allowed |= OF_A_NAMED_CEILING if b'"max_tokens"' in request.content else {}
         assert len(request.headers) == len(allowed)
         assert [name for name, value in request.headers if not re.fullmatch(allowed[name], value)] == []
         assert (request.scheme, request.authority, request.trailers) == ("https", "lacre.invalid", ())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lacre.asgi import Call
-from lacre.exchange.request import IDENTIFYING_FIELDS
+from lacre.exchange.request import IDENTIFYING_FIELDS, prompts_in
 from lacre_backend.api.errors import RequestRefused, grant_mismatch
 from lacre_backend.api.requests import OWN_IDS, check_token_ids
 from lacre_backend.upstream.faces import UpstreamFace
@@ -119,7 +119,7 @@ def _bound(body: dict[str, Any], call: Call, limits: Sequence[str], *, several: 
     """Sets the output limit of each choice. limits: the members that say it; the last is always set. several: whether there may
     be more than one.
     """
-    choices = _count(body, "n", 1) * _prompts(body.get("prompt"))
+    choices = _count(body, "n", 1) * prompts_in(body.get("prompt"))
     if choices > 1 and not several:
         raise RequestRefused(
             "This model's server makes one choice at a time. Send a request for each.",
@@ -134,12 +134,6 @@ def _bound(body: dict[str, Any], call: Call, limits: Sequence[str], *, several: 
             f"The request asks for {choices} x {max(each, 1)} output tokens, but was granted {granted}.", limits[-1]
         )
     body |= {name: each for name in limits if name in body or name == limits[-1]}
-
-
-def _prompts(prompt: object) -> int:
-    """The number of prompts in a completion's `prompt`; a list of tokens is one."""
-    several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
-    return len(prompt) if several and isinstance(prompt, list) else 1
 
 
 def _count(body: Mapping[str, Any], name: str, otherwise: int) -> int:

@@ -6,13 +6,16 @@ If that many do not fit a limit, the gateway reserves fewer, and the grant says 
 Rules:
 - No I/O and no clock.
 - Nothing is under-reserved: the worker refuses a prompt of more tokens than the grant allows, before it computes any.
+- If the caller named no ceiling of output, that is lowered first: as far as ordinary text of the request's size needs, and down
+  to `LEAST_OUTPUT`.
 - If the largest possible prompt fits the limit but not its remainder, the reservation of a padded request is cut too, as long
   as ordinary text of its size fits. Otherwise it waits, like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from lacre_gateway.budget.callers import Caller, ceiling_of
@@ -22,6 +25,8 @@ from lacre_gateway.budget.plans import LimitKind, Price
 
 # Prompt tokens: a short question in most chat templates. If fewer are left, waiting is better.
 LEAST: Final = 64
+# Output tokens: a paragraph or two, or a short tool call. If fewer are left, waiting is better than a cut answer.
+LEAST_OUTPUT: Final = 256
 _MILLION: Final = 10**6
 
 
@@ -36,6 +41,19 @@ def room(kind: LimitKind, available: int, price: Price | None, completion: int) 
             return left // each if each else (None if left >= 0 else -1)
         case _:
             return None
+
+
+def lowered(asked: Reservation, price: Price | None, available: Iterable[tuple[LimitKind, int]]) -> Reservation:
+    """With as much of a default output as fits beside ordinary text, but at least its floor. available: of each limit."""
+    if asked.floor == asked.max_tokens:
+        return asked
+    rooms = [_output(kind, rest, price, asked.ordinary) for kind, rest in available]
+    return replace(asked, max_tokens=max(asked.floor, min([asked.max_tokens, *(each for each in rooms if each is not None)])))
+
+
+def at_ceilings(caller: Caller) -> Iterator[tuple[LimitKind, int]]:
+    """What each of the caller's limits has when unused."""
+    return ((kind, ceiling) for _, kind, ceiling in _limits(caller))
 
 
 def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
@@ -62,12 +80,19 @@ def least(asked: Reservation, most_of_it: int) -> int:
 def _fits(kind: LimitKind, ceiling: int, price: Price | None, asked: Reservation) -> int | None:
     """The output tokens that would fit beside a short prompt; None if no number would."""
     prompt = min(LEAST, asked.max_prompt_tokens) if asked.shrinks else asked.max_prompt_tokens
-    found: int | None = None
-    if kind in (LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY):
-        found = ceiling - prompt
-    elif kind is LimitKind.MONEY_PER_MONTH and price is not None and price.completion:
-        found = (ceiling * _MILLION - prompt * max(price.prompt, price.cached)) // price.completion
+    found = _output(kind, ceiling, price, prompt)
     return found if found is not None and found > 0 else None
+
+
+def _output(kind: LimitKind, available: int, price: Price | None, prompt: int) -> int | None:
+    """The output tokens that fit into the available rest of a limit, beside the prompt; below 1: none. None: any number."""
+    match kind:
+        case LimitKind.TOKENS_PER_MINUTE | LimitKind.TOKENS_PER_DAY:
+            return available - prompt
+        case LimitKind.MONEY_PER_MONTH if price is not None and price.completion:
+            return (available * _MILLION - prompt * max(price.prompt, price.cached)) // price.completion
+        case _:
+            return None
 
 
 def _limits(caller: Caller) -> Iterator[tuple[str, LimitKind, int]]:

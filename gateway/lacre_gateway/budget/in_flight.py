@@ -39,18 +39,24 @@ class Reservation:
 
     shrinks: whether fewer prompt tokens may be reserved, if so many do not fit a limit. The worker then refuses longer prompts.
     enough: the prompt tokens of ordinary text of the request's size; if that many are left of a limit, the request need not
-    wait for more. None: it waits for all.
+    wait for more. None: it waits for all. least_tokens: the output that is enough, if the caller named no ceiling. None: all.
     """
 
     max_prompt_tokens: int
     max_tokens: int
     shrinks: bool = False
     enough: int | None = None
+    least_tokens: int | None = None
 
     @property
     def ordinary(self) -> int:
         """As `enough`; all, if that is not known."""
         return self.max_prompt_tokens if self.enough is None else min(self.enough, self.max_prompt_tokens)
+
+    @property
+    def floor(self) -> int:
+        """The least output to which it may be lowered; all, if the caller named a ceiling."""
+        return self.max_tokens if self.least_tokens is None else min(self.least_tokens, self.max_tokens)
 
     def covers(self, prompt_tokens: int, completion_tokens: int) -> bool:
         return prompt_tokens <= self.max_prompt_tokens and completion_tokens <= self.max_tokens

@@ -122,21 +122,24 @@ class Ledger:
         """
         plans = self.plans
         caller, price = self._caller(plans, who), plans.price_of(model)
-        most = fitting.most(caller, price, ceilings)
+        whole = fitting.lowered(ceilings, price, fitting.at_ceilings(caller))
+        most = fitting.most(caller, price, whole)
         deadline = asyncio.get_running_loop().time() + DRAW_LIMIT
-        least = fitting.least(ceilings, most)
-        prompt = most
+        least = fitting.least(whole, most)
+        asked, prompt = self._lowered(caller, price, whole), most
         if most < ceilings.max_prompt_tokens:
-            prompt = max(least, min(most, self._left(caller, price, ceilings)))
+            prompt = max(least, min(most, self._left(caller, price, asked)))
         for _ in range(_SMALLER):
             try:
-                return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=prompt), deadline)
+                return await self._hold(caller, price, replace(asked, max_prompt_tokens=prompt), deadline)
             except Exhausted:  # the draws of others are known now
-                left = self._left(caller, price, ceilings)
-                if not least <= left < prompt:
+                fewer = self._lowered(caller, price, asked)
+                left = min(prompt, self._left(caller, price, fewer))
+                if left < least or (left, fewer) == (prompt, asked):
                     raise
-                prompt = left
-        return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=least), deadline)
+                asked, prompt = fewer, left
+        smallest = replace(asked, max_tokens=asked.floor, max_prompt_tokens=least)
+        return await self._hold(caller, price, smallest, deadline)
 
     async def _hold(self, caller: Caller, price: Price | None, ceilings: Reservation, deadline: float) -> Hold:
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
@@ -155,6 +158,13 @@ class Ledger:
         charges = self._charges(caller, NOTHING, self.now())
         rooms = (fitting.room(counter.kind, counter.remaining, price, ceilings.max_tokens) for _, (counter, _) in charges)
         return min([ceilings.max_prompt_tokens, *(room for room in rooms if room is not None)])
+
+    def _lowered(self, caller: Caller, price: Price | None, asked: Reservation) -> Reservation:
+        """With as much of a default output as the rest of the caller's limits has, as far as this gateway knows."""
+        if asked.floor == asked.max_tokens:
+            return asked
+        charges = self._charges(caller, NOTHING, self.now())
+        return fitting.lowered(asked, price, ((counter.kind, counter.remaining) for _, (counter, _) in charges))
 
     def _caller(self, plans: Plans, who: Principal) -> Caller:
         key = (who.issuer, who.tenant, who.subject, who.plan)

@@ -1,7 +1,7 @@
 """The outer headers of a sealed request: all that policy and budget may know of it. Parsed once, here.
 
 Rules:
-- Every one is required, and must appear once: a request must have only one reading.
+- Each must appear once: a request must have only one reading. All but `lacre-max-tokens-default` are required.
 - A malformed value is refused, never repaired.
 - The worker compares these values with the sealed ones; the gateway itself cannot.
 """
@@ -24,9 +24,13 @@ _LENGTH: Final = re.compile(r"[0-9]{1,19}")
 
 _REQUIRED: Final = tuple(name.encode() for name in (outer.POOL, outer.MODEL, outer.ACTION, outer.CEILING, outer.SHAPE))
 _POOL, _MODEL, _ACTION, _CEILING, _SHAPE = _REQUIRED
+_IS_DEFAULT: Final = outer.CEILING_IS_DEFAULT.encode()
 _READ: Final = frozenset(
-    {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent", b"expect"}
-)
+    {
+        *_REQUIRED, _IS_DEFAULT, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding",
+        b"traceparent", b"expect",
+    }
+)  # fmt: skip
 
 
 _T = TypeVar("_T")
@@ -67,13 +71,16 @@ class Shape(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OuterHeaders:
-    """The parsed headers. max_tokens: output tokens over all choices."""
+    """The parsed headers. max_tokens: output tokens over all choices. is_default: whether the caller named no such ceiling, so
+    that a lower one may be granted.
+    """
 
     pool: str
     model: str
     action: Action
     max_tokens: int
     shape: Shape
+    is_default: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,7 @@ class Fields:
             self._required(_ACTION, Action),
             self._required(_CEILING, _count),
             self._required(_SHAPE, Shape),
+            _IS_DEFAULT in self.values and self._required(_IS_DEFAULT, _yes),
         )
 
     def _required(self, name: bytes, form: Callable[[str], _T]) -> _T:
@@ -158,6 +166,12 @@ def _name(text: str) -> str:
     if not outer.is_name(text):
         raise ValueError("not a name of a pool or model")
     return text
+
+
+def _yes(text: str) -> bool:
+    if text not in (outer.YES, outer.NO):
+        raise ValueError(outer.CEILING_IS_DEFAULT)
+    return text == outer.YES
 
 
 def _count(text: str) -> int:

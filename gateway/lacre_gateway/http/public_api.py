@@ -21,7 +21,7 @@ def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _header(name: str, **schema: Any) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": True, "schema": schema}
+    return {"name": name, "in": "header", "required": name != outer.CEILING_IS_DEFAULT, "schema": schema}
 
 
 _TEXT: Final = {"type": "string"}
@@ -49,6 +49,7 @@ PATHS: Final[dict[str, Any]] = {
                 _header(outer.MODEL, **_NAME),
                 _header(outer.ACTION, enum=[action.value for action in Action]),
                 _header(outer.CEILING, type="integer", minimum=1, maximum=outer.MAX_TOKENS),
+                _header(outer.CEILING_IS_DEFAULT, enum=[outer.YES, outer.NO]),
                 _header(outer.SHAPE, enum=[shape.value for shape in Shape]),
             ],
             "requestBody": {

@@ -38,6 +38,13 @@ def denied(allowed: Allowed, asked: Question, models: Iterable[str]) -> Refusal:
     return Refusal(problems.FORBIDDEN, details=_other(allowed, asked) or usable(allowed, asked, models))
 
 
+def lowered(allowed: Allowed, asked: Question, floor: int) -> int | None:
+    """The most output tokens that policy allows, if it denied a client's default ceiling. None: fewer than `floor`."""
+    if floor >= asked.max_tokens or not allowed(replace(asked, max_tokens=floor)):
+        return None
+    return _largest(lambda tokens: allowed(replace(asked, max_tokens=tokens)), floor, asked.max_tokens)
+
+
 def usable(allowed: Allowed, asked: Question, models: Iterable[str]) -> dict[str, Detail]:
     """The models of the pool that this caller may use for this, with a small answer; empty if there is none."""
     small = replace(asked, max_tokens=1)
@@ -58,10 +65,17 @@ def _other(allowed: Allowed, asked: Question) -> dict[str, Detail]:
 
 def _most(allowed: Allowed, asked: Question, name: str, unit: str) -> dict[str, Detail]:
     """The largest allowed amount, if the rules have one ceiling. 1 is allowed, and the amount in the question is not."""
-    low, high = 1, int(getattr(asked, name))
-    ceiling = high
+    ceiling = int(getattr(asked, name))
+
+    def fits(amount: int) -> bool:
+        return allowed(replace(asked, max_tokens=amount) if name == _MAX_TOKENS else replace(asked, sealed_bytes=amount))
+
+    return {"limit": name, "scope": "policy", "unit": unit, "ceiling": _largest(fits, 1, ceiling), "asked": ceiling}
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number that fits, if there is one ceiling. low fits, and high does not."""
     while high - low > 1:
         middle = (low + high) // 2
-        fits = allowed(replace(asked, max_tokens=middle) if name == _MAX_TOKENS else replace(asked, sealed_bytes=middle))
-        low, high = (middle, high) if fits else (low, middle)
-    return {"limit": name, "scope": "policy", "unit": unit, "ceiling": low, "asked": ceiling}
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -111,7 +111,7 @@ def question_of(members: Mapping[str, Any]) -> AnyQuestion:
             action=Action(members["action"]),
             pool=members["pool"],
             model=members["model"],
-            max_tokens=members["max_tokens"],
+            max_tokens=members.get("allowed_tokens") or members["max_tokens"],
             sealed_bytes=members["sealed_bytes"],
             kem=KEMS[members["kem"]],
             shape=Shape(members["shape"]),

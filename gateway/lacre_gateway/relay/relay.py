@@ -44,7 +44,7 @@ from lacre_gateway.http.exchange import AnswerAborted, Attended, ClientGone, Exc
 from lacre_gateway.http.headers import OuterHeaders
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.cedar import Decision
-from lacre_gateway.policy.denial import denied, usable
+from lacre_gateway.policy.denial import denied, lowered, usable
 from lacre_gateway.policy.question import Question
 from lacre_gateway.relay.failures import CALLERS_FAULT, FAILURES, WorkerRefused, counted, may_be_lost, refusal_for
 from lacre_gateway.relay.pools import pool_for
@@ -122,7 +122,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         del start
         request = await _understood(gateway, exchange, principal, outer, begun)
         access.check_request(request.digest)
-        decision = gateway.rules.decide(request.question)
+        request, decision = _decided(gateway, request)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
                 raise denied(gateway.rules.would_allow, request.question, tuple(request.pool.models))
@@ -151,6 +151,17 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
             finally:
                 trail.claim = request.claim(dispatch.receipts)
             await exchange.end(last)
+
+
+def _decided(gateway: Gateway, request: _Request) -> tuple[_Request, Decision]:
+    """Decides on the request; if policy denies only the client's default ceiling, on one that it allows."""
+    decision = gateway.rules.decide(request.question)
+    if not decision.allowed:
+        fewer = lowered(gateway.rules.would_allow, request.question, request.ceilings.floor)
+        if fewer is not None:
+            request = request.with_fewer(fewer)
+            decision = gateway.rules.decide(request.question)
+    return request, decision
 
 
 def rest_of_queue(limit: float, waited: float) -> float:
@@ -197,13 +208,21 @@ async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, dec
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A well-formed request whose pool can open it; not yet allowed."""
+    """A well-formed request whose pool can open it; not yet allowed. asked_tokens: the ceiling that the client sent, which in
+    `question` and `ceilings` may be lower.
+    """
 
     question: Question
+    asked_tokens: int
     ceilings: Reservation
     pool: Pool
     request_id: str
     digest: bytes
+
+    def with_fewer(self, max_tokens: int) -> _Request:
+        """With this lower ceiling of output."""
+        question, ceilings = replace(self.question, max_tokens=max_tokens), replace(self.ceilings, max_tokens=max_tokens)
+        return replace(self, question=question, ceilings=ceilings)
 
     def intent(self, decision: Decision, hold: Hold | None = None) -> Intent:
         asked, who = self.question, self.question.principal
@@ -220,7 +239,7 @@ class _Request:
             action=asked.action.value,
             shape=asked.shape.value,
             kem=asked.kem.label,
-            max_tokens=asked.max_tokens,
+            max_tokens=self.asked_tokens,
             sealed_bytes=asked.sealed_bytes,
             enc=b64u(self.digest),
             groups=who.groups,
@@ -235,6 +254,7 @@ class _Request:
             reserved_money=None if hold is None else hold.reserved.money,
             lease=None if hold is None else hold.lease,
             limits=() if hold is None else hold.limits,
+            allowed_tokens=None if asked.max_tokens == self.asked_tokens else asked.max_tokens,
         )
 
     def work(self, grant: str, sealed: bytes) -> Work:
@@ -296,6 +316,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
     )
     return _Request(
         question=question,
+        asked_tokens=outer.max_tokens,
         ceilings=gateway.ceilings(outer, header, begun.size),
         pool=_pool(gateway, question, outer, header),
         request_id=exchange.request_id,

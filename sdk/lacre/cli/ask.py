@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lacre.cli.chat import MaxTokens, Model, System, Temperature, sampling
+from lacre.cli.chat import Model, MostTokens, System, Temperature, sampling
 from lacre.cli.output import AsJson, PinModel, PoolName, Url, pins, say_json, waiting
 from lacre.cli.render import PlainOutput, show
 from lacre.cli.surroundings import read_file, read_stdin, utf8
@@ -23,7 +23,7 @@ def ask(
     pin_model: PinModel = None,
     model: Model = None,
     system: System = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: MostTokens = None,
     temperature: Temperature = None,
     schema: Annotated[Path | None, typer.Option(help="A file with a JSON schema that the answer must fit.")] = None,
     as_json: AsJson = False,

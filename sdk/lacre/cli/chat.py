@@ -17,6 +17,7 @@ from lacre.client import Client
 Model = Annotated[str | None, typer.Option(help="The model; the pool's first by default.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 MaxTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+MostTokens = Annotated[int | None, typer.Option("--max-tokens", help="The longest answer, in tokens; default: the model's.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature.")]
 
 Turn = dict[str, str]
@@ -29,7 +30,7 @@ def chat(
     pin_model: PinModel = None,
     model: Model = None,
     system: System = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: MostTokens = None,
     temperature: Temperature = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are, without rendering Markdown.")] = False,
     history: Annotated[Path | None, typer.Option(help="Keep the input history in this file; default: in memory.")] = None,
@@ -49,7 +50,7 @@ def chat(
             _from_a_pipe(client, turns, params)
 
 
-def sampling(model: str | None, max_tokens: int, temperature: float | None) -> dict[str, Any]:
+def sampling(model: str | None, max_tokens: int | None, temperature: float | None) -> dict[str, Any]:
     """The parameters that the caller set."""
     params = {"max_tokens": max_tokens, "model": model, "temperature": temperature}
     return {name: value for name, value in params.items() if value is not None}

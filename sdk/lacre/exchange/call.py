@@ -394,7 +394,7 @@ class Sealing:
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {name!r} does not accept the shape {self._shape!r}: choose one of {taken}")
-        prepared = prepare(call.plain, tuple(pool.models), keep_identifying_fields=self._keep_identifying_fields)
+        prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
         verify = self._verifier(pool, prepared)
         said = (
             (outer.POOL, name),
@@ -404,10 +404,13 @@ class Sealing:
             (outer.SHAPE, self._shape),
         )
         padded_to = request_length if self._shape == "pad" else None
+        # The gateway may lower a default, and the worker refuses a copy that differs from the grant: so the inside has none.
+        copies = tuple(each for each in said if not (prepared.is_default and each[0] == outer.CEILING))
         body, header, opener = seal_request(
-            key.config, bhttp.encode_request(self._inner(prepared, call.scope, said), padded_to=padded_to)
+            key.config, bhttp.encode_request(self._inner(prepared, call.scope, copies), padded_to=padded_to)
         )
-        headers = (*said, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
+        outside = (*said, (outer.CEILING_IS_DEFAULT, outer.YES)) if prepared.is_default else said
+        headers = (*outside, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
         call.attempts += 1
         checked = self._checked(call.trusted, SealedTo.of(name, key))
         facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, checked)

@@ -7,7 +7,7 @@ JSON body, for any path, the members in `IDENTIFYING_FIELDS` are dropped unless 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any, Final, TypeGuard
@@ -15,10 +15,12 @@ from typing import Any, Final, TypeGuard
 from lacre.errors import MessageTooLarge, UsageError
 from lacre.exchange.resume_marks import ASK, MEMBER
 from lacre.runtime.json_objects import object_in
+from lacre.trust.manifest import ModelEntry, ModelKind
 from lacre.wire import outer
 from lacre.wire.header import MAX_SEALED_REQUEST
 
-DEFAULT_MAX_TOKENS: Final = 512  # the SDK's default for each choice; for the action `http`, in KiB
+# If the caller names no ceiling: KiB of the action `http`, and tokens of an explanation, which may run them 17 times.
+OTHER_CEILING: Final = 512
 NO_OUTPUT: Final = 1  # the least value of `Lacre-Max-Tokens`, for actions whose answer holds no tokens
 # The last one says how many bytes of a body are JSON, before tensors in binary form (the Open Inference Protocol). It describes
 # the content as its type does.
@@ -46,6 +48,15 @@ _RUNS: Final = {
 _MODELS: Final = "/v1/models"
 _COUNTS: Final = frozenset({"/v1/tokenize", "/v1/responses/input_tokens", "/v1/messages/count_tokens"})
 _WITHOUT_OUTPUT: Final = frozenset({"embed", "rerank", "inspect"})
+_GENERATES: Final = frozenset({"chat", "complete"})  # actions whose default ceiling is the model's own
+_LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+# The kind of model that an action needs. Others have the manifest's default model.
+_KINDS: Final = {
+    "chat": ModelKind.GENERATE,
+    "complete": ModelKind.GENERATE,
+    "embed": ModelKind.EMBED,
+    "rerank": ModelKind.RERANK,
+}
 
 
 def action_of(method: str, path: str) -> str:
@@ -103,12 +114,16 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that is ready to be sealed, and the outer values that policy and budget need."""
+    """A request that is ready to be sealed, and the outer values that policy and budget need.
+
+    is_default: whether the caller named no ceiling, so that the gateway may lower it. Nothing inside the seal names one then.
+    """
 
     plain: Plain
     action: str
     model: str
     max_tokens: int
+    is_default: bool = False
 
 
 def is_repeatable(plain: Plain) -> bool:
@@ -116,9 +131,9 @@ def is_repeatable(plain: Plain) -> bool:
     return plain.method in ("GET", "HEAD") or action_of(plain.method, plain.path.partition("?")[0]) != "http"
 
 
-def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: bool) -> Prepared:
-    """models: those of the pool; the first is the default if neither the body, a `lacre-model` header nor the client's options
-    name one. The header `lacre-max-tokens` sets the ceiling of an action `http`.
+def prepare(plain: Plain, models: Mapping[str, ModelEntry], *, keep_identifying_fields: bool) -> Prepared:
+    """models: those of the pool; see `_default_model` for a request whose body, `lacre-model` header and client's options name
+    none. The header `lacre-max-tokens` sets the ceiling of an action `http`.
 
     Raises MessageTooLarge or UsageError. A body that is not JSON passes unchanged: the model's server refuses it.
     """
@@ -129,9 +144,9 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
     # Headers for a request whose body cannot say it: the model, and how much the answer may hold.
-    default_model = headers.get(outer.MODEL) or plain.overrides.model or (models[0] if models else "")
+    default_model = headers.get(outer.MODEL) or plain.overrides.model or _default_model(models, action)
     if body is None:
-        ceiling = NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS
+        ceiling = NO_OUTPUT if action == "inspect" else OTHER_CEILING
         ceiling = _asked(headers.get(outer.CEILING)) if action == "http" else ceiling
         return Prepared(allowed, action, _named(default_model), ceiling)
     dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS
@@ -144,13 +159,27 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
         sealed_body["model"] = default_model
     elif not isinstance(sealed_body["model"], str):
         raise UsageError(
-            "`model` is not a string: pass a name that `client.models()` lists, or omit it for the pool's first model"
+            "`model` is not a string: pass a name that `client.models()` lists, or omit it for the pool's default model"
         )
+    model = _named(sealed_body["model"])
     given = action == EXPLAIN and isinstance(sealed_body.get("answer"), str)  # nothing is left to generate
     if action == EXPLAIN and sealed_body.get(LENS) is True:
         action = LENS
-    ceiling = NO_OUTPUT if given or action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
-    return Prepared(_with_body(allowed, body, sealed_body), action, _named(sealed_body["model"]), ceiling)
+    sealed = _with_body(allowed, body, sealed_body)
+    if given or action in _WITHOUT_OUTPUT:
+        return Prepared(sealed, action, model, NO_OUTPUT)
+    is_default = action in _GENERATES and all(sealed_body.get(name) is None for name in _LIMITS)
+    each = models.get(model, ModelEntry()).output if is_default else OTHER_CEILING
+    return Prepared(sealed, action, model, _ceiling(sealed_body, each), is_default)
+
+
+def _default_model(models: Mapping[str, ModelEntry], action: str) -> str:
+    """The pool's default model, unless the manifest says that it cannot do this and that another one can."""
+    first = next(iter(models), "")
+    wanted, kind = _KINDS.get(action), models.get(first, ModelEntry()).kind
+    if wanted is None or kind is wanted or (kind is None and wanted is ModelKind.GENERATE):
+        return first
+    return next((name for name, entry in models.items() if entry.kind is wanted), first)
 
 
 def _with_body(plain: Plain, given: dict[str, Any], sealed: dict[str, Any]) -> Plain:
@@ -168,22 +197,28 @@ def _named(model: str) -> str:
 
 def _asked(ceiling: str | None) -> int:
     if ceiling is None:
-        return DEFAULT_MAX_TOKENS
+        return OTHER_CEILING
     if (asked := outer.ceiling_in(ceiling)) is None:
         wanted = f"must be a number from 1 to {outer.MAX_TOKENS}: the KiB that an answer may hold"
         raise UsageError(f"the header `{outer.CEILING}` {wanted}")
     return asked
 
 
-def _ceiling(body: dict[str, Any]) -> int:
-    """Output tokens over all choices; of a resumed answer, those that remain. A value that is not a count passes unchanged: the
-    model's server refuses it.
+def _ceiling(body: dict[str, Any], default: int) -> int:
+    """Output tokens over all choices; of a resumed answer, those that remain. default: of each choice. A value that is not a
+    count passes unchanged: the model's server refuses it.
     """
-    asked = (body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"))
-    each = next((value for value in asked if _is_count(value)), DEFAULT_MAX_TOKENS)
+    asked = (body.get(name) for name in _LIMITS)
+    each = next((value for value in asked if _is_count(value)), default)
     each = max(each - _begun(body), 1)
     choices = body.get("n")
-    return min(each * (choices if _is_count(choices) else 1), outer.MAX_TOKENS)
+    return min(each * (choices if _is_count(choices) else 1) * prompts_in(body.get("prompt")), outer.MAX_TOKENS)
+
+
+def prompts_in(prompt: object) -> int:
+    """How many prompts the `prompt` of a completion has, each with choices of its own. A list of token ids is one."""
+    several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
+    return len(prompt) if several and isinstance(prompt, list) else 1
 
 
 def _begun(body: dict[str, Any]) -> int:
