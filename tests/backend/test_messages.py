@@ -30,6 +30,7 @@ PARAMETERS: dict[str, Any] = {
 FUNCTION = {"name": "get_tide", "description": "The tide at a port", "parameters": PARAMETERS}
 TIDE: dict[str, Any] = {"type": "function", "function": FUNCTION}
 ASK = {"role": "user", "content": "How is the tide in Porto?"}
+ASK_PART = {"type": "text", "text": ASK["content"]}
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_tide", "arguments": '{"port": "Porto", "unit": "m"}'}}
 CALLED: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "2 m"}
@@ -104,6 +105,56 @@ async def test_a_template_without_a_system_message_is_told_by_the_user() -> None
     text = await prompt(SPOILED)
     assert "<|START|>user\nYou can call functions." in text
     assert f"\n\n{ASK['content']}<|END|>" in text
+
+
+async def test_a_later_system_message_is_merged_where_the_template_takes_none() -> None:
+    """All become one at the beginning. A template that takes them anywhere gets them in place."""
+    first_alone = PLAIN.replace(
+        "{{ message.content }}", "{% if message.role != 'system' or loop.first %}{{ message.content }}{% endif %}"
+    )
+    refuses = "{% for m in messages[1:] if m.role == 'system' %}{{ raise_exception('Put it first') }}{% endfor %}" + PLAIN
+    rules = {"role": "system", "content": "Be kind."}
+    later = {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}]}
+    asked = "<|START|>user\nHow is the tide in Porto?<|END|>\n"
+    one = "<|BOS|><|START|>system\n{}<|END|>\n" + asked + asked + "<|START|>assistant\n"
+    for template in (first_alone, refuses):
+        for messages, text in (
+            ((rules, ASK, later, ASK), "Be kind.\n\nBe brief."),
+            ((ASK, later, ASK), "Be brief."),
+            ((rules, later, ASK, ASK), "Be kind.\n\nBe brief."),
+        ):
+            assert await prompt(template, *messages, tools=[]) == one.format(text)
+    in_place = await prompt(PLAIN, rules, ASK, later, tools=[])
+    assert in_place.index("Be kind") < in_place.index("tide") < in_place.index("Be brief")
+    with pytest.raises(RequestRefused, match="No system message"):
+        await prompt(SPOILED, ASK, later, tools=[])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cache_control": {"type": "ephemeral"}}, {"store": False}, {"stream_options": {"include_usage": True}},
+        {"stream_options": {}},
+        {"stream_options": {"include_obfuscation": True, "continuous_usage_stats": False}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}, ASK_PART, {"type": "text", "text": ""}]}]},
+        {"messages": [{"role": "user", "content": [{**ASK_PART, "cache_control": {"type": "ephemeral"}}], "index": 0}]},
+        {"tools": [{**TIDE, "cache_control": {"type": "ephemeral"}}], "tool_choice": "none"},
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_what_changes_nothing_is_taken(app: App, change: dict[str, Any]) -> None:
+    plain = {"model": "echo", "messages": [ASK]}
+    assert answered(await post(app, CHAT, plain | change)) == answered(await post(app, CHAT, plain))
+
+
+def answered(reply: Any) -> Any:
+    found = reply.json()
+    return found["choices"], found["usage"]
+
+
+async def test_usage_in_each_event_is_refused_by_name(app: App) -> None:
+    refused = await post(app, CHAT, {"model": "echo", "messages": [ASK], "stream_options": {"continuous_usage_stats": True}})
+    assert refused.error(400)["param"] == "stream_options.continuous_usage_stats"
 
 
 @TEMPLATES

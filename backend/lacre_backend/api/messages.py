@@ -95,9 +95,9 @@ class Message(Echoed):
     def for_template(self) -> dict[str, Any]:
         """`developer` is OpenAI's newer name for `system`; templates know the old one. A single part becomes a text."""
         role = "system" if self.role == "developer" else self.role
-        texts = [part.text for part in self.content or ()]
+        texts = [part.text for part in self.content or () if part.text]
         if self.refusal:
-            texts = [text for text in texts if text] + [self.refusal]
+            texts.append(self.refusal)
         content = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
         written: dict[str, Any] = {"role": role, "content": content}
         if self.name is not None:

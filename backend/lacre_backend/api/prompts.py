@@ -4,6 +4,7 @@ Rules:
 - A template that supports tools gets them. Every other model learns of them in the system message, in the format of `HERMES`.
   Calls and results of earlier turns then become text of the assistant and the user, because such templates know no other roles.
 - An assistant's text beside a call becomes its own message before the call if the template would omit it.
+- If the template refuses or omits a later system message, all of them become one at the beginning.
 - A prompt that cannot fit is refused before it is tokenized. A text that the tokenizer cannot read is refused by its field's
   name.
 """
@@ -48,7 +49,7 @@ async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: S
     check_size(written)  # with the arguments of calls, which the body contains as text
     begun = as_text(written.pop()["content"]) if goes_on else ""
     try:
-        pieces = (*_rendered(template, written, told), begun)
+        pieces = (*_with_systems(template, written, told), begun)
     except TemplateRefused as refusal:
         said = str(refusal).rstrip(".!")
         raise RequestRefused(f"The model's chat template does not take these messages: {said}.", param="messages") from None
@@ -103,6 +104,19 @@ def _named(param: str) -> Iterator[None]:
         raise text_refused(param) from None
     except EngineClosed:
         raise shutting_down() from None
+
+
+def _with_systems(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:
+    """Rendered as it is, or with one system message if the template takes no later one. Raises `TemplateRefused`."""
+    try:
+        return _rendered(template, written, told)
+    except TemplateRefused:
+        systems = [message for message in written if message["role"] == "system"]
+        if systems in ([], written[:1]):
+            raise
+        text = "\n\n".join(as_text(message["content"]) for message in systems)
+        others = [message for message in written if message["role"] != "system"]
+        return _rendered(template, [{**systems[0], "content": text}, *others], told)
 
 
 def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:

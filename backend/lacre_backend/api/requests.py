@@ -57,6 +57,7 @@ _IGNORED: Final[Mapping[str, type]] = {
     "safety_identifier": str,
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
+    "cache_control": dict,  # Anthropic's and OpenRouter's: prefixes are cached anyway
 }
 OWN_IDS: Final = "own_token_ids"
 # Ids of another model's vocabulary mean other words here, yet their vectors look normal.
@@ -74,6 +75,7 @@ def _as_list(value: Any) -> Any:
 class StreamOptions(Echoed):
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted: the seal pads records, not this server
+    continuous_usage_stats: Literal[False] = False  # vLLM's: usage in each event
 
 
 class JsonSchema(Echoed):
@@ -194,6 +196,7 @@ class Generate(Named):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the usage. A whole answer always has it."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -417,8 +420,6 @@ def check_token_ids(given: Any, own: Any) -> None:
 def _check_generate(request: Generate) -> None:
     if request.resume is not None and request.n > 1:
         raise RequestRefused("'resume' is for one choice.", code="invalid_parameter_combination", param="resume")
-    if request.stream_options is not None and not request.stream:
-        raise RequestRefused("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
 
 
 def _object(body: bytes) -> dict[str, Any]:
