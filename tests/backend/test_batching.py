@@ -170,7 +170,7 @@ async def test_what_was_read_counts_before_the_first_token(tiny_engine: LlamaEng
                 seen.add(value)
 
     prompt, usage = tuple(tiny_engine.tokenize("x" * 480)), Watched()
-    generation = GenerationRuns(tiny_engine, make_task(tiny_engine, prompt=prompt, max_tokens=1), 1, usage, "prompt")
+    generation = GenerationRuns(tiny_engine, [make_task(tiny_engine, prompt=prompt, max_tokens=1)], 1, usage, "prompt")
     generation.submit()
     events = generation.events()
     await anext(events)

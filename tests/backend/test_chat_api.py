@@ -273,7 +273,7 @@ async def test_text_completion(app: App) -> None:
 
 @pytest.mark.parametrize(
     ("param", "value"),
-    [("prompt", [1, 2]), ("prompt", ["a", "b"]), ("prompt", None), ("suffix", "x"), ("echo", True), ("best_of", 2),
+    [("prompt", [1.5]), ("prompt", []), ("prompt", None), ("suffix", "x"), ("echo", True), ("best_of", 2),
      ("logprobs", 6)],
 )  # fmt: skip
 async def test_text_refusals(app: App, param: str, value: Any) -> None:

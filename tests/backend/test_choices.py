@@ -44,7 +44,7 @@ def task(max_tokens: int = 3, sampling: Sampling | None = None, **fields: Any) -
 async def choices(engine: LlamaEngine, task: Task, n: int) -> tuple[dict[int, list[Token]], Usage, int]:
     """The tokens of each choice, what is billed, and how many tokens were computed."""
     before, usage = engine.computed_tokens, Usage()
-    generation = GenerationRuns(engine, task, n, usage, "prompt")
+    generation = GenerationRuns(engine, [task], n, usage, "prompt")
     generation.submit()
     tokens: dict[int, list[Token]] = {i: [] for i in range(n)}
     async for index, event in generation.events():

@@ -27,7 +27,7 @@ def check_action(call: Call | None, request: Named, action: str) -> None:
 
 
 def max_tokens(call: Call | None, request: Generate, model: ModelInfo, n_prompt: int) -> int:
-    """Output tokens for each choice. n_prompt: includes the begun answer.
+    """Output tokens for each choice. n_prompt: of the longest prompt; includes the begun answer.
 
     For a resumed answer these are the remaining ones: the request's limit covers the whole answer, the grant only this request.
     """
@@ -36,11 +36,11 @@ def max_tokens(call: Call | None, request: Generate, model: ModelInfo, n_prompt:
     room = model.n_ctx - n_prompt
     if call is None or call.max_tokens is None:
         return room if asked is None else asked
-    allowed = call.max_tokens // request.n
+    allowed = call.max_tokens // request.choices
     each = allowed if asked is None else asked
-    if each * request.n > call.max_tokens or allowed < 1:
+    if each * request.choices > call.max_tokens or allowed < 1:
         raise grant_mismatch(
-            f"The request asks for {request.n} x {max(each, 1)} output tokens, but was granted {call.max_tokens}.", field
+            f"The request asks for {request.choices} x {max(each, 1)} output tokens, but was granted {call.max_tokens}.", field
         )
     return each
 
@@ -51,12 +51,16 @@ def check_length(model: ModelInfo, text_bytes: int, param: str) -> None:
         raise context_length_exceeded(model.n_ctx, None, param)
 
 
-def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str, *, begun: int = 0) -> None:
-    """n_prompt: includes the begun answer. It may fill the context: then the answer lacks only its end."""
-    if n_prompt - begun >= model.n_ctx or n_prompt > model.n_ctx:
-        raise context_length_exceeded(model.n_ctx, n_prompt, param)
-    if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:
-        raise _too_much("prompt", n_prompt, call.max_prompt_tokens, param)
+def check_prompt(call: Call | None, model: ModelInfo, counts: Sequence[int], param: str, *, begun: int = 0) -> None:
+    """counts: the tokens of each prompt, with the begun answer. It may fill the context: then the answer lacks only its end.
+
+    The context limits each prompt, the grant limits their sum.
+    """
+    longest, total = max(counts), sum(counts)
+    if longest - begun >= model.n_ctx or longest > model.n_ctx:
+        raise context_length_exceeded(model.n_ctx, longest, param)
+    if call is not None and call.max_prompt_tokens is not None and total > call.max_prompt_tokens:
+        raise _too_much("prompt", total, call.max_prompt_tokens, param)
 
 
 def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ prefill has sent nothing.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Generic
 
 from lacre.asgi import EXTENSION, Call, Disconnected, Receive, Scope, Send, Usage
@@ -44,25 +45,25 @@ class Endpoint(Generic[Asked]):
         face = self._face
         call: Call | None = scope.get("extensions", {}).get(EXTENSION)
         if call is not None:
-            call.weigh(request.n)
+            call.weigh(request.choices)
         ceilings.check_action(call, request, face.action)
         served = self._serving.named(request.model, TaskKind.GENERATE)
         model, begun = served.engine.model, request.begun
         if request.resume is not None and request.resume.digest != model.digest:
             raise other_model(request.model)
         try:
-            prompt = await face.prompt(served, request)
+            prompts = await face.prompts(served, request)
         except EngineError:
             raise engine_failed() from None
-        n_prompt = len(prompt) + len(begun)
-        ceilings.check_prompt(call, model, n_prompt, face.prompt_param, begun=len(begun))
+        counts = [len(prompt) + len(begun) for prompt in prompts]
+        ceilings.check_prompt(call, model, counts, face.prompt_param, begun=len(begun))
         fair = whose_turn(call)
         grammar = await self._serving.compiler.grammar(served.engine, request, call_format(served), fair)
         task = Task(
             id=fresh_id(),
-            prompt=tuple(prompt),
+            prompt=(),
             begun=begun,
-            max_tokens=ceilings.max_tokens(call, request, model, n_prompt),
+            max_tokens=ceilings.max_tokens(call, request, model, max(counts)),
             sampling=request.sampling(grammar),
             stop=request.stop,
             logprobs=request.alternatives(),
@@ -72,8 +73,9 @@ class Endpoint(Generic[Asked]):
         )
         usage = Usage() if call is None else call.usage
         reply = ResponseInfo(face.prefix + task.id, int(time.time()), model, request.include_usage)
+        each = [replace(task, id=f"{task.id}.{i}", prompt=tuple(prompt)) for i, prompt in enumerate(prompts)]
         generation = GenerationRuns(
-            served.engine, task, request.n, usage, face.prompt_param, weigh=None if call is None else call.weigh
+            served.engine, each, request.n, usage, face.prompt_param, weigh=None if call is None else call.weigh
         )
         try:
             generation.submit()

@@ -26,6 +26,7 @@ from lacre_backend.api.template.prompt import (
     ChatTemplate,
     TemplateRefused,
     answer_tokens,
+    begun,
     chat_tokens,
     embedding_tokens,
     joined,
@@ -47,9 +48,9 @@ async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: S
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
     check_size(written)  # with the arguments of calls, which the body contains as text
-    begun = as_text(written.pop()["content"]) if goes_on else ""
+    beginning = as_text(written.pop()["content"]) if goes_on else ""
     try:
-        pieces = (*_with_systems(template, written, told), begun)
+        pieces = (*_with_systems(template, written, told), beginning)
     except TemplateRefused as refusal:
         said = str(refusal).rstrip(".!")
         raise RequestRefused(f"The model's chat template does not take these messages: {said}.", param="messages") from None
@@ -63,6 +64,20 @@ async def text_prompt(served: ServedModel, text: str) -> list[int]:
     ceilings.check_length(served.engine.model, len(text.encode()), "prompt")
     with _named("prompt"):
         return await text_tokens(served.engine, text)
+
+
+def given_tokens(served: ServedModel, tokens: Sequence[int], param: str) -> list[int]:
+    """A prompt of the model's own token ids, as `/v1/tokenize` gives them. Raises `RequestRefused`.
+
+    It may begin as the tokenizer begins a text. No other control token may be in it: only a template writes those.
+    """
+    model = served.engine.model
+    plain = tokens[1:] if model.bos is not None and tokens[:1] == [model.bos.id] else tokens
+    if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in plain):
+        raise RequestRefused(
+            f"'{param}' holds a token that the model does not have, or one that is not text.", code="invalid_value", param=param
+        )
+    return begun(model, list(tokens))
 
 
 async def given_answer(served: ServedModel, text: str) -> list[int]:

@@ -24,6 +24,8 @@ from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
 MAX_N: Final = 16  # choices; each is a sequence in the engine
+MAX_PROMPTS: Final = 64  # of a text completion
+MAX_CHOICES: Final = 64  # of all prompts together: they wait in the engine at the same time
 MAX_STOP: Final = 16  # OpenAI has 4; other servers take more
 MAX_STOP_LENGTH: Final = 256  # characters; held-back text is searched for it at each token
 MAX_TOP_LOGPROBS: Final = 20  # OpenAI's
@@ -159,9 +161,14 @@ class Generate(Named):
         return () if self.resume is None else self.resume.tokens
 
     @property
+    def choices(self) -> int:
+        """How many sequences it generates."""
+        return self.n
+
+    @property
     def resumable(self) -> bool:
         """Whether another worker could continue the answer after a break."""
-        return self.stream and self.n == 1
+        return self.stream and self.choices == 1
 
     @property
     def held(self) -> bool:
@@ -246,10 +253,14 @@ class ChatCompletionRequest(Generate):
 
 
 class CompletionRequest(Generate):
-    """`POST /v1/completions`: one prompt, as text."""
+    """`POST /v1/completions`: prompts, as text or as the model's token ids."""
 
-    prompt: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1, max_length=1)]
+    prompt: Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_PROMPTS)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def choices(self) -> int:
+        return self.n * len(self.prompt)
 
     def alternatives(self) -> int | None:
         return self.logprobs
@@ -384,13 +395,35 @@ def check_beginning(request: ChatCompletionRequest) -> None:
 
 def parse_completion(body: bytes) -> CompletionRequest:
     raw = _object(body)
-    prompt = raw.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str):
-        # Ids could be control tokens, which only the template may use.
-        raise RequestRefused("Prompts of token ids are not supported. Send text.", code="unsupported_value", param="prompt")
+    if "prompt" in raw:
+        raw["prompt"] = _prompts(raw["prompt"])
     request = validated(CompletionRequest, raw)
+    if request.choices > MAX_CHOICES:
+        raise RequestRefused(
+            f"The request asks for {request.choices} choices over all prompts. At most {MAX_CHOICES} are possible.",
+            code="array_above_max_length",
+            param="prompt",
+        )
     _check_generate(request)
     return request
+
+
+def _prompts(given: Any) -> Any:
+    """A list of prompts, each a text or a list of token ids. Raises `RequestRefused`."""
+    if isinstance(given, str) or (isinstance(given, list) and given and not isinstance(given[0], str | list)):
+        given = [given]
+    if not isinstance(given, list):
+        raise _wrong_prompt("prompt")
+    for i, each in enumerate(given):
+        ids = isinstance(each, list) and each and all(isinstance(token, int) and not isinstance(token, bool) for token in each)
+        if not isinstance(each, str) and not ids:
+            raise _wrong_prompt("prompt" if len(given) == 1 else f"prompt[{i}]")
+    return given
+
+
+def _wrong_prompt(param: str) -> RequestRefused:
+    said = f"Invalid type for '{param}': expected an array of texts or of lists of token ids, or one of these."
+    return RequestRefused(said, code="invalid_type", param=param)
 
 
 def parse_embedding(body: bytes) -> EmbedTexts | EmbedTokens:
@@ -418,7 +451,7 @@ def check_token_ids(given: Any, own: Any) -> None:
 
 
 def _check_generate(request: Generate) -> None:
-    if request.resume is not None and request.n > 1:
+    if request.resume is not None and request.choices > 1:
         raise RequestRefused("'resume' is for one choice.", code="invalid_parameter_combination", param="resume")
 
 

@@ -35,38 +35,40 @@ _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias":
 
 
 class GenerationRuns:
-    """`n` runs of one task, whose prompt is read once. With a seed, the choices' seeds differ by one; otherwise they would be
-    identical.
+    """`n` runs of each task, whose prompts are read once each. With a seed, the seeds of a prompt's choices differ by one;
+    otherwise they would be identical. The choices of the first task come first.
     """
 
     def __init__(
         self,
         engine: Engine,
-        task: Task,
+        each: Sequence[Task],
         n: int,
         usage: Usage,
         prompt_param: str,
         *,
         weigh: Callable[[int], object] | None = None,
     ) -> None:
-        """usage: where to count. prompt_param: the caller's field for the prompt. weigh: receives the number of unfinished
-        choices.
+        """each: a task for each prompt. usage: where to count. prompt_param: the caller's field for the prompt. weigh: receives
+        the number of unfinished choices.
         """
         self._weigh = weigh
-        self._unfinished = n
+        self._unfinished = n * len(each)
         self._params = _PARAMS | {"prompt": prompt_param}
         self._engine = engine
         self._usage = usage
-        self._read = False  # one choice has read its whole prompt
+        self._n = n
+        self._read: set[int] = set()  # prompts of which one choice has read all
+        self._prompts: dict[int, tuple[int, int]] = {}  # of each prompt: tokens read so far, and cached ones
         self._streams: list[AsyncIterator[Event]] = []
-        base = task.sampling.seed
         self._tasks = [
             replace(
                 task,
                 id=f"{task.id}.{i}",
                 group=task.id if n > 1 else None,
-                sampling=task.sampling if base is None else replace(task.sampling, seed=base + i),
+                sampling=task.sampling if task.sampling.seed is None else replace(task.sampling, seed=task.sampling.seed + i),
             )
+            for task in each
             for i in range(n)
         ]
 
@@ -89,7 +91,7 @@ class GenerationRuns:
                         raise engine_failed()
                     if isinstance(event, Finish) and event.reason == "cancelled":
                         raise shutting_down()
-                    self._count(event)
+                    self._count(index // self._n, event)
                     if isinstance(event, Finish):
                         self._unfinished -= 1
                         if self._weigh is not None:
@@ -105,16 +107,19 @@ class GenerationRuns:
         for task in self._tasks:
             self._engine.cancel(task.id)
 
-    def _count(self, event: PromptProgress | Token | Finish) -> None:
-        """Counts the prompt once, however many choices read it. The first served choice gives the cached tokens."""
+    def _count(self, prompt: int, event: PromptProgress | Token | Finish) -> None:
+        """Counts each prompt once, however many choices read it. The first served choice gives the cached tokens."""
         self._usage.completion_tokens += isinstance(event, Token)
-        if self._read:
+        if prompt in self._read:
             return
         if isinstance(event, PromptProgress):
-            self._usage.prompt_tokens = max(self._usage.prompt_tokens, event.prompt_tokens)
+            read = max(self._prompts.get(prompt, (0, 0))[0], event.prompt_tokens)
         else:
-            self._read, self._usage.prompt_tokens = True, len(self._tasks[0].sequence)
-        self._usage.cached_tokens = event.cached_tokens
+            self._read.add(prompt)
+            read = len(self._tasks[prompt * self._n].sequence)
+        self._prompts[prompt] = read, event.cached_tokens
+        self._usage.prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
+        self._usage.cached_tokens = sum(cached for _, cached in self._prompts.values())
 
 
 def fresh_id() -> str:

@@ -9,7 +9,7 @@ from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import DONE, spoken
 from lacre_backend.api.faces.face import Ending, Face, ServerEvent
-from lacre_backend.api.prompts import text_prompt
+from lacre_backend.api.prompts import given_tokens, text_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import CompletionRequest, parse_completion
 from lacre_backend.api.responses import LEAST_LOGPROB, ResponseInfo, usage
@@ -29,7 +29,13 @@ class Completion(Face[CompletionRequest]):
         return parse_completion(body)
 
     async def prompt(self, served: ServedModel, request: CompletionRequest) -> list[int]:
-        return await text_prompt(served, request.prompt[0])
+        return (await self.prompts(served, request))[0]
+
+    async def prompts(self, served: ServedModel, request: CompletionRequest) -> list[list[int]]:
+        return [
+            await text_prompt(served, given) if isinstance(given, str) else given_tokens(served, given, f"prompt[{i}]")
+            for i, given in enumerate(request.prompt)
+        ]
 
     def writer(self, request: CompletionRequest, reply: ResponseInfo) -> CompletionWriter:  # noqa: ARG002 - for other faces
         return CompletionWriter(reply)

@@ -80,6 +80,10 @@ class Face(ABC, Generic[Asked]):
     async def prompt(self, served: ServedModel, request: Asked) -> list[int]:
         """The prompt's tokens. Raises `RequestRefused`."""
 
+    async def prompts(self, served: ServedModel, request: Asked) -> list[list[int]]:
+        """The tokens of each prompt: most APIs take one. Raises `RequestRefused`."""
+        return [await self.prompt(served, request)]
+
     @abstractmethod
     def writer(self, request: Asked, reply: ResponseInfo) -> AnswerWriter: ...
 

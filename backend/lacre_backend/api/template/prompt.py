@@ -342,7 +342,7 @@ async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence
     ids: list[int] = []
     for piece in pieces:
         ids += [piece.id] if isinstance(piece, ControlToken) else next(found)
-    return _begun(engine.model, ids)
+    return begun(engine.model, ids)
 
 
 def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
@@ -365,7 +365,7 @@ async def text_tokens(engine: Engine, text: str) -> list[int]:
     Raises as `Engine.tokens`.
     """
     (ids,) = await _plain(engine, [text], engine.model.control_tokens)
-    return _begun(engine.model, ids)
+    return begun(engine.model, ids)
 
 
 async def embedding_tokens(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
@@ -380,7 +380,8 @@ def framed(model: ModelInfo, ids: Sequence[int]) -> list[int]:
     return [*before, *ids, *after]
 
 
-def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
+def begun(model: ModelInfo, ids: list[int]) -> list[int]:
+    """With the beginning of sequence, if the model needs it."""
     if model.add_bos and model.bos is not None and ids[:1] != [model.bos.id]:
         return [model.bos.id, *ids]
     return ids
