@@ -106,7 +106,7 @@ def create_app(client: AsyncClient, door: ProxyAccess, held: int = HELD) -> ASGI
         Middleware(_Bodies, most=held),
     ]
     app = Starlette(
-        routes=[Route("/v1/{path:path}", _forward, methods=METHODS)],
+        routes=[Route("/v1/{path:path}", _forward, methods=METHODS), Route("/infill", _forward, methods=METHODS)],
         middleware=middleware,
         exception_handlers={404: _not_found, 405: _not_allowed, errors.LacreError: _failed},
     )

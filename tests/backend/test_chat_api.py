@@ -235,7 +235,7 @@ async def test_unknown_addresses_and_methods(app: App) -> None:
     for path in ("/v1/nothing", "/v1/threads", f"{CHAT}/", "/v1/chat", "/V1/chat/completions"):
         error = (await post(app, path, {})).error(404)
         assert error["code"] == "unknown_url"
-        assert f"This server has {CHAT}, /v1/completions" in error["message"]
+        assert f"This server has /infill, {CHAT}, /v1/completions" in error["message"]
     refused = await post(app, CHAT, {}, method="GET")
     assert refused.error(405)["code"] == "method_not_supported"
     assert dict(refused.headers)["allow"] == "POST"
@@ -273,7 +273,7 @@ async def test_text_completion(app: App) -> None:
 
 @pytest.mark.parametrize(
     ("param", "value"),
-    [("prompt", [1.5]), ("prompt", []), ("prompt", None), ("suffix", "x"), ("echo", True), ("best_of", 2),
+    [("prompt", [1.5]), ("prompt", []), ("prompt", None), ("suffix", "x"), ("suffix", 5), ("echo", True), ("best_of", 2),
      ("logprobs", 6)],
 )  # fmt: skip
 async def test_text_refusals(app: App, param: str, value: Any) -> None:

@@ -28,7 +28,7 @@ MODELS = {
 }
 ACTIONS = {
     "chat": [f"POST {CHAT}", "POST /v1/responses", "POST /v1/messages"],
-    "complete": ["POST /v1/completions"],
+    "complete": ["POST /v1/completions", "POST /infill"],
     "embed": ["POST /v1/embeddings"],
     "rerank": ["POST /v1/rerank"],
     "explain": ["POST /v1/explain"],
@@ -93,6 +93,8 @@ def test_what_stands_outside(path: str, content: bytes, headers: Any, model: str
         ("/v1/completions", b'{"model": "small", "prompt": [[1, 2], [3]], "max_tokens": 5}', 10, False),
         ("/v1/completions", b'{"model": "small", "prompt": [1, 2]}', 1000, True),
         (CHAT, b'{"model": "small", "max_tokens": 9000}', 9000, False),
+        ("/infill", b'{"model": "small", "input_prefix": "x", "n_predict": -1}', 1000, True),
+        ("/infill", b'{"model": "small", "input_prefix": "x", "n_predict": 30}', 30, False),
         (CHAT, b'{"model": "small", "max_completion_tokens": 1}', 1, False),
         (CHAT, b'{"model": "small", "max_tokens": "many"}', OTHER_CEILING, False),
         ("/v1/explain", b'{"model": "small"}', OTHER_CEILING, False),

@@ -26,6 +26,7 @@ from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.explain import Explain
 from lacre_backend.api.faces.chat import Chat
 from lacre_backend.api.faces.completion import Completion
+from lacre_backend.api.faces.infill import Infill
 from lacre_backend.api.faces.messages import Messages
 from lacre_backend.api.faces.responses import Responses
 from lacre_backend.api.registry import ServedModel, Serving
@@ -53,6 +54,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
         routes=[
             Route("/v1/chat/completions", Endpoint(serving, Chat()), methods=["POST"]),
             Route("/v1/completions", Endpoint(serving, Completion()), methods=["POST"]),
+            Route("/infill", Endpoint(serving, Infill()), methods=["POST"]),
             Route("/v1/responses", Endpoint(serving, Responses()), methods=["POST"]),
             Route("/v1/messages", Endpoint(serving, Messages()), methods=["POST"]),
             Route("/v1/responses/input_tokens", CountTokens(serving, Responses()), methods=["POST"]),

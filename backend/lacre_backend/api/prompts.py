@@ -80,6 +80,35 @@ def given_tokens(served: ServedModel, tokens: Sequence[int], param: str) -> list
     return begun(model, list(tokens))
 
 
+async def infill_prompt(
+    served: ServedModel, before: str, after: str, param: str, *, files: Sequence[tuple[str, str]] = (), begun_with: str = ""
+) -> list[int]:
+    """A prompt whose answer stands between two texts. param: the caller's field, for errors. files: names and texts of others
+    that the model may look at. begun_with: the beginning of the answer. Raises `RequestRefused`.
+    """
+    model = served.engine.model
+    marks = model.infill
+    if marks is None:
+        raise RequestRefused(
+            f"The model `{model.name}` cannot fill in a middle: its file names no tokens for that. Name another model.",
+            code="unsupported_value",
+            param=param,
+        )
+    others = [f"{name}\n{text}" for name, text in files]
+    ceilings.check_length(model, sum(len(text.encode()) for text in (*others, before, after, begun_with)), param)
+    steering = [*model.control_tokens, marks.before, marks.after, marks.middle, *filter(None, [marks.separator])]
+
+    async def tokens(text: str) -> list[int]:
+        return await answer_tokens(served.engine, text, steering) if text else []
+
+    with _named(param):
+        found: list[int] = []
+        for other in others:
+            found += [*([] if marks.separator is None else [marks.separator.id]), *await tokens(other)]
+        found += [marks.before.id, *await tokens(before), marks.after.id, *await tokens(after), marks.middle.id]
+        return begun(model, [*found, *await tokens(begun_with)])
+
+
 async def given_answer(served: ServedModel, text: str) -> list[int]:
     """An answer that a caller gives to be scored. Raises `RequestRefused`."""
     model, template = served.engine.model, served.template

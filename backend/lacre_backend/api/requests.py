@@ -48,7 +48,6 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "service_tier": ("auto", "default"),
     "moderation": (),
     "prompt_cache_options": (),
-    "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
 }
@@ -253,9 +252,12 @@ class ChatCompletionRequest(Generate):
 
 
 class CompletionRequest(Generate):
-    """`POST /v1/completions`: prompts, as text or as the model's token ids."""
+    """`POST /v1/completions`: prompts, as text or as the model's token ids. suffix: the text after the answer, for models that
+    fill in a middle.
+    """
 
     prompt: Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    suffix: str | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
@@ -363,6 +365,8 @@ def _parts(messages: Any) -> dict[str, tuple[int, int]]:
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:
     raw = _object(body)
+    if raw.get("suffix") == "":  # of a text completion; there it has no effect either
+        del raw["suffix"]
     check_known(raw.get("messages"))
     request = validated(ChatCompletionRequest, raw)
     check_turns(request.messages)
@@ -379,7 +383,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
     check_beginning(request)
-    _check_generate(request)
+    check_generate(request)
     return request
 
 
@@ -404,7 +408,9 @@ def parse_completion(body: bytes) -> CompletionRequest:
             code="array_above_max_length",
             param="prompt",
         )
-    _check_generate(request)
+    if request.suffix and not all(isinstance(each, str) for each in request.prompt):
+        raise RequestRefused("'suffix' needs a prompt of text.", code="invalid_parameter_combination", param="suffix")
+    check_generate(request)
     return request
 
 
@@ -450,7 +456,8 @@ def check_token_ids(given: Any, own: Any) -> None:
         raise RequestRefused(_FOREIGN_IDS, code="token_ids_refused", param="input")
 
 
-def _check_generate(request: Generate) -> None:
+def check_generate(request: Generate) -> None:
+    """Raises `RequestRefused`."""
     if request.resume is not None and request.choices > 1:
         raise RequestRefused("'resume' is for one choice.", code="invalid_parameter_combination", param="resume")
 

@@ -25,7 +25,7 @@ from llama_cpp.llama_cpp import _base_path as _llama_folder
 from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.protocol import ControlToken, ModelInfo, TaskKind
+from lacre_backend.engine.protocol import ControlToken, InfillTokens, ModelInfo, TaskKind
 from lacre_backend.engine.stream_file import Readable, stream_file
 from lacre_backend.engine.tokenizer import Tokenizer
 
@@ -301,6 +301,19 @@ class Model:
             return (), ()
         return tuple(framed[:before]), tuple(framed[before + len(plain) :])
 
+    def _infill(self) -> InfillTokens | None:
+        named = (L.llama_vocab_fim_pre, L.llama_vocab_fim_suf, L.llama_vocab_fim_mid)
+        before, after, middle = (int(read(self.vocab)) for read in named)
+        if min(before, after, middle) < 0:
+            return None
+        separator = int(L.llama_vocab_fim_sep(self.vocab))
+        return InfillTokens(
+            self._control_token(before),
+            self._control_token(after),
+            self._control_token(middle),
+            self._control_token(separator) if separator >= 0 else None,
+        )
+
     def _read_info(self, path: Path, name: str, digest: str, n_ctx: int, kind: TaskKind) -> ModelInfo:
         bos, eos = L.llama_vocab_bos(self.vocab), L.llama_vocab_eos(self.vocab)
         template = L.llama_model_chat_template(self.pointer, None)
@@ -319,4 +332,5 @@ class Model:
             kinds=frozenset({kind}),
             n_embd=int(L.llama_model_n_embd_out(self.pointer)),
             frame=self._frame(),
+            infill=self._infill(),
         )

@@ -251,11 +251,24 @@ class ControlToken:
 
 
 @dataclass(frozen=True, slots=True)
+class InfillTokens:
+    """The tokens with which a model fills in a middle. They stand before the text ahead of it, before the text behind it, and
+    before the middle itself. separator: between files, if the model knows one.
+    """
+
+    before: ControlToken
+    after: ControlToken
+    middle: ControlToken
+    separator: ControlToken | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A loaded model's properties. digest: "sha256:" and the hex digest of the file. created: Unix time of the file.
 
     - longest_piece: bytes of the longest token. A text longer than `n_ctx * longest_piece` cannot fit.
     - n_embd: numbers in an embedding. frame: the tokens before and after a text to embed.
+    - infill: None: the model's file names no such tokens.
     - control_ids: computed from `control_tokens`; a given value is ignored.
     """
 
@@ -273,6 +286,7 @@ class ModelInfo:
     kinds: frozenset[TaskKind]
     n_embd: int = 0
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    infill: InfillTokens | None = None
     control_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:

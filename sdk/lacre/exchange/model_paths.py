@@ -26,6 +26,7 @@ METHODS: Final[dict[str, str]] = {
     "/v1/responses/input_tokens": "POST",
     "/v1/messages/count_tokens": "POST",
     "/v1/models": "GET",
+    "/infill": "POST",
 }
 _MODEL: Final = "/v1/models/"  # followed by a model's name
 KNOWN: Final = tuple(METHODS)

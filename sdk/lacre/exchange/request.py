@@ -41,6 +41,7 @@ _RUNS: Final = {
     "/v1/responses": "chat",
     "/v1/messages": "chat",
     "/v1/completions": "complete",
+    "/infill": "complete",
     "/v1/embeddings": "embed",
     "/v1/rerank": "rerank",
     "/v1/explain": EXPLAIN,
@@ -49,7 +50,8 @@ _MODELS: Final = "/v1/models"
 _COUNTS: Final = frozenset({"/v1/tokenize", "/v1/responses/input_tokens", "/v1/messages/count_tokens"})
 _WITHOUT_OUTPUT: Final = frozenset({"embed", "rerank", "inspect"})
 _GENERATES: Final = frozenset({"chat", "complete"})  # actions whose default ceiling is the model's own
-_LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_N_PREDICT: Final = "n_predict"  # of llama.cpp's server, where -1 is no limit
+_LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens", _N_PREDICT)
 # The kind of model that an action needs. Others have the manifest's default model.
 _KINDS: Final = {
     "chat": ModelKind.GENERATE,
@@ -168,7 +170,7 @@ def prepare(plain: Plain, models: Mapping[str, ModelEntry], *, keep_identifying_
     sealed = _with_body(allowed, body, sealed_body)
     if given or action in _WITHOUT_OUTPUT:
         return Prepared(sealed, action, model, NO_OUTPUT)
-    is_default = action in _GENERATES and all(sealed_body.get(name) is None for name in _LIMITS)
+    is_default = action in _GENERATES and not any(_is_limit(name, sealed_body.get(name)) for name in _LIMITS)
     each = models.get(model, ModelEntry()).output if is_default else OTHER_CEILING
     return Prepared(sealed, action, model, _ceiling(sealed_body, each), is_default)
 
@@ -219,6 +221,10 @@ def prompts_in(prompt: object) -> int:
     """How many prompts the `prompt` of a completion has, each with choices of its own. A list of token ids is one."""
     several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
     return len(prompt) if several and isinstance(prompt, list) else 1
+
+
+def _is_limit(name: str, value: object) -> bool:
+    return value is not None and (name != _N_PREDICT or value != -1)
 
 
 def _begun(body: dict[str, Any]) -> int:

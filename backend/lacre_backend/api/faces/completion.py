@@ -9,7 +9,7 @@ from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import DONE, spoken
 from lacre_backend.api.faces.face import Ending, Face, ServerEvent
-from lacre_backend.api.prompts import given_tokens, text_prompt
+from lacre_backend.api.prompts import given_tokens, infill_prompt, text_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import CompletionRequest, parse_completion
 from lacre_backend.api.responses import LEAST_LOGPROB, ResponseInfo, usage
@@ -32,6 +32,8 @@ class Completion(Face[CompletionRequest]):
         return (await self.prompts(served, request))[0]
 
     async def prompts(self, served: ServedModel, request: CompletionRequest) -> list[list[int]]:
+        if request.suffix:
+            return [await infill_prompt(served, str(given), request.suffix, "suffix") for given in request.prompt]
         return [
             await text_prompt(served, given) if isinstance(given, str) else given_tokens(served, given, f"prompt[{i}]")
             for i, given in enumerate(request.prompt)
