@@ -22,7 +22,7 @@ from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.engine.adapters import AdapterFile, adapted_name
 from lacre_backend.engine.draft_model import DraftFile
-from lacre_backend.engine.embed import LlamaEmbedder
+from lacre_backend.engine.embed import LlamaEmbedder, LlamaReranker
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
@@ -228,10 +228,12 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
     file = opened.file
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
-        embeds = ModelMetadata.read(file.path).kind is TaskKind.EMBED
+        facts = ModelMetadata.read(file.path)
+        reads = LlamaReranker if facts.ranks else LlamaEmbedder
+        embeds = facts.kind is TaskKind.EMBED
         if embeds and adapters:
             raise SettingsError(f"{file.name} embeds, and adapters are for models that generate: remove `adapters`.")
-        engine = LlamaEmbedder if embeds else partial(LlamaEngine, adapters=adapters, draft=draft)
+        engine = reads if embeds else partial(LlamaEngine, adapters=adapters, draft=draft)
         return engine(
             file.path,
             name=file.name,

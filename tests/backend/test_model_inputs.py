@@ -145,7 +145,7 @@ def test_a_vocabulary_alone_is_shown_and_not_run(tmp_path: Path) -> None:
 
 def test_a_reranker_is_shown_as_one(tmp_path: Path) -> None:
     found = inspect(InspectAsked(tiny_reranker(tmp_path / "rank.gguf")), SILENT)
-    assert (found.kind, found.node.fits, found.faults) == ("rerank", False, [])
+    assert (found.kind, found.node.fits, found.faults) == ("rerank", True, [])
     with pytest.raises(SettingsError, match="is a reranker"):
         READERS["bench"](tmp_path / "rank.gguf")
 

@@ -30,11 +30,12 @@ from lacre_backend.api.faces.infill import Infill
 from lacre_backend.api.faces.messages import Messages
 from lacre_backend.api.faces.responses import Responses
 from lacre_backend.api.registry import ServedModel, Serving
+from lacre_backend.api.reranking import Rerank
 from lacre_backend.engine.protocol import Engine
 
 WEIGHED: Final = frozenset({"chat", "complete", "explain", "lens"})  # actions whose body says how many sequences a request has
 # Actions that may start before the worker's claim is confirmed: they change nothing outside this process.
-REPEATABLE: Final = frozenset({"chat", "complete", "embed", "explain", "inspect", "lens"})
+REPEATABLE: Final = frozenset({"chat", "complete", "embed", "explain", "inspect", "lens", "rerank"})
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 
 
@@ -60,6 +61,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
             Route("/v1/responses/input_tokens", CountTokens(serving, Responses()), methods=["POST"]),
             Route("/v1/messages/count_tokens", CountTokens(serving, Messages()), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(serving), methods=["POST"]),
+            Route("/v1/rerank", Rerank(serving), methods=["POST"]),
             Route("/v1/explain", Explain(serving), methods=["POST"]),
             Route("/v1/tokenize", Tokenize(serving), methods=["POST"]),
             Route("/v1/models", _models, methods=["GET"]),

@@ -63,13 +63,13 @@ def check_prompt(call: Call | None, model: ModelInfo, counts: Sequence[int], par
         raise _too_much("prompt", total, call.max_prompt_tokens, param)
 
 
-def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> None:
-    """Checks texts to embed. counts: each text's tokens. The context limits each text, the grant limits their sum."""
+def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int], param: str) -> None:
+    """Checks texts to embed or rank. counts: each text's tokens. The context limits each text, the grant limits their sum."""
     longest, total = max(counts), sum(counts)
     if longest > model.n_ctx:
-        raise context_length_exceeded(model.n_ctx, longest, "input")
+        raise context_length_exceeded(model.n_ctx, longest, param)
     if call is not None and call.max_prompt_tokens is not None and total > call.max_prompt_tokens:
-        raise _too_much("input", total, call.max_prompt_tokens, "input")
+        raise _too_much("input", total, call.max_prompt_tokens, param)
 
 
 def explained_tokens(call: Call | None, model: ModelInfo, asked: int | None, n_prompt: int) -> int:

@@ -53,14 +53,14 @@ class Embeddings:
                 param="dimensions",
             )
         texts = await _tokens(served, request)
-        ceilings.check_inputs(call, model, [len(tokens) for tokens in texts])
+        ceilings.check_inputs(call, model, [len(tokens) for tokens in texts], "input")
         cache_scope, fair, batch = self._serving.cache_scope(scope), whose_turn(call), fresh_id()
         tasks = [
             Task(id=f"{batch}.{i}", prompt=tuple(tokens), max_tokens=1, kind=TaskKind.EMBED, cache_scope=cache_scope, fair=fair)
             for i, tokens in enumerate(texts)
         ]
         usage = Usage() if call is None else call.usage
-        vectors = await _vectors(served.engine, tasks, usage)
+        vectors = await vectors_of(served.engine, tasks, usage, "input")
         written = [_written(vector, request.encoding_format) for vector in vectors]
         await send_json(send, 200, responses.embeddings(model, written, usage))
 
@@ -87,10 +87,13 @@ def _checked(model: ModelInfo, tokens: Sequence[int], param: str) -> list[int]:
     return framed(model, inner)
 
 
-async def _vectors(engine: Engine, tasks: Sequence[Task], usage: Usage) -> list[Embedding]:
-    """In the order of the tasks. If the caller leaves early, the rest is cancelled."""
+async def vectors_of(engine: Engine, tasks: Sequence[Task], usage: Usage, param: str) -> list[Embedding]:
+    """In the order of the tasks. If the caller leaves early, the rest is cancelled. param: the caller's field for the texts.
+
+    Raises `RequestRefused`.
+    """
     try:
-        streams = _submitted(engine, tasks)
+        streams = _submitted(engine, tasks, param)
         usage.model_digest = engine.model.digest
         return [await _vector(stream, usage) for stream in streams]
     except EngineError:
@@ -100,11 +103,11 @@ async def _vectors(engine: Engine, tasks: Sequence[Task], usage: Usage) -> list[
             engine.cancel(task.id)
 
 
-def _submitted(engine: Engine, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+def _submitted(engine: Engine, tasks: Sequence[Task], param: str) -> list[AsyncIterator[Event]]:
     try:
         return engine.submit_all(tasks)
     except TaskRefused as refusal:
-        raise RequestRefused(str(refusal), param="input") from None
+        raise RequestRefused(str(refusal), param=param) from None
     except EngineError:
         raise shutting_down() from None
 

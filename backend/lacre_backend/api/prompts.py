@@ -30,6 +30,7 @@ from lacre_backend.api.template.prompt import (
     chat_tokens,
     embedding_tokens,
     joined,
+    pair_tokens,
     text_tokens,
 )
 from lacre_backend.api.template.texts import TextLost, as_text
@@ -123,6 +124,14 @@ async def embedding_inputs(served: ServedModel, texts: Sequence[str]) -> list[li
         ceilings.check_length(served.engine.model, len("".join(text.split()).encode()), "input")
     with _named("input"):
         return await embedding_tokens(served.engine, texts)
+
+
+async def rerank_inputs(served: ServedModel, query: str, documents: Sequence[str]) -> list[list[int]]:
+    """The tokens of the query with each document. Raises `RequestRefused`."""
+    for document in documents:
+        ceilings.check_length(served.engine.model, len("".join((query + document).split()).encode()), "documents")
+    with _named("documents"):
+        return await pair_tokens(served.engine, query, documents)
 
 
 async def plain_tokens(served: ServedModel, text: str) -> list[int]:

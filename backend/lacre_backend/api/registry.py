@@ -47,8 +47,10 @@ class Serving:
         if served is None:
             raise model_not_found(model)
         if kind is not None and kind not in served.engine.model.kinds:
-            does, not_ = ("embeds", "generate") if kind is TaskKind.GENERATE else ("generates", "embed")
-            raise RequestRefused(f"The model `{model}` {does} and does not {not_}. Name another.", param="model")
+            (does,) = served.engine.model.kinds
+            raise RequestRefused(
+                f"The model `{model}` {does.value}s and does not {kind.value}. Name another.", param="model"
+            )
         return served
 
     def cache_scope(self, scope: Scope) -> bytes | None:

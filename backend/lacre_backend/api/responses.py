@@ -10,7 +10,7 @@ from typing import Any, Final
 from lacre.asgi import Usage
 from lacre_backend.engine.protocol import LayerView, ModelInfo, TaskKind
 
-_OUTPUTS: Final = {TaskKind.GENERATE: "text", TaskKind.EMBED: "embeddings"}
+_OUTPUTS: Final = {TaskKind.GENERATE: "text", TaskKind.EMBED: "embeddings", TaskKind.RERANK: "rerank"}
 LEAST_LOGPROB: Final = -9999.0  # OpenAI's value for "never"; JSON has no minus infinity
 
 
@@ -110,7 +110,7 @@ def model(info: ModelInfo) -> dict[str, Any]:
     kind = next(iter(info.kinds))
     generates = kind is TaskKind.GENERATE
     output = _OUTPUTS[kind]
-    numbers = {"n_ctx": info.n_ctx, "n_vocab": info.n_vocab, **({} if generates else {"n_embd": info.n_embd})}
+    numbers = {"n_ctx": info.n_ctx, "n_vocab": info.n_vocab} | ({"n_embd": info.n_embd} if kind is TaskKind.EMBED else {})
     return {
         "id": info.name,
         "object": "model",

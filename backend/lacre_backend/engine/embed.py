@@ -1,4 +1,4 @@
-"""Turns texts into vectors: llama.cpp with an encoder, or another embedding model, behind the engine protocol.
+"""Turns texts into vectors, or pairs of texts into scores: llama.cpp with an encoder or a like model, as an engine.
 
 Rules:
 - Several texts share one batch, each as its own sequence. `packing.py` chooses them.
@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import llama_cpp as L
 import numpy as np
@@ -61,6 +61,8 @@ class _Job:
 class LlamaEmbedder:
     """An `Engine` whose only kind is `EMBED`. slots: texts in one batch."""
 
+    kind: ClassVar = TaskKind.EMBED
+
     def __init__(
         self,
         path: Path,
@@ -77,14 +79,14 @@ class LlamaEmbedder:
         """
         settings = settings or LlamaSettings()
         tokenizer = tokenizer or Tokenizer(path)
-        context = _context(path, settings)
+        context = _context(path, settings, self.kind)
         self._model = Model(
             path,
             name=name,
             digest=digest,
             n_ctx=context,
             gpu=settings.gpu,
-            kind=TaskKind.EMBED,
+            kind=self.kind,
             tokenizer=tokenizer,
             weights=weights,
         )
@@ -121,7 +123,7 @@ class LlamaEmbedder:
         return await self._model.tokenizer.tokens(texts)
 
     def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:  # noqa: ARG002 - it takes none
-        raise TaskRefused("This engine only embeds.", field="grammar")
+        raise TaskRefused("This engine does not generate.", field="grammar")
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         return self.submit_all([task])[0]
@@ -209,6 +211,12 @@ class LlamaEmbedder:
         self._outbox.flush()
 
 
+class LlamaReranker(LlamaEmbedder):
+    """An `Engine` whose only kind is `RERANK`: each task is a query and a document as one text."""
+
+    kind: ClassVar = TaskKind.RERANK
+
+
 def _finish(job: _Job, *, cancelled: bool = False) -> Finish:
     return Finish("cancelled" if cancelled else "stop", len(job.task.prompt), 0, 0)
 
@@ -231,11 +239,12 @@ class _Encoder:
             raise SettingsError(f"No memory for batches of {room.tokens} tokens. Set a smaller context, or a smaller model.")
         self._model = model  # keeps it from being freed
         self._memory = L.llama_get_memory(self._pointer)  # an encoder has none
-        self._n_embd = model.info.n_embd
+        self._ranks = TaskKind.RERANK in model.info.kinds
+        self._n_embd = 1 if self._ranks else model.info.n_embd  # of several classes the first one is the score
         self._batch = Batch(room.tokens)
 
     def encode(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """One row of length one for each text. Raises EngineError."""
+        """For each text one row: a vector of length one, or a score. Raises EngineError."""
         self._wipe()
         batch, n = self._batch, 0
         for sequence, tokens in enumerate(texts):
@@ -250,6 +259,10 @@ class _Encoder:
         if code != 0:
             raise EngineError(f"llama.cpp could not embed (code {code}). Try again, or with shorter texts.")
         vectors = np.stack([self._pooled(sequence) for sequence in range(len(texts))])
+        if self._ranks:
+            if not np.isfinite(vectors).all():
+                raise EngineError("The model computes scores that are infinite or not numbers. Copy its file again.")
+            return vectors
         lengths = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
         units: NDArray[np.float32] = vectors / np.maximum(lengths, np.float32(1e-12))
         return units
@@ -269,20 +282,20 @@ class _Encoder:
             L.llama_memory_clear(self._memory, True)
 
 
-def _context(path: Path, settings: LlamaSettings) -> int:
+def _context(path: Path, settings: LlamaSettings, kind: TaskKind) -> int:
     """The tokens of one text. Raises SettingsError."""
     facts = ModelMetadata.read(path)
-    if facts.pooling == L.LLAMA_POOLING_TYPE_RANK:
-        raise SettingsError(f"{path.name} is a reranker, which this engine does not serve. Give a model that embeds.")
-    if facts.pooling not in _POOLED:
+    if facts.ranks and kind is TaskKind.EMBED:
+        raise SettingsError(f"{path.name} is a reranker, which does not embed. Give a model that embeds.")
+    if facts.pooling not in _POOLED and not facts.ranks:
         raise SettingsError(
             f"{path.name} does not say how to make one vector of a text (pooling by mean, first or last token). "
             "Convert the model with its pooling type."
         )
     if settings.unified or settings.cells is not None:
-        raise SettingsError(f"{path.name} embeds and has no cache: remove `unified` and `cells`.")
+        raise SettingsError(f"{path.name} does not generate and has no cache: remove `unified` and `cells`.")
     if settings.kv_type != "f16":
-        raise SettingsError(f"{path.name} embeds and has no cache: remove `kv_type`.")
+        raise SettingsError(f"{path.name} does not generate and has no cache: remove `kv_type`.")
     memory_for_caches(path, facts, settings)
     if settings.n_ctx is not None and facts.n_ctx_most is not None and settings.n_ctx > facts.n_ctx_most:
         raise SettingsError(f"context is {settings.n_ctx}; {path.name} was trained on at most {facts.n_ctx_most} tokens.")

@@ -25,6 +25,7 @@ from llama_cpp.llama_cpp import _base_path as _llama_folder
 from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.pairs import pair_form
 from lacre_backend.engine.protocol import ControlToken, InfillTokens, ModelInfo, TaskKind
 from lacre_backend.engine.stream_file import Readable, stream_file
 from lacre_backend.engine.tokenizer import Tokenizer
@@ -168,6 +169,11 @@ class ModelMetadata:
     def kind(self) -> TaskKind:
         """The model's purpose: a model whose file names a pooling type embeds."""
         return TaskKind.GENERATE if self.pooling is None else TaskKind.EMBED
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it scores a document for a query, instead of a vector of a text."""
+        return self.pooling == L.LLAMA_POOLING_TYPE_RANK
 
     @classmethod
     def read(cls, path: Path) -> ModelMetadata:
@@ -333,4 +339,5 @@ class Model:
             n_embd=int(L.llama_model_n_embd_out(self.pointer)),
             frame=self._frame(),
             infill=self._infill(),
+            pair=pair_form(self.pointer, self.tokenize) if kind is TaskKind.RERANK else (),
         )

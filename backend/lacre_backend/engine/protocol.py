@@ -95,6 +95,14 @@ class TaskKind(StrEnum):
 
     GENERATE = "generate"
     EMBED = "embed"
+    RERANK = "rerank"
+
+
+class PairPart(StrEnum):
+    """A text in the form of a pair that a reranker reads."""
+
+    QUERY = "query"
+    DOCUMENT = "document"
 
 
 class Grammar(Protocol):
@@ -207,7 +215,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The result of an `EMBED` task."""
+    """The result of an `EMBED` task; of a `RERANK` task one number, the score: higher is better."""
 
     values: tuple[float, ...]
 
@@ -269,6 +277,7 @@ class ModelInfo:
     - longest_piece: bytes of the longest token. A text longer than `n_ctx * longest_piece` cannot fit.
     - n_embd: numbers in an embedding. frame: the tokens before and after a text to embed.
     - infill: None: the model's file names no such tokens.
+    - pair: how a reranker reads a query and a document: the texts, and ids of tokens around them.
     - control_ids: computed from `control_tokens`; a given value is ignored.
     """
 
@@ -287,6 +296,7 @@ class ModelInfo:
     n_embd: int = 0
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     infill: InfillTokens | None = None
+    pair: tuple[PairPart | tuple[int, ...], ...] = ()
     control_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:

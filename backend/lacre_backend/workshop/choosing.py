@@ -172,7 +172,7 @@ def _measured(candidate: Candidate, trial: _Trial, report: Report) -> Candidate:
     """With its speed, its score on the examples, and its loss if there is a reference."""
     asked = trial.asked
     try:
-        if asked.task is not ModelTask.RERANK:  # the engine does not run rerankers
+        if asked.task is not ModelTask.RERANK:  # `bench` measures no rerankers
             speed = run(BENCH, BenchAsked(candidate.path, rounds=1), _part(report, 0.0))
             candidate = replace(candidate, streams=speed.rates[-1].tokens_per_second, prompt=speed.prompt_tokens_per_second)
         if trial.examples is not None:

@@ -215,7 +215,7 @@ def type_name(kind: int) -> str:
 
 def _kind(facts: ModelMetadata) -> str:
     """What it does, as a verb."""
-    if facts.pooling == L.LLAMA_POOLING_TYPE_RANK:
+    if facts.ranks:
         return "rerank"
     if facts.kind is TaskKind.EMBED:
         return "embed"
@@ -291,8 +291,6 @@ def said_signature(opened: OpenedModel) -> str | None:
 
 
 def _node(path: Path, facts: ModelMetadata, size: int) -> OnThisNode:
-    if facts.pooling == L.LLAMA_POOLING_TYPE_RANK:
-        return OnThisNode(False, reason="the engine does not serve rerankers")
     try:
         if facts.kind is TaskKind.EMBED:
             sizing.memory_for_caches(path, facts, LlamaSettings())

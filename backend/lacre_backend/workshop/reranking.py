@@ -1,13 +1,11 @@
 """Scores documents for a query with a reranker: a model whose file says `pooling_type` RANK.
 
-A query and a document become one text, as in llama.cpp's own server: by the template `rerank`, if the file has one. Otherwise
-the vocabulary's beginning, separator and end stand around both. No text of an example becomes a control token.
+A query and a document become one text as `lacre_backend.engine.pairs` says. No text of an example becomes a control token.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +18,10 @@ import numpy as np
 from lacre.errors import SettingsError
 from lacre_backend.engine.context import Batch
 from lacre_backend.engine.model import Model, ModelMetadata
-from lacre_backend.engine.protocol import EngineError
+from lacre_backend.engine.pairs import pair_form
+from lacre_backend.engine.protocol import EngineError, PairPart
 
 MOST_TOKENS: Final = 2048  # of a query and a document: attention's memory grows with their square
-_NAMES: Final = re.compile(r"(\{query\}|\{document\})")
 
 
 class RankReader:
@@ -45,8 +43,7 @@ class RankReader:
             raise SettingsError(f"There is too little memory to read {self._size} tokens with this model. Stop other programs.")
         self._memory = L.llama_get_memory(self._pointer)  # an encoder has none
         self._batch = Batch(self._size)
-        template = L.llama_model_chat_template(model.pointer, b"rerank")
-        self._template = None if template is None else template.decode("utf-8", "replace")
+        self._form = pair_form(model.pointer, model.tokenize)
 
     def score(self, query: str, document: str) -> float:
         """Higher is better. Raises SettingsError if both do not fit, or the score is not a number; EngineError."""
@@ -72,16 +69,9 @@ class RankReader:
         L.llama_free(self._pointer)
 
     def _joined(self, query: str, document: str) -> list[int]:
-        words, vocab = self._model.tokenize, self._model.vocab
-        if self._template is not None:
-            texts = {"{query}": query, "{document}": document}
-            parts = _NAMES.split(self._template)
-            return [token for part in parts for token in words(texts.get(part, part), part not in texts)]
-        end = L.llama_vocab_eos(vocab)
-        end = [L.llama_vocab_sep(vocab) if end < 0 else end] if L.llama_vocab_get_add_eos(vocab) else []
-        begin = [L.llama_vocab_bos(vocab)] if L.llama_vocab_get_add_bos(vocab) else []
-        middle = [L.llama_vocab_sep(vocab)] if L.llama_vocab_get_add_sep(vocab) else []
-        return [*begin, *words(query, False), *end, *middle, *words(document, False), *end]
+        texts = {PairPart.QUERY: query, PairPart.DOCUMENT: document}
+        pieces = [self._model.tokenize(texts[part], False) if isinstance(part, PairPart) else part for part in self._form]
+        return [token for piece in pieces for token in piece]
 
 
 @contextmanager

@@ -52,7 +52,7 @@ from lacre_backend.api.template.texts import (
     shaped,
 )
 from lacre_backend.api.tools.format import FORMATS, CallFormat
-from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo
+from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo, PairPart
 
 __all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
 
@@ -373,6 +373,19 @@ async def embedding_tokens(engine: Engine, texts: Sequence[str]) -> list[list[in
     them. Text that no token covers may become the vocabulary's unknown token. Raises as `Engine.tokens`.
     """
     return [framed(engine.model, ids) for ids in await engine.tokens(texts)]
+
+
+async def pair_tokens(engine: Engine, query: str, documents: Sequence[str]) -> list[list[int]]:
+    """The ids of a query with each document, in the form that a reranker reads. As in `embedding_tokens`, no control token is
+    recognized in the texts. Raises as `Engine.tokens`.
+    """
+    read, *each = await engine.tokens([query, *documents])
+    pairs = []
+    for document in each:
+        texts = {PairPart.QUERY: read, PairPart.DOCUMENT: document}
+        pieces = [texts[part] if isinstance(part, PairPart) else part for part in engine.model.pair]
+        pairs.append(list(itertools.chain.from_iterable(pieces)))
+    return pairs
 
 
 def framed(model: ModelInfo, ids: Sequence[int]) -> list[int]:
