@@ -297,8 +297,9 @@ class TestInside:
             {"date": dated(DATE_WINDOW - 1)},
             {"date": dated(1 - DATE_WINDOW)},
             {f"lacre-{name}": None for name in ("pool", "model", "action", "max-tokens", "shape")},
+            {"lacre-max-tokens": None, "lacre-most-tokens": "100000"},
         ],
-        ids=["ahead", "behind", "no copies"],
+        ids=["ahead", "behind", "no copies", "a lowered default"],
     )
     async def test_what_may_differ(self, stage: Stage, headers: dict[str, str | None]) -> None:
         assert (await stage.ask(stage.seal(headers))).opened()[0].status == 200
@@ -308,6 +309,8 @@ class TestInside:
         [
         ({"headers": {"lacre-pool": "other"}}, "pool"), ({"headers": {"lacre-model": "big"}}, "model"),
         ({"headers": {"lacre-action": "embed"}}, "action"), ({"headers": {"lacre-max-tokens": "10"}}, "max_tokens"),
+        ({"headers": {"lacre-max-tokens": None, "lacre-most-tokens": "3"}}, "max_tokens"),
+        ({"headers": {"lacre-max-tokens": None, "lacre-most-tokens": "many"}}, "max_tokens"),
         ({"headers": {"lacre-shape": "none"}}, "shape"), ({"path": "/v1/completions"}, "action"),
         ({"path": "/admin"}, "action"), ({"authority": "metadata.internal"}, "authority"),
         ({"scheme": "http"}, "authority"),

@@ -19,7 +19,7 @@ from hostile.shapes import Caller, Test, bent, granted
 from lacre import ApiError, problems
 from lacre.errors import Expired, InvalidAudit, InvalidSignature
 from lacre.jose.jws import b64u, raw_public_key
-from lacre.trust.manifest import Document
+from lacre.trust.manifest import MAX_OUTPUT, Document
 from lacre.trust.signing import sign_manifest
 from lacre.wire.bhttp import encode_request
 from lacre_fabric.work.contract import Work
@@ -184,6 +184,8 @@ test_model = mismatch("grant another model than was asked for", INSIDE, ApiError
 test_action = mismatch("grant another action than was asked for", INSIDE, ApiError, {"action": "complete"}, {"action": "http"})
 test_max_tokens = mismatch("grant more or fewer tokens than were asked for", INSIDE, ApiError,
     *({"max_tokens": granted} for granted in (1, 511, 513, 2**31 - 1)), max_tokens=512)  # fmt: skip
+test_default_tokens = mismatch("grant more tokens than the client's default", INSIDE, ApiError,
+    *({"max_tokens": granted} for granted in (MAX_OUTPUT + 1, 2**31 - 1)))  # fmt: skip
 test_shape = mismatch(
     "grant an answer without padding, so that its records tell their tokens", INSIDE, ApiError, {"shape": "none"}
 )
@@ -213,7 +215,7 @@ async def meddled(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict,
     changed = f"lacre-{header}".encode()
     wire.meddle = lambda headers: [(name, value.encode() if name == changed else old) for name, old in headers]
     with verdict.refused():
-        await stage.client(wire, honest.token).chat(stage.prompt)
+        await stage.client(wire, honest.token).chat(stage.prompt, max_tokens=512)
     assert [worker.calls for worker in workers] == [0, 0]
 
 

@@ -209,6 +209,7 @@ class TestOutside:
         said = [[r.headers.get(f"lacre-max-tokens{end}") for end in ("", "-default")] for r in relay.sealed]
         assert said == [[str(MAX_OUTPUT), "?1"], ["9", None]]
         assert [opened.headers("lacre-max-tokens") for opened in relay.opened] == [[], ["9"]]
+        assert [opened.headers("lacre-most-tokens") for opened in relay.opened] == [[str(MAX_OUTPUT)], []]
         assert all("lacre-max-tokens-default" not in dict(opened.request.headers) for opened in relay.opened)
         assert "max_tokens" not in json.loads(app.bodies[0])
 
@@ -226,6 +227,7 @@ class TestOutside:
         names = {name for name, _ in relay.opened[0].request.headers}
         assert names == {
             "content-type", "accept", "date", "lacre-cache-salt", "lacre-pool", "lacre-model", "lacre-action", "lacre-shape",
+            "lacre-most-tokens",
         }  # fmt: skip
         assert json.loads(app.bodies[0]).keys() == {"messages", "model"}
 

@@ -39,6 +39,7 @@ INSIDE = {
 }
 OF_A_STREAM = {"lacre-resume": r"\?1"}
 OF_A_NAMED_CEILING = {"lacre-max-tokens": r"\d+"}
+OF_A_DEFAULT_CEILING = {"lacre-most-tokens": r"\d+"}
 # All that a gateway may: what policy needs, and what HTTP does.
 OUTSIDE = {
     "host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent", "authorization",
@@ -95,7 +96,7 @@ def check_inside(relay: Relay) -> list[dict[str, Any]]:
         request = opened.request
         assert [name for name in INSIDE if len(opened.headers(name)) != 1] == []
         allowed = INSIDE | (OF_A_STREAM if b'"stream"' in request.content else {})
-        allowed |= OF_A_NAMED_CEILING if b'"max_tokens"' in request.content else {}
+        allowed |= OF_A_NAMED_CEILING if b'"max_tokens"' in request.content else OF_A_DEFAULT_CEILING
         assert len(request.headers) == len(allowed)
         assert [name for name, value in request.headers if not re.fullmatch(allowed[name], value)] == []
         assert (request.scheme, request.authority, request.trailers) == ("https", "lacre.invalid", ())

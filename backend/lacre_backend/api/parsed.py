@@ -18,7 +18,13 @@ _TYPES: Final = {
     "dict": "object", "model": "object",
 }  # fmt: skip
 
-_SPOKEN: Final[Mapping[type, str]] = {str: "a string", dict: "an object", list: "an array", bool: "a boolean", int: "an integer"}
+_SPOKEN: Final[Mapping[type, str]] = {
+    str: "a string",
+    dict: "an object",
+    list: "an array",
+    bool: "a boolean",
+    int: "an integer",
+}
 
 
 class Parsed(BaseModel):

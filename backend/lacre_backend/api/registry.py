@@ -48,9 +48,7 @@ class Serving:
             raise model_not_found(model)
         if kind is not None and kind not in served.engine.model.kinds:
             (does,) = served.engine.model.kinds
-            raise RequestRefused(
-                f"The model `{model}` {does.value}s and does not {kind.value}. Name another.", param="model"
-            )
+            raise RequestRefused(f"The model `{model}` {does.value}s and does not {kind.value}. Name another.", param="model")
         return served
 
     def cache_scope(self, scope: Scope) -> bytes | None:

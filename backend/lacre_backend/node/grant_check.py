@@ -1,8 +1,9 @@
 """Checks that a sealed request matches its grant. It decides from the opened request, its grant and a clock value. Refusals are
 sent sealed.
 
-The sealed request may omit copies of outer values, but must never differ from the grant. The application's own server checks
-the body against `lacre.call`; this module checks the parts that every sealed request has.
+The sealed request may omit copies of outer values, but must never differ from the grant. If its caller named no ceiling, it has
+the most that may be granted. The application's own server checks the body against `lacre.call`; this module checks the parts
+that every sealed request has.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def _check_copies(opened: Opened, grant: Grant) -> SealedRefusal | None:
     for name, granted in copies.items():
         if any(value != granted for value in opened.headers(name)):
             return _mismatch(name.removeprefix("lacre-").replace("-", "_"))
+    for value in opened.headers(outer.MOST):
+        most = outer.ceiling_in(value)
+        if most is None or grant.max_tokens > most:
+            return _mismatch("max_tokens")
     if not may_be(grant.action, request.method, decoded_path(request)):  # as the app will read it
         return _mismatch("action")
     return None

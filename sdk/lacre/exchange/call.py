@@ -404,8 +404,8 @@ class Sealing:
             (outer.SHAPE, self._shape),
         )
         padded_to = request_length if self._shape == "pad" else None
-        # The gateway may lower a default, and the worker refuses a copy that differs from the grant: so the inside has none.
-        copies = tuple(each for each in said if not (prepared.is_default and each[0] == outer.CEILING))
+        # The gateway may lower a default but not raise it. So the inside has it as a bound, not as a copy.
+        copies = tuple((outer.MOST if prepared.is_default and name == outer.CEILING else name, value) for name, value in said)
         body, header, opener = seal_request(
             key.config, bhttp.encode_request(self._inner(prepared, call.scope, copies), padded_to=padded_to)
         )

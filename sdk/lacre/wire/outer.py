@@ -15,6 +15,7 @@ CEILING: Final = "lacre-max-tokens"
 # `YES` if the caller named no ceiling: then `CEILING` is the client's default, which the gateway may lower.
 CEILING_IS_DEFAULT: Final = "lacre-max-tokens-default"
 YES, NO = "?1", "?0"  # Booleans of RFC 9651
+MOST: Final = "lacre-most-tokens"  # only inside the seal: the default ceiling, above which nothing may be granted
 SHAPE: Final = "lacre-shape"
 
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling: what an engine can count
