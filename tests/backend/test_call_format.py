@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import Grammars
-from lacre_backend.api.tools.format import HERMES, LLAMA, Argued, Called, CallFormat, CallReader, Part, Speech
+from lacre_backend.api.tools.format import HERMES, LLAMA, CallFormat
+from lacre_backend.api.tools.parts import Argued, Called, Part, Speech
+from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Tool, calling
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import TaskRefused

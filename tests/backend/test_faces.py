@@ -107,7 +107,7 @@ def check_items(events: Sequence[tuple[str, Any]]) -> None:
         assert own[0][0] == "response.output_item.added"
         assert own[-1] == ("response.output_item.done", {**own[-1][1], "item": item})
         deltas = "".join(event["delta"] for name, event in own if name.endswith(".delta"))
-        if item["type"] == "message":
+        if item["type"] in ("message", "reasoning"):
             assert deltas == item["content"][0]["text"]
         else:
             assert deltas == item.get("arguments", item.get("input"))

@@ -18,6 +18,7 @@ from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.schema import grammar as schema
 from lacre_backend.api.tools.format import HERMES
+from lacre_backend.api.tools.thoughts import AnswerForm
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
 from lacre_backend.engine.plan import StepPlan
@@ -192,7 +193,7 @@ def request() -> ChatCompletionRequest:
 async def asked(compiler: Compiler, engine: EchoEngine, fair: Fair) -> str:
     """What came of it."""
     try:
-        return "compiled" if await compiler.grammar(engine, request(), HERMES, fair) else "nothing"
+        return "compiled" if await compiler.grammar(engine, request(), AnswerForm(HERMES), fair) else "nothing"
     except RequestRefused as refused:  # an echo takes no grammar
         return str(refused)
 

@@ -19,6 +19,7 @@ from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatCompletionRequest, ResponseFormat, parse_chat
 from lacre_backend.api.schema import grammar as schema
 from lacre_backend.api.tools.format import HERMES
+from lacre_backend.api.tools.thoughts import AnswerForm
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import EngineError, Sampling, TaskRefused
 
@@ -162,7 +163,7 @@ def test_what_cannot_be_kept_is_named(source: dict[str, Any], said: str, llama: 
             {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": each}}
         )
         with pytest.raises(RequestRefused) as caught:
-            compiled(llama, chat(response_format=form.model_dump(by_alias=True, exclude_none=True)), HERMES)
+            compiled(llama, chat(response_format=form.model_dump(by_alias=True, exclude_none=True)), AnswerForm(HERMES))
         assert said.partition(" at ")[0] in str(caught.value)
         assert said.partition(" at #")[2] in str(caught.value)
         assert caught.value.param == "response_format"
@@ -245,7 +246,7 @@ TOOLS_OF_OTHERS: dict[str, dict[str, Any]] = {
 def test_schemas_of_tools_that_are_in_use(name: str, llama: LlamaEngine) -> None:
     parameters = {"type": "object", "properties": TOOLS_OF_OTHERS[name]}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    assert compiled(llama, chat(tools=tools), HERMES) is not None
+    assert compiled(llama, chat(tools=tools), AnswerForm(HERMES)) is not None
 
 
 AGES = {"type": "integer", "minimum": 0, "maximum": 9007199254740991}
@@ -262,9 +263,9 @@ def test_what_cannot_be_enforced_is_left_to_the_model_unless_strict(
     request = chat(response_format={"type": "json_schema", "json_schema": described})
     if refused:
         with pytest.raises(RequestRefused, match="'format' at #/properties/code"):
-            compiled(llama, request, HERMES)
+            compiled(llama, request, AnswerForm(HERMES))
         return
-    text = request.grammar(HERMES, schema.Grammars()) or ""
+    text = request.grammar(AnswerForm(HERMES), schema.Grammars()) or ""
     assert admits(llama, text, '{"age": 9007199254740991, "code": "1000-001"}')
     for wrong in ('{"age": -1, "code": "x"}', '{"age": 1, "code": "123456789"}', '{"age": 1}'):
         assert not admits(llama, text, wrong), wrong

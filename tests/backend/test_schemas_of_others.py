@@ -17,7 +17,10 @@ from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.schema.patterns import NotRegular, Patterns
-from lacre_backend.api.tools.format import HERMES, Argued, CallReader
+from lacre_backend.api.tools.format import HERMES
+from lacre_backend.api.tools.parts import Argued
+from lacre_backend.api.tools.reader import CallReader
+from lacre_backend.api.tools.thoughts import AnswerForm
 from parts.drawing import Unfinished, drawn
 from parts.pydantic_models import MODELS
 from parts.schema_suite import SUITE, Row, rows, table
@@ -63,7 +66,7 @@ BEYOND = {"Money", "Links", "Moments", "Odd", "Records", "Keyed"}
 
 def grammar(**fields: Any) -> str:
     asked = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
-    return parse_chat(json.dumps(asked).encode()).grammar(HERMES, Grammars()) or ""
+    return parse_chat(json.dumps(asked).encode()).grammar(AnswerForm(HERMES), Grammars()) or ""
 
 
 def check(name: str, answer: str) -> None:

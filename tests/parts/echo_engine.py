@@ -109,6 +109,9 @@ class EchoEngine:
             text = text[len(control.text) if control else 1 :]
         return tokens
 
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        return TextStream(stop).released(bytes([token]) for token in tokens)
+
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.tokenize(text) for text in texts]
 

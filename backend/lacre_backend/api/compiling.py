@@ -22,7 +22,7 @@ from typing import Final
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.schema.grammar import Grammars
-from lacre_backend.api.tools.format import CallFormat
+from lacre_backend.api.tools.thoughts import AnswerForm
 from lacre_backend.engine.protocol import Engine, Grammar, GrammarTooLarge, TaskRefused
 from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
@@ -49,11 +49,21 @@ class Compiler:
         self._turns: FairQueue[_Job] = FairQueue()
         self._running: list[Fair] = []
 
-    async def grammar(self, engine: Engine, request: Generate, form: CallFormat, fair: Fair = NOBODY) -> Grammar | None:
-        """None for an answer without a grammar. fair: whose turn it uses. Raises `RequestRefused`."""
+    async def grammar(
+        self,
+        engine: Engine,
+        request: Generate,
+        form: AnswerForm,
+        fair: Fair = NOBODY,
+        begun: tuple[int, ...] | None = None,
+    ) -> Grammar | None:
+        """None for an answer without a grammar. fair: whose turn it uses. begun: the answer so far, instead of the request's.
+
+        Raises `RequestRefused`.
+        """
         if not request.held:
             return None
-        job = _Job(fair, partial(compiled, engine, request, form))
+        job = _Job(fair, partial(compiled, engine, request, form, request.begun if begun is None else begun))
         with self._lock:
             self._turns.add(fair, job.id, job)
             self._begin()
@@ -97,14 +107,14 @@ def _carry_out(job: _Job) -> None:
         job.outcome.set_result(grammar)
 
 
-def compiled(engine: Engine, request: Generate, form: CallFormat) -> Grammar | None:
-    """form: the model's format of calls. Raises `RequestRefused`."""
+def compiled(engine: Engine, request: Generate, form: AnswerForm, begun: tuple[int, ...] = ()) -> Grammar | None:
+    """begun: the tokens of the answer so far. Raises `RequestRefused`."""
     grammars = Grammars()
     source = request.grammar(form, grammars)
     if source is None:
         return None
     try:
-        return engine.grammar(source, request.begun)
+        return engine.grammar(source, begun)
     except GrammarTooLarge:
         if not grammars.loose:
             raise grammars.too_large() from None
@@ -113,7 +123,7 @@ def compiled(engine: Engine, request: Generate, form: CallFormat) -> Grammar | N
     grammars = Grammars(loosely=True)  # for functions that are not strict, the model decides what cannot be enforced
     source = request.grammar(form, grammars) or ""
     try:
-        return engine.grammar(source, request.begun)
+        return engine.grammar(source, begun)
     except GrammarTooLarge:
         raise grammars.too_large() from None
     except TaskRefused as refusal:

@@ -53,8 +53,8 @@ class CountTokens(Generic[Asked]):
             request = face.parse(await read_body(receive, MAX_BODY))
             ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "inspect")
             served = self._serving.named(request.model, TaskKind.GENERATE)
-            tokens = await face.prompt(served, request)
-            await send_json(send, 200, face.counted(len(tokens)))
+            prompt = await face.prompt(served, request)
+            await send_json(send, 200, face.counted(len(prompt.tokens)))
         except RequestRefused as refusal:
             await send_json(send, refusal.status, face.refused(refusal))
         except EngineError:

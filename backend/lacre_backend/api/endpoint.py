@@ -6,8 +6,10 @@ prefill has sent nothing.
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Generic
 
 from lacre.asgi import EXTENSION, Call, Disconnected, Receive, Scope, Send, Usage
@@ -16,12 +18,13 @@ from lacre_backend.api import ceilings
 from lacre_backend.api.errors import RequestRefused, engine_failed, other_model
 from lacre_backend.api.faces.face import Asked, Face
 from lacre_backend.api.http import EventStream, read_body, send_json, until_disconnect
-from lacre_backend.api.prompts import call_format
+from lacre_backend.api.prompts import call_format, thought_format
 from lacre_backend.api.registry import Serving, whose_turn
 from lacre_backend.api.requests import MAX_BODY
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.run import GenerationRuns, fresh_id
+from lacre_backend.api.run import Closing, GenerationRuns, fresh_id
 from lacre_backend.api.streaming import Answer, Progress
+from lacre_backend.api.tools.thoughts import AnswerForm
 from lacre_backend.engine.protocol import EngineError, Task, TaskKind
 
 
@@ -55,10 +58,14 @@ class Endpoint(Generic[Asked]):
             prompts = await face.prompts(served, request)
         except EngineError:
             raise engine_failed() from None
-        counts = [len(prompt) + len(begun) for prompt in prompts]
+        counts = [len(prompt.tokens) + len(begun) for prompt in prompts]
         ceilings.check_prompt(call, model, counts, face.prompt_param, begun=len(begun))
         fair = whose_turn(call)
-        grammar = await self._serving.compiler.grammar(served.engine, request, call_format(served), fair)
+        form = AnswerForm(call_format(served), thought_format(served), prompts[0].start)
+        held = partial(self._serving.compiler.grammar, served.engine, request, form, fair)
+        grammar = await held()
+        may_cut = request.max_thought is not None and form.thinks
+        scope_key = self._serving.cache_scope(scope)
         task = Task(
             id=fresh_id(),
             prompt=(),
@@ -67,19 +74,28 @@ class Endpoint(Generic[Asked]):
             sampling=request.sampling(grammar),
             stop=request.stop,
             logprobs=request.alternatives(),
-            cache_scope=self._serving.cache_scope(scope),
+            # The answer behind a cut reads the prompt again: from a cache of its own, if the caller shares none.
+            cache_scope=secrets.token_bytes(32) if may_cut and scope_key is None else scope_key,
             fair=fair,
             time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage
         reply = ResponseInfo(face.prefix + task.id, int(time.time()), model, request.include_usage)
-        each = [replace(task, id=f"{task.id}.{i}", prompt=tuple(prompt)) for i, prompt in enumerate(prompts)]
+        each = [replace(task, id=f"{task.id}.{i}", prompt=tuple(prompt.tokens)) for i, prompt in enumerate(prompts)]
         generation = GenerationRuns(
-            served.engine, each, request.n, usage, face.prompt_param, weigh=None if call is None else call.weigh
+            served.engine,
+            each,
+            request.n,
+            usage,
+            face.prompt_param,
+            weigh=None if call is None else call.weigh,
+            closing=Closing(served.cut, held) if may_cut else None,
         )
         try:
             generation.submit()
-            answer = Answer(generation, usage, face.writer(request, reply), face.reader(served, request))
+            reader = partial(face.reader, request, form)
+            writer = face.writer(request, reply)
+            answer = Answer(generation, usage, writer, reader, max_thought=request.max_thought if may_cut else None)
             if request.stream:
                 progress = Progress.of(request, scope, usage) if face.marked else None
                 headers = () if progress is None else ((DIGEST.encode(), model.digest.encode()),)

@@ -15,6 +15,8 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from lacre_backend.api import ceilings
@@ -34,14 +36,32 @@ from lacre_backend.api.template.prompt import (
     text_tokens,
 )
 from lacre_backend.api.template.texts import TextLost, as_text
+from lacre_backend.api.template.wishes import NO_WISHES, Wishes
 from lacre_backend.api.tools.format import HERMES, CallFormat
 from lacre_backend.api.tools.request import Tool
+from lacre_backend.api.tools.thoughts import Start, ThoughtFormat
 from lacre_backend.engine.protocol import EngineClosed, TaskKind, TextRefused
 
 _Written = dict[str, Any]
+_TAIL: Final = 8  # pieces of a prompt in which a template may open the reasoning
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's tokens, and where in an answer the model's text begins."""
+
+    tokens: list[int] = field(repr=False)
+    start: Start = Start.SPEAKING
 
 
 async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool) -> list[int]:
+    """The tokens of `chat_start` without wishes."""
+    return (await chat_start(served, messages, tools, goes_on=goes_on)).tokens
+
+
+async def chat_start(
+    served: ServedModel, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool, wishes: Wishes = NO_WISHES
+) -> Prompt:
     """goes_on: whether the last message is the beginning of the answer. Raises `RequestRefused`."""
     template, model = served.template, served.engine.model
     if template is None:
@@ -49,15 +69,22 @@ async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: S
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
     check_size(written)  # with the arguments of calls, which the body contains as text
+    for name in wishes.unknown(template.variables):
+        raise RequestRefused(
+            f"The model's chat template reads no variable '{name}'.", code="unknown_parameter", param="chat_template_kwargs"
+        )
     beginning = as_text(written.pop()["content"]) if goes_on else ""
     try:
-        pieces = (*_with_systems(template, written, told), beginning)
+        pieces = (*_with_systems(template, written, told, wishes), beginning)
     except TemplateRefused as refusal:
         said = str(refusal).rstrip(".!")
         raise RequestRefused(f"The model's chat template does not take these messages: {said}.", param="messages") from None
     ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
+    thoughts = template.thoughts
+    said = "".join(piece if isinstance(piece, str) else piece.text for piece in pieces[-_TAIL:-1])
+    start = Start.SPEAKING if thoughts is None else thoughts.start(said, beginning)
     with _named("messages"):
-        return await chat_tokens(served.engine, joined(pieces), template.control)
+        return Prompt(await chat_tokens(served.engine, joined(pieces), template.control), start)
 
 
 async def text_prompt(served: ServedModel, text: str) -> list[int]:
@@ -148,6 +175,11 @@ def call_format(served: ServedModel) -> CallFormat:
     return known or HERMES
 
 
+def thought_format(served: ServedModel) -> ThoughtFormat | None:
+    """The model's format of reasoning, if it reasons."""
+    return None if served.template is None else served.template.thoughts
+
+
 @contextlib.contextmanager
 def _named(param: str) -> Iterator[None]:
     """Turns the tokenizer's refusal into one with the field's name. Raises `RequestRefused`."""
@@ -159,39 +191,42 @@ def _named(param: str) -> Iterator[None]:
         raise shutting_down() from None
 
 
-def _with_systems(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:
+def _with_systems(
+    template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes
+) -> tuple[Any, ...]:
     """Rendered as it is, or with one system message if the template takes no later one. Raises `TemplateRefused`."""
     try:
-        return _rendered(template, written, told)
+        return _rendered(template, written, told, wishes)
     except TemplateRefused:
         systems = [message for message in written if message["role"] == "system"]
         if systems in ([], written[:1]):
             raise
         text = "\n\n".join(as_text(message["content"]) for message in systems)
         others = [message for message in written if message["role"] != "system"]
-        return _rendered(template, [{**systems[0], "content": text}, *others], told)
+        return _rendered(template, [{**systems[0], "content": text}, *others], told, wishes)
 
 
-def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:
+def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> tuple[Any, ...]:
+    render = partial(template.render, wishes=wishes)
     if template.calls is not None:
         try:
-            return template.render(written, told or None)
+            return render(written, told or None)
         except TextLost:
             apart = list(_apart(written))
             if len(apart) == len(written):
                 raise
-            return template.render(apart, told or None)
+            return render(apart, told or None)
     spoken = _spoken(template, written)
     if not told:
-        return template.render(spoken)
+        return render(spoken)
     instructions = _instructions(template, told)
     first = spoken[0]
     if first["role"] == "system":
-        return template.render([{**first, "content": f"{as_text(first['content'])}\n\n{instructions}"}, *spoken[1:]])
+        return render([{**first, "content": f"{as_text(first['content'])}\n\n{instructions}"}, *spoken[1:]])
     try:
-        return template.render([{"role": "system", "content": instructions}, *spoken])
+        return render([{"role": "system", "content": instructions}, *spoken])
     except TemplateRefused:  # some support no system message
-        return template.render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
+        return render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
 
 
 def _apart(written: Sequence[_Written]) -> Iterator[_Written]:

@@ -19,13 +19,18 @@ SALT_HEADER: Final = b"lacre-cache-salt"
 
 
 class ServedModel:
-    """An engine and its chat template, if its model has one. Raises `SettingsError` if the template is unusable."""
+    """An engine and its chat template, if its model has one. cut: the tokens that end its reasoning early.
+
+    Raises `SettingsError` if the template is unusable.
+    """
 
     def __init__(self, engine: Engine) -> None:
         model = engine.model
         self.engine = engine
         chats = model.chat_template is not None and TaskKind.GENERATE in model.kinds
         self.template = ChatTemplate(model, markers_of(engine)) if chats else None
+        thoughts = None if self.template is None else self.template.thoughts
+        self.cut = () if thoughts is None else tuple(engine.tokenize(thoughts.cut, special=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.messages import MAX_NAME, Message, Messages, TextPart, check_known, check_turns, has_a_beginning
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
 from lacre_backend.api.schema.grammar import Grammars
-from lacre_backend.api.tools.format import CallFormat
+from lacre_backend.api.template.wishes import Wishes
 from lacre_backend.api.tools.request import MAX_TOOLS, Calling, Tool, calling
+from lacre_backend.api.tools.thoughts import AnswerForm
 from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
@@ -33,6 +34,7 @@ MAX_LOGPROBS: Final = 5  # OpenAI's, for text completions
 MAX_LOGIT_BIAS: Final = 300  # OpenAI's
 MAX_TOP_K: Final = 1000
 MAX_INPUTS: Final = 2048  # OpenAI's, for embeddings
+MAX_VARIABLES: Final = 32  # of a chat template; none reads more than ten
 
 # Fields of OpenAI's API that have no effect here at these values (null always among them). Other values are refused.
 _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -41,7 +43,6 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
     "store": (False,),
@@ -118,6 +119,7 @@ class Resume(Parsed):
     tokens: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -192,8 +194,13 @@ class Generate(Named):
             grammar=grammar,
         )
 
-    def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:  # noqa: ARG002 - only chats have grammars
-        """The grammar of the answer, built in `grammars`. form: the model's format of calls. Raises `RequestRefused`."""
+    @property
+    def max_thought(self) -> int | None:
+        """How many tokens each choice may reason; None for any number."""
+        return None
+
+    def grammar(self, form: AnswerForm, grammars: Grammars) -> str | None:  # noqa: ARG002 - only chats have grammars
+        """The grammar of the answer, built in `grammars`. Raises `RequestRefused`."""
         return None
 
     def alternatives(self) -> int | None:
@@ -217,6 +224,12 @@ class ChatCompletionRequest(Generate):
     tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] = ()
     tool_choice: Any = None  # `tools.calling` reads it
     parallel_tool_calls: bool = True
+    reasoning_effort: Effort | None = None
+    # Not OpenAI's: variables of the model's chat template, and the longest reasoning in tokens.
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=MAX_NAME)], Any], Field(max_length=MAX_VARIABLES, default_factory=dict)
+    ]
+    max_reasoning_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     # Not OpenAI's: the last message is the beginning of the answer, which continues it. Resumes a broken stream.
     continue_final_message: bool = False
 
@@ -243,12 +256,27 @@ class ChatCompletionRequest(Generate):
         """The functions that the model may call. Raises `RequestRefused`."""
         return calling(self.tools, self.tool_choice, many=self.parallel_tool_calls)
 
-    def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:
-        may_call = self.calling()
-        speech = None if self.response_format is None else self.response_format.rule(grammars, alone=may_call is None)
+    @property
+    def max_thought(self) -> int | None:
+        return self.max_reasoning_tokens
+
+    @property
+    def wishes(self) -> Wishes:
+        """For the chat template."""
+        return Wishes(self.reasoning_effort, self.max_reasoning_tokens, self.chat_template_kwargs)
+
+    def grammar(self, form: AnswerForm, grammars: Grammars) -> str | None:
+        may_call, thinks = self.calling(), form.thinks
+        alone = may_call is None and not thinks
+        speech = None if self.response_format is None else self.response_format.rule(grammars, alone=alone)
+        rule = "answer" if thinks else "start"
         if may_call is not None:
-            return grammars.text(form.grammar(grammars, may_call, speech))
-        return None if speech is None else grammars.text(f"start: {speech}\n")
+            rules = form.calls.grammar(grammars, may_call, speech, rule=rule)
+        elif speech is not None:
+            rules = f"{rule}: {speech}\n"
+        else:
+            return None
+        return grammars.text(f"start: thought answer\n{form.thought_rules()}{rules}" if thinks else rules)
 
 
 class CompletionRequest(Generate):

@@ -41,6 +41,7 @@ def usage(spent: Usage) -> dict[str, Any]:
         "completion_tokens": spent.completion_tokens,
         "total_tokens": spent.prompt_tokens + spent.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": spent.cached_tokens},
+        **({"completion_tokens_details": {"reasoning_tokens": spent.reasoning_tokens}} if spent.reasoning_tokens else {}),
     }
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lacre.asgi import Usage
 from lacre.runtime import tasks
@@ -23,6 +23,7 @@ from lacre_backend.engine.protocol import (
     EngineError,
     Event,
     Finish,
+    Grammar,
     GrammarTooCostly,
     PromptProgress,
     Task,
@@ -32,6 +33,16 @@ from lacre_backend.engine.protocol import (
 
 # The fields of a task, by the caller's names.
 _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """How to end a model's reasoning early. tokens: of the mark that ends it. grammar: the answer's, behind its tokens so
+    far.
+    """
+
+    tokens: tuple[int, ...]
+    grammar: Callable[[tuple[int, ...]], Awaitable[Grammar | None]]
 
 
 class GenerationRuns:
@@ -48,10 +59,15 @@ class GenerationRuns:
         prompt_param: str,
         *,
         weigh: Callable[[int], object] | None = None,
+        closing: Closing | None = None,
     ) -> None:
         """each: a task for each prompt. usage: where to count. prompt_param: the caller's field for the prompt. weigh: receives
-        the number of unfinished choices.
+        the number of unfinished choices. closing: how to end their reasoning early, if `cut` may be called.
         """
+        self._closing = closing
+        self._cut: set[int] = set()
+        self.begun = each[0].begun  # the tokens of the answer so far, when it began here
+        self._stop = each[0].stop
         self._weigh = weigh
         self._unfinished = n * len(each)
         self._params = _PARAMS | {"prompt": prompt_param}
@@ -74,18 +90,24 @@ class GenerationRuns:
 
     def submit(self) -> None:
         """Submits the tasks to the engine. Raises `RequestRefused`; call `close` even then."""
+        self._streams += self._submitted(self._tasks)
+        self._usage.model_digest = self._engine.model.digest
+
+    def _submitted(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
         try:
-            self._streams += self._engine.submit_all(self._tasks)
+            return self._engine.submit_all(tasks)
         except TaskRefused as refusal:
             raise RequestRefused(str(refusal), param=self._params.get(refusal.field)) from None
         except EngineError:
             raise shutting_down() from None
-        self._usage.model_digest = self._engine.model.digest
 
     async def events(self) -> AsyncGenerator[tuple[int, Token | Finish]]:
         """(choice, event), until every choice has finished. Raises `RequestRefused` if the engine fails or closes."""
         try:
-            async with aclosing(interleaved(self._streams)) as events:
+            streams = (
+                self._streams if self._closing is None else [self._closed(i, self._closing) for i in range(len(self._tasks))]
+            )
+            async with aclosing(interleaved(streams)) as events:
                 async for index, event in events:
                     if isinstance(event, Embedding):
                         raise engine_failed()
@@ -102,6 +124,42 @@ class GenerationRuns:
             raise grammar_too_costly() from None
         except EngineError:
             raise engine_failed() from None
+
+    @property
+    def released(self) -> str:
+        """The text of `begun` that its client has."""
+        return self._engine.released(self.begun, self._stop)
+
+    def cut(self, index: int) -> None:
+        """Ends a choice's reasoning: the model goes on after the mark that ends it. Needs `closing`."""
+        if self._closing is not None and index not in self._cut:
+            self._cut.add(index)
+            self._engine.cancel(self._tasks[index].id)
+
+    async def _closed(self, index: int, closing: Closing) -> AsyncGenerator[Event]:
+        """A choice's events. After a cut, those of a second task: it continues behind the tokens that end the reasoning."""
+        task, said = self._tasks[index], list[Token]()
+        async for event in self._streams[index]:
+            if index not in self._cut:
+                said += [event] if isinstance(event, Token) else []
+                yield event
+        if index not in self._cut:
+            return
+        left = task.max_tokens - len(said) - len(closing.tokens)
+        if left < 0:
+            yield Finish("length", len(task.sequence), 0, len(said))
+            return
+        begun = (*task.begun, *(token.id for token in said), *closing.tokens)
+        text = self._engine.released(begun, task.stop)[len(self.released) + sum(len(token.text) for token in said) :]
+        for i, token in enumerate(closing.tokens):
+            yield Token(token, text if i == 0 else "", b"")
+        grammar = await closing.grammar(begun)
+        sampling = replace(task.sampling, grammar=grammar)
+        again = replace(task, id=f"{task.id}+", group=None, begun=begun, max_tokens=left, sampling=sampling)
+        self._tasks[index] = again
+        [self._streams[index]] = self._submitted([again])
+        async for event in self._streams[index]:
+            yield event
 
     def close(self) -> None:
         for task in self._tasks:

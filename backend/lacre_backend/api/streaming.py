@@ -19,7 +19,8 @@ from lacre_backend.api.faces.face import AnswerWriter, Ending, ServerEvent
 from lacre_backend.api.http import EventStream, header
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.run import GenerationRuns
-from lacre_backend.api.tools.format import CallReader, Part, Speech
+from lacre_backend.api.tools.parts import Part, Speech
+from lacre_backend.api.tools.thoughts import AnswerReader
 from lacre_backend.engine.protocol import Finish, Token
 
 
@@ -48,17 +49,36 @@ class Progress:
 
 @dataclass(slots=True)
 class _Choice:
-    """One choice in progress. reader: parses its calls, if it may contain any."""
+    """One choice in progress. reader: parses what it writes, if it may contain more than text. thought: how many of its
+    tokens are reasoning.
+    """
 
-    reader: CallReader | None
+    reader: AnswerReader | None
+    thought: int = 0
     parts: list[Part] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)  # tokens whose logprobs were requested
+    undecided: list[Token] = field(default_factory=list)  # they may be the reasoning's opening mark
+    scored: list[Token] = field(default_factory=list)  # whose logprobs belong to the last event's parts
 
     def take(self, event: Token | Finish) -> list[Part]:
         """The parts that the event adds."""
-        if self.reader is None:
+        reader, read = self.reader, [event] if isinstance(event, Token) else []
+        if reader is None:
+            self.scored = read
             return [Speech(event.text)] if event.text else []
-        return [*self.reader.push(event.text), *(self.reader.finish() if isinstance(event, Finish) else ())]
+        thinks = reader.thinking
+        parts = reader.push(event.text)
+        thinks = thinks or reader.thinking
+        if isinstance(event, Finish):
+            parts += reader.finish()
+        elif reader.undecided:
+            self.undecided += read
+            self.scored = []
+            return parts
+        read, self.undecided = [*self.undecided, *read], []
+        self.thought += len(read) * thinks
+        self.scored = [] if thinks else read
+        return parts
 
     def ending(self, finish: Finish) -> Ending:
         called = finish.reason == "stop" and self.reader is not None and self.reader.called
@@ -66,13 +86,22 @@ class _Choice:
 
 
 class Answer:
-    """One answer of `generation`, written by `writer`. usage: counted as it goes. reader: makes the parser of a choice's calls;
-    None if there are none.
+    """One answer of `generation`, written by `writer`. usage: counted as it goes.
+
+    reader: makes the parser of a choice's text, or None for plain text. max_thought: tokens after which a choice's reasoning is
+    cut; None for any number.
     """
 
     def __init__(
-        self, generation: GenerationRuns, usage: Usage, writer: AnswerWriter, reader: Callable[[], CallReader] | None = None
+        self,
+        generation: GenerationRuns,
+        usage: Usage,
+        writer: AnswerWriter,
+        reader: Callable[[], AnswerReader | None] = lambda: None,
+        *,
+        max_thought: int | None = None,
     ) -> None:
+        self._max_thought = max_thought
         self._generation = generation
         self._usage = usage
         self._writer = writer
@@ -81,20 +110,33 @@ class Answer:
 
     def _choice(self, index: int) -> _Choice:
         if index not in self._choices:
-            self._choices[index] = _Choice(None if self._reader is None else self._reader())
+            reader = self._reader()
+            choice = self._choices[index] = _Choice(reader)
+            if reader is not None and (begun := self._generation.begun):
+                reader.push(self._generation.released)
+                choice.thought = len(begun) if reader.thinking else 0
         return self._choices[index]
+
+    def _took(self, index: int, event: Token | Finish) -> tuple[_Choice, list[Part]]:
+        choice = self._choice(index)
+        before = choice.thought
+        parts = choice.take(event)
+        self._usage.reasoning_tokens += choice.thought - before
+        inside = choice.reader is not None and choice.reader.thinking
+        if inside and self._max_thought is not None and choice.thought >= self._max_thought:
+            self._generation.cut(index)
+        return choice, parts
 
     async def whole(self) -> dict[str, Any]:
         """Every choice, once all have finished."""
         finished: dict[int, Any] = {}
         async with aclosing(self._generation.events()) as events:
             async for index, event in events:
-                choice = self._choice(index)
-                choice.parts += choice.take(event)
+                choice, parts = self._took(index, event)
+                choice.parts += parts
+                choice.tokens += [token for token in choice.scored if token.logprob is not None]
                 if isinstance(event, Finish):
                     finished[index] = self._writer.choice(index, choice.parts, choice.tokens, choice.ending(event))
-                elif event.logprob is not None:
-                    choice.tokens.append(event)
         return self._writer.whole([finished[index] for index in sorted(finished)], self._usage)
 
     async def stream(self, out: EventStream, progress: Progress | None) -> None:
@@ -123,9 +165,8 @@ class Answer:
 
     def _told(self, index: int, event: Token | Finish) -> Iterator[ServerEvent]:
         """What the stream says of an event. A token whose text is held back is told only if its logprobs were requested."""
-        choice = self._choice(index)
-        parts = choice.take(event)
-        tokens = (event,) if isinstance(event, Token) and event.logprob is not None else ()
+        choice, parts = self._took(index, event)
+        tokens = [token for token in choice.scored if token.logprob is not None]
         if tokens and not parts:
             parts = [Speech("")]
         for i, part in enumerate(parts):

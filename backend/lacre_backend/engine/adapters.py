@@ -178,6 +178,9 @@ class AdaptedEngine:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._base.tokenize(text, special)
 
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        return self._base.released(tokens, stop)
+
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return await self._base.tokens(texts)
 

@@ -119,6 +119,9 @@ class LlamaEmbedder:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
 
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:  # noqa: ARG002 - it generates nothing
+        return ""
+
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return await self._model.tokenizer.tokens(texts)
 

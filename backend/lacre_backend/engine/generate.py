@@ -140,6 +140,9 @@ class LlamaEngine:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
 
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        return self._model.released(tokens, stop)
+
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return await self._model.tokenizer.tokens(texts)
 

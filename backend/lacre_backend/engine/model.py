@@ -28,6 +28,7 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.pairs import pair_form
 from lacre_backend.engine.protocol import ControlToken, InfillTokens, ModelInfo, TaskKind
 from lacre_backend.engine.stream_file import Readable, stream_file
+from lacre_backend.engine.text import TextStream
 from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, even if the model was trained on longer texts
@@ -268,6 +269,10 @@ class Model:
     def piece(self, token: int) -> bytes:
         """A token's own bytes. Control tokens have none: a model's answer cannot contain one as text."""
         return self._pieces[token]
+
+    def released(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
+        """The text that these tokens of an answer release."""
+        return TextStream(stop).released(map(self.piece, tokens))
 
     def ends(self, token: int) -> bool:
         """Whether a token ends the generation."""

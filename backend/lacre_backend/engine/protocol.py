@@ -408,6 +408,10 @@ class Engine(Protocol):
         """
         ...
 
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The text that these tokens of an answer release, as in `Token.text`."""
+        ...
+
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each of a user's texts. No control token is recognized in them.
 

@@ -53,12 +53,16 @@ class Disconnected(OSError):
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens that a call used so far. The app writes it; the node reads it for receipts."""
+    """Tokens that a call used so far. The app writes it; the node reads it for receipts.
+
+    reasoning_tokens: those of the completion in which the model reasons.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     model_digest: str = ""
+    reasoning_tokens: int = 0
 
 
 def _weightless(_sequences: int) -> None:

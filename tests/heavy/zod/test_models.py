@@ -13,7 +13,10 @@ import pytest
 
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.schema.grammar import Grammars
-from lacre_backend.api.tools.format import HERMES, Argued, CallReader
+from lacre_backend.api.tools.format import HERMES
+from lacre_backend.api.tools.parts import Argued
+from lacre_backend.api.tools.reader import CallReader
+from lacre_backend.api.tools.thoughts import AnswerForm
 from parts.drawing import Unfinished, drawn
 
 FOLDER: Final = Path(__file__).resolve().parent
@@ -40,7 +43,7 @@ def told() -> dict[str, dict[str, Any]]:
 
 def grammar(**fields: Any) -> str:
     asked = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
-    return parse_chat(json.dumps(asked).encode()).grammar(HERMES, Grammars()) or ""
+    return parse_chat(json.dumps(asked).encode()).grammar(AnswerForm(HERMES), Grammars()) or ""
 
 
 def ways(model: dict[str, Any]) -> list[dict[str, Any]]:

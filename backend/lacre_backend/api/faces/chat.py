@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Final, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.face import Ending, Face, ServerEvent
-from lacre_backend.api.prompts import call_format, chat_prompt
-from lacre_backend.api.registry import ServedModel
+from lacre_backend.api.faces.conversation import Conversation
+from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.responses import LEAST_LOGPROB, ResponseInfo, usage
-from lacre_backend.api.tools.format import Argued, Called, CallReader, Part, Speech
+from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought
 from lacre_backend.engine.protocol import Token
 
 DONE: Final = b"data: [DONE]\n\n"
-ChatAsked = TypeVar("ChatAsked", bound=ChatCompletionRequest)
 
 
-class ChatFace(Face[ChatAsked]):
-    """What the faces of chats share: the prompt is a conversation, and the answer may call functions."""
-
-    action = "chat"
-
-    async def prompt(self, served: ServedModel, request: ChatAsked) -> list[int]:
-        calling = request.calling()
-        tools = () if calling is None else calling.tools
-        return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
-
-    def reader(self, served: ServedModel, request: ChatAsked) -> Callable[[], CallReader] | None:
-        form = call_format(served)
-        return None if request.calling() is None else lambda: CallReader(form)
-
-
-class Chat(ChatFace[ChatCompletionRequest]):
+class Chat(Conversation[ChatCompletionRequest]):
     """`POST /v1/chat/completions`."""
 
     prompt_param = "messages"
@@ -62,6 +45,10 @@ def spoken(parts: Sequence[Part]) -> str:
     return "".join(part.text for part in parts if isinstance(part, Speech))
 
 
+def thought(parts: Sequence[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Thought))
+
+
 def called(parts: Sequence[Part]) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     for part in parts:
@@ -72,11 +59,18 @@ def called(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return calls
 
 
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both names that clients read: llama-server's, and that of vLLM and OpenRouter."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 def _delta(part: Part) -> dict[str, Any]:
     """A call begins with its name; its arguments follow piece by piece."""
     match part:
         case Speech():
             return {"content": part.text}
+        case Thought():
+            return _reasoning(part.text)
         case Called():
             opened = {"name": part.name, "arguments": ""}
             return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": opened}]}
@@ -99,6 +93,8 @@ class ChatWriter:
 
     def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": spoken(parts), "refusal": None}
+        if reasoning := thought(parts):
+            message |= _reasoning(reasoning)
         if calls := called(parts):
             message |= {"content": message["content"] or None, "tool_calls": calls}
         return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": ending.reason}

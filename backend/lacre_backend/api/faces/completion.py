@@ -9,11 +9,11 @@ from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import DONE, spoken
 from lacre_backend.api.faces.face import Ending, Face, ServerEvent
-from lacre_backend.api.prompts import given_tokens, infill_prompt, text_prompt
+from lacre_backend.api.prompts import Prompt, given_tokens, infill_prompt, text_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import CompletionRequest, parse_completion
 from lacre_backend.api.responses import LEAST_LOGPROB, ResponseInfo, usage
-from lacre_backend.api.tools.format import Part
+from lacre_backend.api.tools.parts import Part
 from lacre_backend.engine.protocol import Token
 
 
@@ -28,16 +28,20 @@ class Completion(Face[CompletionRequest]):
     def parse(self, body: bytes) -> CompletionRequest:
         return parse_completion(body)
 
-    async def prompt(self, served: ServedModel, request: CompletionRequest) -> list[int]:
+    async def prompt(self, served: ServedModel, request: CompletionRequest) -> Prompt:
         return (await self.prompts(served, request))[0]
 
-    async def prompts(self, served: ServedModel, request: CompletionRequest) -> list[list[int]]:
+    async def prompts(self, served: ServedModel, request: CompletionRequest) -> list[Prompt]:
         if request.suffix:
-            return [await infill_prompt(served, str(given), request.suffix, "suffix") for given in request.prompt]
-        return [
-            await text_prompt(served, given) if isinstance(given, str) else given_tokens(served, given, f"prompt[{i}]")
-            for i, given in enumerate(request.prompt)
-        ]
+            found = [await infill_prompt(served, str(given), request.suffix, "suffix") for given in request.prompt]
+        else:
+            found = [
+                await text_prompt(served, given)
+                if isinstance(given, str)
+                else given_tokens(served, given, f"prompt[{i}]")
+                for i, given in enumerate(request.prompt)
+            ]
+        return [Prompt(tokens) for tokens in found]
 
     def writer(self, request: CompletionRequest, reply: ResponseInfo) -> CompletionWriter:  # noqa: ARG002 - for other faces
         return CompletionWriter(reply)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.prompts import Prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.tools.format import CallReader, Part
+from lacre_backend.api.tools.parts import Part
+from lacre_backend.api.tools.thoughts import AnswerForm, AnswerReader
 from lacre_backend.engine.protocol import Token
 
 Asked = TypeVar("Asked", bound=Generate)
@@ -77,18 +79,18 @@ class Face(ABC, Generic[Asked]):
         """Raises `RequestRefused`."""
 
     @abstractmethod
-    async def prompt(self, served: ServedModel, request: Asked) -> list[int]:
-        """The prompt's tokens. Raises `RequestRefused`."""
+    async def prompt(self, served: ServedModel, request: Asked) -> Prompt:
+        """Raises `RequestRefused`."""
 
-    async def prompts(self, served: ServedModel, request: Asked) -> list[list[int]]:
-        """The tokens of each prompt: most APIs take one. Raises `RequestRefused`."""
+    async def prompts(self, served: ServedModel, request: Asked) -> list[Prompt]:
+        """Each prompt: most APIs take one. Raises `RequestRefused`."""
         return [await self.prompt(served, request)]
 
     @abstractmethod
     def writer(self, request: Asked, reply: ResponseInfo) -> AnswerWriter: ...
 
-    def reader(self, served: ServedModel, request: Asked) -> Callable[[], CallReader] | None:  # noqa: ARG002 - for chats
-        """The parser of a choice's text, if it may contain function calls."""
+    def reader(self, request: Asked, form: AnswerForm) -> AnswerReader | None:  # noqa: ARG002 - for chats
+        """A parser of a choice's text, if it may contain more than the answer's text."""
         return None
 
     def refused(self, refusal: RequestRefused) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import pydantic_core
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.chat import ChatFace, spoken
+from lacre_backend.api.faces.chat import spoken, thought
+from lacre_backend.api.faces.conversation import Conversation
 from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.faces.messages_request import MessagesRequest, parse_messages
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.tools.format import Argued, Called, Part, Speech
+from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought
 from lacre_backend.engine.protocol import Token
 
 _ERRORS: Final = {
@@ -29,10 +30,11 @@ _ERRORS: Final = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+SIGNATURE: Final = "unsigned"  # of reasoning. Clients send back only blocks that have one; nothing here needs it
 _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class Messages(ChatFace[MessagesRequest]):
+class Messages(Conversation[MessagesRequest]):
     """`POST /v1/messages`."""
 
     prompt_param = "messages"
@@ -55,13 +57,14 @@ def message_error(refusal: RequestRefused) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": f"{field}{refusal}"}}
 
 
-def _usage(spent: Usage) -> dict[str, int]:
+def _usage(spent: Usage) -> dict[str, Any]:
     """Here the input tokens are those that no cache had. The three kinds together are the prompt."""
     return {
         "input_tokens": spent.prompt_tokens - spent.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": spent.cached_tokens,
         "output_tokens": spent.completion_tokens,
+        **({"output_tokens_details": {"thinking_tokens": spent.reasoning_tokens}} if spent.reasoning_tokens else {}),
     }
 
 
@@ -74,7 +77,7 @@ def _reason(ending: Ending) -> dict[str, Any]:
 
 
 def _blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """The text first, then the calls. A call that the limit cut holds what was said of its arguments."""
+    """The reasoning first, then the text, then the calls. A call that the limit cut holds what was said of its arguments."""
     text = spoken(parts)
     arguments: dict[int, str] = {}
     for part in parts:
@@ -85,7 +88,9 @@ def _blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
         for part in parts
         if isinstance(part, Called)
     ]
-    return [*([{"type": "text", "text": text}] if text or not calls else []), *calls]
+    reasoning = thought(parts)
+    thoughts = [{"type": "thinking", "thinking": reasoning, "signature": SIGNATURE}] if reasoning else []
+    return [*thoughts, *([{"type": "text", "text": text}] if text or not calls else []), *calls]
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -130,6 +135,10 @@ class MessageWriter:
                 if self._open != "text":
                     yield from self._begin({"type": "text", "text": ""})
                 yield self._delta({"type": "text_delta", "text": part.text})
+            case Thought():
+                if self._open != "thinking":
+                    yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
+                yield self._delta({"type": "thinking_delta", "thinking": part.text})
             case Called():
                 yield from self._begin({"type": "tool_use", "id": part.id, "name": part.name, "input": {}})
             case Argued():
@@ -157,6 +166,8 @@ class MessageWriter:
 
     def _close(self) -> Iterator[ServerEvent]:
         if self._open is not None:
+            if self._open == "thinking":
+                yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
             self._open = None
             yield _event("content_block_stop", index=self._blocks - 1)
 

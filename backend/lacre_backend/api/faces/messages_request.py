@@ -19,6 +19,7 @@ from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
 from lacre_backend.api.requests import MAX_STOP, MAX_STOP_LENGTH, ChatCompletionRequest, check_beginning
+from lacre_backend.api.template.wishes import SWITCHES
 from lacre_backend.api.tools.request import MAX_ID, MAX_TOOLS, ToolName
 
 # Members about the caller, its account and its bookkeeping. No answer depends on them, and they are not stored.
@@ -40,6 +41,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 _SAME: Final = ("model", "max_tokens", "stream", "temperature", "top_p", "top_k")
 _CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
+_SWITCHED: Final = {"enabled": True, "disabled": False}
 _ID = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 
 
@@ -189,6 +191,7 @@ def parse_messages(body: bytes) -> MessagesRequest:
             "continue_final_message": goes_on,
             **_calling(read.tool_choice),
             **_format(read.output_config),
+            **_wishes(read.thinking, read.output_config),
         },
     )
     check_turns(request.messages)
@@ -294,6 +297,17 @@ def _calling(choice: _ToolChoice | None) -> dict[str, Any]:
     else:
         named = _CHOICES[choice.type]
     return {"tool_choice": named, "parallel_tool_calls": not choice.disable_parallel_tool_use}
+
+
+def _wishes(thought: _Thought | None, output: _Output | None) -> dict[str, Any]:
+    wished: dict[str, Any] = {}
+    if output is not None and output.effort is not None:
+        wished["reasoning_effort"] = output.effort
+    if thought is not None and thought.type in _SWITCHED:
+        wished["chat_template_kwargs"] = dict.fromkeys(SWITCHES, _SWITCHED[thought.type])
+    if thought is not None and thought.budget_tokens is not None:
+        wished["max_reasoning_tokens"] = thought.budget_tokens
+    return wished
 
 
 def _format(output: _Output | None) -> dict[str, Any]:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.chat import ChatFace, token_logprob
+from lacre_backend.api.faces.chat import token_logprob
+from lacre_backend.api.faces.conversation import Conversation
 from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.faces.responses_request import ResponsesRequest, custom_input, parse_responses
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.tools.format import Called, Part, Speech
+from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought
 from lacre_backend.engine.protocol import Token
 
+_KINDS: Final = {Thought: "rs", Speech: "msg", Called: "fc", Argued: "fc"}  # how the ids of items begin
 
-class Responses(ChatFace[ResponsesRequest]):
+class Responses(Conversation[ResponsesRequest]):
     """`POST /v1/responses`."""
 
     prompt_param = "input"
@@ -43,7 +45,7 @@ def _usage(spent: Usage) -> dict[str, Any]:
         "input_tokens": spent.prompt_tokens,
         "input_tokens_details": {"cached_tokens": spent.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": spent.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": spent.reasoning_tokens},
         "total_tokens": spent.prompt_tokens + spent.completion_tokens,
     }
 
@@ -52,12 +54,16 @@ def _output_text(text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
+def _reasoning_text(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
 @dataclass(slots=True)
 class _Item:
     """One item of the answer. said: its text, or its arguments. part: what opened it."""
 
     index: int
-    part: Speech | Called
+    part: Thought | Speech | Called
     id: str
     said: str = field(default="", repr=False)
     logprobs: list[Any] = field(default_factory=list, repr=False)
@@ -124,6 +130,8 @@ class ResponseWriter:
         if isinstance(item.part, Speech):
             logprobs = [token_logprob(token) for token in tokens]
             yield self._event("response.output_text.delta", **at, content_index=0, delta=added, logprobs=logprobs)
+        elif isinstance(item.part, Thought):
+            yield self._event("response.reasoning_text.delta", **at, content_index=0, delta=added)
         elif item.part.name not in self._names.custom:  # a custom tool's text is known when its JSON is whole
             yield self._event("response.function_call_arguments.delta", **at, delta=added)
 
@@ -146,9 +154,9 @@ class ResponseWriter:
         """The item of a part, and what the part adds to it."""
         last = self._items[-1] if self._items else None
         added = "" if isinstance(part, Called) else part.text
-        if isinstance(part, Called) or last is None or isinstance(part, Speech) != isinstance(last.part, Speech):
-            opening = part if isinstance(part, Speech | Called) else Called(part.index, "", "")
-            kind = "msg" if isinstance(part, Speech) else "fc"
+        kind = _KINDS[type(part)]
+        if isinstance(part, Called) or last is None or kind != _KINDS[type(last.part)]:
+            opening = Called(part.index, "", "") if isinstance(part, Argued) else part
             last = _Item(len(self._items), opening, f"{kind}_{self._id.partition('_')[2]}_{len(self._items)}")
             self._items.append(last)
         last.said += added
@@ -157,9 +165,10 @@ class ResponseWriter:
 
     def _added(self, item: _Item) -> Iterator[ServerEvent]:
         yield self._event("response.output_item.added", output_index=item.index, item=self._written(item, "in_progress", ""))
-        if isinstance(item.part, Speech):
+        if not isinstance(item.part, Called):
             at = {"item_id": item.id, "output_index": item.index, "content_index": 0}
-            yield self._event("response.content_part.added", **at, part=_output_text(""))
+            part = _output_text("") if isinstance(item.part, Speech) else _reasoning_text("")
+            yield self._event("response.content_part.added", **at, part=part)
 
     def _done(self, item: _Item) -> Iterator[ServerEvent]:
         at = {"item_id": item.id, "output_index": item.index}
@@ -167,6 +176,9 @@ class ResponseWriter:
             whole = _output_text(item.said, item.logprobs)
             yield self._event("response.output_text.done", **at, content_index=0, text=item.said, logprobs=item.logprobs)
             yield self._event("response.content_part.done", **at, content_index=0, part=whole)
+        elif isinstance(item.part, Thought):
+            yield self._event("response.reasoning_text.done", **at, content_index=0, text=item.said)
+            yield self._event("response.content_part.done", **at, content_index=0, part=_reasoning_text(item.said))
         elif item.part.name in self._names.custom:
             text = custom_input(item.said)
             yield self._event("response.custom_tool_call_input.delta", **at, delta=text)
@@ -186,6 +198,9 @@ class ResponseWriter:
         if isinstance(item.part, Speech):
             content = [_output_text(said, item.logprobs)] if status != "in_progress" else []
             return {"type": "message", "id": item.id, "status": status, "role": "assistant", "content": content}
+        if isinstance(item.part, Thought):
+            thoughts = [_reasoning_text(said)] if status != "in_progress" else []
+            return {"type": "reasoning", "id": item.id, "status": status, "summary": [], "content": thoughts}
         named = {"id": item.id, "call_id": item.part.id, **self._names.of(item.part.name)}
         if item.part.name in self._names.custom:
             return {"type": "custom_tool_call", "status": status, **named, "input": custom_input(said) if said else ""}

@@ -21,8 +21,8 @@ from lacre.wire.outer import MAX_TOKENS
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
-from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest
-from lacre_backend.api.tools.format import MAX_NAME
+from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest, Effort
+from lacre_backend.api.tools.reader import MAX_NAME
 from lacre_backend.api.tools.request import MAX_ID, MAX_TOOLS, ToolName
 
 _STATELESS: Final = "Nothing is stored here: send the whole history as 'input'."
@@ -193,7 +193,7 @@ class _Effort(Echoed):
 
     ignored: ClassVar[frozenset[str]] = frozenset({"context", "mode"})
 
-    effort: str | None = None
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -259,6 +259,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
                 else {"response_format": read.text.format.as_response_format()}
             ),
             **({"logprobs": True, "top_logprobs": read.top_logprobs} if _LOGPROBS in read.include else {}),
+            **({} if read.reasoning is None else {"reasoning_effort": read.reasoning.effort}),
             "names": names,
             "told": {
                 name: whole.get(name) for name in ("instructions", "metadata", "tools", "tool_choice", "text", "reasoning")

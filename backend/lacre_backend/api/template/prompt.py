@@ -34,9 +34,11 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
+from jinja2 import meta
 
 from lacre.errors import SettingsError
 from lacre_backend.api.template.environment import Raised, given, template_environment
@@ -51,7 +53,9 @@ from lacre_backend.api.template.texts import (
     form_of,
     shaped,
 )
+from lacre_backend.api.template.wishes import NO_WISHES, Wishes, efforts_of
 from lacre_backend.api.tools.format import FORMATS, CallFormat
+from lacre_backend.api.tools.thoughts import thought_format
 from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo, PairPart
 
 __all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
@@ -102,7 +106,8 @@ _SPEAKING: Final[Mapping[str, tuple[tuple[Message, ...], Tools]]] = {
 class ChatTemplate:
     """A model's loaded chat template. Raises `SettingsError` if it does not compile or omits text of messages.
 
-    calls: the model's format of calls, if the template supports tools in a known format.
+    calls: the model's format of calls, if the template supports tools in a known format. thoughts: its format of reasoning,
+    if the template knows one. variables: what it reads beside the messages.
     """
 
     def __init__(self, model: ModelInfo, markers: Sequence[ControlToken] = ()) -> None:
@@ -132,13 +137,21 @@ class ChatTemplate:
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = any_of(composed)
+        self.thoughts = thought_format(model.chat_template)
+        self.variables = self._read_variables(model.chat_template)
+        self._efforts = efforts_of(model.chat_template, self._takes)
         self._wants_description = self._fails_without_description()
         self._describes = _TOOL["function"]["description"] in self._outcome(self._template, *_SPEAKING_OF_A_TOOL)
         self.calls = self._known_calls()
         self._check_whole()
 
     def render(
-        self, messages: Sequence[Message], tools: Tools = None, *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        *,
+        add_generation_prompt: bool = True,
+        wishes: Wishes = NO_WISHES,
     ) -> tuple[Piece, ...]:
         """The prompt, up to the beginning of the assistant's answer. Raises `TemplateRefused`.
 
@@ -146,12 +159,13 @@ class ChatTemplate:
         """
 
         def run(messages: Sequence[Message], tools: Tools) -> str:
-            return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt)
+            return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt, beside=beside)
 
         if tools is not None and self._wants_description:
             tools = [_described(tool) for tool in tools]
         try:
             swapped, told = self._swapped(shaped([*map(given, messages)], self._forms)), self._swapped(tools)
+            beside = self._swapped(wishes.values(self.variables, self._efforts))
         except RecursionError:
             raise TemplateRefused("they nest too deeply") from None
         rendered = run(swapped, told)
@@ -207,8 +221,18 @@ class ChatTemplate:
 
     # Rendering
 
-    def _run(self, template: jinja2.Template, messages: Any, tools: Any, *, add_generation_prompt: bool = True) -> str:
+    def _run(
+        self,
+        template: jinja2.Template,
+        messages: Any,
+        tools: Any,
+        *,
+        add_generation_prompt: bool = True,
+        beside: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """beside: values of `variables`."""
         values = {
+            **beside,
             "messages": messages,
             "tools": self._no_tools if tools is None else tools,
             "documents": None,
@@ -234,6 +258,20 @@ class ChatTemplate:
         return self._mark.sub(lambda match: self._by_id[int(match[2])].text, rendered)
 
     # Analysing the template
+
+    def _read_variables(self, source: str) -> frozenset[str]:
+        """The variables that the template reads and this class does not give."""
+        own = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", *self._environment.globals}
+        return frozenset(meta.find_undeclared_variables(self._environment.parse(source)) - own)
+
+    def _takes(self, beside: Mapping[str, Any]) -> bool:
+        """Whether the template takes these values of its variables."""
+        values = {name: value for name, value in beside.items() if name in self.variables}
+        try:
+            self._run(self._template, shaped((_USER,), self._forms), None, beside=values)
+        except TemplateRefused:
+            return False
+        return bool(values)
 
     def _learn_forms(self, plain: jinja2.Template) -> None:
         """Learns the form of each role's content. A refused role has none; each request that uses it gets the reason."""

@@ -1,0 +1,187 @@
+"""The models' formats of reasoning, and the parser that separates reasoning, text and calls.
+
+Rules:
+- A model reasons before it answers. An opening mark counts only at the beginning of an answer: later it is text.
+- Parsing is pure. Parts come out once, in order, independent of token boundaries.
+- White space around the reasoning belongs to neither part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from lacre_backend.api.schema.grammar import literal
+from lacre_backend.api.tools.format import CallFormat, in_pattern
+from lacre_backend.api.tools.parts import Part, Speech, Thought
+from lacre_backend.api.tools.reader import CallReader
+
+MAX_GAP: Final = 8  # white space that a grammar allows between reasoning and answer
+
+
+class Start(Enum):
+    """Where a model's text begins: before any reasoning, inside of it, or in the answer."""
+
+    FRESH = 1
+    THINKING = 2
+    SPEAKING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtFormat:
+    """Reasoning stands between `open` and `close`. Some templates write `open` at the end of the prompt."""
+
+    open: str
+    close: str
+
+    def start(self, rendered: str, begun: str) -> Start:
+        """rendered: the template's text up to the answer. begun: the beginning of an answer that continues."""
+        opened = rendered.rstrip().endswith(self.open)
+        if not begun.strip():
+            return Start.THINKING if opened else Start.FRESH
+        inside = (opened or begun.lstrip().startswith(self.open)) and self.close not in begun
+        return Start.THINKING if inside else Start.SPEAKING
+
+    def rules(self, start: Start) -> str:
+        """The grammar rule `thought`: what may come before an answer that another rule holds."""
+        text = in_pattern(self.close)
+        lines = [f"closed[lazy]: /(?s:.*){text}/", f"gap: /\\s{{0,{MAX_GAP}}}/"]
+        match start:
+            case Start.THINKING:
+                lines.append("thought: closed gap")
+            case Start.FRESH:
+                lines.append(f"thought: (gap {literal(self.open)} closed gap)?")
+            case Start.SPEAKING:
+                lines = ['thought: ""']
+        return "\n".join(lines) + "\n"
+
+    @property
+    def cut(self) -> str:
+        """What ends the reasoning when its budget is used up."""
+        return f"\n{self.close}\n\n"
+
+
+# By the mark that ends the reasoning, which the model's template contains. The first that fits is the model's.
+THOUGHTS: Final = (
+    ThoughtFormat("<think>", "</think>"),  # DeepSeek, Qwen, GLM, MiniMax, Nemotron, Granite, SmolLM3, Kimi
+    ThoughtFormat("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ThoughtFormat("<mm:think>", "</mm:think>"),  # MiniMax M3
+    ThoughtFormat("[THINK]", "[/THINK]"),  # Mistral
+    ThoughtFormat("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
+    ThoughtFormat("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ThoughtFormat("<|channel>thought", "<channel|>"),  # Gemma 4
+    ThoughtFormat("<thinking>", "</thinking>"),  # Apriel
+)
+
+
+def thought_format(template: str) -> ThoughtFormat | None:
+    """The format of a model's reasoning. template: the source of its chat template."""
+    return next((form for form in THOUGHTS if form.close in template), None)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How a model writes one request's answer. thoughts: None for a model that does not reason."""
+
+    calls: CallFormat
+    thoughts: ThoughtFormat | None = None
+    start: Start = Start.SPEAKING
+
+    @property
+    def thinks(self) -> bool:
+        """Whether reasoning may come first."""
+        return self.thoughts is not None and self.start is not Start.SPEAKING
+
+    def thought_rules(self) -> str:
+        return "" if self.thoughts is None else self.thoughts.rules(self.start)
+
+    def reader(self, *, calls: bool) -> AnswerReader | None:
+        """calls: whether the request offers functions. None if an answer is text alone."""
+        if not calls and not self.thinks:
+            return None
+        return AnswerReader(self.thoughts, self.calls if calls else None, self.start)
+
+
+class AnswerReader:
+    """Parses one answer."""
+
+    def __init__(self, thoughts: ThoughtFormat | None, calls: CallFormat | None, start: Start = Start.FRESH) -> None:
+        """thoughts: None for a model that does not reason. calls: None if the request offers no function."""
+        self._thoughts = thoughts
+        self._calls = None if calls is None else CallReader(calls)
+        self._state = Start.SPEAKING if thoughts is None else start
+        self._held = ""
+        self._blank = self._state is not Start.SPEAKING  # nothing but white space since the last mark
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the answer so far ends inside the reasoning."""
+        return self._state is Start.THINKING
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the answer so far may be the beginning of an opening mark."""
+        return self._state is Start.FRESH
+
+    @property
+    def called(self) -> bool:
+        """Whether the answer so far contains a call and does not end inside its arguments."""
+        return self._calls is not None and self._calls.called
+
+    def push(self, text: str) -> list[Part]:
+        self._held += text
+        if self._state is Start.FRESH:
+            self._begin()
+        thought = self._think() if self._state is Start.THINKING else []
+        return [*thought, *(self._speak() if self._state is Start.SPEAKING else ())]
+
+    def finish(self) -> list[Part]:
+        """Ends the answer."""
+        rest, self._held = self._held, ""
+        if self._state is Start.THINKING:
+            return [Thought(rest)] if rest.strip() else []
+        if self._calls is not None:
+            return [*self._calls.push(rest), *self._calls.finish()]
+        return [Speech(rest)] if rest else []
+
+    def _begin(self) -> None:
+        form, said = self._thoughts, self._held.lstrip()
+        if form is None or not form.open.startswith(said[: len(form.open)]):
+            self._state, self._blank = Start.SPEAKING, False
+        elif len(said) >= len(form.open):
+            self._state, self._held = Start.THINKING, said[len(form.open) :]
+
+    def _think(self) -> list[Part]:
+        close = "" if self._thoughts is None else self._thoughts.close
+        if self._blank:
+            self._held = self._held.lstrip()
+        end = self._held.find(close)
+        if end >= 0:
+            text, self._held = self._held[:end].rstrip(), self._held[end + len(close) :]
+            self._state, self._blank = Start.SPEAKING, True
+        else:
+            text = self._held[: len(self._held) - begun(self._held, [close])].rstrip()
+            self._held = self._held[len(text) :]
+            self._blank = self._blank and not text
+        return [Thought(text)] if text else []
+
+    def _speak(self) -> Sequence[Part]:
+        if self._blank and self._thoughts is not None:
+            self._held = self._held.lstrip()
+            if not self._held:
+                return ()
+        self._blank = False
+        text, self._held = self._held, ""
+        if self._calls is not None:
+            return self._calls.push(text)
+        return [Speech(text)] if text else []
+
+
+def begun(text: str, marks: Sequence[str]) -> int:
+    """The length of the longest end of `text` that begins one of the marks."""
+    longest = max(map(len, marks))
+    return next(
+        n for n in range(min(longest - 1, len(text)), -1, -1) if any(mark.startswith(text[len(text) - n :]) for mark in marks)
+    )
