@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import Grammars
-from lacre_backend.api.tools.format import HERMES, LLAMA, CallFormat
+from lacre_backend.api.tools.format import FORMATS, HERMES, LLAMA, CallFormat
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech
 from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Tool, calling
@@ -80,6 +80,38 @@ calls = st.lists(st.tuples(st.sampled_from(["get_tide", "now", "a-b_1"]), argume
 def test_what_is_written_is_read_wherever_it_is_cut(speech: str, calls: list[tuple[str, str]], places: list[int]) -> None:
     text = speech + "\n" + HERMES.between.join(HERMES.written(*call) for call in calls)
     assert read(cut(text, places)) == (speech.rstrip(), calls, True)
+
+
+def all_written(form: CallFormat, calls: list[tuple[str, str]]) -> str:
+    """Calls as the model writes them: names and arguments."""
+    return form.begin + form.between.join(form.written(*call) for call in calls) + form.end
+
+
+MARKED = [form for form in FORMATS if form.marker]
+
+
+@pytest.mark.parametrize("form", MARKED, ids=lambda form: f"{form.begin}{form.open}"[:24])
+@unhurried
+@given(
+    speech=st.text(alphabet="<tol_ca>[|TOS]{} \nx", max_size=20),
+    calls=calls,
+    places=st.lists(st.integers(0, 500), max_size=12),
+    ids=st.booleans(),
+)
+def test_each_format_is_read_wherever_it_is_cut(
+    form: CallFormat, speech: str, calls: list[tuple[str, str]], places: list[int], ids: bool
+) -> None:
+    if form.marker is None or form.marker in speech:
+        return
+    written = all_written(form, calls)
+    if ids and form.tail:
+        written = form.begin + form.between.join(
+            form.open + name + form.middle + sent + ', "id": "a1B2c3D4e"}' for name, sent in calls
+        )
+    tag = {":[0-9]{1,3}": ":0", r"\[CALL_ID\][a-zA-Z0-9]{9}": "[CALL_ID]a1B2c3D4e"}.get(form.tag, "") if ids else ""
+    for name, _ in calls if tag else ():
+        written = written.replace(form.open + name + form.middle, form.open + name + tag + form.middle)
+    assert read(cut(f"{speech}\n{written}", places), form) == (speech.rstrip(), calls, True)
 
 
 @unhurried
@@ -203,6 +235,19 @@ def test_what_a_grammar_admits(name: str, llama: LlamaEngine) -> None:
     source = grammar(**asked)
     assert [text for text in admitted if not admits(llama, source, text)] == []
     assert [text for text in others if admits(llama, source, text)] == []
+
+
+@pytest.mark.parametrize("form", MARKED, ids=lambda form: f"{form.begin}{form.open}"[:24])
+def test_what_the_grammar_of_each_format_admits(form: CallFormat, llama: LlamaEngine) -> None:
+    tide, now = ("get_tide", '{"port": "Porto", "unit": "m"}'), ("now", "{}")
+    for choice, text in (("auto", "Hm\n"), ("auto", ""), ("required", "")):
+        source = grammar(choice, form=form)
+        for made in ([now], [tide], [tide, now, now]):
+            assert admits(llama, source, text + all_written(form, made)), (choice, text, made)
+        for made in ([("other", "{}")], [("get_tide", "{}")]):
+            assert not admits(llama, source, text + all_written(form, made)), (choice, text, made)
+    assert not admits(llama, grammar("required", form=form, many=False), all_written(form, [now, now]))
+    assert admits(llama, grammar("auto", form=form), "Hello.") and not admits(llama, grammar("required", form=form), "Hello.")
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,9 @@ async def test_choices_are_taken_together_or_not_at_all(engine: Engine) -> None:
         engine.submit_all([*good, dataclasses.replace(first, id=f"{first.id}.9", max_tokens=0)])
     streams = engine.submit_all(good)  # none of these ids is in use
     assert [sum(isinstance(event, Token) for event in await rest_of(stream)) for stream in streams] == [2, 2, 2]
+
+
+def test_what_tokens_release(engine: Engine) -> None:
+    ids = engine.tokenize("Hello there, you")
+    assert engine.released(ids) == "Hello there, you"
+    assert engine.released(ids, ("there",)) == "Hello "

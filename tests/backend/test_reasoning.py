@@ -180,7 +180,7 @@ async def test_wishes_reach_the_templates_that_take_them(members: dict[str, Any]
     assert prompts[0].endswith(f"{shown}assistant\n")  # what a caller writes is text: no control token
 
 
-@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "bos_token", "namespace", "sytle"])
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "bos_token", "namespace", "sytle", "lacre_round"])
 async def test_an_unknown_variable_is_refused_by_name(name: str) -> None:
     async with scripted(lambda _: TEXT, WISHED) as app:
         reply = await post(app, CHAT, {**ASKED, "chat_template_kwargs": {name: "x"}})
@@ -243,3 +243,35 @@ async def test_a_stream_that_breaks_in_the_reasoning_is_resumed() -> None:
             assert THOUGHT.endswith(thought) and TEXT.endswith(text)
             assert thought == ("" if place >= N_THOUGHT else THOUGHT[max(0, place - 8) :])
             assert text == TEXT[max(0, place - N_THOUGHT - 2) :]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_reasoning_in_the_history_reaches_the_template(name: str) -> None:
+    prompts: list[str] = []
+
+    def script(prompt: str) -> str:
+        prompts.append(prompt)
+        return TEXT
+
+    shows = FREE.replace("{{ message.content }}", "{{ message.content }}{{ message.reasoning_content }}")
+    history = [*ASKED["messages"], {"role": "assistant", "content": "Yes", name: " because"}, *ASKED["messages"]]
+    async with scripted(script, shows) as app:
+        assert (await post(app, CHAT, {**ASKED, "messages": history})).status == 200
+    assert "Yes because" in prompts[0]
+
+
+HARMONY: Final = CHAT_TEMPLATE + "{# <|channel|>analysis<|message|> #}"
+
+
+async def test_harmony_in_all_three_apis() -> None:
+    said = "<|channel|>analysis<|message|>I should.<|end|><|start|>assistant<|channel|>final<|message|>It rains."
+    async with scripted(lambda _: said, HARMONY) as app:
+        whole, deltas = await both(app, logprobs=True)
+        response = (await post(app, RESPONSES, {"model": "scripted", "input": "Hi"})).json()
+        message = (await post(app, MESSAGES, {**ASKED, "max_tokens": 500})).json()
+    choice = whole["choices"][0]
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("I should.", TEXT)
+    assert (joined(deltas, "reasoning_content"), joined(deltas, "content")) == ("I should.", TEXT)
+    assert "".join(each["token"] for each in choice["logprobs"]["content"]) == TEXT
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
+    assert [block["type"] for block in message["content"]] == ["thinking", "text"]

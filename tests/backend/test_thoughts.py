@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.conftest import load_llama
 from backend.test_call_format import NOW_CALL, TIDE_CALL, TOOLS, admits
 from backend.test_schema import chat
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.tools.format import HERMES
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought
+from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.thoughts import THOUGHTS, AnswerForm, AnswerReader, Start, ThoughtFormat, thought_format
 from lacre_backend.engine.generate import LlamaEngine
+from lacre_backend.engine.protocol import Task, TaskRefused, check
 from parts.bent import cut
 
 unhurried = settings(deadline=None)
@@ -28,7 +32,7 @@ def read(
     pieces: list[str], form: ThoughtFormat | None = THINK, *, calls: bool = False, start: Start = Start.FRESH
 ) -> tuple[str, str, str]:
     """The reasoning, the text, and the calls as JSON."""
-    reader = AnswerReader(form, HERMES if calls else None, start)
+    reader = AnswerReader(form, CallReader(HERMES) if calls else None, start)
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)
@@ -157,3 +161,21 @@ def test_calls_are_held_behind_the_reasoning(llama: LlamaEngine) -> None:
         source = chat(tools=tools, tool_choice=choice).grammar(form, Grammars()) or ""
         assert [text for text in admitted if not admits(llama, source, text)] == []
         assert [text for text in others if admits(llama, source, text)] == []
+
+
+# The engine
+
+
+def test_a_mark_that_is_a_control_token_is_text() -> None:
+    with closing(load_llama()) as engine:
+        mark = next(token.id for token in engine.model.control_tokens if token.text == "<|im_start|>")
+        end = next(token.id for token in engine.model.control_tokens if engine._model.ends(token.id))
+        assert engine.released([mark]) == ""
+        with pytest.raises(TaskRefused):
+            check(Task("a", prompt=(1,), max_tokens=1, begun=(mark,)), engine.model)
+        engine.speak([mark, end])
+        assert (engine.released([mark]), engine.released([end])) == ("<|im_start|>", "")
+        check(Task("a", prompt=(1,), max_tokens=1, begun=(mark,)), engine.model)
+        with pytest.raises(TaskRefused):
+            check(Task("a", prompt=(1,), max_tokens=1, begun=(end,)), engine.model)
+        assert engine.grammar('start: "<|im_start|>" /[a-z]+/', (mark,)).begun == (mark,)

@@ -109,6 +109,9 @@ class EchoEngine:
             text = text[len(control.text) if control else 1 :]
         return tokens
 
+    def speak(self, tokens: Sequence[int]) -> None:
+        """Its answers are bytes."""
+
     def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
         return TextStream(stop).released(bytes([token]) for token in tokens)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.parsed import Echoed, missing
@@ -81,6 +81,15 @@ class Message(Echoed):
     """
 
     ignored = BOOKKEEPING
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reasoned(cls, raw: Any) -> Any:
+        """`reasoning` is another name for `reasoning_content`, which many clients send back."""
+        if isinstance(raw, dict) and raw.get("role") == "assistant" and raw.get("reasoning_content") is None:
+            reasoning = raw.get("reasoning")
+            return {**raw, "reasoning_content": reasoning if isinstance(reasoning, str) else None}
+        return raw
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)] | None = None

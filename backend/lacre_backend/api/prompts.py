@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from lacre_backend.api.template.prompt import (
 from lacre_backend.api.template.texts import TextLost, as_text
 from lacre_backend.api.template.wishes import NO_WISHES, Wishes
 from lacre_backend.api.tools.format import HERMES, CallFormat
+from lacre_backend.api.tools.reader import SHORT_ID
 from lacre_backend.api.tools.request import Tool
 from lacre_backend.api.tools.thoughts import Start, ThoughtFormat
 from lacre_backend.engine.protocol import EngineClosed, TaskKind, TextRefused
@@ -75,14 +77,16 @@ async def chat_start(
         )
     beginning = as_text(written.pop()["content"]) if goes_on else ""
     try:
-        pieces = (*_with_systems(template, written, told, wishes), beginning)
+        pieces = _with_systems(template, written, told, wishes)
     except TemplateRefused as refusal:
         said = str(refusal).rstrip(".!")
         raise RequestRefused(f"The model's chat template does not take these messages: {said}.", param="messages") from None
-    ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
     thoughts = template.thoughts
-    said = "".join(piece if isinstance(piece, str) else piece.text for piece in pieces[-_TAIL:-1])
+    said = "".join(piece if isinstance(piece, str) else piece.text for piece in pieces[-_TAIL:])
     start = Start.SPEAKING if thoughts is None else thoughts.start(said, beginning)
+    if beginning:
+        pieces = (*pieces, *(template.pieces(thoughts.answer) if thoughts is not None else ()), beginning)
+    ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
     with _named("messages"):
         return Prompt(await chat_tokens(served.engine, joined(pieces), template.control), start)
 
@@ -209,6 +213,7 @@ def _with_systems(
 def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> tuple[Any, ...]:
     render = partial(template.render, wishes=wishes)
     if template.calls is not None:
+        written = _with_short_ids(written) if template.calls.short_ids else written
         try:
             return render(written, told or None)
         except TextLost:
@@ -227,6 +232,25 @@ def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Writt
         return render([{"role": "system", "content": instructions}, *spoken])
     except TemplateRefused:  # some support no system message
         return render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
+
+
+def _with_short_ids(written: Sequence[_Written]) -> list[_Written]:
+    """Ids as Mistral's templates take them. Other servers and models have longer ones."""
+
+    def short(call_id: str) -> str:
+        if len(call_id) == SHORT_ID and call_id.isascii() and call_id.isalnum():
+            return call_id
+        return hashlib.sha256(call_id.encode()).hexdigest()[:SHORT_ID]
+
+    renamed = []
+    for message in written:
+        named = dict(message)
+        if message.get("tool_calls"):
+            named["tool_calls"] = [{**call, "id": short(call["id"])} for call in message["tool_calls"]]
+        if "tool_call_id" in message:
+            named["tool_call_id"] = short(message["tool_call_id"])
+        renamed.append(named)
+    return renamed
 
 
 def _apart(written: Sequence[_Written]) -> Iterator[_Written]:

@@ -12,6 +12,8 @@ from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.http import header
 from lacre_backend.api.template.prompt import ChatTemplate, markers_of
+from lacre_backend.api.tools.format import HERMES
+from lacre_backend.api.tools.thoughts import ThoughtFormat
 from lacre_backend.engine.protocol import Engine, TaskKind
 from lacre_backend.engine.turns import NOBODY, Fair
 
@@ -30,7 +32,22 @@ class ServedModel:
         chats = model.chat_template is not None and TaskKind.GENERATE in model.kinds
         self.template = ChatTemplate(model, markers_of(engine)) if chats else None
         thoughts = None if self.template is None else self.template.thoughts
+        engine.speak(self._spoken())
         self.cut = () if thoughts is None else tuple(engine.tokenize(thoughts.cut, special=True))
+
+    def _spoken(self) -> list[int]:
+        """The control tokens with which the model marks calls and reasoning."""
+        template = self.template
+        if template is None:
+            return []
+        texts = (*(template.calls or HERMES).literals, *_marks(template.thoughts))
+        return [
+            token.id for token in self.engine.model.control_tokens if token.text and any(token.text in text for text in texts)
+        ]
+
+
+def _marks(thoughts: ThoughtFormat | None) -> tuple[str, ...]:
+    return () if thoughts is None else (thoughts.open, thoughts.close, thoughts.goes_on, thoughts.answer)
 
 
 @dataclass(frozen=True, slots=True)

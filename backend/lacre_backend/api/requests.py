@@ -273,7 +273,7 @@ class ChatCompletionRequest(Generate):
         if may_call is not None:
             rules = form.calls.grammar(grammars, may_call, speech, rule=rule)
         elif speech is not None:
-            rules = f"{rule}: {speech}\n"
+            rules = f"{rule}: {form.said(speech)}\n"
         else:
             return None
         return grammars.text(f"start: thought answer\n{form.thought_rules()}{rules}" if thinks else rules)

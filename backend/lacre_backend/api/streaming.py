@@ -20,7 +20,7 @@ from lacre_backend.api.http import EventStream, header
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.run import GenerationRuns
 from lacre_backend.api.tools.parts import Part, Speech
-from lacre_backend.api.tools.thoughts import AnswerReader
+from lacre_backend.api.tools.thoughts import Reader
 from lacre_backend.engine.protocol import Finish, Token
 
 
@@ -53,7 +53,7 @@ class _Choice:
     tokens are reasoning.
     """
 
-    reader: AnswerReader | None
+    reader: Reader | None
     thought: int = 0
     parts: list[Part] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)  # tokens whose logprobs were requested
@@ -77,7 +77,8 @@ class _Choice:
             return parts
         read, self.undecided = [*self.undecided, *read], []
         self.thought += len(read) * thinks
-        self.scored = [] if thinks else read
+        marks = len(read) > 1 and not parts  # the header of a message
+        self.scored = [] if thinks or marks else read
         return parts
 
     def ending(self, finish: Finish) -> Ending:
@@ -97,7 +98,7 @@ class Answer:
         generation: GenerationRuns,
         usage: Usage,
         writer: AnswerWriter,
-        reader: Callable[[], AnswerReader | None] = lambda: None,
+        reader: Callable[[], Reader | None] = lambda: None,
         *,
         max_thought: int | None = None,
     ) -> None:

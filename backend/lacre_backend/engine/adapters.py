@@ -178,6 +178,10 @@ class AdaptedEngine:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._base.tokenize(text, special)
 
+    def speak(self, tokens: Sequence[int]) -> None:
+        self._base.speak(tokens)
+        self.model = replace(self.model, spoken_ids=self._base.model.spoken_ids)
+
     def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
         return self._base.released(tokens, stop)
 

@@ -119,6 +119,9 @@ class LlamaEmbedder:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
 
+    def speak(self, tokens: Sequence[int]) -> None:
+        """It generates nothing."""
+
     def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:  # noqa: ARG002 - it generates nothing
         return ""
 

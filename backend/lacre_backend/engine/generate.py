@@ -140,6 +140,9 @@ class LlamaEngine:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
 
+    def speak(self, tokens: Sequence[int]) -> None:
+        self._model.speak(tokens)
+
     def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
         return self._model.released(tokens, stop)
 

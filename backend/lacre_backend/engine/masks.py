@@ -57,7 +57,9 @@ class _Pieces:
     """The vocabulary for llguidance: the bytes of each token. Control tokens are marked by a byte that no text contains."""
 
     def __init__(self, model: Model) -> None:
-        control = {token.id: token.text.encode() for token in model.info.control_tokens}
+        control = {
+            token.id: token.text.encode() for token in model.info.control_tokens if token.id not in model.info.spoken_ids
+        }
         self.tokens = [b"\xff" + control[i] if i in control else model.piece(i) for i in range(model.n_vocab)]
         self.special_token_ids = sorted(control)
         self.eos_token_id = next(i for i in range(model.n_vocab) if model.ends(i))

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -269,6 +269,14 @@ class Model:
     def piece(self, token: int) -> bytes:
         """A token's own bytes. Control tokens have none: a model's answer cannot contain one as text."""
         return self._pieces[token]
+
+    def speak(self, tokens: Sequence[int]) -> None:
+        """Makes control tokens text in answers, except those that end one."""
+        literals = {token.id: token.text.encode() for token in self.info.control_tokens}
+        spoken = [token for token in tokens if token in literals and not self.ends(token)]
+        for token in spoken:
+            self._pieces[token] = literals[token]
+        self.info = replace(self.info, spoken_ids=self.info.spoken_ids.union(spoken))
 
     def released(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         """The text that these tokens of an answer release."""

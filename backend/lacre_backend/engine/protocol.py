@@ -279,6 +279,7 @@ class ModelInfo:
     - infill: None: the model's file names no such tokens.
     - pair: how a reranker reads a query and a document: the texts, and ids of tokens around them.
     - control_ids: computed from `control_tokens`; a given value is ignored.
+    - spoken_ids: control tokens that are text in an answer; see `Engine.speak`.
     """
 
     name: str
@@ -298,6 +299,7 @@ class ModelInfo:
     infill: InfillTokens | None = None
     pair: tuple[PairPart | tuple[int, ...], ...] = ()
     control_ids: frozenset[int] = frozenset()
+    spoken_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         # Computed once, not for each of a request's thousands of texts: a vocabulary may have thousands of control tokens.
@@ -316,7 +318,7 @@ def check(task: Task, model: ModelInfo) -> None:
         raise PromptTooLong(len(task.sequence), model.n_ctx)
     if min(task.prompt) < 0 or max(task.prompt) >= model.n_vocab:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
-    if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.begun):
+    if not all(0 <= token < model.n_vocab and _speakable(token, model) for token in task.begun):
         raise TaskRefused("The begun answer contains a token that no answer can have.", field="begun")
     if task.lens and not task.given:
         raise TaskRefused("A lens reads a given answer.", field="lens")
@@ -326,12 +328,17 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
 
 
+def _speakable(token: int, model: ModelInfo) -> bool:
+    """Whether an answer may contain it."""
+    return token not in model.control_ids or token in model.spoken_ids
+
+
 def _check_given(task: Task, model: ModelInfo) -> None:
     if len(task.given) != task.max_tokens or task.begun or task.stop or task.sampling.grammar is not None:
         raise TaskRefused("A given answer has neither a beginning, stop strings nor a grammar.", field="given")
     if len(task.prompt) + len(task.given) > model.n_ctx:
         raise PromptTooLong(len(task.prompt) + len(task.given), model.n_ctx)
-    if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.given):
+    if not all(0 <= token < model.n_vocab and _speakable(token, model) for token in task.given):
         raise TaskRefused("The given answer contains a token that no answer can have.", field="given")
 
 
@@ -405,6 +412,12 @@ class Engine(Protocol):
         """The token ids of the program's own text, for example a template's literal. Blocks.
 
         special: whether the text of a control token becomes that token.
+        """
+        ...
+
+    def speak(self, tokens: Sequence[int]) -> None:
+        """Makes control tokens text in answers: models mark calls and reasoning with them. A token that ends an answer stays
+        silent. Call it before the first task.
         """
         ...
 

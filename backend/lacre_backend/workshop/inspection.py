@@ -21,7 +21,10 @@ from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre_backend.api.template.prompt import ChatTemplate
-from lacre_backend.api.tools.format import HERMES, LLAMA
+from lacre_backend.api.tools.format import DEEPSEEK, DEEPSEEK_V3_1, FUNCTIONARY, HERMES, KIMI, LLAMA, MISTRAL, MISTRAL_LIST
+from lacre_backend.api.tools.gemma import GEMMA
+from lacre_backend.api.tools.harmony import HARMONY_CALLS
+from lacre_backend.api.tools.tagged import GLM, QWEN_CODER, SEED
 from lacre_backend.engine import gguf_header, sizing
 from lacre_backend.engine.gguf_header import Header, Malformed, Tensor
 from lacre_backend.engine.model import Gpu, Model, ModelMetadata
@@ -37,7 +40,11 @@ from lacre_backend.workshop.child import Report
 from lacre_fabric.keys.kms import PLAIN
 
 NO_WEIGHTS: Final = "it holds a vocabulary and no weights. Give the whole model"
-_CALLS: Final = ((HERMES, "hermes"), (LLAMA, "llama"))
+_CALLS: Final = (
+    (HERMES, "hermes"), (LLAMA, "llama"), (MISTRAL, "mistral"), (MISTRAL_LIST, "mistral-2024"), (DEEPSEEK, "deepseek"),
+    (DEEPSEEK_V3_1, "deepseek-3.1"), (KIMI, "kimi"), (FUNCTIONARY, "functionary"), (QWEN_CODER, "qwen-coder"), (SEED, "seed"),
+    (GLM, "glm"), (GEMMA, "gemma-4"), (HARMONY_CALLS, "harmony"),
+)  # fmt: skip
 _SUPER_BLOCK: Final = 256  # weights that a K or IQ type packs together; a row of another length falls back to an older type
 _ENOUGH_CONTEXT: Final = 64  # tokens; for the template's trial no context is used
 

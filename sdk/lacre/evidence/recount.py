@@ -89,6 +89,7 @@ def _strings(part: object) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
-            waiting += [value[name] for name in reversed(value) if name not in _NOT_WRITTEN]
+            twice = {"reasoning"} if "reasoning_content" in value else set()  # two names of one text
+            waiting += [value[name] for name in reversed(value) if name not in _NOT_WRITTEN and name not in twice]
         elif isinstance(value, list):
             waiting += reversed(value)

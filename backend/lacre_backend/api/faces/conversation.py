@@ -8,7 +8,7 @@ from lacre_backend.api.faces.face import Face
 from lacre_backend.api.prompts import Prompt, chat_start
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import ChatCompletionRequest
-from lacre_backend.api.tools.thoughts import AnswerForm, AnswerReader
+from lacre_backend.api.tools.thoughts import AnswerForm, Reader
 
 AskedOfChat = TypeVar("AskedOfChat", bound=ChatCompletionRequest)
 
@@ -24,5 +24,5 @@ class Conversation(Face[AskedOfChat], Generic[AskedOfChat]):
         goes_on = request.continue_final_message
         return await chat_start(served, request.messages, tools, goes_on=goes_on, wishes=request.wishes)
 
-    def reader(self, request: AskedOfChat, form: AnswerForm) -> AnswerReader | None:
-        return form.reader(calls=request.calling() is not None)
+    def reader(self, request: AskedOfChat, form: AnswerForm) -> Reader | None:
+        return form.reader(request.calling())

@@ -14,7 +14,7 @@ from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import Generate
 from lacre_backend.api.responses import ResponseInfo
 from lacre_backend.api.tools.parts import Part
-from lacre_backend.api.tools.thoughts import AnswerForm, AnswerReader
+from lacre_backend.api.tools.thoughts import AnswerForm, Reader
 from lacre_backend.engine.protocol import Token
 
 Asked = TypeVar("Asked", bound=Generate)
@@ -89,7 +89,7 @@ class Face(ABC, Generic[Asked]):
     @abstractmethod
     def writer(self, request: Asked, reply: ResponseInfo) -> AnswerWriter: ...
 
-    def reader(self, request: Asked, form: AnswerForm) -> AnswerReader | None:  # noqa: ARG002 - for chats
+    def reader(self, request: Asked, form: AnswerForm) -> Reader | None:  # noqa: ARG002 - for chats
         """A parser of a choice's text, if it may contain more than the answer's text."""
         return None
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -186,6 +186,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         # Python's own errors about Jinja's generated code
         except (RecursionError, MemoryError, OverflowError, ValueError, SyntaxError):
             raise TemplateTooLarge("The template is nested too deeply, or has a number that is too large.") from None
+
+    def variables(self, source: str) -> frozenset[str]:
+        """The names that a template reads and neither it nor this environment gives. Raises `TemplateError`."""
+        return frozenset(meta.find_undeclared_variables(self.parse(source)) - self.globals.keys() - {_ROUND, _WRITTEN, _JOINED})
 
     def rendered(self, template: jinja2.Template, values: dict[str, Any]) -> str:
         """A template's text. Raises as `render`."""

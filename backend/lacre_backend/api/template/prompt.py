@@ -38,7 +38,6 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
-from jinja2 import meta
 
 from lacre.errors import SettingsError
 from lacre_backend.api.template.environment import Raised, given, template_environment
@@ -55,11 +54,16 @@ from lacre_backend.api.template.texts import (
 )
 from lacre_backend.api.template.wishes import NO_WISHES, Wishes, efforts_of
 from lacre_backend.api.tools.format import FORMATS, CallFormat
+from lacre_backend.api.tools.gemma import GEMMA
+from lacre_backend.api.tools.harmony import HARMONY_CALLS
+from lacre_backend.api.tools.tagged import TAGGED
 from lacre_backend.api.tools.thoughts import thought_format
 from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo, PairPart
 
 __all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
 
+_GIVEN: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+KNOWN_CALLS: Final = (*FORMATS, *TAGGED, GEMMA, HARMONY_CALLS)
 Piece = str | ControlToken  # str: plain text, in which no control token is recognized
 
 _NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
@@ -176,6 +180,10 @@ class ChatTemplate:
         """The program's own text, for use in a message: literals of control tokens in it become control tokens."""
         return self._literal.sub(lambda match: self._control_mark(match[0]), text)
 
+    def pieces(self, text: str) -> tuple[Piece, ...]:
+        """The program's own text, as pieces of a prompt."""
+        return self._pieces(self.constant(text))
+
     # Marks: `c` and the id for a control token of the template; `u` and the id for a literal from a user's string
 
     def _control_mark(self, literal: str) -> str:
@@ -261,8 +269,7 @@ class ChatTemplate:
 
     def _read_variables(self, source: str) -> frozenset[str]:
         """The variables that the template reads and this class does not give."""
-        own = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", *self._environment.globals}
-        return frozenset(meta.find_undeclared_variables(self._environment.parse(source)) - own)
+        return self._environment.variables(source) - _GIVEN
 
     def _takes(self, beside: Mapping[str, Any]) -> bool:
         """Whether the template takes these values of its variables."""
@@ -339,7 +346,7 @@ class ChatTemplate:
         told, used = (self._outcome(self._template, *sample) for sample in _SAMPLES[-2:])
         if _NAME not in told or _RESULT not in used:
             return None
-        return next((form for form in FORMATS if form.written(_NAME, json.dumps(_ARGUMENTS)) in used), None)
+        return next((form for form in KNOWN_CALLS if form.shows(_NAME, json.dumps(_ARGUMENTS), used)), None)
 
     def _composed_literals(self) -> dict[str, ControlToken]:
         found: dict[str, ControlToken] = {}
@@ -363,7 +370,7 @@ def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
 def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
     """Tokens that mark calls and their results, if llama.cpp also recognizes them in plain text."""
     found = []
-    for literal in {literal for form in FORMATS for literal in form.markers}:
+    for literal in {literal for form in KNOWN_CALLS for literal in form.markers}:
         ids = engine.tokenize(literal)
         if len(ids) == 1:
             found.append(ControlToken(ids[0], literal))

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,10 +22,13 @@ MAX_CALLS: Final = 16  # in one answer: a small model may not stop by itself
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """A call is `open` name `middle` arguments `close`; further calls may follow after `between`.
+    """Calls are `begin`, the calls with `between` in the middle, `end`. A call is `open` name `middle` arguments `close`.
 
-    marker: the beginning of `open` that identifies a call anywhere in text. None if only the answer's first character does, and
-    the answer is one call. markers: literals that vocabularies have as their own tokens, which steer the model.
+    - tag, tail: patterns of what models may write between name and `middle`, and between arguments and `close`.
+    - marker: the beginning of `begin` and `open` that identifies a call anywhere in text. None if only the answer's first
+      character does, and the answer is one call.
+    - markers: literals that vocabularies have as their own tokens, which steer the model.
+    - short_ids: whether the template takes no ids but those of nine letters and digits.
     """
 
     open: str
@@ -33,10 +37,26 @@ class CallFormat:
     between: str = ""
     marker: str | None = None
     markers: tuple[str, ...] = ()
+    begin: str = ""
+    end: str = ""
+    tag: str = ""
+    tail: str = ""
+    short_ids: bool = False
 
     def written(self, name: str, arguments: str) -> str:
-        """A call as the model writes it."""
+        """A call as the model writes it, without optional parts."""
         return f"{self.open}{name}{self.middle}{arguments}{self.close}"
+
+    def shows(self, name: str, arguments: str, text: str) -> bool:
+        """Whether a template has written this call in `text`."""
+        head, rest = re.escape(self.begin + self.open + name), re.escape(self.middle + arguments)
+        pattern = f"{head}(?:{self.tag})?{rest}(?:{self.tail})?{re.escape(self.close + self.end)}"
+        return re.search(pattern, text) is not None
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """The texts in which this format's marks are."""
+        return (self.begin, self.open, self.middle, self.close, self.between, self.end, *self.markers)
 
     def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, *, rule: str = "start") -> str:
         """The rules of an answer, with `rule` for the whole. speech: the rule of an answer without a call; None for any text.
@@ -45,30 +65,43 @@ class CallFormat:
         """
         lines = [f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}"]
         more = calling.many and self.marker is not None
-        lines.append(f"call: {literal(self.open)} body {literal(self.close)}")
-        following = f"({literal(self.between)} call){{0,{MAX_CALLS - 1}}}" if more else ""
+        rest = _joined(self._tail, self.close)
+        lines.append(f"call: {_joined('', self.open)} body {rest}")
+        begin, end = _joined("", self.begin), _joined("", self.end)
+        following = (f"({_joined('', self.between)} call){{0,{MAX_CALLS - 1}}}" if more else "") + f" {end}"
         if calling.required:
-            lines.append(f"{rule}: call {following}")
+            lines.append(f"{rule}: {begin} call {following}")
         elif speech is not None:
             if self.marker is None:
                 # Its calls may begin like JSON text, and the difference shows too late.
                 said = "This model cannot choose between a call and JSON text. Omit 'response_format', or require a call."
                 raise RequestRefused(said, code="unsupported_value", param="response_format")
-            lines.append(f"{rule}: {speech} | call {following}")
+            lines.append(f"{rule}: {speech} | {begin} call {following}")
         elif self.marker is None:
             lines += [f"{rule}: TEXT | call | {NOTHING}", f"TEXT: /[^{in_pattern(self.open[0])}]/ /(?s:.*)/"]
         else:
-            rest = literal(self.open.removeprefix(self.marker))
+            opened = _joined("", (self.begin + self.open).removeprefix(self.marker))
             lines += [
-                f"{rule}: TEXT | marked {rest} body {literal(self.close)} {following} | {NOTHING}",
+                f"{rule}: TEXT | marked {opened} body {rest} {following} | {NOTHING}",
                 f"TEXT: /(?s:.*)/ & ~/(?s:.*){in_pattern(self.marker)}(?s:.*)/",
                 f"marked[lazy]: /(?s:.*){in_pattern(self.marker)}/",
             ]
         return "\n".join(lines) + "\n"
 
+    @property
+    def _tail(self) -> str:
+        return f"/{self.tail}/?" if self.tail else ""
+
     def _call_of(self, grammars: Grammars, i: int, function: Function) -> str:
         arguments = grammars.schema(_arguments(function, i), _param(i), strict=bool(function.strict))
-        return f"{literal(function.name + self.middle)} {arguments}"
+        if not self.tag:
+            return f"{literal(function.name + self.middle)} {arguments}"
+        return f"{literal(function.name)} /{self.tag}/? {literal(self.middle)} {arguments}"
+
+
+def _joined(pattern: str, text: str) -> str:
+    """Terms of a rule: a pattern's, and a literal if there is text."""
+    return " ".join([*([pattern] if pattern else []), *([literal(text)] if text else [])])
 
 
 # Qwen, Hermes, and the format that the fallback teaches other models
@@ -81,7 +114,70 @@ HERMES: Final = CallFormat(
     markers=("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>"),
 )
 LLAMA: Final = CallFormat(open='{"name": "', middle='", "parameters": ', close="}")
-FORMATS: Final = (HERMES, LLAMA)
+MISTRAL: Final = CallFormat(  # Small 3.2, Devstral, Magistral, Ministral 3
+    open="[TOOL_CALLS]",
+    tag=r"\[CALL_ID\][a-zA-Z0-9]{9}",
+    middle="[ARGS]",
+    close="",
+    marker="[TOOL_CALLS]",
+    markers=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    short_ids=True,
+)
+MISTRAL_LIST: Final = CallFormat(  # Nemo and others of 2024
+    begin="[TOOL_CALLS][",
+    open='{"name": "',
+    middle='", "arguments": ',
+    tail=r', "id": "[a-zA-Z0-9]{9}"',
+    close="}",
+    between=", ",
+    end="]",
+    marker="[TOOL_CALLS]",
+    markers=("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    short_ids=True,
+)
+_DEEPSEEK: Final = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+)
+DEEPSEEK: Final = CallFormat(  # V3 and R1
+    begin=_DEEPSEEK[0],
+    open=f"{_DEEPSEEK[2]}function{_DEEPSEEK[4]}",
+    middle="\n```json\n",
+    close=f"\n```{_DEEPSEEK[3]}",
+    between="\n",
+    end=_DEEPSEEK[1],
+    marker=_DEEPSEEK[0],
+    markers=_DEEPSEEK,
+)
+DEEPSEEK_V3_1: Final = CallFormat(
+    begin=_DEEPSEEK[0],
+    open=_DEEPSEEK[2],
+    middle=_DEEPSEEK[4],
+    close=_DEEPSEEK[3],
+    end=_DEEPSEEK[1],
+    marker=_DEEPSEEK[0],
+    markers=_DEEPSEEK,
+)
+KIMI: Final = CallFormat(  # K2
+    begin="<|tool_calls_section_begin|>",
+    open="<|tool_call_begin|>functions.",
+    tag=":[0-9]{1,3}",
+    middle="<|tool_call_argument_begin|>",
+    close="<|tool_call_end|>",
+    end="<|tool_calls_section_end|>",
+    marker="<|tool_calls_section_begin|>",
+    markers=(
+        *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>"),
+        "<|tool_call_argument_begin|>",
+    ),
+)
+FUNCTIONARY: Final = CallFormat(  # 3.1, and Llama's own form of it
+    open="<function=", middle=">", close="</function>", marker="<function="
+)
+FORMATS: Final = (HERMES, LLAMA, MISTRAL, MISTRAL_LIST, DEEPSEEK, DEEPSEEK_V3_1, KIMI, FUNCTIONARY)
 
 
 def _param(i: int) -> str:

@@ -6,6 +6,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -14,6 +15,8 @@ from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech
 
 MAX_NAME: Final = 128
+MAX_TAG: Final = 64  # what stands beside a name or the arguments
+SHORT_ID: Final = 9  # Mistral's templates take no other length
 
 
 class CallReader:
@@ -24,6 +27,9 @@ class CallReader:
         self._held = ""
         self._state: Callable[[], Iterator[Part]] = self._text if form.marker is not None else self._first
         self._index = -1
+        self._name = ""  # of the function that the last call calls
+        self._inside = False  # a list of calls
+        self._tag = re.compile(f"(?:{form.tag})\\Z" if form.tag else r"(?!)")
         self._depth = 0
         self._quoted = self._escaped = False
 
@@ -75,18 +81,23 @@ class CallReader:
     def _opening(self) -> Iterator[Part]:
         """Parses up to the end of the name."""
         form = self._format
-        if not self._held.startswith(form.open[: len(self._held)]):
-            self._state = self._speech
+        opening = form.open if self._inside else form.begin + form.open
+        if not self._held.startswith(opening[: len(self._held)]):
+            self._state, self._inside = self._speech, False
             return
-        end = self._held.find(form.middle, len(form.open))
+        end = self._held.find(form.middle, len(opening))
         if end >= 0:
-            name, self._held = self._held[len(form.open) : end], self._held[end + len(form.middle) :]
+            head, self._held = self._held[len(opening) : end], self._held[end + len(form.middle) :]
             self._index += 1
             self._depth, self._quoted, self._escaped = 0, False, False
-            self._state = self._arguments
-            yield Called(self._index, "call_" + secrets.token_hex(12), name)
-        elif len(self._held) > len(form.open) + MAX_NAME + len(form.middle):
+            self._state, self._inside = self._arguments, True
+            self._name = self._tag.sub("", head)
+            yield Called(self._index, self._fresh_id(), self._name)
+        elif len(self._held) > len(opening) + MAX_NAME + MAX_TAG + len(form.middle):
             self._state = self._speech
+
+    def _fresh_id(self) -> str:
+        return secrets.token_hex(5)[:SHORT_ID] if self._format.short_ids else "call_" + secrets.token_hex(12)
 
     def _arguments(self) -> Iterator[Part]:
         for i, character in enumerate(self._held):
@@ -112,8 +123,27 @@ class CallReader:
         return self._depth <= 0 and character in "}]"
 
     def _closing(self) -> Iterator[Part]:
-        close = self._format.close
-        if len(self._held) >= len(close):
-            self._held = self._held.removeprefix(close)
-            self._state = self._text if self._format.marker is not None else self._speech
+        form = self._format
+        if form.tail:
+            found = self._held.find(form.close)
+            whole = 0 <= found <= MAX_TAG or len(self._held) > MAX_TAG
+            self._held = self._held[found:] if 0 <= found <= MAX_TAG else self._held
+        else:
+            whole = len(self._held) >= len(form.close)
+        if whole:
+            self._held = self._held.removeprefix(form.close)
+            self._state = self._speech if form.marker is None else self._following if form.begin else self._text
+        yield from ()
+
+    def _following(self) -> Iterator[Part]:
+        """Another call of the same list, or its end."""
+        form, held = self._format, self._held.lstrip()
+        between = form.between.strip()
+        rest = held.removeprefix(between).lstrip()
+        if form.end and held.startswith(form.end):
+            self._held, self._state, self._inside = held.removeprefix(form.end), self._text, False
+        elif rest.startswith(form.open):
+            self._held, self._state = rest, self._opening
+        elif not (form.end.startswith(held) or form.open.startswith(rest) or between.startswith(held)):
+            self._state, self._inside = self._text, False
         yield from ()

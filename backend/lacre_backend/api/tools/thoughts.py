@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from lacre_backend.api.schema.grammar import literal
 from lacre_backend.api.tools.format import CallFormat, in_pattern
+from lacre_backend.api.tools.gemma import GemmaCalls, GemmaReader
+from lacre_backend.api.tools.harmony import ANALYSIS, END, FINAL, NEXT, HarmonyReader
 from lacre_backend.api.tools.parts import Part, Speech, Thought
 from lacre_backend.api.tools.reader import CallReader
+from lacre_backend.api.tools.request import Calling
+from lacre_backend.api.tools.tagged import TaggedFormat, TaggedReader, texts_of
 
 MAX_GAP: Final = 8  # white space that a grammar allows between reasoning and answer
 
@@ -31,10 +35,15 @@ class Start(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ThoughtFormat:
-    """Reasoning stands between `open` and `close`. Some templates write `open` at the end of the prompt."""
+    """Reasoning stands between `open` and `close`. Some templates write `open` at the end of the prompt.
+
+    goes_on, answer: of a format in messages, what begins the next message, and what makes it the answer.
+    """
 
     open: str
     close: str
+    goes_on: str = ""
+    answer: str = ""
 
     def start(self, rendered: str, begun: str) -> Start:
         """rendered: the template's text up to the answer. begun: the beginning of an answer that continues."""
@@ -50,9 +59,10 @@ class ThoughtFormat:
         lines = [f"closed[lazy]: /(?s:.*){text}/", f"gap: /\\s{{0,{MAX_GAP}}}/"]
         match start:
             case Start.THINKING:
-                lines.append("thought: closed gap")
+                lines.append(f"thought: closed {literal(self.goes_on) if self.goes_on else 'gap'}")
             case Start.FRESH:
-                lines.append(f"thought: (gap {literal(self.open)} closed gap)?")
+                after = literal(self.goes_on) if self.goes_on else "gap"
+                lines.append(f"thought: (gap {literal(self.open)} closed {after})?")
             case Start.SPEAKING:
                 lines = ['thought: ""']
         return "\n".join(lines) + "\n"
@@ -60,9 +70,10 @@ class ThoughtFormat:
     @property
     def cut(self) -> str:
         """What ends the reasoning when its budget is used up."""
-        return f"\n{self.close}\n\n"
+        return f"{self.close}{self.goes_on}{self.answer}" if self.answer else f"\n{self.close}\n\n"
 
 
+HARMONY: Final = ThoughtFormat(ANALYSIS, END, NEXT, FINAL)
 # By the mark that ends the reasoning, which the model's template contains. The first that fits is the model's.
 THOUGHTS: Final = (
     ThoughtFormat("<think>", "</think>"),  # DeepSeek, Qwen, GLM, MiniMax, Nemotron, Granite, SmolLM3, Kimi
@@ -72,12 +83,14 @@ THOUGHTS: Final = (
     ThoughtFormat("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
     ThoughtFormat("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ThoughtFormat("<|channel>thought", "<channel|>"),  # Gemma 4
-    ThoughtFormat("<thinking>", "</thinking>"),  # Apriel
+    ThoughtFormat("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
 )
 
 
 def thought_format(template: str) -> ThoughtFormat | None:
     """The format of a model's reasoning. template: the source of its chat template."""
+    if ANALYSIS in template:
+        return HARMONY
     return next((form for form in THOUGHTS if form.close in template), None)
 
 
@@ -94,23 +107,55 @@ class AnswerForm:
         """Whether reasoning may come first."""
         return self.thoughts is not None and self.start is not Start.SPEAKING
 
+    def said(self, speech: str) -> str:
+        """The terms of an answer that another rule holds. speech: that rule."""
+        return f"{literal(self.thoughts.answer)} {speech}" if self.thinks and self.thoughts and self.thoughts.answer else speech
+
     def thought_rules(self) -> str:
         return "" if self.thoughts is None else self.thoughts.rules(self.start)
 
-    def reader(self, *, calls: bool) -> AnswerReader | None:
-        """calls: whether the request offers functions. None if an answer is text alone."""
-        if not calls and not self.thinks:
-            return None
-        return AnswerReader(self.thoughts, self.calls if calls else None, self.start)
+    def reader(self, calling: Calling | None) -> Reader | None:
+        """calling: what the request offers. None if an answer is text alone."""
+        if self.thoughts is HARMONY:
+            return HarmonyReader(calls=calling is not None, speaking=self.start is Start.SPEAKING)
+        if calling is None:
+            return AnswerReader(self.thoughts, None, self.start) if self.thinks else None
+        return AnswerReader(self.thoughts, self._call_reader(calling), self.start)
+
+    def _call_reader(self, calling: Calling) -> CallReader:
+        if isinstance(self.calls, TaggedFormat):
+            return TaggedReader(self.calls, texts_of(calling))
+        return GemmaReader(self.calls) if isinstance(self.calls, GemmaCalls) else CallReader(self.calls)
+
+
+class Reader(Protocol):
+    """Parses one answer, piece by piece."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the answer so far ends inside the reasoning."""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the answer so far may be the beginning of a mark that opens reasoning."""
+
+    @property
+    def called(self) -> bool:
+        """Whether the answer so far contains a whole call."""
+
+    def push(self, text: str) -> list[Part]: ...
+
+    def finish(self) -> list[Part]:
+        """Ends the answer."""
 
 
 class AnswerReader:
-    """Parses one answer."""
+    """Parses one answer of reasoning between tags, text and calls."""
 
-    def __init__(self, thoughts: ThoughtFormat | None, calls: CallFormat | None, start: Start = Start.FRESH) -> None:
+    def __init__(self, thoughts: ThoughtFormat | None, calls: CallReader | None, start: Start = Start.FRESH) -> None:
         """thoughts: None for a model that does not reason. calls: None if the request offers no function."""
         self._thoughts = thoughts
-        self._calls = None if calls is None else CallReader(calls)
+        self._calls = calls
         self._state = Start.SPEAKING if thoughts is None else start
         self._held = ""
         self._blank = self._state is not Start.SPEAKING  # nothing but white space since the last mark
