@@ -195,9 +195,7 @@ def _named(param: str) -> Iterator[None]:
         raise shutting_down() from None
 
 
-def _with_systems(
-    template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes
-) -> tuple[Any, ...]:
+def _with_systems(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> tuple[Any, ...]:
     """Rendered as it is, or with one system message if the template takes no later one. Raises `TemplateRefused`."""
     try:
         return _rendered(template, written, told, wishes)

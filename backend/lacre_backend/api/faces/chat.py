@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.faces.conversation import Conversation
+from lacre_backend.api.faces.conversation import ConversationFace
 from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.responses import LEAST_LOGPROB, ResponseInfo, usage
@@ -17,7 +17,7 @@ from lacre_backend.engine.protocol import Token
 DONE: Final = b"data: [DONE]\n\n"
 
 
-class Chat(Conversation[ChatCompletionRequest]):
+class Chat(ConversationFace[ChatCompletionRequest]):
     """`POST /v1/chat/completions`."""
 
     prompt_param = "messages"

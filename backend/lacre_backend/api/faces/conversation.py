@@ -13,7 +13,7 @@ from lacre_backend.api.tools.thoughts import AnswerForm, Reader
 AskedOfChat = TypeVar("AskedOfChat", bound=ChatCompletionRequest)
 
 
-class Conversation(Face[AskedOfChat], Generic[AskedOfChat]):
+class ConversationFace(Face[AskedOfChat], Generic[AskedOfChat]):
     """A face whose prompt is messages."""
 
     action = "chat"

@@ -14,7 +14,7 @@ import pydantic_core
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import spoken, thought
-from lacre_backend.api.faces.conversation import Conversation
+from lacre_backend.api.faces.conversation import ConversationFace
 from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.faces.messages_request import MessagesRequest, parse_messages
 from lacre_backend.api.responses import ResponseInfo
@@ -34,7 +34,7 @@ SIGNATURE: Final = "unsigned"  # of reasoning. Clients send back only blocks tha
 _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class Messages(Conversation[MessagesRequest]):
+class Messages(ConversationFace[MessagesRequest]):
     """`POST /v1/messages`."""
 
     prompt_param = "messages"

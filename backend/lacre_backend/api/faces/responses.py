@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import token_logprob
-from lacre_backend.api.faces.conversation import Conversation
+from lacre_backend.api.faces.conversation import ConversationFace
 from lacre_backend.api.faces.face import Ending, ServerEvent
 from lacre_backend.api.faces.responses_request import ResponsesRequest, custom_input, parse_responses
 from lacre_backend.api.responses import ResponseInfo
@@ -24,7 +24,8 @@ from lacre_backend.engine.protocol import Token
 
 _KINDS: Final = {Thought: "rs", Speech: "msg", Called: "fc", Argued: "fc"}  # how the ids of items begin
 
-class Responses(Conversation[ResponsesRequest]):
+
+class Responses(ConversationFace[ResponsesRequest]):
     """`POST /v1/responses`."""
 
     prompt_param = "input"

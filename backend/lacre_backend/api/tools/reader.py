@@ -15,7 +15,7 @@ from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech
 
 MAX_NAME: Final = 128
-MAX_TAG: Final = 64  # what stands beside a name or the arguments
+MAX_TAG: Final = 64  # of a call's number or id
 SHORT_ID: Final = 9  # Mistral's templates take no other length
 
 
