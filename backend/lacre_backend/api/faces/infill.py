@@ -19,11 +19,11 @@ from lacre_backend.api.faces.chat import spoken
 from lacre_backend.api.faces.face import Ending, Face, ServerEvent
 from lacre_backend.api.messages import MAX_NAME
 from lacre_backend.api.parsed import Echoed, bare, json_object, validated
-from lacre_backend.api.prompts import infill_prompt
+from lacre_backend.api.prompts import Prompt, infill_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import Generate, check_generate
 from lacre_backend.api.responses import ResponseInfo
-from lacre_backend.api.tools.format import Part
+from lacre_backend.api.tools.parts import Part
 from lacre_backend.engine.protocol import Token
 
 MAX_FILES: Final = 64  # beside the one that is edited
@@ -88,11 +88,10 @@ class Infill(Face[InfillRequest]):
         check_generate(request)
         return request
 
-    async def prompt(self, served: ServedModel, request: InfillRequest) -> list[int]:
+    async def prompt(self, served: ServedModel, request: InfillRequest) -> Prompt:
         files = [(each.filename, each.text) for each in request.input_extra]
-        return await infill_prompt(
-            served, request.input_prefix, request.input_suffix, "input_prefix", files=files, begun_with=request.prompt
-        )
+        before, after, begun = request.input_prefix, request.input_suffix, request.prompt
+        return Prompt(await infill_prompt(served, before, after, "input_prefix", files=files, begun_with=begun))
 
     def writer(self, request: InfillRequest, reply: ResponseInfo) -> InfillWriter:  # noqa: ARG002 - for other faces
         return InfillWriter(reply)
