@@ -12,7 +12,7 @@ from lacre.exchange import resume_marks, steps
 from lacre.runtime import http1
 from lacre.transport import oauth
 from lacre.wire import bhttp
-from lacre_backend.api.tools import format
+from lacre_backend.api.tools import parts
 from lacre_backend.engine import protocol
 from lacre_backend.upstream import bodies, origin
 from lacre_gateway.auth import tokens
@@ -30,7 +30,7 @@ HOLDERS: dict[type, set[str]] = {
     choices.ReasoningDelta: {"text"}, choices.RefusalDelta: {"text"}, choices.ToolCallDelta: {"name", "arguments"},
     protocol.Task: {"prompt", "begun", "stop", "cache_scope"}, protocol.Token: {"id", "text", "raw"},
     protocol.Alternative: {"id", "raw"}, protocol.Finish: {"text"},
-    format.Speech: {"text"}, format.Called: {"name"}, format.Argued: {"text"},
+    parts.Speech: {"text"}, parts.Thought: {"text"}, parts.Called: {"name"}, parts.Argued: {"text"},
     bodies.UpstreamBody: {"content"}, origin.UpstreamRequest: {"target", "headers", "content"},
 }  # fmt: skip
 

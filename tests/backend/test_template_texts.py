@@ -244,10 +244,15 @@ class TestOfEachRequest:
 
 
 async def test_the_api_refuses_by_name() -> None:
-    said_later = [USER, said("developer", "Be brief."), USER]
-    with pytest.raises(RequestRefused, match="omit the text of a system message that is not the first") as refused:
-        await prompt(FIRST_ALONE, said_later)
+    with pytest.raises(RequestRefused, match="omit the text of a message with the role 'user'") as refused:
+        await prompt(CUT, [said("user", "a" * 20_001)])
     assert refused.value.param == "messages"
+
+
+async def test_the_api_says_later_system_messages_first() -> None:
+    """Where the template would leave them out."""
+    text = await prompt(FIRST_ALONE, [SYSTEM, USER, said("developer", "Be brief."), USER])
+    assert text == await prompt(FIRST_ALONE, [said("system", "Sys\n\nBe brief."), USER, USER])
 
 
 async def test_the_api_hands_parts_on() -> None:

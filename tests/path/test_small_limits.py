@@ -50,6 +50,12 @@ async def test_a_prompt_of_more_than_is_left_is_refused_by_the_worker(stage: Sta
 
 async def test_too_much_output_is_told_with_what_would_fit(client: lacre.AsyncClient) -> None:
     with pytest.raises(lacre.Forbidden, match="max_tokens of 236 or less") as refused:
-        await client.chat("hi", model=MODEL)
+        await client.chat("hi", model=MODEL, max_tokens=4000)
     assert refused.value.details["fits"] == 236
     assert (await client.chat("hi", model=MODEL, max_tokens=236)).text == "hi"
+
+
+async def test_no_named_output_gets_what_the_limit_has(stage: Stage, client: lacre.AsyncClient) -> None:
+    assert (await client.chat("hi", model=MODEL)).text == "hi"
+    [intent] = [entry for entry in await stage.trail() if entry["kind"] == "intent"]
+    assert (intent["max_tokens"], intent["reserved_tokens"], intent["reserved_prompt_tokens"]) == (4096, 256, 44)

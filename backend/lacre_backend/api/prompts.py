@@ -122,7 +122,7 @@ async def infill_prompt(
     marks = model.infill
     if marks is None:
         raise RequestRefused(
-            f"The model `{model.name}` cannot fill in a middle: its file names no tokens for that. Name another model.",
+            f"The model `{model.name}` cannot fill in a middle ('{param}'): its file has no tokens for it. Name another model.",
             code="unsupported_value",
             param=param,
         )
