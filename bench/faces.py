@@ -3,9 +3,8 @@
     PYTHONPATH=tests .venv/bin/python -m bench.faces
 
 The engine follows a script, so all of the count is the worker's own. That is the queue of events, the parser of calls and
-reasoning, the writer of the face, JSON and the framing of events. A run of few tokens is subtracted from one of many, so the start counts
-for nothing.
-The rounds of the faces alternate. `tools` offers a function, so the parser of calls reads each text.
+reasoning, the writer of the face, JSON and the framing of events. A run of few tokens is subtracted from one of many, so the
+start counts for nothing. The rounds of the faces alternate. `tools` offers a function, so the parser of calls reads each text.
 """
 
 from __future__ import annotations
