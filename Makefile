@@ -28,7 +28,9 @@ test: tested  ## Run the fast tests.
 test-quick: ready  ## Run the tests that take a minute, for the loop of editing.
 	$(SHARED) -m "not slow and not container and not heavy" @tests/quick.txt
 
+# The second model is 240 MB, which the fast tests do without.
 test-all: tested environments  ## Run the slow tests too. JOBS: how many processes share them.
+	@$(PYTHON) tools/bootstrap.py gemma
 	$(SHARED) -m "not container and not heavy"
 
 # Each suite's environment is made when it first runs.

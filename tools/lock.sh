@@ -15,6 +15,7 @@ compile requirements/contract.in -o requirements/contract.lock
 compile requirements/profile.in -o requirements/profile.lock
 compile requirements/container.in -o requirements/container.lock
 compile requirements/embedding.in --no-deps -o requirements/embedding.lock
+compile requirements/gemma.in -o requirements/gemma.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
 compile requirements/base.in --no-emit-package llama-cpp-python -o requirements/base.lock
 compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock

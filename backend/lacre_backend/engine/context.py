@@ -122,6 +122,7 @@ class LlamaContext:
         params.n_outputs_max = limits.slots + limits.drafts
         params.n_threads = params.n_threads_batch = compute.threads
         params.kv_unified = limits.unified
+        params.swa_full = True  # cells outside a layer's window stay: a cached prefix may be cut to before it
         params.flash_attn_type = FLASH[compute.flash]
         params.type_k = params.type_v = KV_TYPES[compute.kv_type]
         params.no_perf = True
