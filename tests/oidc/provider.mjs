@@ -1,4 +1,5 @@
-// A real OpenID provider for the gateway's tests: signs access tokens with ES256, RS256 and EdDSA, and rotates its keys when told.
+// A real OpenID provider for the tests: signs access tokens with ES256, RS256 and EdDSA, and rotates its keys when told. Programs get
+// tokens by client credentials. People log in on its pages, with any name and password: here, or by a code from another device.
 //
 // Commands, a line each on standard input: `rotate` puts new keys before those that are there, `retire` takes the older ones
 // away. Each is answered by a line of JSON on standard output, and so is the start.
@@ -10,6 +11,8 @@ import { createInterface } from 'node:readline'
 import Provider from 'oidc-provider'
 
 const CAREFUL = 'careful' // a client whose proofs must have a nonce of the provider's
+const DEVICE = 'urn:ietf:params:oauth:grant-type:device_code'
+const LIVES = { person: 3600, brief: 1 } // seconds that an access token lives, by the client that people log in with
 
 const KINDS = {
   ES256: ['ec', { namedCurve: 'P-256' }],
@@ -27,17 +30,29 @@ function makeKeys() {
 function makeProvider(issuer, keys) {
   return new Provider(issuer, {
     jwks: { keys },
-    clients: ['app', CAREFUL].map((client_id) => ({
-      client_id,
-      client_secret: 'a secret of this test alone',
-      grant_types: ['client_credentials'],
-      redirect_uris: [],
-      response_types: [],
-      token_endpoint_auth_method: 'client_secret_post',
-    })),
+    clients: [
+      ...['app', CAREFUL].map((client_id) => ({
+        client_id,
+        client_secret: 'a secret of this test alone',
+        grant_types: ['client_credentials'],
+        redirect_uris: [],
+        response_types: [],
+        token_endpoint_auth_method: 'client_secret_post',
+      })),
+      ...Object.keys(LIVES).map((client_id) => ({
+        client_id,
+        application_type: 'native',
+        grant_types: ['authorization_code', 'refresh_token', DEVICE],
+        redirect_uris: ['http://127.0.0.1/callback'],
+        response_types: ['code'],
+        token_endpoint_auth_method: 'none',
+      })),
+    ],
     features: {
       clientCredentials: { enabled: true },
-      devInteractions: { enabled: false },
+      devInteractions: { enabled: true },
+      deviceFlow: { enabled: true },
+      revocation: { enabled: true },
       dPoP: {
         enabled: true,
         nonceSecret: randomBytes(32),
@@ -47,11 +62,12 @@ function makeProvider(issuer, keys) {
         enabled: true,
         defaultResource: () => 'urn:lacre:ES256',
         // `urn:lacre:ES256` asks for a token that is signed with ES256.
-        getResourceServerInfo: (_ctx, resource) => ({
+        useGrantedResource: () => true,
+        getResourceServerInfo: (_ctx, resource, client) => ({
           audience: 'lacre',
           scope: 'lacre:http',
           accessTokenFormat: 'jwt',
-          accessTokenTTL: 3600,
+          accessTokenTTL: LIVES[client.clientId] ?? 3600,
           jwt: { sign: { alg: resource.split(':').at(-1) } },
         }),
       },

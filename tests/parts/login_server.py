@@ -22,7 +22,7 @@ DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 
 class LoginServer:
     """verdicts: what it says of the device code, one after the other: an error, or None for yes. life: of access tokens, in
-    seconds. members: over those of its description. revoked: whether a refresh token came twice.
+    seconds. members: over those of its description. revoked: whether a refresh token came twice, or was made void.
     """
 
     def __init__(self, issuer: str = "https://login.example", *verdicts: str | None, life: float = 300.0) -> None:
@@ -57,12 +57,16 @@ class LoginServer:
                 self.asked.append(form)
                 status, told = self._token(form)
                 return status, json.dumps(told).encode()
+            if method == "POST" and path == "/revoke":
+                self.revoked = self.revoked or form["token"] == self.refresh
+                return 200, b""
             return 404, b""
 
     def _described(self) -> dict[str, Any]:
         return {
             "issuer": self.issuer, "token_endpoint": f"{self.issuer}/token",
             "authorization_endpoint": f"{self.issuer}/authorize", "device_authorization_endpoint": f"{self.issuer}/device",
+            "revocation_endpoint": f"{self.issuer}/revoke",
         }  # fmt: skip
 
     def _begun(self, form: dict[str, str]) -> dict[str, Any]:

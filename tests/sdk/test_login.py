@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from parts.relay import Relay, connect, connect_async
 from parts.up import LACRE
 
 ISSUER = "https://login.example"
-SAVED = SavedLogin(ISSUER, f"{ISSUER}/token", "app", None, "s3cret")
+SAVED = SavedLogin(ISSUER, f"{ISSUER}/token", "app", None, "s3cret", f"{ISSUER}/revoke")
+
+
+def end(store: LoginStore, issuer: login_server.LoginServer | None = None) -> bool:
+    """Whether the server made the refresh token void. issuer: a new one if None."""
+    with login_http((issuer or login_server.LoginServer(ISSUER)).transport) as http:
+        return store.end(http)
 
 
 def by_device(issuer: login_server.LoginServer, client_id: str = "app") -> tuple[SavedLogin, list[float]]:
@@ -69,6 +76,7 @@ class TestDevice:
             ({"issuer": f"{ISSUER}/"}, "exact name"),
             ({"token_endpoint": "http://login.example/token"}, "not https"),
             ({"token_endpoint": None}, "not https"),
+            ({"revocation_endpoint": "http://login.example/revoke"}, "not https"),
             ({"device_authorization_endpoint": None}, "device grant"),
         ],
         ids=repr,
@@ -175,13 +183,17 @@ class Keyring:
 class TestStore:
     def test_a_file_for_this_user_alone(self, tmp_path: Path) -> None:
         store = LoginStore(tmp_path / "state", None)
-        assert store.load() is None and not store.forget()
+        assert store.load() is None
+        with pytest.raises(lacre.SettingsError, match="nobody is logged in"):
+            end(store)
+        assert not store.path.parent.exists()
         assert not store.save(SAVED) and store.load() == SAVED
         assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
         store.path.chmod(0o640)
         with pytest.raises(lacre.SettingsError, match="chmod 600"):
             store.load()
-        assert store.forget() and not store.path.exists()
+        end(store)
+        assert not store.path.exists()
 
     def test_the_keyring_holds_the_secret(self, tmp_path: Path) -> None:
         vault = Keyring()
@@ -192,7 +204,8 @@ class TestStore:
         with pytest.raises(lacre.SettingsError, match="keyring cannot be read"):
             store.load()
         vault.locked = False
-        assert store.forget() and not vault.held
+        end(store)
+        assert not store.path.exists() and not vault.held
         assert not store.save(SAVED, in_file=True) and b"s3cret" in store.path.read_bytes()
 
     def test_a_keyring_that_takes_nothing(self, tmp_path: Path) -> None:
@@ -206,7 +219,7 @@ class TestStore:
         store.path.write_bytes(content)
         with pytest.raises(lacre.SettingsError, match="damaged"):
             store.load()
-        assert store.forget()
+        assert not end(store) and not store.path.exists()
 
 
 class TestUse:
@@ -237,6 +250,22 @@ class TestUse:
         with pytest.raises(lacre.Unauthenticated, match="revoked") as caught:
             UserLogin(store, issuer.transport)()
         assert "lacre login" in caught.value.remedy and "s3cret" not in str(caught.value)
+
+    @pytest.mark.parametrize("offered", [True, False])
+    def test_the_end(self, tmp_path: Path, offered: bool) -> None:
+        issuer = login_server.LoginServer(ISSUER)
+        issuer.members = {} if offered else {"revocation_endpoint": None}
+        store = LoginStore(tmp_path, None)
+        store.save(by_device(issuer)[0])
+        assert end(store, issuer) == issuer.revoked == offered
+        assert not store.path.exists()
+
+    def test_an_end_that_the_server_does_not_hear_of(self, tmp_path: Path) -> None:
+        store = LoginStore(tmp_path, None)
+        store.save(replace(SAVED, revoke_url="http://127.0.0.1:9/revoke"))  # nobody listens there
+        with login_http() as http:
+            assert not store.end(http)
+        assert not store.path.exists()
 
     def test_clients_without_a_token_use_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relay: Relay) -> None:
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -276,6 +305,7 @@ class TestUse:
         saved = LoginStore(tmp_path / "lacre", None).load()
         assert saved is not None and saved.refresh_token == issuer.refresh
         assert issuer.refresh is not None and issuer.refresh not in done.stdout + done.stderr
-        assert run("logout").stdout == "logged out\n"
+        ended = run("logout")  # the server is gone
+        assert ended.stdout == "logged out\n" and "did not confirm" in ended.stderr
         again = run("logout")
         assert again.returncode == 1 and "nobody is logged in" in again.stderr

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lacre.cli.output import err, printable, say, waiting
-from lacre.errors import SettingsError
 
 if TYPE_CHECKING:
     import httpx2
@@ -41,15 +40,20 @@ def login(
 
 
 def _here(http: httpx2.Client, server: LoginServer, client_id: str, scope: str | None) -> SavedLogin:
-    import webbrowser
-
+    from lacre.runtime import tasks
     from lacre.transport.browser_grant import in_browser
 
     def opening(page: str) -> None:
         err().print(f"open {printable(page)}", markup=False, soft_wrap=True)
-        webbrowser.open(page)
+        tasks.thread("browser", lambda: _show(page))  # a browser in this terminal ends only when the person leaves it
 
     return in_browser(http, server, client_id, scope, opening)
+
+
+def _show(page: str) -> None:
+    import webbrowser
+
+    webbrowser.open(page)
 
 
 def _anywhere(http: httpx2.Client, server: LoginServer, client_id: str, scope: str | None) -> SavedLogin:
@@ -64,9 +68,11 @@ def _anywhere(http: httpx2.Client, server: LoginServer, client_id: str, scope: s
 
 
 def logout() -> None:
-    """Forget the login on this machine. The login server keeps its session until that ends."""
-    from lacre.transport.login import LoginStore
+    """End the login: forget it on this machine, and make its refresh token void at the login server."""
+    from lacre.transport.login import LoginStore, login_http
 
-    if not LoginStore.default().forget():
-        raise SettingsError("nobody is logged in on this machine")
+    with login_http() as http:
+        revoked = LoginStore.default().end(http)
     say("logged out")
+    if not revoked:
+        err().print("the login server did not confirm it: end the session on its page too", markup=False, soft_wrap=True)

@@ -29,6 +29,7 @@ from lacre.transport.device_grant import LoginServer, refused, saved
 from lacre.transport.login import SavedLogin, post
 
 PATH: Final = "/callback"
+OFFLINE: Final = "offline_access"  # the scope that asks for a refresh token
 MAX_WAIT: Final = 600.0  # seconds for a person to log in
 LOOK: Final = 0.5  # seconds between two looks at the time
 PATIENCE: Final = 5.0  # seconds for a browser to send its request, once it is connected
@@ -125,4 +126,6 @@ def _page(url: str, client_id: str, *, scope: str | None, back: str, state: str,
         "response_type": "code", "client_id": client_id, "redirect_uri": back, "state": state,
         "code_challenge": challenge, "code_challenge_method": "S256", **({} if scope is None else {"scope": scope}),
     }  # fmt: skip
+    if OFFLINE in (scope or "").split():
+        asked["prompt"] = "consent"  # else a server may ignore this scope (OpenID Connect Core 1.0 section 11)
     return f"{url}{'&' if '?' in url else '?'}{urlencode(asked)}"

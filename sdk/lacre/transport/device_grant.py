@@ -36,14 +36,15 @@ _PENDING: Final = frozenset({"authorization_pending", "slow_down"})
 
 @dataclass(frozen=True, slots=True)
 class LoginServer:
-    """issuer: its exact name. page_url, device_url: where a login begins, in a browser and without one; None if the server does
-    not offer that.
+    """issuer: its exact name. page_url, device_url: where a login begins, in a browser and without one. revoke_url: where it
+    ends. None for what the server does not offer.
     """
 
     issuer: str
     token_url: str
     page_url: str | None
     device_url: str | None
+    revoke_url: str | None
 
     @classmethod
     def discover(cls, http: httpx2.Client, issuer: str) -> LoginServer:
@@ -61,10 +62,10 @@ class LoginServer:
         if told.get("issuer") != issuer:
             raise SettingsError("the login server names another issuer: pass its exact name, with or without the last slash")
         token = told.get("token_endpoint")
-        page, device = told.get("authorization_endpoint"), told.get("device_authorization_endpoint")
-        if not is_safe(token) or not all(each is None or is_safe(each) for each in (page, device)):
+        others = [told.get(f"{each}_endpoint") for each in ("authorization", "device_authorization", "revocation")]
+        if not is_safe(token) or not all(each is None or is_safe(each) for each in others):
             raise InvalidMessage("the login server describes itself with addresses that are not https")
-        return cls(issuer, str(token), page, device)
+        return cls(issuer, str(token), *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def saved(server: LoginServer, client_id: str, scope: str | None, told: Mapping[
     refresh = told.get("refresh_token")
     if not isinstance(refresh, str) or not refresh:
         raise SettingsError("the login server gave no refresh token: add offline_access to --scope, or ask its operator")
-    return SavedLogin(server.issuer, server.token_url, client_id, scope, refresh)
+    return SavedLogin(server.issuer, server.token_url, client_id, scope, refresh, server.revoke_url)
 
 
 def is_safe(url: object) -> bool:

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import configparser
 import importlib
 import json
 import threading
@@ -38,35 +39,43 @@ FILE: Final = "login.json"
 MAX_FILE: Final = 64 * 1024  # bytes; a refresh token has some hundred, and a large JWT some thousand
 PATIENCE: Final = 60.0  # seconds to wait for another process that renews: more than its own time limits
 TIME_LIMIT: Final = httpx2.Timeout(10.0, read=30.0)  # of a login server, which only looks something up
+OK: Final = 200
+# What the package raises if it is missing, or if its configuration names a keyring that is not there.
+_NO_KEYRING: Final = (ImportError, AttributeError, RuntimeError, ValueError, OSError, configparser.Error)
 _UNWRITABLE: Final = "cannot keep the login in {} ({}): make it a folder that this user can write"
 _FORM: Final = {"content-type": "application/x-www-form-urlencoded"}
 
 
 @dataclass(frozen=True, slots=True)
 class SavedLogin:
-    """scope: None if the server chose it. refresh_token: empty while it is in the keyring."""
+    """scope: None if the server chose it. refresh_token: empty while it is in the keyring. revoke_url: where it is made void;
+    None if the server does not offer that.
+    """
 
     issuer: str
     token_url: str
     client_id: str
     scope: str | None
     refresh_token: str = field(repr=False)
+    revoke_url: str | None = None
 
     @classmethod
     def parse(cls, content: bytes) -> SavedLogin:
         """Raises LacreError, or another error for members of another form."""
         told = parse_object(content, "the file")
-        scope = told["scope"]
+        scope, revoke_url = told["scope"], told["revoke_url"]
         texts = [told[name] for name in ("issuer", "token_url", "client_id", "refresh_token")]
-        if not all(isinstance(each, str) for each in texts) or not isinstance(scope, str | None):
+        if not all(isinstance(each, str) for each in texts) or not all(
+            isinstance(each, str | None) for each in (scope, revoke_url)
+        ):
             raise TypeError
         issuer, token_url, client_id, refresh_token = texts
-        return cls(issuer, token_url, client_id, scope, refresh_token)
+        return cls(issuer, token_url, client_id, scope, refresh_token, revoke_url)
 
     def encode(self) -> bytes:
         members = {
             "issuer": self.issuer, "token_url": self.token_url, "client_id": self.client_id, "scope": self.scope,
-            "refresh_token": self.refresh_token,
+            "refresh_token": self.refresh_token, "revoke_url": self.revoke_url,
         }  # fmt: skip
         return json.dumps(members).encode()
 
@@ -90,13 +99,14 @@ class OsKeyring:
 
     @classmethod
     def find(cls) -> OsKeyring | None:
-        """None without the package, or on a machine without a keyring."""
+        """None without the package, on a machine without a keyring, or with one that the package cannot load."""
         try:
             module: Any = importlib.import_module("keyring")
             failure: Any = importlib.import_module("keyring.errors")
-        except ModuleNotFoundError:
+            usable = module.get_keyring().priority > 0
+        except _NO_KEYRING:
             return None
-        return cls(module, failure.KeyringError) if module.get_keyring().priority > 0 else None
+        return cls(module, failure.KeyringError) if usable else None
 
     def read(self, issuer: str) -> str | None:
         """Raises SettingsError."""
@@ -173,18 +183,41 @@ class LoginStore:
             raise SettingsError("the keyring no longer has the login: run `lacre login` again")
         return replace(login, refresh_token=secret)
 
-    def forget(self) -> bool:
-        """Whether there was a login. Raises OSError."""
+    def end(self, http: httpx2.Client) -> bool:
+        """Forgets the login here, whatever the server says. Returns whether the server made the refresh token void (RFC 7009).
+
+        Raises SettingsError if nobody is logged in, or the file cannot be removed.
+        """
+        if not self.path.is_file():
+            raise SettingsError("nobody is logged in on this machine")
+        try:
+            with self._alone():
+                revoked = self._revoked(http)
+                self._forget()
+                return revoked
+        except OSError as exc:
+            raise SettingsError(_UNWRITABLE.format(self._folder, exc.strerror)) from exc
+
+    def _revoked(self, http: httpx2.Client) -> bool:
+        try:
+            login = self.load()
+            if login is None or login.revoke_url is None:
+                return False
+            asked = {"token": login.refresh_token, "token_type_hint": "refresh_token", "client_id": login.client_id}
+            return post(http, login.revoke_url, asked)[0] == OK
+        except LacreError:  # it is damaged, or the server cannot be reached: it is forgotten all the same
+            return False
+
+    def _forget(self) -> None:
         try:
             issuer = SavedLogin.parse(self.path.read_bytes()).issuer
         except FileNotFoundError:
-            return False
+            return
         except (LacreError, LookupError, TypeError):  # it is damaged
             issuer = None
         self.path.unlink(missing_ok=True)
         if issuer is not None and self._keyring is not None:
             self._keyring.forget(issuer)
-        return True
 
     def renew(self, http: httpx2.Client) -> Issued:
         """A new access token. Raises SettingsError, Unauthenticated, NetworkError and others."""
