@@ -184,7 +184,8 @@ class LoginStore:
         return replace(login, refresh_token=secret)
 
     def end(self, http: httpx2.Client) -> bool:
-        """Forgets the login here, even if the server cannot be reached. Returns whether the server made the refresh token void (RFC 7009).
+        """Forgets the login here, even if the server cannot be reached. Returns whether the server made the refresh token void
+        (RFC 7009).
 
         Raises SettingsError if nobody is logged in, or the file cannot be removed.
         """
