@@ -5,7 +5,8 @@ Rules:
 - A web page can make its browser send requests to loopback and, by DNS rebinding, under the page's own name. So the proxy
   refuses every `Host` that is not its own (see `hosts`), and every `Origin` that was not allowed.
 - Answers from inside the seal are passed on piece by piece, as they open.
-- Errors have OpenAI's shape and say what to do next. A stream that breaks ends with an error event, never with `[DONE]`.
+- Errors have the shape of the request's API and say what to do next. A stream that breaks ends with an error event, and never
+  with `[DONE]`.
 - Nothing of a request or an answer is logged.
 """
 
@@ -24,6 +25,7 @@ import httpx2
 
 from lacre import errors
 from lacre.client import AsyncClient
+from lacre.exchange.refusal_shapes import shaped
 from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
 from lacre.exchange.retry import may_have_lost
 from lacre.runtime import arguments
@@ -163,9 +165,11 @@ def _check_address(request: Request, door: ProxyAccess) -> Response | None:
             f"This proxy only accepts the hosts {door.hosts}. Use one of them in the base URL, or start the "
             "proxy with --allow-host NAME."
         )
-        return _error(421, "host", message)
+        return _error(request, 421, "host", message)
     if any(origin not in door.origins for origin in origins):
-        return _error(403, "origin", "A web page may use this proxy only if it was started with --allow-origin for that page.")
+        return _error(
+            request, 403, "origin", "A web page may use this proxy only if it was started with --allow-origin for that page."
+        )
     return None
 
 
@@ -179,7 +183,7 @@ def _check_key(request: Request, door: ProxyAccess) -> Response | None:
         "Send the key that `lacre proxy` printed (or keeps in its --key-file) as a bearer token or as `x-api-key`: "
         "OPENAI_API_KEY, ANTHROPIC_API_KEY or api_key."
     )
-    refusal = _error(401, "invalid_api_key", message)
+    refusal = _error(request, 401, "invalid_api_key", message)
     refusal.headers["www-authenticate"] = "Bearer"
     return refusal
 
@@ -200,9 +204,11 @@ async def _forward(request: Request) -> Response:
     except ClientDisconnect:
         return Response(status_code=499)  # the client has gone
     except TimeoutError:
-        return _error(408, "slow_body", f"The request's body did not arrive within {BODY_TIMEOUT:.0f} s: send it again.")
+        return _error(
+            request, 408, "slow_body", f"The request's body did not arrive within {BODY_TIMEOUT:.0f} s: send it again."
+        )
     except _Full:
-        refusal = _error(503, "overloaded", "Running requests leave no room for this body: send it again.")
+        refusal = _error(request, 503, "overloaded", "Running requests leave no room for this body: send it again.")
         refusal.headers["retry-after"] = str(RETRY_AFTER)
         return refusal
     sealed = client.build_request(
@@ -210,7 +216,7 @@ async def _forward(request: Request) -> Response:
     )
     answer = await client.send(sealed, stream=True)
     passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers} | _UNBUFFERED
-    return StreamingResponse(_pieces(answer), answer.status_code, passed)
+    return StreamingResponse(_pieces(answer, path), answer.status_code, passed)
 
 
 def _passed_on(request: Request) -> list[tuple[str, str]]:
@@ -239,7 +245,7 @@ async def _body(request: Request) -> bytes:
     return bytes(content)
 
 
-async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
+async def _pieces(answer: httpx2.Response, path: str) -> AsyncIterator[bytes]:
     """The body as it opens. If it breaks, an event stream gets an error event, and any other body breaks too."""
     stream = answer.stream  # not `aiter_raw`: a refusal did not come from a network, and was read when it was made
     assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 - true of every answer of an async client
@@ -251,7 +257,8 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
         if not answer.headers.get("content-type", "").startswith(EVENT_STREAM):
             raise
         # In the form that clients of every API here take for an error: by its name, its type, or its member `error`.
-        yield b"\n\nevent: error\ndata: " + json.dumps({"type": "error", **explained(exc)}).encode() + b"\n\n"
+        told = {"type": "error", **shaped(path, _status(exc), explained(exc)["error"])}
+        yield b"\n\nevent: error\ndata: " + json.dumps(told).encode() + b"\n\n"
 
 
 def explained(error: errors.LacreError) -> dict[str, Any]:
@@ -263,21 +270,28 @@ def explained(error: errors.LacreError) -> dict[str, Any]:
     return {"error": {**told, "remedy": error.remedy, "request_id": error.request_id, "verification": checked}}
 
 
-async def _failed(_request: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.LacreError)  # noqa: S101 - registered only for these
-    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-    status = 504 if isinstance(error, httpx2.TimeoutException) else status
+    status = _status(error)
     headers = {"x-should-retry": "false"} if may_have_lost(error) else None  # OpenAI's header; the client has already retried
-    return JSONResponse(explained(error), status, headers)
+    return JSONResponse(shaped(request.url.path, status, explained(error)["error"]), status, headers)
+
+
+def _status(error: errors.LacreError) -> int:
+    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    return 504 if isinstance(error, httpx2.TimeoutException) else status
 
 
 async def _not_found(request: Request, _exc: Exception) -> Response:
-    return _error(404, "unknown_url", f"{request.url.path} does not exist here: the base URL of this proxy ends in /v1.")
+    return _error(
+        request, 404, "unknown_url", f"{request.url.path} does not exist here: the base URL of this proxy ends in /v1."
+    )
 
 
 async def _not_allowed(request: Request, _exc: Exception) -> Response:
-    return _error(405, "method_not_supported", f"This proxy does not pass on the method {request.method}.")
+    return _error(request, 405, "method_not_supported", f"This proxy does not pass on the method {request.method}.")
 
 
-def _error(status: int, code: str, message: str) -> Response:
-    return JSONResponse({"error": {"message": message, "type": "lacre_proxy", "param": None, "code": code}}, status)
+def _error(request: Request, status: int, code: str, message: str) -> Response:
+    told = {"message": message, "type": "lacre_proxy", "param": None, "code": code}
+    return JSONResponse(shaped(request.url.path, status, told), status)

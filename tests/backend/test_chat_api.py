@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
 from backend.posting import CHAT, MESSAGE, TEXT, chat, post
@@ -244,13 +247,22 @@ async def test_unknown_addresses_and_methods(app: App) -> None:
 async def test_models(app: App) -> None:
     model = {
         "id": "echo", "object": "model", "created": 0, "owned_by": "lacre", "root": "echo",
-        "max_model_len": 512, "context_length": 512,
+        "type": "model", "display_name": "echo", "created_at": "1970-01-01T00:00:00+00:00", "lifecycle": "active",
+        "digest": "sha256:" + hashlib.sha256(b"echo").hexdigest(),
+        "max_model_len": 512, "context_length": 512, "max_input_tokens": 512, "max_tokens": 512,
         "architecture": {"modality": "text->text", "input_modalities": ["text"], "output_modalities": ["text"]},
         "top_provider": {"context_length": 512, "max_completion_tokens": 512, "is_moderated": False},
+        "supported_parameters": [
+            "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "min_p", "presence_penalty", "response_format", "seed",
+            "stop", "structured_outputs", "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p",
+        ],
         "meta": {"n_ctx": 512, "n_vocab": 259},
     }  # fmt: skip
-    assert (await post(app, "/v1/models", b"", method="GET")).json() == {"object": "list", "data": [model]}
+    page = {"object": "list", "data": [model], "has_more": False, "first_id": "echo", "last_id": "echo"}
+    assert (await post(app, "/v1/models", b"", method="GET")).json() == page
     assert (await post(app, "/v1/models/echo", b"", method="GET")).json() == model
+    assert anthropic.types.ModelInfo.model_validate(model).created_at.timestamp() == 0
+    assert openai.types.Model.model_validate(model).created == 0
     assert (await post(app, "/v1/models/org/none", b"", method="GET")).error(404)["code"] == "model_not_found"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx2
 import pytest
 
@@ -31,6 +32,7 @@ from parts.up import LACRE
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the sea"}]}
 STREAMED = {**BODY, "stream": True}
 PAGE = "http://localhost:3000"
+ASKED: Any = {**BODY, "max_tokens": 8}  # of the Messages API
 PREFLIGHT = {"access-control-request-method": "POST"}
 
 
@@ -293,6 +295,47 @@ class TestErrors:
         answer = proxy.ask("GET", proxy.told["base_url"].removesuffix("/v1") + "/chat/completions")
         assert outcome(answer) == (404, "unknown_url")
         assert "/v1" in answer.json()["error"]["message"]
+
+
+class TestErrorsOfMessages:
+    """In Anthropic's shape, whoever refuses."""
+
+    @pytest.mark.parametrize(
+        ("problem", "kind"),
+        [
+            (problems.RATE_LIMITED, "rate_limit_error"),
+            (problems.UNKNOWN_POOL, "not_found_error"),
+            (problems.FORBIDDEN, "permission_error"),
+            (problems.NO_WORKER, "overloaded_error"),
+        ],
+        ids=lambda value: getattr(value, "slug", ""),
+    )
+    def test_the_gateways(self, proxy: Proxy, gateway: Gateway, problem: problems.Problem, kind: str) -> None:
+        gateway.relay.respond = refusing(problem)
+        with self.client(proxy) as client, pytest.raises(anthropic.APIStatusError) as refused:
+            client.messages.create(**ASKED)
+        told = refused.value.response.json()
+        assert (refused.value.status_code, told["type"], told["error"]["type"]) == (problem.status, "error", kind)
+        assert refused.value.type == kind and told["error"]["code"]
+
+    def test_the_proxys_own(self, proxy: Proxy) -> None:
+        for answer, kind in (
+            (proxy.ask(path="messages", body=b"x" * (8 * 2**20)), "request_too_large"),
+            (proxy.ask(path="messages", **{"x-api-key": "wrong"}), "authentication_error"),
+            (proxy.ask("OPTIONS", path="messages/count_tokens"), "invalid_request_error"),
+        ):
+            assert (answer.json()["type"], answer.json()["error"]["type"]) == ("error", kind)
+
+    def test_a_broken_answer(self, proxy: Proxy, gateway: Gateway) -> None:
+        gateway.relay.bend = lambda pieces: without(pieces, 3)
+        with self.client(proxy) as client, pytest.raises(anthropic.APIError, match="did not open") as broken:
+            list(client.messages.create(**ASKED, stream=True))
+        assert isinstance(broken.value.body, dict) and broken.value.body["error"]["type"] == "api_error"
+
+    @staticmethod
+    def client(proxy: Proxy) -> anthropic.Anthropic:
+        base = proxy.told["base_url"].removesuffix("/v1")
+        return anthropic.Anthropic(base_url=base, api_key=proxy.told["api_key"], max_retries=0)
 
 
 def raw(proxy: Proxy, *lines: bytes) -> bytes:

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from lacre.asgi import App
 from lacre.errors import SettingsError
-from lacre_backend.api import responses
+from lacre_backend.api import listing
 from lacre_backend.api.counting import CountTokens, Tokenize
 from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.endpoint import Endpoint
@@ -79,7 +79,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
 
 async def _models(request: Request) -> Response:
     served: Mapping[str, ServedModel] = request.app.state.served
-    return JSONResponse({"object": "list", "data": [responses.model(each.engine.model) for each in served.values()]})
+    return JSONResponse(listing.listed([listing.described(each) for each in served.values()]))
 
 
 async def _model(request: Request) -> Response:
@@ -87,7 +87,7 @@ async def _model(request: Request) -> Response:
     served: ServedModel | None = request.app.state.served.get(name)
     if served is None:
         return _refusal(model_not_found(name))
-    return JSONResponse(responses.model(served.engine.model))
+    return JSONResponse(listing.described(served))
 
 
 def _refusal(refusal: RequestRefused) -> Response:

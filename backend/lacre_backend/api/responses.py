@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre.asgi import Usage
-from lacre_backend.engine.protocol import LayerView, ModelInfo, TaskKind
+from lacre_backend.engine.protocol import LayerView, ModelInfo
 
-_OUTPUTS: Final = {TaskKind.GENERATE: "text", TaskKind.EMBED: "embeddings", TaskKind.RERANK: "rerank"}
 LEAST_LOGPROB: Final = -9999.0  # OpenAI's value for "never"; JSON has no minus infinity
 
 
@@ -102,29 +101,3 @@ def embeddings(info: ModelInfo, vectors: Sequence[Any], spent: Usage) -> dict[st
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
     used = {"prompt_tokens": spent.prompt_tokens, "total_tokens": spent.prompt_tokens}
     return {"object": "list", "data": data, "model": info.name, "usage": used}
-
-
-def model(info: ModelInfo) -> dict[str, Any]:
-    """With the members of other servers: vLLM's `max_model_len`, llama-server's `meta`, OpenRouter's `context_length`,
-    `architecture` and `top_provider`.
-    """
-    kind = next(iter(info.kinds))
-    generates = kind is TaskKind.GENERATE
-    output = _OUTPUTS[kind]
-    numbers = {"n_ctx": info.n_ctx, "n_vocab": info.n_vocab} | ({"n_embd": info.n_embd} if kind is TaskKind.EMBED else {})
-    return {
-        "id": info.name,
-        "object": "model",
-        "created": info.created,
-        "owned_by": "lacre",
-        "root": info.name,
-        "max_model_len": info.n_ctx,
-        "context_length": info.n_ctx,
-        "architecture": {"modality": f"text->{output}", "input_modalities": ["text"], "output_modalities": [output]},
-        "top_provider": {
-            "context_length": info.n_ctx,
-            "max_completion_tokens": info.n_ctx if generates else None,
-            "is_moderated": False,
-        },
-        "meta": numbers,
-    }

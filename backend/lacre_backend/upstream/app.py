@@ -20,6 +20,7 @@ from lacre.asgi import EXTENSION, App, Call, Disconnected, Receive, Scope, Send
 from lacre.evidence.receipts import UNIT, units
 from lacre.runtime.json_objects import object_in
 from lacre.wire.records import EVENT_STREAM
+from lacre_backend.api import listing
 from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_found
 from lacre_backend.api.faces.refused import refused_at
 from lacre_backend.api.http import EventStream, header, read_body, send_json, until_disconnect
@@ -150,7 +151,7 @@ def _path(scope: Scope) -> str:
 
 
 def _listing(models: Mapping[str, UpstreamModel]) -> dict[str, Any]:
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "lacre"} for name in models]}
+    return listing.listed([listing.named(name, 0) for name in models])
 
 
 async def _stream(answer: UpstreamResponse, send: Send, call: Call, granted: int | None) -> None:

@@ -2,7 +2,7 @@
 
 Rules:
 - Only requests for `lacre.exchange.call.ORIGIN` are accepted.
-- A refusal by the gateway becomes a 4xx or 5xx response in OpenAI's error shape, so that programs for OpenAI's API handle it.
+- A refusal by the gateway becomes a 4xx or 5xx response in the error shape of the request's API. So its programs handle it.
   Nobody signed the refusal, so its words are ours; `extensions["lacre.refusal"]` has the typed error.
 """
 
@@ -16,6 +16,7 @@ import httpx2
 from lacre import errors, problems
 from lacre.exchange import retry
 from lacre.exchange.call import ORIGIN
+from lacre.exchange.refusal_shapes import shaped
 from lacre.exchange.request import Overrides, Plain
 from lacre.exchange.resume import ResumableAnswer
 from lacre.exchange.sealed_answer import GatewayRefusal
@@ -49,7 +50,8 @@ def sealed_response(answer: ResumableAnswer, stream: httpx2.SyncByteStream | htt
     return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts, ANSWER: answer})
 
 
-def refusal_response(refusal: GatewayRefusal) -> httpx2.Response:
+def refusal_response(refusal: GatewayRefusal, path: str) -> httpx2.Response:
+    """path: of the request, whose API has its own error objects."""
     problem, exception = refusal.problem, refusal.exception()
     refusal.facts.tell(exception)
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug
@@ -66,6 +68,6 @@ def refusal_response(refusal: GatewayRefusal) -> httpx2.Response:
     return httpx2.Response(
         problem.status,
         headers=headers,
-        content=json.dumps({"error": error}).encode(),
+        content=json.dumps(shaped(path, problem.status, error)).encode(),
         extensions={REFUSAL: exception, FACTS: refusal.facts},
     )

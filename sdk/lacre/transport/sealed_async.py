@@ -70,7 +70,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
                 await wire.close()
                 log.ended(outcome.facts, outcome.problem.status, "refused")
                 slot.leave()
-                return refusal_response(outcome)
+                return refusal_response(outcome, plain.path)
             answer = ResumableAnswer(self._sealing, plain, outcome, begun)
             return sealed_response(answer, AsyncSealedStream(answer, wire, slot, log))
         except BaseException as exc:

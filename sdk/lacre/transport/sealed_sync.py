@@ -71,7 +71,7 @@ class SealedTransport(httpx2.BaseTransport):
                 wire.close()
                 log.ended(outcome.facts, outcome.problem.status, "refused")
                 slot.leave()
-                return refusal_response(outcome)
+                return refusal_response(outcome, plain.path)
             answer = ResumableAnswer(self._sealing, plain, outcome, begun)
             return sealed_response(answer, SealedStream(answer, wire, slot, log))
         except BaseException as exc:

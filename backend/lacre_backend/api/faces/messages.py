@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 import pydantic_core
 
 from lacre.asgi import Usage
+from lacre.exchange import refusal_shapes
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import spoken, thought
 from lacre_backend.api.faces.conversation import ConversationFace
@@ -21,15 +22,6 @@ from lacre_backend.api.responses import ResponseInfo
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought
 from lacre_backend.engine.protocol import Token
 
-_ERRORS: Final = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 SIGNATURE: Final = "unsigned"  # of reasoning. Clients send back only blocks that have one; nothing here needs it
 _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -52,9 +44,8 @@ class Messages(ConversationFace[MessagesRequest]):
 
 def message_error(refusal: RequestRefused) -> dict[str, Any]:
     """Anthropic's error object. It has no field for the parameter, so the message names it."""
-    kind = _ERRORS.get(refusal.status, "api_error" if refusal.status >= 500 else "invalid_request_error")
     field = "" if refusal.param is None or refusal.param in str(refusal) else f"{refusal.param}: "
-    return {"type": "error", "error": {"type": kind, "message": f"{field}{refusal}"}}
+    return refusal_shapes.message_error(refusal.status, f"{field}{refusal}")
 
 
 def _usage(spent: Usage) -> dict[str, Any]:
