@@ -159,15 +159,16 @@ class EchoEngine:
         reason = await self._generate(job)
         del self._jobs[job.task.id]
         job.end(reason)
+        self._end(reason)
 
     async def _generate(self, job: _Job) -> FinishReason:
         limit = min(job.task.max_tokens, self.model.n_ctx - len(job.task.sequence))
         if limit == 0 or job.text.stopped:
             return "length"
-        begin = time.monotonic()
+        begin, delay = time.monotonic(), self._wait(job.task)
         echoed = itertools.islice(self._answer(job.task.prompt), len(job.task.begun), None)
         for token in job.task.given or echoed:
-            await asyncio.sleep(self._delay)
+            await asyncio.sleep(delay)
             if job.cancelled:
                 return "cancelled"
             if job.task.time_limit is not None and time.monotonic() - begin >= job.task.time_limit:
@@ -183,6 +184,13 @@ class EchoEngine:
             if job.completion_tokens >= limit:
                 return "length"
         return "stop"
+
+    def _wait(self, task: Task) -> float:
+        """Seconds before each token."""
+        return self._delay
+
+    def _end(self, reason: FinishReason) -> None:
+        """A task ended."""
 
     def _answer(self, prompt: tuple[int, ...]) -> Iterator[int]:
         """The plain tokens of the last complete message; all of them if the prompt has no messages."""

@@ -1,0 +1,32 @@
+"""A worker in a process of its own, whose engine says what `parts.scripts` tells it to: all else is as in `lacre worker`.
+
+`python -m parts.scripted_worker SITE NATS_URL`. When a task ends, it prints the reason in a line of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from lacre.runtime import tasks
+from lacre_backend.api.app import create_app
+from lacre_fabric.operate.site import Site
+from parts import scripts
+from parts.scripted_engine import ScriptedEngine
+from parts.stage.live import connected_node
+
+CONTEXT = 1 << 18  # tokens, each of one byte: an agent's instructions alone are 40,000
+SLOTS = 8
+
+
+async def main(folder: Path, url: str) -> None:
+    engine = ScriptedEngine(scripts.said, n_ctx=CONTEXT, pause=scripts.pause, ended=lambda reason: print(reason, flush=True))
+    with closing(engine):
+        async with connected_node(Site.load(folder), url, create_app([engine]), slots=SLOTS) as node:
+            await node.run()
+
+
+if __name__ == "__main__":
+    asyncio.run(tasks.run(main(Path(sys.argv[1]), sys.argv[2])))

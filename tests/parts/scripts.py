@@ -1,0 +1,102 @@
+"""What a scripted engine says to a client: a prompt names one of these scripts, as `[[weather]]` or `[[edit WORD]]`.
+
+A script may have several answers: the next one is due when the results of the last one's calls are in the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+PLAIN: Final = "The sea is salt."
+# Each byte is a token: far more than 512, which once was the limit of an answer whose caller names none.
+LONG: Final = " ".join(f"wave {number:03}" for number in range(200))
+CITY: Final = "Vienna"
+FELT: Final = {"mood": "good", "points": 3}
+FILE: Final = "notes.txt"
+OLD: Final = "the old line"
+PAUSE: Final = 0.02  # seconds a token of the slow script: its client has time to leave
+_ORDER: Final = re.compile(r"\[\[(\w+)(?: ([\w-]+))?\]\]")
+_RESULT: Final = "<tool_response>"
+_OFFERED: Final = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
+
+
+def said(prompt: str) -> str:
+    """The answer to a prompt: that of the last script that it names, `plain` if it names none."""
+    name, word, since = _ordered(prompt)
+    return _SCRIPTS[name](prompt, word, since)
+
+
+def pause(prompt: str) -> float:
+    """Seconds before each token."""
+    return PAUSE if _ordered(prompt)[0] == "slow" else 0.0
+
+
+def sunny(city: str) -> str:
+    """What the programs' tool returns."""
+    return f"sunny in {city}"
+
+
+def patch(word: str) -> str:
+    """A change of `FILE`, in the form that Codex applies."""
+    return f"*** Begin Patch\n*** Update File: {FILE}\n@@\n-{OLD}\n+{word}\n*** End Patch"
+
+
+def call(name: str, arguments: Mapping[str, Any]) -> str:
+    """In the form that the API teaches models without one of their own."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+
+
+def _ordered(prompt: str) -> tuple[str, str, str]:
+    """The script's name, its word, and the prompt from there on."""
+    found = [*_ORDER.finditer(prompt)]
+    return (found[-1][1], found[-1][2] or "", prompt[found[-1].end() :]) if found else ("plain", "", "")
+
+
+def _offered(prompt: str) -> list[str]:
+    """The names of the tools."""
+    listed = _OFFERED.search(prompt)
+    return [json.loads(line)["function"]["name"] for line in listed[1].splitlines()] if listed else []
+
+
+def _final(prompt: str, text: str) -> str:
+    """A last answer, through the tool that takes it where an agent has one."""
+    return call("final_answer", {"answer": text}) if "final_answer" in _offered(prompt) else text
+
+
+def _plain(prompt: str, _word: str, _since: str) -> str:
+    return _final(prompt, PLAIN)
+
+
+def _long(prompt: str, _word: str, _since: str) -> str:
+    return _final(prompt, LONG)
+
+
+def _weather(prompt: str, _word: str, since: str) -> str:
+    if _RESULT not in since:
+        return call("weather", {"city": CITY})
+    return _final(prompt, f"It is {sunny(CITY)}." if sunny(CITY) in since else "The tool told nothing.")
+
+
+def _mood(prompt: str, _word: str, _since: str) -> str:
+    """As JSON, or through the tool that a client made for it."""
+    offered = _offered(prompt)
+    return call(offered[-1], FELT) if offered else json.dumps(FELT)
+
+
+def _edit(_prompt: str, word: str, since: str) -> str:
+    if _RESULT not in since:
+        return call("exec_command", {"cmd": f"apply_patch <<'EOF'\n{patch(word)}\nEOF\n"})
+    return f"The file says {word}."
+
+
+_SCRIPTS: Final[Mapping[str, Callable[[str, str, str], str]]] = {
+    "plain": _plain,
+    "long": _long,
+    "slow": _long,
+    "weather": _weather,
+    "mood": _mood,
+    "edit": _edit,
+}
