@@ -1,0 +1,75 @@
+"""Bodies that real clients sent, trimmed: taken as they are, and with one member changed taken or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backend.posting import post
+from lacre_backend.api.app import create_app
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.faces.responses_request import parse_responses
+from parts import scripts
+from parts.scripted_engine import ScriptedEngine
+
+CODEX: dict[str, Any] = json.loads((Path(__file__).parent / "recorded/codex.json").read_text())
+RESPONSES = "/v1/responses"
+CHANGES = 400
+ODD: tuple[Any, ...] = (None, True, -1, 1.5, "", "odd", [], [None], {}, {"odd": 1})
+
+pytestmark = pytest.mark.anyio
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to everything in it."""
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in members:
+        yield (*path, name)
+        yield from places(each, (*path, name))
+
+
+def changed(body: dict[str, Any], path: tuple[Any, ...], new: Any) -> bytes:
+    whole = copy.deepcopy(body)
+    at: Any = whole
+    for name in path[:-1]:
+        at = at[name]
+    at[path[-1]] = new
+    return json.dumps(whole).encode()
+
+
+@pytest.mark.parametrize("name", CODEX)
+async def test_what_codex_sends_is_taken(name: str) -> None:
+    with closing(ScriptedEngine(scripts.said, n_ctx=1 << 16)) as engine:
+        reply = await post(create_app([engine]), RESPONSES, CODEX[name])
+    assert reply.status == 200, reply.body
+    assert (b"exec_command" if name == "asked" else b"The file says") in reply.body
+
+
+@pytest.mark.parametrize("name", CODEX)
+def test_with_one_member_changed_it_is_taken_or_refused_by_name(name: str) -> None:
+    source, found = random.Random(7), [*places(CODEX[name])]
+    refused = taken = 0
+    for _ in range(CHANGES):
+        try:
+            parse_responses(changed(CODEX[name], source.choice(found), source.choice(ODD)))
+            taken += 1
+        except RequestRefused as refusal:
+            refused += 1
+            assert refusal.body()["error"]["message"]
+            assert refusal.body()["error"]["param"], refusal.body()
+    assert refused > 20
+    assert taken > 20
+
+
+def test_a_tool_that_a_server_runs_is_refused_by_name() -> None:
+    """Codex offers one unless its settings say `web_search = "disabled"`."""
+    body = {**CODEX["asked"], "tools": [*CODEX["asked"]["tools"], {"type": "web_search", "external_web_access": False}]}
+    with pytest.raises(RequestRefused, match="'web_search'"):
+        parse_responses(json.dumps(body).encode())
