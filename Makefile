@@ -13,7 +13,7 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors generate clean ready tested environments chart-test container-test sbom dist
+.PHONY: help demo pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -104,6 +104,10 @@ tested: ready  ## Install what only tests need.
 
 errors: ready  ## Write docs/errors.md, from the errors.
 	$(BIN)/python tools/error_list.py
+
+# After `LACRE_RECORD=1 pytest tests/ecosystem/test_clients.py tests/ecosystem/test_codex.py`, which records what works.
+clients: ready  ## Write docs/clients.md, from what the tests of clients recorded.
+	PYTHONPATH=tests $(BIN)/python -m ecosystem.clients
 
 generate: ready  ## Write the SDK's sync half, from its async one.
 	$(BIN)/python tools/unasync.py

@@ -19,6 +19,7 @@ from xdist.workermanage import WorkerController
 LONGEST: Final = (
     "tests/path/test_resume.py",
     "tests/ecosystem/test_pythons.py",
+    "tests/ecosystem/test_clients.py",
     "tests/path/test_budget_races.py",
     "tests/docs/test_blocks.py",
     "tests/test_bench.py",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ecosystem.clients import CODEX, settle
 from parts import scripts
 from parts.loopback import only_loopback
 from parts.npm import install
@@ -69,20 +70,28 @@ def run(live: ScriptedStage, codex: str, tmp_path: Path) -> Run:
                 timeout=120,
                 check=False,
             )
-        assert done.returncode == 0, done.stderr + done.stdout
+        assert done.stdout, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
     return run
 
 
-def items(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Those that it completed."""
-    return [event["item"] for event in events if event["type"] == "item.completed" and event["item"]["type"] == kind]
+def texts(events: list[dict[str, Any]]) -> list[str]:
+    """What it said."""
+    done = [event["item"] for event in events if event["type"] == "item.completed"]
+    return [item["text"] for item in done if item["type"] == "agent_message"]
 
 
-async def test_it_answers(run: Run) -> None:
+async def test_it_answers_in_a_stream(run: Run) -> None:
+    """It knows no other way."""
     events = await asyncio.to_thread(run, "[[plain]]")
-    assert [item["text"] for item in items(events, "agent_message")] == [scripts.PLAIN]
+    whole = texts(events) == [scripts.PLAIN]
+    settle(CODEX, "scripted", {"chat": whole, "stream": whole}, events)
+
+
+async def test_a_long_answer(run: Run) -> None:
+    events = await asyncio.to_thread(run, "[[long]]")
+    settle(CODEX, "scripted", {"long": texts(events) == [scripts.LONG]}, events)
 
 
 async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedStage, run: Run, tmp_path: Path) -> None:
@@ -91,7 +100,8 @@ async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedSta
     needles = {"word": word.encode(), "file": scripts.OLD.encode()}
     events, seen = await watched(pids, needles, asyncio.to_thread(run, f"Please edit my notes: [[edit {word}]]"))
     assert (tmp_path / "project" / scripts.FILE).read_text() == f"first\n{word}\nlast\n"
-    assert items(events, "agent_message")[-1]["text"] == f"The file says {word}."
+    assert texts(events)[-1] == f"The file says {word}."
+    settle(CODEX, "scripted", {"tools": True}, events)
     assert seen == {"gateway": set(), "nats": set(), "worker": set(needles)}
     kept = [path for folder in (live.site.folder, live.audit_of().parent) for path in folder.rglob("*") if path.is_file()]
     assert kept

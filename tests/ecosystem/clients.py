@@ -1,0 +1,180 @@
+"""The clients that are tried, what was seen of each, and docs/clients.md: `python -m ecosystem.clients` writes it.
+
+`test_clients.py` fills `clients.json`. A cell of the page says what a test saw, and with which engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+HERE: Final = Path(__file__).resolve().parent
+DOCUMENT: Final = HERE.parents[1] / "docs/clients.md"
+_RECORD: Final = HERE / "clients.json"
+
+Feature = Literal["chat", "stream", "tools", "structured", "embeddings", "cancellation", "long"]
+Engine = Literal["scripted", "model"]
+
+_TALK: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "structured", "cancellation", "long")
+_ALL: Final[tuple[Feature, ...]] = get_args(Feature)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """package: what its lock file pins. api: what it speaks. node: a folder with a package-lock.json and a `client.mjs`."""
+
+    title: str
+    program: str
+    environment: str
+    package: str
+    api: str
+    features: tuple[Feature, ...] = _ALL
+    node: bool = False
+
+    @property
+    def version(self) -> str:
+        """As its environment's lock file pins it."""
+        if self.node:
+            lock = json.loads((HERE / self.environment / "package-lock.json").read_text())
+            return str(lock["packages"][f"node_modules/{self.package}"]["version"])
+        found = re.search(rf"^{re.escape(self.package)}==(\S+)", (HERE / f"{self.environment}.lock").read_text(), re.MULTILINE)
+        assert found, self.package
+        return found[1]
+
+
+CLIENTS: Final = (
+    Client("`openai`", "openai", "openai3", "openai", "chat"),
+    Client("`openai` 2", "openai", "openai2", "openai", "chat"),
+    Client("`openai` for Node", "openai_js", "node", "openai", "chat", node=True),
+    Client("`anthropic`", "anthropic", "anthropic", "anthropic", "messages", _TALK),
+    Client("`@anthropic-ai/sdk`", "anthropic_js", "anthropic_js", "@anthropic-ai/sdk", "messages", _TALK, node=True),
+    Client("`openai-agents`", "agents", "agents", "openai-agents", "responses", _TALK),
+    Client("LangChain agents", "langchain", "langchain", "langchain", "chat"),
+    Client("LlamaIndex", "llamaindex", "llamaindex", "llama-index-llms-openai-like", "chat"),
+    Client("Pydantic AI", "pydanticai", "pydanticai", "pydantic-ai-slim", "chat", _TALK),
+    Client("`instructor`", "instructor", "instructor", "instructor", "chat", _TALK),
+    Client("smolagents", "smolagents", "smolagents", "smolagents", "chat", ("chat", "stream", "tools", "long")),
+    Client("Vercel `ai`", "vercel", "vercel", "ai", "chat", node=True),
+)
+# Its tests are test_codex.py. It always streams.
+CODEX: Final = Client(
+    "Codex CLI", "codex", "codex", "@openai/codex", "responses", ("chat", "stream", "tools", "long"), node=True
+)
+
+_HEAD: Final = """\
+# Clients
+
+*Written by `make clients` from what the tests saw, and compared with it by a test.*
+
+```sh
+lacre proxy  # prints the two variables that most programs read
+export OPENAI_BASE_URL=http://127.0.0.1:11435/v1 OPENAI_API_KEY=...
+export ANTHROPIC_BASE_URL=http://127.0.0.1:11435 ANTHROPIC_API_KEY=...  # the same key
+```
+
+Each program below ran unchanged through `lacre proxy`, in an environment of its own, with the version that its lock file pins.
+Python programs can also use [the SDK](using.md) as their HTTP client, without a proxy.
+
+| mark | what ran |
+|---|---|
+| ✓ | a scripted engine in a real worker, behind the real gateway and seal: it says what the test tells it to |
+| ● | a real model: SmolLM2-135M for texts, all-MiniLM-L6-v2 for embeddings |
+| ✗ | it does not work yet |
+| – | not tried, or the program has no such feature |
+
+The default model is too small to use tools well, so tools and agents ran with the scripted engine.
+
+"""
+COLUMNS: Final[Mapping[Feature, str]] = {
+    "chat": "chat",
+    "stream": "stream",
+    "tools": "tools",
+    "structured": "structured output",
+    "embeddings": "embeddings",
+    "cancellation": "cancellation",
+    "long": "long answer",
+}
+MARKS: Final[Mapping[Engine, str]] = {"scripted": "✓", "model": "●"}
+_TAIL: Final = """
+- **Tools**: the model calls a tool, the program runs it, and the answer uses its result.
+- **Structured output**: an answer that fits a schema, read into an object. The scripted engine shows that the request and the
+  answer arrive. A real engine enforces [the schema](schemas.md).
+- **Cancellation**: the program leaves in the middle of a stream, and the worker stops computing.
+- **Long answer**: an answer of more than 512 tokens. Programs of the Messages API must name a `max_tokens`; the
+  others name none.
+
+## Codex
+
+The tests ask Codex to edit a file, and it does so. Its network is this machine's loopback alone. Neither the memory of the
+gateway nor its disk holds a word of the edit. These are its settings, in `~/.codex/config.toml`. Leave out `sandbox_mode` on a
+machine that is not disposable.
+
+```toml
+{codex}```
+
+By default Codex also offers a web search that OpenAI's servers run. A worker cannot search, so it refuses the request and names
+the tool. `web_search = "disabled"` turns it off.
+
+## LangChain
+
+`OpenAIEmbeddings` sends the ids of OpenAI's tokens unless you pass `check_embedding_ctx_length=False`.
+"""
+
+
+def page() -> str:
+    """The whole document."""
+    head = ["client", "version", "API", *COLUMNS.values()]
+    rows = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *map(_row, (*CLIENTS, CODEX)))]
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL.format(codex=(HERE / "codex/config.toml").read_text().partition("\n")[2])
+
+
+def _row(client: Client) -> Iterator[str]:
+    yield client.title
+    yield client.version
+    yield client.api
+    for feature in COLUMNS:
+        yield _cell(client, feature)
+
+
+def _cell(client: Client, feature: Feature) -> str:
+    """A mark for each engine that it works with. It fails where none did."""
+    seen = {engine: recorded(client, engine).get(feature) for engine in MARKS}
+    marks = [mark for engine, mark in MARKS.items() if seen[engine]]
+    return " ".join(marks) or ("–" if set(seen.values()) == {None} else "✗")
+
+
+def _read() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(_RECORD.read_text())
+    return read
+
+
+def recorded(client: Client, engine: Engine) -> dict[Feature, bool]:
+    found: dict[Feature, bool] = _read().get(_key(client), {}).get(engine, {})
+    return found
+
+
+def settle(client: Client, engine: Engine, seen: Mapping[Feature, bool], told: object) -> None:
+    """Records what was seen, with `LACRE_RECORD=1`. Otherwise it must be what was recorded. told: by the program."""
+    if "LACRE_RECORD" in os.environ:
+        _keep(client, engine, seen)
+    known = recorded(client, engine)
+    assert {feature: known.get(feature) for feature in seen} == seen, told
+
+
+def _keep(client: Client, engine: Engine, seen: Mapping[Feature, bool]) -> None:
+    whole = _read()
+    whole.setdefault(_key(client), {}).setdefault(engine, {}).update(seen)
+    _RECORD.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+
+
+def _key(client: Client) -> str:
+    return f"{client.environment}/{client.program}"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(page())

@@ -1,0 +1,54 @@
+"""`pydantic-ai`: agents over the chat API."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+
+from asked import LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
+
+LLM = OpenAIChatModel(MODEL)
+
+
+class Mood(pydantic.BaseModel):
+    mood: Literal["good", "bad"]
+    points: int
+
+
+async def chat() -> dict[str, Any]:
+    return {"text": (await Agent(LLM).run(PLAIN)).output}
+
+
+async def stream() -> dict[str, Any]:
+    async with Agent(LLM).run_stream(PLAIN) as result:
+        return streamed([piece async for piece in result.stream_text(delta=True, debounce_by=None)])
+
+
+async def tools() -> dict[str, Any]:
+    return {"text": (await Agent(LLM, tools=[weather]).run(WEATHER)).output}
+
+
+async def structured() -> Any:
+    return (await Agent(LLM, output_type=Mood).run(MOOD)).output.model_dump()
+
+
+async def cancellation() -> dict[str, Any]:
+    taken = 0
+    async with Agent(LLM).run_stream(SLOW) as result:
+        async for _ in result.stream_text(delta=True, debounce_by=None):
+            taken += 1
+            if taken == PIECES:
+                await result.cancel()
+                break
+    return {"pieces": taken}
+
+
+async def long() -> dict[str, Any]:
+    return {"text": (await Agent(LLM).run(LONG)).output}
+
+
+if __name__ == "__main__":
+    tell(chat, stream, tools, structured, cancellation, long)
