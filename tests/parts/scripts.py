@@ -75,9 +75,9 @@ def _long(prompt: str, _word: str, _since: str) -> str:
 
 
 def _weather(prompt: str, _word: str, since: str) -> str:
-    if _RESULT not in since:
-        return call("weather", {"city": CITY})
-    return _final(prompt, f"It is {sunny(CITY)}." if sunny(CITY) in since else "The tool told nothing.")
+    if sunny(CITY) in since:  # some agents write results as what a user says
+        return _final(prompt, f"It is {sunny(CITY)}.")
+    return "The tool told nothing." if _RESULT in since else call("weather", {"city": CITY})
 
 
 def _mood(prompt: str, _word: str, _since: str) -> str:
