@@ -420,7 +420,8 @@ def _offered(given: Sequence[Any], at: str) -> Iterator[tuple[str, str, _Tool | 
         elif kind == "function" or not isinstance(kind, str):
             yield path, "", validated(_Tool, tool, at=path)
         else:
-            raise unsupported(f"{path}.type", f"This server runs no tool '{kind}'. Offer functions of your own.")
+            said = f"This server runs no tool '{kind}'. Turn it off in your program, or offer functions of your own."
+            raise unsupported(f"{path}.type", said)
 
 
 def _text_function(name: str, tool: _Custom) -> dict[str, Any]:
