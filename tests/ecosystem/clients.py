@@ -58,7 +58,7 @@ CLIENTS: Final = (
     Client("LlamaIndex", "llamaindex", "llamaindex", "llama-index-llms-openai-like", "chat"),
     Client("Pydantic AI", "pydanticai", "pydanticai", "pydantic-ai-slim", "chat", _TALK),
     Client("`instructor`", "instructor", "instructor", "instructor", "chat", _TALK),
-    Client("smolagents", "smolagents", "smolagents", "smolagents", "chat", ("chat", "stream", "tools", "long")),
+    Client("smolagents", "smolagents", "smolagents", "smolagents", "chat", ("chat", "stream", "tools", "cancellation", "long")),
     Client("Vercel `ai`", "vercel", "vercel", "ai", "chat", node=True),
 )
 # Its tests are test_codex.py. It always streams.

@@ -6,8 +6,11 @@ import asyncio
 import json
 import platform
 import shutil
+import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from parts import scripts
 from parts.loopback import only_loopback
 from parts.npm import install
 from parts.platforms import canary, watched
-from parts.stage import ScriptedStage
+from parts.stage import ScriptedStage, until
+from parts.waiting import PATIENCE
 
 FOLDER = Path(__file__).resolve().parent / "codex"
 NODE, NPM = shutil.which("node"), shutil.which("npm")
@@ -39,17 +43,43 @@ async def live(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Script
 
 
 @pytest.fixture(scope="module")
-def codex() -> str:
+def program() -> str:
     install(FOLDER)
     return str(FOLDER / "node_modules/.bin/codex")
 
 
-Run = Callable[..., list[dict[str, Any]]]
+@dataclass(frozen=True, slots=True)
+class Codex:
+    """Codex in a project of its own. port: the only one that it reaches."""
+
+    program: str
+    port: int
+    project: Path
+    environment: dict[str, str]
+
+    @contextmanager
+    def running(self, asked: str) -> Iterator[subprocess.Popen[str]]:
+        """Its process, which was asked something, and prints its events."""
+        line = [self.program, "exec", "--strict-config", "--skip-git-repo-check", "--json", "--cd", str(self.project), asked]
+        with only_loopback(self.port) as inside:
+            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            process = subprocess.Popen(inside(*line), env=self.environment, text=True, **pipes)
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.communicate()
+
+    def ask(self, asked: str) -> list[dict[str, Any]]:
+        """The events of a whole run."""
+        with self.running(asked) as process:
+            said, complained = process.communicate(timeout=120)
+        assert said, complained
+        return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture
-def run(live: ScriptedStage, codex: str, tmp_path: Path) -> Run:
-    """Asks it for something, in a project of its own. Returns the events that it printed."""
+def codex(live: ScriptedStage, program: str, tmp_path: Path) -> Codex:
     home, project = tmp_path / "home", tmp_path / "project"
     home.mkdir()
     project.mkdir()
@@ -57,23 +87,7 @@ def run(live: ScriptedStage, codex: str, tmp_path: Path) -> Run:
     settings = (FOLDER / "config.toml").read_text()
     (home / "config.toml").write_text(settings.replace("http://127.0.0.1:11435/v1", live.proxy.base_url))
     environment = live.proxy.environment() | {"HOME": str(home), "CODEX_HOME": str(home)}
-
-    def run(asked: str, *more: str) -> list[dict[str, Any]]:
-        command = [codex, "exec", "--strict-config", "--skip-git-repo-check", "--json", "--cd", str(project), *more, asked]
-        with only_loopback(live.proxy.port) as inside:
-            done = subprocess.run(
-                inside(*command),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-        assert done.stdout, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-    return run
+    return Codex(program, live.proxy.port, project, environment)
 
 
 def texts(events: list[dict[str, Any]]) -> list[str]:
@@ -82,24 +96,24 @@ def texts(events: list[dict[str, Any]]) -> list[str]:
     return [item["text"] for item in done if item["type"] == "agent_message"]
 
 
-async def test_it_answers_in_a_stream(run: Run) -> None:
+async def test_it_answers_in_a_stream(codex: Codex) -> None:
     """It knows no other way."""
-    events = await asyncio.to_thread(run, "[[plain]]")
+    events = await asyncio.to_thread(codex.ask, "[[plain]]")
     whole = texts(events) == [scripts.PLAIN]
     settle(CODEX, "scripted", {"chat": whole, "stream": whole}, events)
 
 
-async def test_a_long_answer(run: Run) -> None:
-    events = await asyncio.to_thread(run, "[[long]]")
+async def test_a_long_answer(codex: Codex) -> None:
+    events = await asyncio.to_thread(codex.ask, "[[long]]")
     settle(CODEX, "scripted", {"long": texts(events) == [scripts.LONG]}, events)
 
 
-async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedStage, run: Run, tmp_path: Path) -> None:
+async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedStage, codex: Codex) -> None:
     word = canary()
     pids = {"gateway": live.gateways[0].process.pid, "nats": live.nats.pid, "worker": live.scripted.process.pid}
     needles = {"word": word.encode(), "file": scripts.OLD.encode()}
-    events, seen = await watched(pids, needles, asyncio.to_thread(run, f"Please edit my notes: [[edit {word}]]"))
-    assert (tmp_path / "project" / scripts.FILE).read_text() == f"first\n{word}\nlast\n"
+    events, seen = await watched(pids, needles, asyncio.to_thread(codex.ask, f"Please edit my notes: [[edit {word}]]"))
+    assert (codex.project / scripts.FILE).read_text() == f"first\n{word}\nlast\n"
     assert texts(events)[-1] == f"The file says {word}."
     settle(CODEX, "scripted", {"tools": True}, events)
     assert seen == {"gateway": set(), "nats": set(), "worker": set(needles)}
@@ -107,3 +121,14 @@ async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedSta
     assert kept
     for path in kept:
         assert word.encode() not in path.read_bytes(), path
+
+
+async def test_an_answer_that_it_leaves(live: ScriptedStage, codex: Codex) -> None:
+    """Ctrl-C ends it in the middle of a stream, and the worker stops computing."""
+    begun, cancelled = live.scripted.begun(), live.scripted.ends()["cancelled"]
+    with codex.running("[[slow]]") as process:
+        await until(lambda: live.scripted.begun() > begun, PATIENCE, live.scripted.said)
+        process.send_signal(signal.SIGINT)
+        await asyncio.to_thread(process.communicate, timeout=PATIENCE)
+    await until(lambda: live.scripted.ends()["cancelled"] == cancelled + 1, PATIENCE, live.scripted.said)
+    settle(CODEX, "scripted", {"cancellation": True}, "")

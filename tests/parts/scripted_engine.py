@@ -21,8 +21,8 @@ class _Unheld:
 
 
 class ScriptedEngine(EchoEngine):
-    """script: from the prompt's text to the answer's. pause: from it to the seconds before each token. ended: is told why each
-    task ended.
+    """script: from the prompt's text to the answer's. pause: from it to the seconds before each token, asked when a
+    task begins. ended: is told why each task ended.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """A worker in a process of its own, whose engine says what `parts.scripts` tells it to: all else is as in `lacre worker`.
 
-`python -m parts.scripted_worker SITE NATS_URL`. When a task ends, it prints the reason in a line of its own.
+`python -m parts.scripted_worker SITE NATS_URL`. It prints a line when a task begins, and one with the reason when it ends.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ CONTEXT = 1 << 18  # tokens, each of one byte: an agent's instructions alone are
 SLOTS = 8
 
 
+def _pause(prompt: str) -> float:
+    print("begun", flush=True)
+    return scripts.pause(prompt)
+
+
 async def main(folder: Path, url: str) -> None:
-    engine = ScriptedEngine(scripts.said, n_ctx=CONTEXT, pause=scripts.pause, ended=lambda reason: print(reason, flush=True))
+    engine = ScriptedEngine(scripts.said, n_ctx=CONTEXT, pause=_pause, ended=lambda reason: print(reason, flush=True))
     with closing(engine):
         async with connected_node(Site.load(folder), url, create_app([engine]), slots=SLOTS) as node:
             await node.run()

@@ -2,7 +2,7 @@
 import Anthropic from "@anthropic-ai/sdk";
 import { LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
 
-const given = { model: process.env.MODEL, max_tokens: 4096 };
+const given = { model: process.env.MODEL, max_tokens: 512 };
 const client = new Anthropic({ maxRetries: 0 });
 const said = (text) => [{ role: "user", content: text }];
 const created = (text, more = {}) => client.messages.create({ ...given, messages: said(text), ...more });
@@ -37,5 +37,5 @@ await tell({
     }
     return { pieces };
   },
-  long: async () => ({ text: textOf(await created(LONG)) }),
+  long: async () => ({ text: textOf(await created(LONG, { max_tokens: 2048 })) }),
 });

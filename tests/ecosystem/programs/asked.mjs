@@ -1,5 +1,5 @@
 // What the client programs for Node ask for, as asked.py says it for Python's. Prints JSON: each feature's result, or its error.
-export const PLAIN = "[[plain]] Name a sea.";
+export const PLAIN = "[[plain]] Name a sea, in a few words.";
 export const LONG = "[[long]] Tell of the waves.";
 export const SLOW = "[[slow]] Tell of the waves.";
 export const WEATHER = "[[weather]] How is the weather in Vienna?";
@@ -16,7 +16,7 @@ export const MOODS = {
 
 export const weather = ({ city }) => `sunny in ${city}`;
 
-/** Runs those of the features that the command line names. */
+/** Runs those of the features that the command line names. Then it lives on until its stdin ends. */
 export async function tell(features) {
   const told = {};
   for (const name of process.argv.slice(2)) {
@@ -27,4 +27,5 @@ export async function tell(features) {
     }
   }
   console.log(JSON.stringify(told));
+  for await (const _ of process.stdin);
 }

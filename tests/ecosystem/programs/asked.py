@@ -17,7 +17,7 @@ MODEL = os.environ["MODEL"]
 EMBEDDER = os.environ["EMBEDDER"]
 KEY = os.environ["OPENAI_API_KEY"]
 URL = os.environ["OPENAI_BASE_URL"]
-PLAIN = "[[plain]] Name a sea."
+PLAIN = "[[plain]] Name a sea, in a few words."
 LONG = "[[long]] Tell of the waves."
 SLOW = "[[slow]] Tell of the waves."
 WEATHER = "[[weather]] How is the weather in Vienna?"
@@ -40,9 +40,10 @@ def streamed(pieces: list[str]) -> dict[str, Any]:
 
 
 def tell(*features: Callable[[], Any]) -> None:
-    """Runs those that the command line names."""
+    """Runs those that the command line names. Then the program lives until its stdin ends: so its own end closes no stream."""
     known = {feature.__name__.strip("_"): feature for feature in features}
-    print(json.dumps({name: _done(known[name]) for name in sys.argv[1:]}))
+    print(json.dumps({name: _done(known[name]) for name in sys.argv[1:]}), flush=True)
+    sys.stdin.read()
 
 
 def _done(feature: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ MOODS = {
     "required": ["mood", "points"],
     "additionalProperties": False,
 }
-GIVEN: dict[str, Any] = {"model": MODEL, "max_tokens": 4096}
+GIVEN: dict[str, Any] = {"model": MODEL, "max_tokens": 512}
 
 
 def said(text: str) -> list[Any]:
@@ -63,7 +63,7 @@ def cancellation() -> dict[str, Any]:
 
 
 def long() -> dict[str, Any]:
-    return {"text": text_of(CLIENT.messages.create(messages=said(LONG), **GIVEN))}
+    return {"text": text_of(CLIENT.messages.create(messages=said(LONG), **{**GIVEN, "max_tokens": 2048}))}
 
 
 if __name__ == "__main__":

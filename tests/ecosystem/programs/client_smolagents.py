@@ -6,7 +6,7 @@ from typing import Any
 
 from smolagents import OpenAIServerModel, ToolCallingAgent, tool
 
-from asked import KEY, LONG, MODEL, PLAIN, URL, WEATHER, streamed, tell
+from asked import KEY, LONG, MODEL, PIECES, PLAIN, SLOW, URL, WEATHER, streamed, tell
 from asked import weather as told
 
 LLM = OpenAIServerModel(model_id=MODEL, api_base=URL, api_key=KEY)
@@ -38,9 +38,19 @@ def tools() -> dict[str, Any]:
     return {"text": ToolCallingAgent(tools=[weather], model=LLM, max_steps=3, verbosity_level=0).run(WEATHER)}
 
 
+def cancellation() -> dict[str, Any]:
+    taken, deltas = 0, LLM.generate_stream(said(SLOW))
+    for _ in deltas:
+        taken += 1
+        if taken == PIECES:
+            break
+    deltas.close()
+    return {"pieces": taken}
+
+
 def long() -> dict[str, Any]:
     return {"text": LLM.generate(said(LONG)).content}
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, long)
+    tell(chat, stream, tools, cancellation, long)

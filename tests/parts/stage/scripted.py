@@ -75,6 +75,10 @@ class ScriptedWorker(WorkerProcess):
         command = inside(*PYTHON, "-m", "parts.scripted_worker", *self.served)
         self.process = launched(command, self.log, env=os.environ | {"PYTHONPATH": str(_TESTS)})
 
+    def begun(self) -> int:
+        """How many tasks began."""
+        return self.log.read_text().splitlines().count("begun")
+
     def ends(self) -> Counter[str]:
         """How many tasks ended for each reason."""
         return Counter(line for line in self.log.read_text().splitlines() if line in get_args(FinishReason))
