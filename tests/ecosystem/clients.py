@@ -62,9 +62,8 @@ CLIENTS: Final = (
     Client("Vercel `ai`", "vercel", "vercel", "ai", "chat", node=True),
 )
 # Its tests are test_codex.py. It always streams.
-CODEX: Final = Client(
-    "Codex CLI", "codex", "codex", "@openai/codex", "responses", ("chat", "stream", "tools", "long"), node=True
-)
+_OF_CODEX: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "cancellation", "long")
+CODEX: Final = Client("Codex CLI", "codex", "codex", "@openai/codex", "responses", _OF_CODEX, node=True)
 
 _HEAD: Final = """\
 # Clients
@@ -104,15 +103,15 @@ _TAIL: Final = """
 - **Tools**: the model calls a tool, the program runs it, and the answer uses its result.
 - **Structured output**: an answer that fits a schema, read into an object. The scripted engine shows that the request and the
   answer arrive. A real engine enforces [the schema](schemas.md).
-- **Cancellation**: the program leaves in the middle of a stream, and the worker stops computing.
+- **Cancellation**: the program leaves in the middle of a stream and runs on, and the worker stops computing. Codex is
+  ended by Ctrl-C.
 - **Long answer**: an answer of more than 512 tokens. Programs of the Messages API must name a `max_tokens`; the
   others name none.
 
 ## Codex
 
 The tests ask Codex to edit a file, and it does so. Its network is this machine's loopback alone. Neither the memory of the
-gateway nor its disk holds a word of the edit. These are its settings, in `~/.codex/config.toml`. Leave out `sandbox_mode` on a
-machine that is not disposable.
+gateway nor its disk holds a word of the edit. These are its settings, in `~/.codex/config.toml`.
 
 ```toml
 {codex}```
@@ -142,10 +141,10 @@ def _row(client: Client) -> Iterator[str]:
 
 
 def _cell(client: Client, feature: Feature) -> str:
-    """A mark for each engine that it works with. It fails where none did."""
+    """A mark for each engine that it works with, and the cross if it fails with one."""
     seen = {engine: recorded(client, engine).get(feature) for engine in MARKS}
     marks = [mark for engine, mark in MARKS.items() if seen[engine]]
-    return " ".join(marks) or ("–" if set(seen.values()) == {None} else "✗")
+    return " ".join([*marks, *(["✗"] if False in seen.values() else [])]) or "–"
 
 
 def _read() -> dict[str, Any]:

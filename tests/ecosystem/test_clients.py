@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
@@ -34,6 +35,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(600)]
 def command(client: Client) -> tuple[list[str], Path]:
     """What starts the program, and where."""
     if client.node:
+        if not shutil.which("node") or not shutil.which("npm"):
+            pytest.skip("node and npm are not installed")
         npm.install(HERE / client.environment)
         return ["node", "client.mjs"], HERE / client.environment
     return [environment(client.environment), str(PROGRAMS / f"client_{client.program}.py")], HERE

@@ -25,6 +25,11 @@ from parts.stage import ScriptedStage, until
 from parts.waiting import PATIENCE
 
 FOLDER = Path(__file__).resolve().parent / "codex"
+# It asks once, so that failures are seen. What runs has no network: its own sandbox needs more than some machines allow.
+OPTIONS = [
+    "--strict-config", "--skip-git-repo-check", "--json", "--sandbox", "danger-full-access",
+    "-c", "model_providers.lacre.request_max_retries=0", "-c", "model_providers.lacre.stream_max_retries=0",
+]  # fmt: skip
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 
 pytestmark = [
@@ -60,7 +65,7 @@ class Codex:
     @contextmanager
     def running(self, asked: str) -> Iterator[subprocess.Popen[str]]:
         """Its process, which was asked something, and prints its events."""
-        line = [self.program, "exec", "--strict-config", "--skip-git-repo-check", "--json", "--cd", str(self.project), asked]
+        line = [self.program, "exec", *OPTIONS, "--cd", str(self.project), asked]
         with only_loopback(self.port) as inside:
             pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             process = subprocess.Popen(inside(*line), env=self.environment, text=True, **pipes)
