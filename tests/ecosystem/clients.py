@@ -111,7 +111,8 @@ _TAIL: Final = """
 ## Codex
 
 The tests ask Codex to edit a file, and it does so. Its network is this machine's loopback alone. Neither the memory of the
-gateway nor its disk holds a word of the edit. These are its settings, in `~/.codex/config.toml`.
+gateway nor its disk holds a word of the edit. These are its settings, in `~/.codex/config.toml`, with the name
+of the model that it uses.
 
 ```toml
 {codex}```
@@ -129,7 +130,8 @@ def page() -> str:
     """The whole document."""
     head = ["client", "version", "API", *COLUMNS.values()]
     rows = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *map(_row, (*CLIENTS, CODEX)))]
-    return _HEAD + "\n".join(rows) + "\n" + _TAIL.format(codex=(HERE / "codex/config.toml").read_text().partition("\n")[2])
+    settings = (HERE / "codex/config.toml").read_text().partition("\n")[2].replace('"scripted"', '"MODEL"', 1)
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL.format(codex=settings)
 
 
 def _row(client: Client) -> Iterator[str]:
