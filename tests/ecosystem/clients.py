@@ -1,6 +1,7 @@
 """The clients that are tried, what was seen of each, and docs/clients.md: `python -m ecosystem.clients` writes it.
 
-`test_clients.py` fills `clients.json`. A cell of the page says what a test saw, and with which engine.
+`test_clients.py` here and in tests/heavy/clients fill `clients.json`. A cell of the page says what a test saw, and with which
+engine.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-HERE: Final = Path(__file__).resolve().parent
-DOCUMENT: Final = HERE.parents[1] / "docs/clients.md"
-_RECORD: Final = HERE / "clients.json"
+_HERE: Final = Path(__file__).resolve().parent
+_HEAVY: Final = _HERE.parent / "heavy/clients"
+DOCUMENT: Final = _HERE.parents[1] / "docs/clients.md"
+_RECORD: Final = _HERE / "clients.json"
 
 Feature = Literal["chat", "stream", "tools", "structured", "embeddings", "cancellation", "long"]
 Engine = Literal["scripted", "model"]
@@ -26,7 +28,9 @@ _ALL: Final[tuple[Feature, ...]] = get_args(Feature)
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """package: what its lock file pins. api: what it speaks. node: a folder with a package-lock.json and a `client.mjs`."""
+    """package: what its lock file pins. api: what it speaks. node: a folder with a package-lock.json and a `client.mjs`.
+    heavy: its environment is for `make test-heavy`.
+    """
 
     title: str
     program: str
@@ -35,35 +39,50 @@ class Client:
     api: str
     features: tuple[Feature, ...] = _ALL
     node: bool = False
+    heavy: bool = False
+
+    @property
+    def room(self) -> Path:
+        """Where its lock file and its program are."""
+        room = _HEAVY if self.heavy else _HERE
+        return room / self.environment if self.node else room
 
     @property
     def version(self) -> str:
         """As its environment's lock file pins it."""
         if self.node:
-            lock = json.loads((HERE / self.environment / "package-lock.json").read_text())
+            lock = json.loads((self.room / "package-lock.json").read_text())
             return str(lock["packages"][f"node_modules/{self.package}"]["version"])
-        found = re.search(rf"^{re.escape(self.package)}==(\S+)", (HERE / f"{self.environment}.lock").read_text(), re.MULTILINE)
+        found = re.search(
+            rf"^{re.escape(self.package)}==(\S+)", (self.room / f"{self.environment}.lock").read_text(), re.MULTILINE
+        )
         assert found, self.package
         return found[1]
 
 
-CLIENTS: Final = (
+LIGHT: Final = (
     Client("`openai`", "openai", "openai3", "openai", "chat"),
     Client("`openai` 2", "openai", "openai2", "openai", "chat"),
     Client("`openai` for Node", "openai_js", "node", "openai", "chat", node=True),
     Client("`anthropic`", "anthropic", "anthropic", "anthropic", "messages", _TALK),
     Client("`@anthropic-ai/sdk`", "anthropic_js", "anthropic_js", "@anthropic-ai/sdk", "messages", _TALK, node=True),
-    Client("`openai-agents`", "agents", "agents", "openai-agents", "responses", _TALK),
-    Client("LangChain agents", "langchain", "langchain", "langchain", "chat"),
-    Client("LlamaIndex", "llamaindex", "llamaindex", "llama-index-llms-openai-like", "chat"),
-    Client("Pydantic AI", "pydanticai", "pydanticai", "pydantic-ai-slim", "chat", _TALK),
-    Client("`instructor`", "instructor", "instructor", "instructor", "chat", _TALK),
-    Client("smolagents", "smolagents", "smolagents", "smolagents", "chat", ("chat", "stream", "tools", "cancellation", "long")),
-    Client("Vercel `ai`", "vercel", "vercel", "ai", "chat", node=True),
 )
+HEAVY: Final = (
+    Client("`openai-agents`", "agents", "agents", "openai-agents", "responses", _TALK, heavy=True),
+    Client("LangChain agents", "langchain", "langchain", "langchain", "chat", heavy=True),
+    Client("LlamaIndex", "llamaindex", "llamaindex", "llama-index-llms-openai-like", "chat", heavy=True),
+    Client("Pydantic AI", "pydanticai", "pydanticai", "pydantic-ai-slim", "chat", _TALK, heavy=True),
+    Client("`instructor`", "instructor", "instructor", "instructor", "chat", _TALK, heavy=True),
+    Client(
+        "smolagents", "smolagents", "smolagents", "smolagents", "chat",
+        ("chat", "stream", "tools", "cancellation", "long"), heavy=True,
+    ),
+    Client("Vercel `ai`", "vercel", "vercel", "ai", "chat", node=True, heavy=True),
+)  # fmt: skip
 # Its tests are test_codex.py. It always streams.
 _OF_CODEX: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "cancellation", "long")
-CODEX: Final = Client("Codex CLI", "codex", "codex", "@openai/codex", "responses", _OF_CODEX, node=True)
+CODEX: Final = Client("Codex CLI", "codex", "codex", "@openai/codex", "responses", _OF_CODEX, node=True, heavy=True)
+ALL: Final = (*LIGHT, *HEAVY, CODEX)
 
 _HEAD: Final = """\
 # Clients
@@ -129,8 +148,8 @@ the tool. `web_search = "disabled"` turns it off.
 def page() -> str:
     """The whole document."""
     head = ["client", "version", "API", *COLUMNS.values()]
-    rows = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *map(_row, (*CLIENTS, CODEX)))]
-    settings = (HERE / "codex/config.toml").read_text().partition("\n")[2].replace('"scripted"', '"MODEL"', 1)
+    rows = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *map(_row, ALL))]
+    settings = (CODEX.room / "config.toml").read_text().partition("\n")[2].replace('"scripted"', '"MODEL"', 1)
     return _HEAD + "\n".join(rows) + "\n" + _TAIL.format(codex=settings)
 
 

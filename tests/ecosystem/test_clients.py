@@ -1,100 +1,18 @@
-"""Other people's clients through `lacre proxy`, feature by feature. docs/clients.md is written from what these tests see.
-
-`LACRE_RECORD=1` writes what they see into clients.json. Otherwise they compare, so that the page says what is true.
-"""
+"""The vendors' own packages through `lacre proxy`, feature by feature: see asking.py."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ecosystem.clients import CLIENTS, Client, Feature, settle
-from ecosystem.conftest import PROGRAMS, environment, settings
-from parts import npm, scripts
-from parts.minilm import NAME
-from parts.stage import SCRIPTED, Proxy, ScriptedStage, until
+from ecosystem.asking import with_a_real_model, with_a_scripted_engine
+from ecosystem.clients import LIGHT, Client
+from ecosystem.conftest import settings
+from parts.stage import Proxy, ScriptedStage
 from parts.up import Up
-from parts.waiting import PATIENCE
-
-HERE = Path(__file__).resolve().parent
-# The answers of a real model are its own. Of tools and schemas, test_programs.py says more.
-OF_MODEL: tuple[Feature, ...] = ("chat", "stream", "embeddings")
-WIDTH = 384  # of an embedding
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def command(client: Client) -> tuple[list[str], Path]:
-    """What starts the program, and where."""
-    if client.node:
-        if not shutil.which("node") or not shutil.which("npm"):
-            pytest.skip("node and npm are not installed")
-        npm.install(HERE / client.environment)
-        return ["node", "client.mjs"], HERE / client.environment
-    return [environment(client.environment), str(PROGRAMS / f"client_{client.program}.py")], HERE
-
-
-@contextmanager
-def asking(client: Client, proxy: Proxy, model: str, *features: str) -> Iterator[dict[Feature, Any]]:
-    """What the program tells of each feature. It lives until the body ends."""
-    line, folder = command(client)
-    given = proxy.environment() | {"MODEL": model, "EMBEDDER": NAME, "PYTHONWARNINGS": "ignore"}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*line, *features], cwd=folder, env=given, text=True, **pipes) as process:
-        assert process.stdout is not None
-        found = next((line for line in process.stdout if line.startswith("{")), "")
-        if found:
-            yield json.loads(found)
-        _, complained = process.communicate(timeout=60)
-    assert found, complained
-    assert process.returncode == 0, complained
-
-
-def ask(client: Client, proxy: Proxy, model: str, *features: str) -> dict[Feature, Any]:
-    with asking(client, proxy, model, *features) as told:
-        return told
-
-
-def right(feature: Feature, told: Any) -> bool:
-    """Whether the scripted engine's answer arrived whole."""
-    match feature:
-        case "chat":
-            return bool(told.get("text") == scripts.PLAIN)
-        case "stream":
-            return bool(told.get("text") == scripts.PLAIN and told["pieces"] > 3)
-        case "tools":
-            return scripts.sunny(scripts.CITY) in str(told.get("text"))
-        case "structured":
-            return bool(told == scripts.FELT)
-        case "cancellation":
-            return bool(told.get("pieces"))
-        case "long":
-            return bool(told.get("text") == scripts.LONG)
-    raise AssertionError(feature)
-
-
-def right_of_a_model(feature: Feature, told: Any) -> bool:
-    if feature == "embeddings":
-        return bool(told == {"length": WIDTH, "many": 2})
-    return bool(told.get("text")) and (feature == "chat" or told["pieces"] > 1)
-
-
-@asynccontextmanager
-async def in_thread(entered: AbstractContextManager[dict[Feature, Any]]) -> AsyncIterator[dict[Feature, Any]]:
-    """A context whose entry and exit block."""
-    found = await asyncio.to_thread(entered.__enter__)
-    try:
-        yield found
-    finally:
-        await asyncio.to_thread(entered.__exit__, None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -103,31 +21,18 @@ async def live(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Script
         yield live
 
 
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.environment)
-async def test_with_a_scripted_engine(live: ScriptedStage, client: Client) -> None:
-    features = [feature for feature in client.features if feature not in ("cancellation", "embeddings")]
-    told = await asyncio.to_thread(ask, client, live.proxy, SCRIPTED, *features)
-    seen = {feature: right(feature, told[feature]) for feature in features}
-    if "cancellation" in client.features:
-        before = live.scripted.ends()
-        async with in_thread(asking(client, live.proxy, SCRIPTED, "cancellation")) as left:
-            await until(lambda: live.scripted.ends().total() > before.total(), PATIENCE)
-        stopped = live.scripted.ends()["cancelled"] - before["cancelled"]
-        told |= left
-        seen["cancellation"] = right("cancellation", left["cancellation"]) and stopped == 1
-    settle(client, "scripted", seen, told)
-
-
 @pytest.fixture(scope="module")
-async def proxy(up: Up, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+def proxy(up: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     given = settings(up)
-    proxy = Proxy.start(given["LACRE_URL"], given["LACRE_TOKEN"], tmp_path_factory.mktemp("xdg"))
-    yield proxy
-    proxy.stop()
+    with Proxy.running(given["LACRE_URL"], given["LACRE_TOKEN"], tmp_path_factory.mktemp("xdg")) as proxy:
+        yield proxy
 
 
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.environment)
+@pytest.mark.parametrize("client", LIGHT, ids=lambda client: client.environment)
+async def test_with_a_scripted_engine(live: ScriptedStage, client: Client) -> None:
+    await with_a_scripted_engine(live, client)
+
+
+@pytest.mark.parametrize("client", LIGHT, ids=lambda client: client.environment)
 async def test_with_a_real_model(proxy: Proxy, client: Client) -> None:
-    features = [feature for feature in OF_MODEL if feature in client.features]
-    told = await asyncio.to_thread(ask, client, proxy, "smollm2-135m", *features)
-    settle(client, "model", {feature: right_of_a_model(feature, told[feature]) for feature in features}, told)
+    await with_a_real_model(proxy, client)

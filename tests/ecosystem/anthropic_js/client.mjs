@@ -1,8 +1,8 @@
 // `@anthropic-ai/sdk`: the Messages API, which needs a `max_tokens`.
 import Anthropic from "@anthropic-ai/sdk";
-import { LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
+import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
 
-const given = { model: process.env.MODEL, max_tokens: 512 };
+const given = { model: process.env.MODEL, max_tokens: 512, ...GREEDY };
 const client = new Anthropic({ maxRetries: 0 });
 const said = (text) => [{ role: "user", content: text }];
 const created = (text, more = {}) => client.messages.create({ ...given, messages: said(text), ...more });

@@ -1,11 +1,11 @@
 // `openai`: its chat API.
 import OpenAI from "openai";
-import { LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
+import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
 
 const { MODEL: model, EMBEDDER } = process.env;
 const client = new OpenAI({ maxRetries: 0 });
 const said = (text) => [{ role: "user", content: text }];
-const created = (text, more = {}) => client.chat.completions.create({ model, messages: said(text), ...more });
+const created = (text, more = {}) => client.chat.completions.create({ model, ...GREEDY, messages: said(text), ...more });
 const answer = async (text) => ({ text: (await created(text)).choices[0].message.content });
 
 await tell({

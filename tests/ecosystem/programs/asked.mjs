@@ -5,6 +5,7 @@ export const SLOW = "[[slow]] Tell of the waves.";
 export const WEATHER = "[[weather]] How is the weather in Vienna?";
 export const MOOD = "[[mood]] How do you feel, and how many points do you give?";
 export const TEXTS = ["a cat", "a kitten"];
+export const GREEDY = { temperature: 0 }; // so that a real model says the same each time
 export const PIECES = 3; // that a program takes of an answer before it leaves
 export const CITY = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
 export const MOODS = {

@@ -23,6 +23,7 @@ SLOW = "[[slow]] Tell of the waves."
 WEATHER = "[[weather]] How is the weather in Vienna?"
 MOOD = "[[mood]] How do you feel, and how many points do you give?"
 TEXTS = ["a cat", "a kitten"]
+GREEDY: dict[str, Any] = {"temperature": 0}  # so that a real model says the same each time
 PIECES = 3  # that a program takes of an answer before it leaves
 
 

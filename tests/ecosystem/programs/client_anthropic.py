@@ -7,7 +7,7 @@ from typing import Any
 
 import anthropic
 
-from asked import LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
 
 CLIENT = anthropic.Anthropic(max_retries=0)
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -18,7 +18,7 @@ MOODS = {
     "required": ["mood", "points"],
     "additionalProperties": False,
 }
-GIVEN: dict[str, Any] = {"model": MODEL, "max_tokens": 512}
+GIVEN: dict[str, Any] = {"model": MODEL, "max_tokens": 512, "extra_body": GREEDY}
 
 
 def said(text: str) -> list[Any]:

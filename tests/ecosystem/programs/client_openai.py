@@ -8,13 +8,16 @@ from typing import Any, Literal
 import openai
 import pydantic
 
-from asked import EMBEDDER, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, WEATHER, streamed, tell, weather
+from asked import EMBEDDER, GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, WEATHER, streamed, tell, weather
 
 CLIENT = openai.OpenAI(max_retries=0)
 TOOL: Any = {"type": "function", "function": {
     "name": "weather", "description": "Tells the weather in a city",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }}  # fmt: skip
+
+
+GIVEN: dict[str, Any] = {"model": MODEL, **GREEDY}
 
 
 class Mood(pydantic.BaseModel):
@@ -27,7 +30,7 @@ def said(text: str) -> list[Any]:
 
 
 def answer(text: str) -> str:
-    return CLIENT.chat.completions.create(model=MODEL, messages=said(text)).choices[0].message.content or ""
+    return CLIENT.chat.completions.create(messages=said(text), **GIVEN).choices[0].message.content or ""
 
 
 def chat() -> dict[str, Any]:
@@ -35,22 +38,22 @@ def chat() -> dict[str, Any]:
 
 
 def stream() -> dict[str, Any]:
-    chunks = CLIENT.chat.completions.create(model=MODEL, messages=said(PLAIN), stream=True)
+    chunks = CLIENT.chat.completions.create(messages=said(PLAIN), stream=True, **GIVEN)
     return streamed([chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content])
 
 
 def tools() -> dict[str, Any]:
     messages = said(WEATHER)
-    message = CLIENT.chat.completions.create(model=MODEL, messages=messages, tools=[TOOL]).choices[0].message
+    message = CLIENT.chat.completions.create(messages=messages, tools=[TOOL], **GIVEN).choices[0].message
     [call] = message.tool_calls or []
     result = weather(**json.loads(call.function.arguments))
     messages += [message, {"role": "tool", "tool_call_id": call.id, "content": result}]
-    after = CLIENT.chat.completions.create(model=MODEL, messages=messages, tools=[TOOL])
+    after = CLIENT.chat.completions.create(messages=messages, tools=[TOOL], **GIVEN)
     return {"text": after.choices[0].message.content}
 
 
 def structured() -> dict[str, Any]:
-    completion = CLIENT.chat.completions.parse(model=MODEL, messages=said(MOOD), response_format=Mood)
+    completion = CLIENT.chat.completions.parse(messages=said(MOOD), response_format=Mood, **GIVEN)
     parsed = completion.choices[0].message.parsed
     return parsed.model_dump() if parsed else {}
 
@@ -62,7 +65,7 @@ def embeddings() -> dict[str, Any]:
 
 def cancellation() -> dict[str, Any]:
     taken = 0
-    with CLIENT.chat.completions.create(model=MODEL, messages=said(SLOW), stream=True) as chunks:
+    with CLIENT.chat.completions.create(messages=said(SLOW), stream=True, **GIVEN) as chunks:
         for _ in chunks:
             taken += 1
             if taken == PIECES:

@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, get_args
@@ -42,21 +42,22 @@ class Proxy:
         return self.base_url.removesuffix("/v1")
 
     @classmethod
-    def start(cls, url: str, token: str, home: Path) -> Self:
-        """home: of what it remembers. Returns when it listens."""
+    @contextmanager
+    def running(cls, url: str, token: str, home: Path) -> Iterator[Self]:
+        """home: of what it remembers. The body runs while it listens."""
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
         environment |= {"LACRE_URL": url, "LACRE_TOKEN": token, "XDG_STATE_HOME": str(home)}
         command = [*LACRE, "proxy", "--port", "0", "--json"]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        told = json.loads(line)
-        return cls(told["base_url"], told["api_key"], process)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=30)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            told = json.loads(line)
+            yield cls(told["base_url"], told["api_key"], process)
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
 
     def environment(self) -> dict[str, str]:
         """Of a program that uses it."""
@@ -103,6 +104,5 @@ class ScriptedStage(LiveStage):
             live.gateway(own_issuer(live.site), drain=2)
             await live.start_gateways()
             await live.heard()
-            live.proxy = Proxy.start(live.gateways[0].url, live.token("client"), folder / "xdg")
-            live.stack.callback(live.proxy.stop)
-            yield live
+            with Proxy.running(live.gateways[0].url, live.token("client"), folder / "xdg") as live.proxy:
+                yield live

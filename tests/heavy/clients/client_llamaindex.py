@@ -10,7 +10,7 @@ from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 
-from asked import EMBEDDER, KEY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, URL, WEATHER, streamed, tell, weather
+from asked import EMBEDDER, GREEDY, KEY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, URL, WEATHER, streamed, tell, weather
 
 LLM = OpenAILike(
     model=MODEL,
@@ -20,6 +20,7 @@ LLM = OpenAILike(
     is_function_calling_model=True,
     context_window=1 << 17,
     max_retries=0,
+    **GREEDY,
 )
 
 

@@ -1,11 +1,11 @@
 // Vercel's `ai`, with its provider for servers that speak OpenAI's API.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { embedMany, generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
-import { LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
+import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, WEATHER, CITY, tell, weather } from "../../../ecosystem/programs/asked.mjs";
 
 const { MODEL, EMBEDDER, OPENAI_BASE_URL: baseURL, OPENAI_API_KEY: apiKey } = process.env;
 const provider = createOpenAICompatible({ name: "lacre", baseURL, apiKey, supportsStructuredOutputs: true });
-const given = { model: provider(MODEL), maxRetries: 0 };
+const given = { model: provider(MODEL), maxRetries: 0, ...GREEDY };
 const answer = async (prompt) => ({ text: (await generateText({ ...given, prompt })).text });
 
 await tell({

@@ -6,10 +6,10 @@ from typing import Any
 
 from smolagents import OpenAIServerModel, ToolCallingAgent, tool
 
-from asked import KEY, LONG, MODEL, PIECES, PLAIN, SLOW, URL, WEATHER, streamed, tell
+from asked import GREEDY, KEY, LONG, MODEL, PIECES, PLAIN, SLOW, URL, WEATHER, streamed, tell
 from asked import weather as told
 
-LLM = OpenAIServerModel(model_id=MODEL, api_base=URL, api_key=KEY)
+LLM = OpenAIServerModel(model_id=MODEL, api_base=URL, api_key=KEY, **GREEDY)
 
 
 @tool

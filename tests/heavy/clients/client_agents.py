@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import openai
 import pydantic
-from agents import Agent, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
+from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 
-from asked import LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell
 from asked import weather as told
 
 set_tracing_disabled(True)
@@ -27,7 +27,7 @@ def weather(city: str) -> str:
 
 def agent(**more: Any) -> Agent[Any]:
     model = OpenAIResponsesModel(model=MODEL, openai_client=openai.AsyncOpenAI(max_retries=0))
-    return Agent(name="Sailor", instructions="You know the sea.", model=model, **more)
+    return Agent(name="Sailor", instructions="You know the sea.", model=model, model_settings=ModelSettings(**GREEDY), **more)
 
 
 async def answer(text: str, **more: Any) -> Any:

@@ -8,10 +8,13 @@ import instructor
 import openai
 import pydantic
 
-from asked import LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell
 from asked import weather as told
 
 CLIENT = instructor.from_openai(openai.OpenAI(max_retries=0))
+
+
+GIVEN: dict[str, Any] = {"model": MODEL, "max_retries": 0, **GREEDY}
 
 
 class Mood(pydantic.BaseModel):
@@ -30,7 +33,7 @@ def said(text: str) -> list[Any]:
 
 
 def whole(text: str) -> str:
-    completion = CLIENT.create(response_model=None, model=MODEL, messages=said(text), max_retries=0)
+    completion = CLIENT.create(response_model=None, messages=said(text), **GIVEN)
     return completion.choices[0].message.content or ""
 
 
@@ -39,7 +42,7 @@ def chat() -> dict[str, Any]:
 
 
 def pieces(text: str) -> Any:
-    return CLIENT.create(response_model=None, model=MODEL, messages=said(text), stream=True, max_retries=0)
+    return CLIENT.create(response_model=None, messages=said(text), stream=True, **GIVEN)
 
 
 def stream() -> dict[str, Any]:
@@ -49,12 +52,12 @@ def stream() -> dict[str, Any]:
 
 def tools() -> dict[str, Any]:
     """Its one call is the answer."""
-    called = CLIENT.create(response_model=weather, model=MODEL, messages=said(WEATHER), max_retries=0)
+    called = CLIENT.create(response_model=weather, messages=said(WEATHER), **GIVEN)
     return {"text": f"It is {told(called.city)}."}
 
 
 def structured() -> Any:
-    return CLIENT.create(response_model=Mood, model=MODEL, messages=said(MOOD), max_retries=0).model_dump()
+    return CLIENT.create(response_model=Mood, messages=said(MOOD), **GIVEN).model_dump()
 
 
 def cancellation() -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import pydantic
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.settings import ModelSettings
 
-from asked import LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
 
-LLM = OpenAIChatModel(MODEL)
+LLM = OpenAIChatModel(MODEL, settings=ModelSettings(**GREEDY))
 
 
 class Mood(pydantic.BaseModel):

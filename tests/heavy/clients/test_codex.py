@@ -24,7 +24,7 @@ from parts.platforms import canary, watched
 from parts.stage import ScriptedStage, until
 from parts.waiting import PATIENCE
 
-FOLDER = Path(__file__).resolve().parent / "codex"
+FOLDER = CODEX.room
 # It asks once, so that failures are seen. What runs has no network: its own sandbox needs more than some machines allow.
 OPTIONS = [
     "--strict-config", "--skip-git-repo-check", "--json", "--sandbox", "danger-full-access",
@@ -34,7 +34,6 @@ NODE, NPM = shutil.which("node"), shutil.which("npm")
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.slow,
     pytest.mark.timeout(400),
     pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed"),
     pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="Codex has no program for this machine"),

@@ -9,10 +9,10 @@ from langchain.agents import create_agent
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-from asked import EMBEDDER, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, WEATHER, streamed, tell
+from asked import EMBEDDER, GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, WEATHER, streamed, tell
 from asked import weather as told
 
-LLM = ChatOpenAI(model=MODEL, max_retries=0)
+LLM = ChatOpenAI(model=MODEL, max_retries=0, **GREEDY)
 
 
 class Mood(pydantic.BaseModel):
