@@ -17,3 +17,11 @@ def test_the_engines_fill_no_cells_of_each_other() -> None:
         for engine, mark in clients.MARKS.items():
             marked = {feature for feature, cell in cells[client.title].items() if mark in cell}
             assert marked == {feature for feature, works in clients.recorded(client, engine).items() if works}
+
+
+def test_what_every_client_can_do() -> None:
+    """They chat, stream, use tools and take long answers. No feature of theirs was left untried."""
+    for client in clients.ALL:
+        seen = clients.recorded(client, "scripted")
+        assert {"chat", "stream", "tools", "long"} <= {feature for feature, works in seen.items() if works}, client.title
+        assert set(seen) == set(client.features) - {"embeddings"}, client.title

@@ -102,7 +102,7 @@ Python programs can also use [the SDK](using.md) as their HTTP client, without a
 |---|---|
 | ✓ | a scripted engine in a real worker, behind the real gateway and seal: it says what the test tells it to |
 | ● | a real model: SmolLM2-135M for texts, all-MiniLM-L6-v2 for embeddings |
-| ✗ | it does not work yet |
+| ✗ | it does not work: the notes say why |
 | – | not tried, or the program has no such feature |
 
 The default model is too small to use tools well, so tools and agents ran with the scripted engine.
@@ -123,7 +123,8 @@ _TAIL: Final = """
 - **Structured output**: an answer that fits a schema, read into an object. The scripted engine shows that the request and the
   answer arrive. A real engine enforces [the schema](schemas.md).
 - **Cancellation**: the program leaves in the middle of a stream and runs on, and the worker stops computing. Codex is
-  ended by Ctrl-C.
+  ended by Ctrl-C. smolagents closes no stream that it leaves: the worker computes on until Python collects the stream as
+  garbage.
 - **Long answer**: an answer of more than 512 tokens. Programs of the Messages API must name a `max_tokens`; the
   others name none.
 
