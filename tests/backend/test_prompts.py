@@ -52,9 +52,9 @@ async def test_texts_and_ids_together(app: App) -> None:
 @pytest.mark.parametrize(
     ("prompt", "param", "code"),
     [
-        ([END.id], "prompt[0]", "invalid_value"), ([[97], [97, START.id]], "prompt[1]", "invalid_value"),
-        ([BOS.id, BOS.id, 97], "prompt[0]", "invalid_value"), ([97, 100_000], "prompt[0]", "invalid_value"),
-        ([97, -1], "prompt[0]", "invalid_value"), ([97, 2**70], "prompt[0]", "invalid_value"),
+        ([END.id], "prompt", "invalid_value"), ([[97], [97, START.id]], "prompt[1]", "invalid_value"),
+        ([BOS.id, BOS.id, 97], "prompt", "invalid_value"), ([97, 100_000], "prompt", "invalid_value"),
+        ([97, -1], "prompt", "invalid_value"), ([97, 2**70], "prompt", "invalid_value"),
         ([97, "a"], "prompt", "invalid_type"), ([[97], 98], "prompt[1]", "invalid_type"), ([True], "prompt", "invalid_type"),
         ([1.5], "prompt", "invalid_type"), (["a", []], "prompt[1]", "invalid_type"), ({}, "prompt", "invalid_type"),
         (5, "prompt", "invalid_type"), ([], "prompt", "empty_array"), (["a"] * 65, "prompt", "array_above_max_length"),

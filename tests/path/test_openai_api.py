@@ -195,7 +195,8 @@ SPEAKS: dict[str, dict[str, list[Any]]] = {
         "response_format": [{"type": "text"}], "stop": ["\x00"], "temperature": [0, 1.7], "top_p": [0.3],
         # Taken, for no answer depends on them: whom they name, the SDK leaves outside the seal.
         "metadata": [{"a": "b"}], "user": ["ana"], "safety_identifier": ["s"], "prompt_cache_key": ["k"],
-        "prompt_cache_retention": ["24h"], "store": [False], "modalities": [["text"]], "service_tier": ["auto"],
+        "prompt_cache_retention": ["24h"], "store": [False], "modalities": [["text"]],
+        "service_tier": ["auto"], "verbosity": ["medium"],
         "reasoning_effort": ["low", "none"],  # a wish, which this model's template does not know
     },
     "text": {

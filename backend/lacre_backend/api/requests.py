@@ -43,7 +43,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "store": (False,),
     "service_tier": ("auto", "default"),

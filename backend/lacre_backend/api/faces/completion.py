@@ -36,7 +36,9 @@ class Completion(Face[CompletionRequest]):
             found = [await infill_prompt(served, str(given), request.suffix, "suffix") for given in request.prompt]
         else:
             found = [
-                await text_prompt(served, given) if isinstance(given, str) else given_tokens(served, given, f"prompt[{i}]")
+                await text_prompt(served, given)
+                if isinstance(given, str)
+                else given_tokens(served, given, "prompt" if len(request.prompt) == 1 else f"prompt[{i}]")
                 for i, given in enumerate(request.prompt)
             ]
         return [Prompt(tokens) for tokens in found]
