@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +14,16 @@ import pytest
 
 import lacre
 from lacre.asgi import App
-from lacre.exchange.stream_state import LIFETIME, StreamState
+from lacre.exchange.stream_state import LIFETIME, Begun, StreamState
+from lacre.jose.jws import b64u_decode
 from lacre_backend.api.app import create_app
-from parts.echo_engine import EchoEngine
+from parts.echo_engine import CHAT_TEMPLATE, EchoEngine
 from parts.relay import Relay, connect, connect_async
+from parts.scripted_engine import ScriptedEngine
 
 SAID = "日本 and 😀 seas"
 KEY = secrets.token_bytes(32)
-STATE = StreamState(b'{"messages":[]}', "sha256:77", (1, 2), "one", {"id": "c1"}, time.time() + LIFETIME)
+STATE = StreamState(b'{"messages":[]}', "sha256:77", (1, 2), "one", "hm", {"id": "c1"}, time.time() + LIFETIME)
 ROOT = b"r" * 32
 
 
@@ -88,6 +92,71 @@ def test_keys(relay: Relay, key: Any) -> None:
     state, _ = begun(relay, 2)
     with connect(relay) as other, pytest.raises(lacre.UsageError):
         other.continue_stream(state, key=key)
+
+
+def test_old_states_and_the_text_of_new_ones(relay: Relay) -> None:
+    state, _ = begun(relay, 2)
+    assert all(said not in b64u_decode(state) for said in (b"messages", "日".encode(), b"sha256"))
+    with connect(relay) as other:
+        opened = StreamState.open(state, KEY, other._sealed.root, time.time())
+        assert 0 < opened.until - time.time() <= LIFETIME
+        old = replace(opened, until=time.time() - 1).seal(KEY, other._sealed.root)
+        with pytest.raises(lacre.Expired):
+            other.continue_stream(old, key=KEY)
+
+
+@pytest.fixture
+def thinking() -> Iterator[Relay]:
+    """Of an engine that first thinks, and may call functions."""
+    with closing(ScriptedEngine(lambda _: "<think>I should\nsay so.</think>It rains in Porto.")) as engine:
+        engine.model = replace(engine.model, chat_template=CHAT_TEMPLATE + "{# </think> #}")
+        yield Relay(create_app([engine]), model="scripted")
+
+
+@pytest.mark.parametrize("pieces", [1, 5, 30])
+def test_reasoning_is_part_of_the_answer(thinking: Relay, pieces: int) -> None:
+    with connect(thinking) as client:
+        stream = client.chat_stream("Hi", max_tokens=200)
+        events = stream.events()
+        for _ in range(pieces):
+            next(events)
+        state = stream.state(KEY)
+        stream.close()
+        again = client.continue_stream(state, key=KEY)
+        for _ in range(2):
+            next(again.events())
+        reply = client.continue_stream(again.state(KEY), key=KEY).reply()
+    assert (reply.reasoning, reply.text) == ("I should\nsay so.", "It rains in Porto.")
+
+
+FUNCTION: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("params", [{"tools": [FUNCTION]}, {"logprobs": True}], ids=["may call functions", "probabilities"])
+def test_what_another_process_cannot_be_told_of(thinking: Relay, params: dict[str, Any]) -> None:
+    with connect(thinking) as client:
+        stream = client.chat_stream("Hi", max_tokens=200, **params)
+        next(stream)
+        with pytest.raises(lacre.UsageError, match="cannot be"):
+            stream.state(KEY)
+        assert stream.reply().text == "It rains in Porto."
+
+
+def test_calls_that_a_later_worker_can_resume() -> None:
+    """Marked events with a call: the state of such an answer would lack it."""
+    told = Begun()
+    told.note([{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}])
+    assert not told.partly
+    told.note([{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "c"}]}}])
+    assert told.partly
+
+
+def test_another_default_model(relay: Relay) -> None:
+    """The client that continues may have another default: the state names the model."""
+    state, _ = begun(relay, 2)
+    with connect(relay) as other:
+        stream = other.with_options(model="another").continue_stream(state, key=KEY)
+        assert "".join(stream) == SAID
 
 
 class TestToken:

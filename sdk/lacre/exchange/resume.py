@@ -54,7 +54,7 @@ class ResumableAnswer:
         streams = sealing.resume > 0 and self.head.status == 200 and self.head.media_type == EVENT_STREAM
         self._splice = Splice(marked=bool(self._digest)) if streams else None
         if begun is not None and self.head.status == 200:
-            self._splice = Splice.after(begun.tokens, begun.text, begun.head)
+            self._splice = Splice.after(begun)
             if self.head.get(DIGEST) != begun.digest:
                 raise self._broken("this answer was begun by another model file")
         if self._splice is not None:
@@ -79,8 +79,13 @@ class ResumableAnswer:
             raise UsageError("the answer has ended: keep its text, there is nothing left to continue")
         if splice is None or not splice.open or not splice.tokens:
             raise UsageError("this answer cannot be continued (yet): it needs one choice, no tools, and a first piece of text")
+        if splice.begun.partly:
+            raise UsageError("another process cannot be told of this answer: it has calls of functions, or probabilities")
+        body = json.loads(self._plain.content)
+        content = json.dumps(body | {"model": body.get("model") or self.facts.model}).encode()  # not the other client's default
+        text, reasoning = "".join(splice.begun.text), "".join(splice.begun.reasoning)
         until = self._sealing.now() + LIFETIME
-        return StreamState(self._plain.content, self._digest, tuple(splice.tokens), splice.text, splice.head, until)
+        return StreamState(content, self._digest, tuple(splice.tokens), text, reasoning, splice.head, until)
 
     def take(self) -> list[bytes]:
         """The bytes that the caller may have now."""

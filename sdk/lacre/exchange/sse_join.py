@@ -12,12 +12,12 @@ Rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.exchange.event_blocks import DONE, MAX_EVENT, EventBlocks, data_of, field
 from lacre.exchange.resume_marks import Mark
+from lacre.exchange.stream_state import Begun, StreamState
 from lacre.runtime.json_objects import object_in
 
 _ANSWER: Final = ("id", "created")  # all events of one answer have these in common
@@ -28,8 +28,9 @@ Counts = tuple[int, int, int]  # tokens: of the prompt, of its cached part, of t
 class Splice:
     """marked: whether the first stream carries marks.
 
-    tokens: ids of the answer's tokens, as far as marks told them. text: of the first choice, as far as it was delivered. open:
-    whether the answer could be resumed from here. failed: whether the stream's last event says that it failed.
+    tokens: ids of the answer's tokens, as far as marks told them. text: of the first choice, as far as it was delivered. begun:
+    the same for a chat, with its reasoning. open: whether the answer could be resumed from here. failed: whether the stream's
+    last event says that it failed.
     """
 
     def __init__(self, *, marked: bool) -> None:
@@ -43,14 +44,16 @@ class Splice:
         self._seams = 0
         self._offset = self._shift = 0  # characters: of the text in logprobs so far, and of the text before the last seam
         self.tokens: list[int] = []
+        self.begun = Begun()
         self.open = marked
         self.failed = False
 
     @classmethod
-    def after(cls, tokens: Iterable[int], text: str, first: Mapping[str, Any]) -> Splice:
-        """Joins the rest of an answer to the part that another process received. first: members that its events share."""
+    def after(cls, state: StreamState) -> Splice:
+        """Joins the rest of an answer to the part that another process received."""
         splice = cls(marked=True)
-        splice.tokens, splice._parts, splice._first = list(tokens), [text], dict(first)
+        splice.tokens, splice._parts, splice._first = list(state.tokens), [state.text], dict(state.head)
+        splice.begun = Begun([state.text], [state.reasoning])
         splice._seams, splice._spent = 1, [(0, 0, 0)]
         return splice
 
@@ -117,6 +120,7 @@ class Splice:
         if not self._first:
             self._first = {name: chunk[name] for name in _ANSWER if name in chunk}
         self._note(chunk)
+        self.begun.note(_choices(chunk))
         return self.end() + event
 
     def _next(self, mark: Mark) -> Mark:
