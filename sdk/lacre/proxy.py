@@ -51,6 +51,7 @@ PASSED_BACK: Final = (
     "retry-after",
     "x-should-retry",
     "x-request-id",
+    "request-id",
 )
 BODY_TIMEOUT: Final = 60.0  # seconds for a body; it comes from this machine
 # Bytes of all bodies together, until their requests end: 18 of the largest. Sealing copies a body while it sends it.

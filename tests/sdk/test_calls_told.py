@@ -7,9 +7,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import anthropic
 import httpx2
 import openai
 import pytest
@@ -17,8 +20,10 @@ import pytest
 import lacre
 from lacre import problems
 from lacre.evidence.recent import RecentExchanges
+from lacre_backend.api.app import create_app
 from parts.chat_app import ChatApp
 from parts.relay import Relay, Wire, connect, connect_async, refusing, served
+from parts.scripted_engine import ScriptedEngine
 
 SECRET = "the prompt that nobody logs"
 
@@ -88,6 +93,13 @@ class TestLog:
         assert "request_id" not in "".join(capfd.readouterr())
 
 
+def read(stream: Any) -> Any:
+    """The stream, once it was read to its end."""
+    for _ in stream:
+        pass
+    return stream
+
+
 @dataclass
 class Usage:
     prompt_tokens: int
@@ -127,6 +139,49 @@ class TestInfo:
         assert len(list(stream)) >= 3
         streamed = lacre.info(stream).receipt
         assert streamed is not None and len({*digests, streamed.enc}) == 3
+
+    def test_of_each_api_of_both_packages(self) -> None:
+        """Whole answers, plain streams, the packages' own stream helpers, and an error."""
+        said: list[Any] = [{"role": "user", "content": "Hello."}]
+        with closing(ScriptedEngine(lambda _: "It rains.")) as engine:
+            relay = Relay(create_app([engine]), model="scripted")
+            with connect(relay, transport=Named(relay, numbered("both"))) as client:
+                theirs = anthropic.Anthropic(http_client=client, base_url=lacre.ORIGIN, api_key="sealed", max_retries=0)
+                program = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed", max_retries=0)
+                message: dict[str, Any] = {"model": "scripted", "max_tokens": 20, "messages": said}
+                found = [
+                    lacre.info(theirs.messages.create(**message)),
+                    lacre.info(theirs.messages.with_raw_response.create(**message)),
+                    lacre.info(read(theirs.messages.create(**message, stream=True))),
+                    lacre.info(program.responses.create(model="scripted", input=said)),
+                    lacre.info(read(program.responses.create(model="scripted", input=said, stream=True))),
+                    lacre.info(program.completions.create(model="scripted", prompt="Hello.")),
+                ]
+                with theirs.messages.stream(**message) as helped:
+                    found.append(lacre.info(read(helped)))
+                with program.responses.stream(model="scripted", input=said) as responding:
+                    found.append(lacre.info(read(responding)))
+                with program.chat.completions.stream(model="scripted", messages=said) as chatting:
+                    found.append(lacre.info(read(chatting)))
+                with pytest.raises(anthropic.BadRequestError) as refused:
+                    theirs.messages.create(**{**message, "messages": []})
+                assert lacre.info(refused.value).attempts == 1 and refused.value.request_id
+        assert all(each.receipt is not None and each.receipt.completion_tokens for each in found)
+        assert len({each.receipt.enc for each in found if each.receipt is not None}) == len(found)
+
+    @pytest.mark.parametrize(("fresh", "cached", "known"), [(5, 2, True), (7, 0, True), (7, 2, False), (5, None, False)])
+    def test_anthropic_counts_what_the_cache_had_apart(self, relay: Relay, fresh: int, cached: int | None, known: bool) -> None:
+        name = f"{os.getpid()}-{fresh}-{cached}"
+        with connect(relay, transport=Named(relay, iter(["manifest", name]))) as client:
+            client.chat("Hello.")
+        answer = SimpleNamespace(
+            _request_id=name, usage=SimpleNamespace(input_tokens=fresh, cache_read_input_tokens=cached, output_tokens=3)
+        )
+        if known:
+            assert lacre.info(answer).model == "tiny"
+        else:
+            with pytest.raises(lacre.UsageError, match="another one"):
+                lacre.info(answer)
 
     def test_an_id_that_the_gateway_gave_twice(self, relay: Relay) -> None:
         again = iter([f"{os.getpid()}-twice"] * 9)

@@ -1,4 +1,4 @@
-"""`lacre.info`: receipts and checks behind an object of another package, such as a completion of `openai`."""
+"""`lacre.info`: receipts and checks behind an object of another package: an answer of `openai` or of `anthropic`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from lacre.evidence.exchange_info import Facts
 from lacre.evidence.recent import RECENT
 from lacre.transport.sealed import FACTS
 
-_COUNTS: Final = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"))  # names in OpenAI's two APIs
+_HOLDERS: Final = ("http_response", "response", "_response")  # where an object of these packages keeps its response
+_COUNTS: Final = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"))  # names in their APIs
+_CACHED: Final = ("cache_read_input_tokens", "cache_creation_input_tokens")  # Anthropic's: `input_tokens` does not have these
 
 
 def info(answer: object) -> Facts:
     """The receipt, the audit proof and the checks of the exchange that an answer came from.
 
-    answer: a whole answer of `openai`, one of its streams, a raw response, or a response of `httpx2` or `httpx`. An answer of
-    `openai` keeps only the request's id; this process knows its newest 1,024 exchanges. Raises UsageError for any other object.
+    answer: of `openai` or `anthropic`: a whole answer, a stream, a raw response or an error; or a response of `httpx2` or
+    `httpx`. A whole answer keeps only the request's id; this process knows its newest 1,024 exchanges. Raises UsageError for
+    any other object.
     """
-    for holder in (answer, getattr(answer, "http_response", None), getattr(answer, "response", None)):
+    for holder in (answer, *(getattr(answer, name, None) for name in _HOLDERS)):
         extensions = getattr(holder, "extensions", None)
         facts = extensions.get(FACTS) if isinstance(extensions, Mapping) else None
         if isinstance(facts, Facts):
@@ -43,5 +46,6 @@ def _agrees(usage: object, facts: Facts) -> bool:
     paid = claimed(facts, facts.receipt)
     for prompt, completion in _COUNTS:
         if isinstance(told := getattr(usage, prompt, None), int):
+            told += sum(getattr(usage, name, None) or 0 for name in _CACHED)
             return (told, getattr(usage, completion, 0) or 0) == (paid.prompt, paid.completion)
     return True

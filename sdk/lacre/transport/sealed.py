@@ -28,7 +28,8 @@ REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
 ANSWER: Final = "lacre.answer"  # of a response's extensions: the `ResumableAnswer`
 BEGUN: Final = "lacre.begun"  # of a request's extensions: the `StreamState` to continue
-REQUEST_ID: Final = "x-request-id"  # OpenAI's packages look for it here; it is the gateway's, because a worker does not know it
+# OpenAI's and Anthropic's packages look for the id there. It is the gateway's, because a worker does not know it.
+REQUEST_IDS: Final = ("x-request-id", "request-id")
 
 
 def plain_request(request: httpx2.Request, content: bytes, overrides: Overrides) -> Plain:
@@ -44,9 +45,9 @@ def plain_request(request: httpx2.Request, content: bytes, overrides: Overrides)
 
 def sealed_response(answer: ResumableAnswer, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
     head = answer.head
-    headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers if name != REQUEST_ID]
-    if answer.facts.request_id is not None:
-        headers.append((REQUEST_ID.encode(), answer.facts.request_id.encode()))
+    headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers if name not in REQUEST_IDS]
+    if (request_id := answer.facts.request_id) is not None:
+        headers += [(name.encode(), request_id.encode()) for name in REQUEST_IDS]
     return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts, ANSWER: answer})
 
 
@@ -58,7 +59,7 @@ def refusal_response(refusal: GatewayRefusal, path: str) -> httpx2.Response:
     error = {"message": f"{exception} {exception.remedy}", "type": "lacre_gateway_refusal", "param": None, "code": code}
     headers = {"content-type": "application/json"}
     if refusal.facts.request_id is not None:
-        headers[REQUEST_ID] = refusal.facts.request_id
+        headers |= dict.fromkeys(REQUEST_IDS, refusal.facts.request_id)
     if problem in retry.LOST:
         headers["x-should-retry"] = "false"  # OpenAI's header for its clients: this request has cost as many workers as it may
     if refusal.retry_after is not None:
