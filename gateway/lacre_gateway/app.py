@@ -86,6 +86,7 @@ async def readyz(request: Request) -> Response:
         "away": [] if gateway.fabric is None else sorted(gateway.fabric.away()),
         "rules": gateway.rules.status.detail(),
         "manifest": None if manifest is None else {"version": manifest.version, "expires_at": manifest.expires_at},
+        "manifests_ignored": gateway.feed.ignored,
     }
     headers = {"cache-control": "no-store"}
     if missing:

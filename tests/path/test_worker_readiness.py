@@ -22,7 +22,11 @@ from lacre_backend.health import READY
 from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.settings import UpstreamCredential
 from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
+from lacre_fabric.nats.provisioning import publish_manifest
 from lacre_fabric.operate.nats_server import free_port
+from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.doctor import fabric as doctor
 from lacre_gateway.doctor.findings import Findings, State
@@ -77,10 +81,10 @@ class Ready:
             assert not task.done(), task.exception()
             await tasks.end(task, limit=15)
 
-    async def doctor(self) -> tuple[State, str]:
+    async def doctor(self, check: str = "workers default") -> tuple[State, str]:
         findings = Findings()
         await doctor.check(load_gateway(self.site.gateway_settings), findings)
-        [found] = [finding for finding in findings.found if finding.check == "workers default"]
+        [found] = [finding for finding in findings.found if finding.check == check]
         return found.state, found.detail
 
 
@@ -135,6 +139,19 @@ async def test_a_worker_with_something_wrong_is_not_announced(
         checked = await _examine(settings)
         assert [reason.kind for reason in checked] == [kind]
         assert said in checked[0].detail
+
+
+async def test_the_doctor_compares_the_fabric_with_what_the_gateway_remembers(ready: Ready) -> None:
+    connection = await Connection.open(ready.site.servers, ready.site.credential("provisioner"))
+    settings = load_gateway(ready.site.gateway_settings)
+    older = await connection.manifest()
+    assert await ready.doctor("memory") == (State.OK, "g1 has seen no newer manifest")
+    await publish(ready.site, connection)
+    await ManifestFeed(connection.manifest, settings.root, memory=memory_in(settings.memory)).refresh()
+    assert (await ready.doctor("memory"))[0] is State.OK
+    await publish_manifest(connection, older or b"")
+    assert await ready.doctor("memory") == (State.FAILED, "g1 has seen version 2, and ignores version 1 of the fabric")
+    await connection.close()
 
 
 @pytest.mark.slow

@@ -105,6 +105,10 @@ class Authority:
         statement = RootStatement(after.signer, after.until, after.roots[-1])
         return self._extend(after, sign_statement(statement, root, following))
 
+    def adopt(self, chain: Chain) -> None:
+        """Replaces the chain by a verified newer one. Private keys that it names may be missing here."""
+        write_secret(self._path, chain.encode())
+
     def settle(self) -> None:
         """Destroys the keys that the chain does not name, and puts the next key in the current one's place."""
         chain = self.chain()

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from lacre.errors import LacreError, UsageError
+from lacre.errors import LacreError, Rollback, UsageError
 from lacre.runtime import tasks
 from lacre.trust.chain import Trusted
 from lacre.trust.manifest import Manifest
@@ -20,6 +20,9 @@ from lacre.trust.manifest_store import Memory, VersionFile, VersionMemory, accep
 
 POLL: Final = 2.0  # seconds; gateways and workers see a rotation this soon
 CATCH_UP: Final = 0.5  # seconds between reads that requests trigger: unknown key ids must not load the fabric
+
+_OLDER: Final = "the fabric has an older manifest than this process has seen"
+_PUT_BACK: Final = "the publisher's state folder is an old copy: see docs/rotation.md, After a restore"
 
 log = structlog.get_logger("lacre.trust.manifest")
 
@@ -51,6 +54,8 @@ class ManifestFeed:
         self._clock = clock
         self._interval = poll
         self.failure: Exception | None = None  # why the last read gave no manifest
+        self.ignored = 0  # older manifests that the fabric offered
+        self._ignored: bytes | None = None  # the last one of them
         self._trusted: Trusted | None = None
         self._polling: tasks.Background | None = None
         self._catching_up = asyncio.Lock()
@@ -82,7 +87,20 @@ class ManifestFeed:
             document = await self._fetch()
             if document is not None and (self._trusted is None or document != self._trusted.document):
                 # In a thread, because it verifies signatures and waits for the file's lock.
-                self._trusted = await asyncio.to_thread(accept, document, self._root, self._memory, self._clock())
+                try:
+                    self._trusted = await asyncio.to_thread(accept, document, self._root, self._memory, self._clock())
+                except Rollback:
+                    self._ignore(document, None)
+                    raise
+                if self._trusted.document != document:
+                    self._ignore(document, self._trusted.manifest.version)
+
+    def _ignore(self, document: bytes, version: int | None) -> None:
+        """Logs and counts an older manifest once, however often it is read. version: of the one that stays in use."""
+        if document != self._ignored:
+            self._ignored = document
+            self.ignored += 1
+            log.warning("manifest.ignored", version=version, reason=_OLDER, remedy=_PUT_BACK)
 
     async def start(self) -> None:
         """Reads once, then every `poll` seconds. A first failure is not fatal: the fabric may come up later. Idempotent."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
@@ -22,10 +22,10 @@ from lacre.cli import manifest_app
 from lacre.cli.output import AsJson, say_table, waiting
 from lacre.runtime import tasks
 from lacre_fabric.operate.start_commands import RotateHours, State, demo, up
+from lacre_fabric.operate.state_commands import provisioner, site_of, state_app
 
 if TYPE_CHECKING:  # imported in the command that needs it
     from lacre_fabric.keys.generations import Generation
-    from lacre_fabric.nats.connection import Connection
     from lacre_fabric.operate.rotation import Rotated
     from lacre_fabric.operate.site import Site
 
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
     if find_spec("nats") is None or find_spec("pydantic") is None:
         return
     app.add_typer(token_app)
-    for group in (keys_app, signer_app, root_app, fabric_app):
+    for group in (keys_app, signer_app, root_app, fabric_app, state_app):
         app.add_typer(group)
     manifest_app.command("publish")(manifest_publish)
     if find_spec("fastapi") is not None and find_spec("llama_cpp") is not None:
@@ -118,13 +118,13 @@ def keys_rotate(
     from lacre.errors import SettingsError
     from lacre_fabric.operate.rotation import GRACE, Failures, retire, rotate
 
-    site = _site(state)
+    site = site_of(state)
     if unknown := set(pool or ()) - set(site.pools):
         raise SettingsError(f"unknown pool {', '.join(sorted(unknown))}: this state has {', '.join(sorted(site.pools))}")
 
     async def run() -> None:
         failures = Failures()  # pools are independent
-        async with _provisioner(site) as connection:
+        async with provisioner(site) as connection:
             with failures.kept():
                 await retire(site, connection)
             for name in pool or site.pools:
@@ -152,7 +152,7 @@ def keys_rewrap(
     """
     from lacre_fabric.operate.rewrapping import rewrap
 
-    site = _site(state)
+    site = site_of(state)
 
     async def run() -> None:
         async with site.changing():
@@ -168,22 +168,21 @@ def keys_tend(
     state: State = None,
     rotate_hours: RotateHours = 24.0,
     grace: Grace = None,
-    stay: Annotated[
-        bool, typer.Option("--stay", help="Keep running until SIGTERM, and recreate queues that the NATS server lost.")
-    ] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep running until SIGTERM, and watch for clients that flood.")] = False,
 ) -> None:
-    """Do what is due: create a pool key, destroy an old one, sign a new manifest. Run it hourly from cron if you do not use
-    `lacre up`.
+    """Do what is due: create a pool key, destroy an old one, sign a new manifest, recreate lost queues. Run it hourly from cron
+    if you do not use `lacre up`.
     """
-    from lacre_fabric.operate import floods
+    from lacre_fabric.nats.provisioning import provision
+    from lacre_fabric.operate import behind, floods
     from lacre_fabric.operate.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
     from lacre_fabric.operate.up import until_signalled
 
-    site = _site(state)
+    site = site_of(state)
     schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
 
     async def run() -> None:
-        async with _provisioner(site) as connection:
+        async with provisioner(site) as connection:
             if stay:
                 upkept = partial(upkeep, site, connection, schedule, provisioning=True)
                 background = [tasks.start("upkeep", upkept, restart=KEPT_UP)]
@@ -198,6 +197,8 @@ def keys_tend(
                     for each in background:
                         await each.close()
             else:
+                await behind.check(site, connection)
+                await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
                 await tend(site, connection, schedule)
 
     asyncio.run(until_signalled(run()))
@@ -206,7 +207,7 @@ def keys_tend(
 @keys_app.command("list")
 def keys_list(state: State = None, as_json: AsJson = False) -> None:
     """Show the pools' keys and their next steps."""
-    site = _site(state)
+    site = site_of(state)
     rows = [
         (name, config.key_id, config.kem.label, _state(generation))
         for name in site.pools
@@ -242,7 +243,7 @@ def _tell(rotated: Rotated) -> None:
 @signer_app.command("rotate")
 def signer_rotate(state: State = None) -> None:
     """Create a new signer. The root authorizes it, it signs the manifest, and the old key is destroyed."""
-    site = _site(state)
+    site = site_of(state)
     _change(site, lambda: site.authority.rotate_signer(time.time()))
     chain = site.authority.chain()
     typer.echo(f"signer until {_date(chain.until)}")
@@ -254,7 +255,7 @@ def root_rotate(state: State = None) -> None:
 
     Applications that pin an older root keep working: they follow the chain.
     """
-    site = _site(state)
+    site = site_of(state)
     published = _change(site, lambda: site.authority.rotate_root(time.time()))
     site.write_env(site.base_url)
     url = site.connection_string(site.base_url)
@@ -265,14 +266,20 @@ def root_rotate(state: State = None) -> None:
 
 def _change(site: Site, change: Callable[[], object]) -> bool:
     """Changes the chain, publishes the result, and destroys the replaced key. Returns whether it could publish."""
+    from lacre_fabric.operate import behind
     from lacre_fabric.operate.rotation import publish
     from lacre_fabric.work.contract import FabricUnavailable
 
     async def run() -> bool:
+        try:
+            async with provisioner(site) as connection, site.changing():
+                await behind.check(site, connection)  # a change by an old copy would fork the chain
+        except FabricUnavailable as exc:
+            typer.echo(f"not compared with the fabric: {exc}", err=True)
         async with site.changing():
             change()
         try:
-            async with _provisioner(site) as connection:
+            async with provisioner(site) as connection:
                 await publish(site, connection)
         except FabricUnavailable as exc:
             typer.echo(f"not published yet: {exc}; run `lacre up` or `lacre manifest publish`", err=True)
@@ -314,25 +321,30 @@ def manifest_publish(
         ),
     ] = None,
     pool: Annotated[str, typer.Option(help="The pool that serves them.")] = "default",
+    new_root: Annotated[
+        bool, typer.Option("--new-root", help="Also replace the manifest of another root: its applications stop working.")
+    ] = False,
 ) -> None:
     """Sign the next manifest and publish it on the fabric. Creates missing queues.
 
-    With --model, clients refuse answers by other files of that model, from now on and in later manifests.
+    It refuses if the fabric has a newer manifest than this state folder signed, for example after a restore. With --model,
+    clients refuse answers by other files of that model, from now on and in later manifests.
     """
     from lacre_fabric.nats.provisioning import provision
-    from lacre_fabric.operate import model_digests
+    from lacre_fabric.operate import behind, model_digests
     from lacre_fabric.operate.rotation import publish
 
-    site = _site(state)
+    site = site_of(state)
     named = model_digests.named(model or (), site.pools.get(pool, ()))
 
     async def run() -> None:
-        async with _provisioner(site) as connection:
+        async with provisioner(site) as connection:
             async with site.changing():
+                await behind.check(site, connection, new_root=new_root)
                 before = model_digests.recorded(site.models_file).get(pool, {})
                 model_digests.record(site.models_file, pool, model_digests.merged(before, named))
             await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
-            await publish(site, connection)
+            await publish(site, connection, new_root=new_root)
 
     asyncio.run(run())
     typer.echo("published")
@@ -353,7 +365,7 @@ def fabric_accounts(state: State = None) -> None:
     from lacre_fabric.nats.accounts import accounts
     from lacre_fabric.operate import nats_conf
 
-    typer.echo(nats_conf.encode({"accounts": accounts(_site(state).replicated_roles())}).decode(), nl=False)
+    typer.echo(nats_conf.encode({"accounts": accounts(site_of(state).replicated_roles())}).decode(), nl=False)
 
 
 @fabric_app.command("bundles")
@@ -394,11 +406,22 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
     from io import StringIO
 
     from lacre_fabric import logs
-    from lacre_fabric.operate.fabric_check import Severity, inspect
+    from lacre_fabric.operate import behind
+    from lacre_fabric.operate.fabric_check import FabricFinding, Severity, inspect
+    from lacre_fabric.operate.state_check import compare
+    from lacre_fabric.work.contract import FabricUnavailable
 
-    site = _site(state)
+    site = site_of(state)
     logs.configure(StringIO())  # denials are provoked on purpose; the findings report what matters
-    found = asyncio.run(inspect(site.servers, site.pools, site.replicas, site.credentials(), site.regions))
+
+    async def run() -> list[FabricFinding]:
+        found = await inspect(site.servers, site.pools, site.replicas, site.credentials(), site.regions)
+        with suppress(FabricUnavailable):  # `inspect` has said so
+            async with provisioner(site) as connection:
+                found += compare(site, await behind.published(connection))
+        return found
+
+    found = asyncio.run(run())
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
     else:
@@ -406,24 +429,6 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
         say_table(("", "check", "found", "what to do"), told)
     if any(finding.verdict is Severity.WRONG for finding in found):
         raise typer.Exit(1)
-
-
-def _site(state: Path | None) -> Site:
-    from lacre_fabric.operate.site import Site
-    from lacre_fabric.operate.up import default_state
-
-    return Site.load((state or default_state()).resolve())
-
-
-@asynccontextmanager
-async def _provisioner(site: Site) -> AsyncIterator[Connection]:
-    from lacre_fabric.nats.connection import Connection
-
-    connection = await Connection.open(site.servers, site.credential("provisioner"))
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 def _date(seconds: float) -> str:

@@ -31,6 +31,7 @@ from lacre_fabric.keys.root_and_signer import DAY
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.key_holders import await_gone, await_holders
 from lacre_fabric.nats.provisioning import provision, publish_manifest
+from lacre_fabric.operate import behind
 from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site
 
 EVERY: Final = DAY
@@ -102,13 +103,17 @@ class Rotated:
     lacking: frozenset[str]
 
 
-async def publish(site: Site, connection: Connection) -> None:
-    """Signs the next manifest and publishes it on the fabric. Raises SettingsError or FabricUnavailable."""
+async def publish(site: Site, connection: Connection, *, new_root: bool = False) -> None:
+    """Signs the next manifest and publishes it on the fabric. Raises StateBehind, SettingsError or FabricUnavailable.
+
+    new_root: also replaces the manifest of another root.
+    """
     async with site.changing():
-        await _publish(site, connection)
+        await _publish(site, connection, new_root=new_root)
 
 
-async def _publish(site: Site, connection: Connection) -> None:
+async def _publish(site: Site, connection: Connection, *, new_root: bool = False) -> None:
+    await behind.check(site, connection, new_root=new_root)
     now = time.time()
     await publish_manifest(connection, site.sign_manifest(now))
     site.published(now)
@@ -123,6 +128,7 @@ async def rotate(site: Site, connection: Connection, pool: str, *, grace: float 
     """
     _check_time("the grace", grace)
     async with site.changing():
+        await behind.check(site, connection)
         staged = _staged(site, pool)
     have, lacking = await await_holders(connection, pool, staged.configs, wait)
     if lacking and not have:
@@ -221,10 +227,16 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
     """Does what is due now: publishes a fresh manifest, makes new keys, destroys old ones. A failure is logged and does not
     stop the rest.
 
-    wait: seconds for workers to load or drop a key. Raises the first failure once everything was tried.
+    wait: seconds for workers to load or drop a key. Raises the first failure once everything was tried. A state folder that is
+    behind the fabric does nothing: its keys may be older than those in use.
     """
     failures = Failures()
     now = time.time()
+    with failures.kept():
+        await behind.check(site, connection)
+    if any(isinstance(error, behind.StateBehind) for error in failures.errors):
+        failures.raised()
+    failures.errors.clear()  # without the fabric, each step below fails by itself or does not need it
     with failures.kept():
         if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # below -MAX_FUTURE the clock was set back
             await publish(site, connection)
@@ -274,6 +286,7 @@ async def upkeep(
         failures = Failures()
         if provisioning:
             with failures.kept():
+                await behind.check(site, connection)
                 await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
         with suppress(LacreError, OSError):  # `tend` has logged the failure
             await tend(site, connection, schedule)

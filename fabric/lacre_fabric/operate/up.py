@@ -21,7 +21,7 @@ from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate import default_model, dev_issuer, floods, model_digests, served_models
+from lacre_fabric.operate import behind, default_model, dev_issuer, floods, model_digests, served_models
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
@@ -187,6 +187,7 @@ async def _start(
     site.write_settings(server.url, port, {POOL: served.tables}, nodes, served.default)
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
+        await behind.check(site, connection)
         await provision(connection, site.pools)
         await publish(site, connection)
         present: set[str] = set()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from lacre.runtime import tasks
 from lacre_fabric.work.contract import Capacity, FabricError
@@ -65,6 +65,9 @@ class Gauges:
         yield gauge("lacre_body_bytes", "Bytes of sealed bodies that are held now.", gateway.bodies.held)
         yield from self._of_doors()
         yield gauge("lacre_audit_entries", "Entries in the audit log.", gateway.audit.size)
+        yield CounterMetricFamily(
+            "lacre_manifests_ignored", "Manifests on the fabric older than one seen before.", value=gateway.feed.ignored
+        )
         if gateway.feed.ready:
             manifest = gateway.feed.manifest
             yield gauge("lacre_manifest_version", "Version of the manifest that is served.", manifest.version)

@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import nats.js.errors
 
-from lacre.errors import InvalidMessage, LacreError
+from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.jose.jws import raw_public_key
 from lacre.trust.chain import verify
 from lacre.trust.manifest import Manifest
+from lacre.trust.manifest_store import VersionFile
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
@@ -70,8 +71,31 @@ async def _manifest(settings: GatewaySettings, connection: Connection, findings:
         findings.warn("manifest", told, remedy)
     else:
         findings.ok("manifest", told)
+    _remembered(settings, manifest, findings)
     _signing_key(settings, manifest, findings)
     return manifest
+
+
+def _remembered(settings: GatewaySettings, manifest: Manifest, findings: Findings) -> None:
+    """Compares the fabric with what the gateway's processes remember: they ignore an older manifest until theirs expires."""
+    for number in range(settings.processes):
+        own = settings if settings.processes == 1 else settings.for_process(number, settings.listen.port)
+        if own.memory is None:
+            findings.skipped("memory", "`memory` is not set: a restarted gateway would accept an older manifest")
+            return
+        try:
+            versions = [seen.version for seen in VersionFile(own.memory).seen() if settings.root in seen.roots]
+        except SettingsError as exc:
+            findings.failed("memory", str(exc), "remove the file if you know why it is damaged")
+            continue
+        newest = max(versions, default=0)
+        if newest > manifest.version:
+            findings.failed(
+                "memory", f"{own.instance} has seen version {newest}, and ignores version {manifest.version} of the fabric",
+                "the publisher's state folder is an old copy: see docs/rotation.md, After a restore",
+            )  # fmt: skip
+        else:
+            findings.ok("memory", f"{own.instance} has seen no newer manifest")
 
 
 def _signing_key(settings: GatewaySettings, manifest: Manifest, findings: Findings) -> None:

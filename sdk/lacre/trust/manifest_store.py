@@ -95,6 +95,14 @@ class VersionFile:
         """`manifests` in the state folder: `$XDG_STATE_HOME/lacre`, or `~/.local/state/lacre`. Raises SettingsError."""
         return cls(folders.state() / "manifests")
 
+    def seen(self) -> tuple[Seen, ...]:
+        """The stored entries, unverified. Reads only. Raises SettingsError if the file is damaged or cannot be read."""
+        path = self._folder / "seen.json"
+        try:
+            return _read(path)
+        except OSError as exc:
+            raise SettingsError(f"cannot read {path}: {exc.strerror}") from exc
+
     def update(self, decide: Decide) -> Trusted:
         path = self._folder / "seen.json"
         try:

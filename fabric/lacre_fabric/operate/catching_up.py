@@ -1,0 +1,97 @@
+"""`lacre state catch-up`: a state folder that is behind takes from the fabric what is public: statements, version, key ids.
+
+Rules:
+- Only a document that this state's first root leads to is taken. Private keys are not on the fabric, and none is invented.
+- The newest file is written last: after a crash at any point the same command does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import MAX_FUTURE, follow
+from lacre.trust.manifest import Document, Manifest, fingerprint
+from lacre_fabric.keys.root_and_signer import Chain
+from lacre_fabric.keys.secret_files import read_ed25519, write_secret
+from lacre_fabric.operate import behind
+from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site
+
+_NOT_OURS: Final = "the fabric has no manifest that this folder's root leads to: there is nothing to catch up with"
+
+
+@dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """version: the newest one that the fabric has. statements: how many were added. todo: what the operator must do now."""
+
+    version: int
+    statements: int
+    todo: tuple[str, ...]
+
+
+def catch_up(site: Site, published: bytes | None, now: float) -> CaughtUp:
+    """Call it inside `site.changing`. now: seconds since the epoch. Raises SettingsError."""
+    before = site.authority.chain()
+    fabric = None if published is None else behind.of_document(published, before.roots[0])
+    if published is None or fabric is None:
+        raise SettingsError(_NOT_OURS)
+    steps = follow(fabric.chain, before.roots[0])
+    roots = tuple(dict.fromkeys((before.roots[0], *(step.root for step in steps))))
+    last = steps[-1].statement
+    chain = before
+    if before.entries[: len(fabric.chain)] != fabric.chain:
+        chain = Chain(roots, last.signer, last.expires_at, fabric.chain)
+        site.authority.adopt(chain)
+    manifest = behind.manifest_in(Document.parse(published), last.signer)
+    todo = [line for line in (_missing_key(site, name, key) for name, key in _named(chain)) if line]
+    for pool in site.pools:
+        todo += _reserve(site, pool, manifest, now)
+    todo += [
+        f"add pool {name} to site.json, or accept that the next manifest lacks it"
+        for name in manifest.pools.keys() - site.pools
+    ]
+    write_secret(site.folder / "trust" / "manifest.json", published)
+    version = max(manifest.version, _version(site, chain))
+    write_secret(site.folder / "trust" / "version", str(version).encode())
+    return CaughtUp(manifest.version, max(0, len(chain.entries) - len(before.entries)), tuple(todo))
+
+
+def _version(site: Site, chain: Chain) -> int:
+    try:
+        return behind.of_state(site.folder, chain.entries).version
+    except SettingsError:  # damaged: the fabric's version replaces it
+        return 0
+
+
+def _named(chain: Chain) -> tuple[tuple[str, bytes], ...]:
+    return ("root", chain.roots[-1]), ("signer", chain.signer)
+
+
+def _missing_key(site: Site, name: str, public_key: bytes) -> str | None:
+    path = site.folder / f"{name}.pem"
+    try:
+        if raw_public_key(read_ed25519(path)) == public_key:
+            return None
+    except SettingsError:
+        pass
+    if name == "signer":
+        return "put back signer.pem, or make a new signer with `lacre signer rotate`"
+    return "put back root.pem, or make a new root with `lacre root replace`"
+
+
+def _reserve(site: Site, pool: str, manifest: Manifest, now: float) -> list[str]:
+    """Keeps the ids of listed keys that are not here from being used again while clients may know them."""
+    generations = site.generations(pool)
+    own = {fingerprint(config) for one in generations.live for config in one.configs}
+    listed = manifest.pools[pool].keys if pool in manifest.pools else ()
+    lost = [key.config.key_id for key in listed if fingerprint(key.config) not in own]
+    if not lost:
+        return []
+    spent = {**generations.spent, **dict.fromkeys(lost, now + MANIFEST_LIFETIME + MAX_FUTURE)}
+    site.keep_generations(pool, replace(generations, spent=spent))
+    ids = ", ".join(map(str, lost))
+    return [
+        f"pool {pool}: keys {ids} are not in this folder. Put `pools/{pool}` back, or run `lacre keys rotate --pool {pool}`"
+    ]

@@ -1,0 +1,60 @@
+"""Compares three things that must agree: the state folder, the manifest on the fabric, and what processes remember of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre.trust.manifest_store import VersionFile
+from lacre_fabric.operate import behind
+from lacre_fabric.operate.behind import LastSigned
+from lacre_fabric.operate.fabric_check import FabricFinding, Severity
+from lacre_fabric.operate.site import Site
+
+_PUBLISH: Final = "run `lacre manifest publish`"
+# Where `lacre up` has processes keep them.
+_MEMORIES: Final = ("gateway/manifests", "gateway/manifests/*", "workers/*/manifests*")
+
+
+def compare(site: Site, published: bytes | None) -> list[FabricFinding]:
+    """published: the manifest document on the fabric."""
+    try:
+        chain = site.authority.chain()
+        fabric = None if published is None else behind.of_document(published, chain.roots[0])
+        found = [_state(site, published, fabric, chain.entries)]
+    except SettingsError as exc:
+        return [FabricFinding("state", Severity.WRONG, str(exc), "restore the folder: docs/rotation.md, After a restore")]
+    return [*found, *_memories(site, fabric, frozenset(chain.roots))]
+
+
+def _state(
+    site: Site, published: bytes | None, fabric: LastSigned | None, entries: tuple[tuple[str, ...], ...]
+) -> FabricFinding:
+    if published is None:
+        return FabricFinding("state", Severity.WRONG, "the fabric has no manifest", _PUBLISH)
+    older = behind.why(site, published)
+    if older is not None:
+        return FabricFinding("state", Severity.WRONG, older, behind.remedy(site.folder, older))
+    if fabric is None:
+        return FabricFinding("state", Severity.WRONG, "the fabric's manifest is damaged", _PUBLISH)
+    own = behind.of_state(site.folder, entries).version
+    if own == fabric.version:
+        return FabricFinding("state", Severity.OK, f"version {own}, as the fabric has it")
+    return FabricFinding("state", Severity.WEAK, f"version {own} was signed, the fabric has {fabric.version}", _PUBLISH)
+
+
+def _memories(site: Site, fabric: LastSigned | None, roots: frozenset[bytes]) -> Iterator[FabricFinding]:
+    folders = {path.parent for pattern in _MEMORIES for path in site.folder.glob(f"{pattern}/seen.json")}
+    for folder in sorted(folders):
+        check = f"memory {folder.relative_to(site.folder)}"
+        try:
+            seen = [one.version for one in VersionFile(folder).seen() if not roots.isdisjoint(one.roots)]
+        except SettingsError as exc:
+            yield FabricFinding(check, Severity.WRONG, str(exc), "remove the file if you know why it is damaged")
+            continue
+        if fabric is not None and seen and max(seen) > fabric.version:
+            told = f"it has seen version {max(seen)}, and ignores version {fabric.version} of the fabric"
+            yield FabricFinding(check, Severity.WRONG, told, "find the newest state folder, and publish from there")
+        elif seen:
+            yield FabricFinding(check, Severity.OK, f"version {max(seen)}")

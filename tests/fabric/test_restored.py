@@ -1,0 +1,203 @@
+"""A state folder from a backup: it signs nothing that processes would ignore, says what to put back, and can catch up."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from lacre.errors import SettingsError
+from lacre.trust.chain import verify
+from lacre.trust.manifest_store import VersionFile
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.operate import behind
+from lacre_fabric.operate.behind import StateBehind
+from lacre_fabric.operate.catching_up import CaughtUp, catch_up
+from lacre_fabric.operate.fabric_check import Severity
+from lacre_fabric.operate.rotation import Schedule, publish, rotate, tend
+from lacre_fabric.operate.site import Site
+from lacre_fabric.operate.state_check import compare
+from parts.fabric import POOLS, LiveFabric, Parties
+
+POOL = "a"
+
+
+@dataclass
+class Copied:
+    """A site that went on after a copy of its folder was made. feed: a gateway that runs all the time."""
+
+    site: Site
+    old: Site
+    connection: Connection
+    feed: ManifestFeed
+
+    async def caught_up(self) -> CaughtUp:
+        async with self.old.changing():
+            return catch_up(self.old, await self.connection.manifest(), time.time())
+
+    def files(self) -> dict[str, bytes]:
+        """What the old folder holds."""
+        return {
+            str(path.relative_to(self.old.folder)): path.read_bytes()
+            for path in self.old.folder.rglob("*")
+            if path.is_file() and path.name != "lock"
+        }
+
+
+@pytest.fixture
+async def copied(nats: LiveFabric, tmp_path: Path) -> AsyncIterator[Copied]:
+    site = Site(tmp_path / "state", {POOL: POOLS[POOL]})
+    site.create()
+    async with Parties.of(nats) as parties:
+        connection = await parties.connect()
+        await publish(site, connection)
+        shutil.copytree(site.folder, tmp_path / "old")
+        old = Site(tmp_path / "old", site.pools)
+        feed = ManifestFeed(connection.manifest, site.root)
+        await feed.refresh()
+        yield Copied(site, old, connection, feed)
+        await connection.jetstream.delete_stream("KV_trust")  # the next test makes it again
+
+
+async def refused(copied: Copied) -> str:
+    """Why every change by the old folder is refused. It leaves both the folder and the fabric as they are."""
+    before, there = copied.files(), await copied.connection.manifest()
+    told = set()
+    for change in (
+        publish(copied.old, copied.connection),
+        tend(copied.old, copied.connection, Schedule()),
+        rotate(copied.old, copied.connection, POOL, wait=0.1),
+    ):
+        with pytest.raises(StateBehind) as caught:
+            await change
+        told.add(str(caught.value))
+    assert (copied.files(), await copied.connection.manifest()) == (before, there)
+    [reason] = told
+    return reason
+
+
+async def test_an_older_version_is_refused_and_catches_up(copied: Copied) -> None:
+    await publish(copied.site, copied.connection)
+    told = await refused(copied)
+    assert "version 2 of the manifest, and this folder only 1" in told
+    assert "put `trust/`" in told
+    assert "lacre state catch-up" in told
+    assert await copied.caught_up() == CaughtUp(2, 0, ())
+    assert await copied.caught_up() == CaughtUp(2, 0, ())
+    await publish(copied.old, copied.connection)
+    await copied.feed.refresh()
+    assert copied.feed.manifest.version == 3
+
+
+async def test_a_shorter_chain_is_refused_and_catches_up(copied: Copied) -> None:
+    """The new signer's and the new root's private keys are only in the newer folder."""
+    copied.site.authority.rotate_signer(time.time())
+    await publish(copied.site, copied.connection)
+    assert "the fabric has 2 root statements, and this folder only the first 1" in await refused(copied)
+    done = await copied.caught_up()
+    assert (done.version, done.statements) == (2, 1)
+    assert done.todo == ("put back signer.pem, or make a new signer with `lacre signer rotate`",)
+    with pytest.raises(SettingsError, match=r"put signer\.pem back"):
+        await publish(copied.old, copied.connection)
+    copied.old.authority.rotate_signer(time.time())
+    await publish(copied.old, copied.connection)
+    await copied.feed.refresh()
+    assert copied.feed.manifest.version == 4  # one was spent on the attempt without a signer
+    assert behind.why(copied.old, await copied.connection.manifest()) is None
+
+
+async def test_two_copies_that_both_went_on_are_told_apart(copied: Copied) -> None:
+    copied.site.authority.rotate_signer(time.time())
+    await publish(copied.site, copied.connection)
+    copied.old.authority.rotate_signer(time.time() + 1)
+    assert "another copy of this folder changed its root or signer" in await refused(copied)
+
+
+async def test_two_manifests_of_one_version(copied: Copied) -> None:
+    await publish(copied.site, copied.connection)
+    copied.old.sign_manifest(time.time() - 5)  # signed beside it, and not published
+    assert "another copy of this folder signed version 2" in await refused(copied)
+
+
+async def test_keys_of_a_pool_that_only_the_newer_folder_has(copied: Copied) -> None:
+    for folder in (copied.site.keys_folder(POOL), copied.old.keys_folder(POOL)):
+        assert sorted(path.stem for path in folder.iterdir()) == ["1", "2"]
+    await rotate(copied.site, copied.connection, POOL, wait=0.1)
+    done = await copied.caught_up()
+    assert done.todo == (
+        f"pool {POOL}: keys 3, 4 are not in this folder. Put `pools/{POOL}` back, or run `lacre keys rotate --pool {POOL}`",
+    )
+    await rotate(copied.old, copied.connection, POOL, wait=0.1)
+    pools = verify(await copied.connection.manifest() or b"", copied.old.root, time.time()).manifest.pools
+    assert [key.config.key_id for key in pools[POOL].keys] == [5, 6, 1, 2]
+
+
+async def test_another_root_is_not_replaced_by_accident(copied: Copied, tmp_path: Path) -> None:
+    other = Site(tmp_path / "other", copied.site.pools)
+    other.create()
+    with pytest.raises(StateBehind, match=r"another root.*--new-root"):
+        await publish(other, copied.connection)
+    async with other.changing():
+        with pytest.raises(SettingsError, match="nothing to catch up with"):
+            catch_up(other, await copied.connection.manifest(), time.time())
+    await publish(other, copied.connection, new_root=True)
+    await publish(other, copied.connection)
+
+
+async def test_damage_in_the_bucket_is_replaced(copied: Copied) -> None:
+    bucket = await copied.connection.jetstream.key_value("trust")
+    await bucket.put("manifest", b"{}")
+    await publish(copied.site, copied.connection)
+    assert verify(await copied.connection.manifest() or b"", copied.site.root, time.time()).manifest.version == 2
+
+
+async def test_a_damaged_count_of_versions(copied: Copied) -> None:
+    (copied.old.folder / "trust" / "version").write_text("")
+    with pytest.raises(SettingsError, match="catch-up"):
+        await publish(copied.old, copied.connection)
+    await copied.caught_up()
+    await publish(copied.old, copied.connection)
+
+
+async def test_a_process_that_ignores_an_older_manifest_says_so_once(copied: Copied) -> None:
+    older = await copied.connection.manifest()
+    await publish(copied.site, copied.connection)
+    await copied.feed.refresh()
+    bucket = await copied.connection.jetstream.key_value("trust")
+    await bucket.put("manifest", older or b"")
+    with capture_logs() as logs:
+        for _ in range(3):
+            await copied.feed.refresh()
+    assert [(entry["event"], entry["version"]) for entry in logs] == [("manifest.ignored", 2)]
+    assert (copied.feed.ignored, copied.feed.manifest.version) == (1, 2)
+
+
+async def test_the_state_the_fabric_and_what_processes_remember_are_compared(copied: Copied) -> None:
+    memory = copied.old.folder / "gateway" / "manifests"
+
+    async def found() -> dict[str, tuple[Severity, str]]:
+        findings = compare(copied.old, await copied.connection.manifest())
+        assert all(bool(finding.remedy) == (finding.verdict is not Severity.OK) for finding in findings)
+        return {finding.check: (finding.verdict, finding.detail) for finding in findings}
+
+    assert await found() == {"state": (Severity.OK, "version 1, as the fabric has it")}
+    remembering = ManifestFeed(copied.connection.manifest, copied.site.root, memory=VersionFile(memory))
+    await publish(copied.site, copied.connection)
+    await remembering.refresh()
+    told = await found()
+    assert told["state"] == (Severity.WRONG, "the fabric has version 2 of the manifest, and this folder only 1")
+    assert told["memory gateway/manifests"] == (Severity.OK, "version 2")
+    bucket = await copied.connection.jetstream.key_value("trust")
+    await bucket.put("manifest", (copied.old.folder / "trust" / "manifest.json").read_bytes())
+    ignored = "it has seen version 2, and ignores version 1 of the fabric"
+    assert (await found())["memory gateway/manifests"] == (Severity.WRONG, ignored)
+    (memory / "seen.json").write_text("{")
+    assert "damaged" in (await found())["memory gateway/manifests"][1]
+    await bucket.put("manifest", b"{}")
+    assert (await found())["state"][0] is Severity.WRONG
