@@ -71,6 +71,8 @@ def right(feature: Feature, told: Any) -> bool:
             return scripts.sunny(scripts.CITY) in str(told.get("text"))
         case "structured":
             return bool(told == scripts.FELT)
+        case "reasoning":
+            return bool(told.get("text") == scripts.PLAIN and told["thought"].strip() == scripts.THOUGHT)
         case "cancellation":
             return bool(told.get("pieces"))
         case "long":

@@ -19,10 +19,10 @@ _HEAVY: Final = _HERE.parent / "heavy/clients"
 DOCUMENT: Final = _HERE.parents[1] / "docs/clients.md"
 _RECORD: Final = _HERE / "clients.json"
 
-Feature = Literal["chat", "stream", "tools", "structured", "embeddings", "cancellation", "long"]
+Feature = Literal["chat", "stream", "tools", "structured", "reasoning", "embeddings", "cancellation", "long"]
 Engine = Literal["scripted", "model"]
 
-_TALK: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "structured", "cancellation", "long")
+_TALK: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "structured", "reasoning", "cancellation", "long")
 _ALL: Final[tuple[Feature, ...]] = get_args(Feature)
 
 
@@ -80,7 +80,7 @@ HEAVY: Final = (
     Client("Vercel `ai`", "vercel", "vercel", "ai", "chat", node=True, heavy=True),
 )  # fmt: skip
 # Its tests are test_codex.py. It always streams.
-_OF_CODEX: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "cancellation", "long")
+_OF_CODEX: Final[tuple[Feature, ...]] = ("chat", "stream", "tools", "reasoning", "cancellation", "long")
 CODEX: Final = Client("Codex CLI", "codex", "codex", "@openai/codex", "responses", _OF_CODEX, node=True, heavy=True)
 ALL: Final = (*LIGHT, *HEAVY, CODEX)
 
@@ -113,6 +113,7 @@ COLUMNS: Final[Mapping[Feature, str]] = {
     "stream": "stream",
     "tools": "tools",
     "structured": "structured output",
+    "reasoning": "reasoning",
     "embeddings": "embeddings",
     "cancellation": "cancellation",
     "long": "long answer",
@@ -122,6 +123,8 @@ _TAIL: Final = """
 - **Tools**: the model calls a tool, the program runs it, and the answer uses its result.
 - **Structured output**: an answer that fits a schema, read into an object. The scripted engine shows that the request and the
   answer arrive. A real engine enforces [the schema](schemas.md).
+- **Reasoning**: the program shows what the model thought, apart from its answer. LangChain does so if it uses the Responses API
+  (`use_responses_api=True`).
 - **Cancellation**: the program leaves in the middle of a stream and runs on, and the worker stops computing. Codex is
   ended by Ctrl-C. smolagents closes no stream that it leaves: the worker computes on until Python collects the stream as
   garbage.

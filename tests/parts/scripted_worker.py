@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from lacre.runtime import tasks
@@ -19,6 +20,7 @@ from parts.stage.live import connected_node
 
 CONTEXT = 1 << 18  # tokens, each of one byte: an agent's instructions alone are 40,000
 SLOTS = 8
+THINKS = "{# </think> #}"  # in its template: so the model's reasoning has such marks
 
 
 def _pause(prompt: str) -> float:
@@ -28,6 +30,7 @@ def _pause(prompt: str) -> float:
 
 async def main(folder: Path, url: str) -> None:
     engine = ScriptedEngine(scripts.said, n_ctx=CONTEXT, pause=_pause, ended=lambda reason: print(reason, flush=True))
+    engine.model = replace(engine.model, chat_template=engine.model.chat_template + THINKS)
     with closing(engine):
         async with connected_node(Site.load(folder), url, create_app([engine]), slots=SLOTS) as node:
             await node.run()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 PLAIN: Final = "The sea is salt."
+THOUGHT: Final = "Most seas are salt, and a few are not."
 # Each byte is a token: far more than 512, which once was the limit of an answer whose caller names none.
 LONG: Final = " ".join(f"wave {number:03}" for number in range(200))
 CITY: Final = "Vienna"
@@ -74,6 +75,10 @@ def _long(prompt: str, _word: str, _since: str) -> str:
     return _final(prompt, LONG)
 
 
+def _think(_prompt: str, _word: str, _since: str) -> str:
+    return f"<think>\n{THOUGHT}\n</think>\n\n{PLAIN}"
+
+
 def _weather(prompt: str, _word: str, since: str) -> str:
     if sunny(CITY) in since:  # some agents write results as what a user says
         return _final(prompt, f"It is {sunny(CITY)}.")
@@ -96,6 +101,7 @@ _SCRIPTS: Final[Mapping[str, Callable[[str, str, str], str]]] = {
     "plain": _plain,
     "long": _long,
     "slow": _long,
+    "think": _think,
     "weather": _weather,
     "mood": _mood,
     "edit": _edit,

@@ -1,6 +1,6 @@
 // `@anthropic-ai/sdk`: the Messages API, which needs a `max_tokens`.
 import Anthropic from "@anthropic-ai/sdk";
-import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
+import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, THINK, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
 
 const given = { model: process.env.MODEL, max_tokens: 512, ...GREEDY };
 const client = new Anthropic({ maxRetries: 0 });
@@ -29,6 +29,11 @@ await tell({
   async structured() {
     const output_config = { format: { type: "json_schema", schema: MOODS } };
     return JSON.parse(textOf(await created(MOOD, { output_config })));
+  },
+  async reasoning() {
+    const message = await created(THINK, { max_tokens: 2048, thinking: { type: "enabled", budget_tokens: 1024 } });
+    const thoughts = message.content.filter((block) => block.type === "thinking");
+    return { text: textOf(message), thought: thoughts.map((block) => block.thinking).join("") };
   },
   async cancellation() {
     let pieces = 0;

@@ -1,6 +1,6 @@
 // `openai`: its chat API.
 import OpenAI from "openai";
-import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
+import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, THINK, WEATHER, CITY, tell, weather } from "../programs/asked.mjs";
 
 const { MODEL: model, EMBEDDER } = process.env;
 const client = new OpenAI({ maxRetries: 0 });
@@ -29,6 +29,10 @@ await tell({
   async structured() {
     const response_format = { type: "json_schema", json_schema: { name: "mood", strict: true, schema: MOODS } };
     return JSON.parse((await created(MOOD, { response_format })).choices[0].message.content);
+  },
+  async reasoning() {
+    const { message } = (await created(THINK)).choices[0];
+    return { text: message.content, thought: message.reasoning_content };
   },
   async embeddings() {
     const { data } = await client.embeddings.create({ model: EMBEDDER, input: TEXTS });

@@ -3,6 +3,7 @@ export const PLAIN = "[[plain]] Name a sea, in a few words.";
 export const LONG = "[[long]] Tell of the waves.";
 export const SLOW = "[[slow]] Tell of the waves.";
 export const WEATHER = "[[weather]] How is the weather in Vienna?";
+export const THINK = "[[think]] Are seas salt?";
 export const MOOD = "[[mood]] How do you feel, and how many points do you give?";
 export const TEXTS = ["a cat", "a kitten"];
 export const GREEDY = { temperature: 0 }; // so that a real model says the same each time

@@ -21,6 +21,7 @@ PLAIN = "[[plain]] Name a sea, in a few words."
 LONG = "[[long]] Tell of the waves."
 SLOW = "[[slow]] Tell of the waves."
 WEATHER = "[[weather]] How is the weather in Vienna?"
+THINK = "[[think]] Are seas salt?"
 MOOD = "[[mood]] How do you feel, and how many points do you give?"
 TEXTS = ["a cat", "a kitten"]
 GREEDY: dict[str, Any] = {"temperature": 0}  # so that a real model says the same each time

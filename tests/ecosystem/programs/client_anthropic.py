@@ -7,7 +7,7 @@ from typing import Any
 
 import anthropic
 
-from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, THINK, WEATHER, streamed, tell, weather
 
 CLIENT = anthropic.Anthropic(max_retries=0)
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -52,6 +52,15 @@ def structured() -> Any:
     return json.loads(text_of(CLIENT.messages.create(messages=said(MOOD), output_config=form, **GIVEN)))
 
 
+def reasoning() -> dict[str, Any]:
+    given = {**GIVEN, "max_tokens": 2048, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    message = CLIENT.messages.create(messages=said(THINK), **given)
+    return {
+        "text": text_of(message),
+        "thought": "".join(block.thinking for block in message.content if block.type == "thinking"),
+    }
+
+
 def cancellation() -> dict[str, Any]:
     taken = 0
     with CLIENT.messages.stream(messages=said(SLOW), **GIVEN) as events:
@@ -67,4 +76,4 @@ def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, cancellation, long)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 
-from asked import EMBEDDER, GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, WEATHER, streamed, tell, weather
+from asked import EMBEDDER, GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, THINK, WEATHER, streamed, tell, weather
 
 CLIENT = openai.OpenAI(max_retries=0)
 TOOL: Any = {"type": "function", "function": {
@@ -58,6 +58,11 @@ def structured() -> dict[str, Any]:
     return parsed.model_dump() if parsed else {}
 
 
+def reasoning() -> dict[str, Any]:
+    message = CLIENT.chat.completions.create(messages=said(THINK), **GIVEN).choices[0].message
+    return {"text": message.content, "thought": (message.model_extra or {})["reasoning_content"]}
+
+
 def embeddings() -> dict[str, Any]:
     found = CLIENT.embeddings.create(model=EMBEDDER, input=TEXTS).data
     return {"length": len(found[0].embedding), "many": len(found)}
@@ -78,4 +83,4 @@ def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, embeddings, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, embeddings, cancellation, long)

@@ -8,7 +8,7 @@ import openai
 import pydantic
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 
-from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, THINK, WEATHER, streamed, tell
 from asked import weather as told
 
 set_tracing_disabled(True)
@@ -55,6 +55,12 @@ async def structured() -> Any:
     return (await answer(MOOD, output_type=Mood)).model_dump()
 
 
+async def reasoning() -> dict[str, Any]:
+    result = await Runner.run(agent(), THINK)
+    thoughts = [item.raw_item for item in result.new_items if item.type == "reasoning_item"]
+    return {"text": result.final_output, "thought": "".join(part.text for each in thoughts for part in each.content or [])}
+
+
 async def cancellation() -> dict[str, Any]:
     run, taken = Runner.run_streamed(agent(), SLOW), 0
     async for event in run.stream_events():
@@ -70,4 +76,4 @@ async def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, cancellation, long)

@@ -8,7 +8,7 @@ import instructor
 import openai
 import pydantic
 
-from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, THINK, WEATHER, streamed, tell
 from asked import weather as told
 
 CLIENT = instructor.from_openai(openai.OpenAI(max_retries=0))
@@ -60,6 +60,11 @@ def structured() -> Any:
     return CLIENT.create(response_model=Mood, messages=said(MOOD), **GIVEN).model_dump()
 
 
+def reasoning() -> dict[str, Any]:
+    message = CLIENT.create(response_model=None, messages=said(THINK), **GIVEN).choices[0].message
+    return {"text": message.content, "thought": message.model_extra["reasoning_content"]}
+
+
 def cancellation() -> dict[str, Any]:
     taken = 0
     with pieces(SLOW) as chunks:
@@ -75,4 +80,4 @@ def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, cancellation, long)

@@ -9,7 +9,7 @@ from langchain.agents import create_agent
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-from asked import EMBEDDER, GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, WEATHER, streamed, tell
+from asked import EMBEDDER, GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, THINK, WEATHER, streamed, tell
 from asked import weather as told
 
 LLM = ChatOpenAI(model=MODEL, max_retries=0, **GREEDY)
@@ -47,6 +47,15 @@ def structured() -> Any:
     return LLM.with_structured_output(Mood).invoke(MOOD).model_dump()
 
 
+def reasoning() -> dict[str, Any]:
+    """Over the Responses API: of chats it shows no reasoning."""
+    answer = ChatOpenAI(model=MODEL, max_retries=0, output_version="responses/v1", use_responses_api=True, **GREEDY).invoke(
+        THINK
+    )
+    thoughts = [block for block in answer.content if isinstance(block, dict) and block["type"] == "reasoning"]
+    return {"text": answer.text, "thought": "".join(part["text"] for each in thoughts for part in each["content"])}
+
+
 def embeddings() -> dict[str, Any]:
     # Without this, it sends the ids of tokens of OpenAI's own models.
     found = OpenAIEmbeddings(model=EMBEDDER, check_embedding_ctx_length=False).embed_documents(TEXTS)
@@ -68,4 +77,4 @@ def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, embeddings, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, embeddings, cancellation, long)

@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pydantic
+from llama_index.core.base.llms.types import ThinkingBlock
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 
-from asked import EMBEDDER, GREEDY, KEY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, TEXTS, URL, WEATHER, streamed, tell, weather
+from asked import (
+    EMBEDDER,
+    GREEDY,
+    KEY,
+    LONG,
+    MODEL,
+    MOOD,
+    PIECES,
+    PLAIN,
+    SLOW,
+    TEXTS,
+    THINK,
+    URL,
+    WEATHER,
+    streamed,
+    tell,
+    weather,
+)
 
 LLM = OpenAILike(
     model=MODEL,
@@ -51,6 +69,12 @@ def structured() -> Any:
     return LLM.as_structured_llm(Mood).chat(said(MOOD)).raw.model_dump()
 
 
+def reasoning() -> dict[str, Any]:
+    message = LLM.chat(said(THINK)).message
+    thoughts = [block.content or "" for block in message.blocks if isinstance(block, ThinkingBlock)]
+    return {"text": message.content, "thought": "".join(thoughts)}
+
+
 def embeddings() -> dict[str, Any]:
     found = OpenAILikeEmbedding(model_name=EMBEDDER, api_base=URL, api_key=KEY, max_retries=0).get_text_embedding_batch(TEXTS)
     return {"length": len(found[0]), "many": len(found)}
@@ -71,4 +95,4 @@ def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, embeddings, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, embeddings, cancellation, long)

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import pydantic
 from pydantic_ai import Agent
+from pydantic_ai.messages import ThinkingPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.settings import ModelSettings
 
-from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, WEATHER, streamed, tell, weather
+from asked import GREEDY, LONG, MODEL, MOOD, PIECES, PLAIN, SLOW, THINK, WEATHER, streamed, tell, weather
 
 LLM = OpenAIChatModel(MODEL, settings=ModelSettings(**GREEDY))
 
@@ -36,6 +37,12 @@ async def structured() -> Any:
     return (await Agent(LLM, output_type=Mood).run(MOOD)).output.model_dump()
 
 
+async def reasoning() -> dict[str, Any]:
+    result = await Agent(LLM).run(THINK)
+    parts = [part for message in result.new_messages() for part in message.parts]
+    return {"text": result.output, "thought": "".join(part.content for part in parts if isinstance(part, ThinkingPart))}
+
+
 async def cancellation() -> dict[str, Any]:
     taken = 0
     async with Agent(LLM).run_stream(SLOW) as result:
@@ -52,4 +59,4 @@ async def long() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(chat, stream, tools, structured, cancellation, long)
+    tell(chat, stream, tools, structured, reasoning, cancellation, long)

@@ -27,7 +27,7 @@ from parts.waiting import PATIENCE
 FOLDER = CODEX.room
 # It asks once, so that failures are seen. What runs has no network: its own sandbox needs more than some machines allow.
 OPTIONS = [
-    "--strict-config", "--skip-git-repo-check", "--json", "--sandbox", "danger-full-access",
+    "--strict-config", "--skip-git-repo-check", "--sandbox", "danger-full-access",
     "-c", "model_providers.lacre.request_max_retries=0", "-c", "model_providers.lacre.stream_max_retries=0",
 ]  # fmt: skip
 NODE, NPM = shutil.which("node"), shutil.which("npm")
@@ -62,9 +62,9 @@ class Codex:
     environment: dict[str, str]
 
     @contextmanager
-    def running(self, asked: str) -> Iterator[subprocess.Popen[str]]:
-        """Its process, which was asked something, and prints its events."""
-        line = [self.program, "exec", *OPTIONS, "--cd", str(self.project), asked]
+    def running(self, asked: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+        """Its process, which was asked something."""
+        line = [self.program, "exec", *OPTIONS, *options, "--cd", str(self.project), asked]
         with only_loopback(self.port) as inside:
             pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             process = subprocess.Popen(inside(*line), env=self.environment, text=True, **pipes)
@@ -76,7 +76,7 @@ class Codex:
 
     def ask(self, asked: str) -> list[dict[str, Any]]:
         """The events of a whole run."""
-        with self.running(asked) as process:
+        with self.running(asked, "--json") as process:
             said, complained = process.communicate(timeout=120)
         assert said, complained
         return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -110,6 +110,14 @@ async def test_it_answers_in_a_stream(codex: Codex) -> None:
 async def test_a_long_answer(codex: Codex) -> None:
     events = await asyncio.to_thread(codex.ask, "[[long]]")
     settle(CODEX, "scripted", {"long": texts(events) == [scripts.LONG]}, events)
+
+
+async def test_what_the_model_thought(codex: Codex) -> None:
+    """It prints that for people, with `show_raw_agent_reasoning`, before the answer."""
+    with codex.running("[[think]]") as process:
+        said, told = await asyncio.to_thread(process.communicate, timeout=120)
+    apart = said.strip() == scripts.PLAIN and told.splitlines().count(scripts.THOUGHT) == 1
+    settle(CODEX, "scripted", {"reasoning": apart}, said + told)
 
 
 async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedStage, codex: Codex) -> None:

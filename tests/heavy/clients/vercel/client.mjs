@@ -1,7 +1,7 @@
 // Vercel's `ai`, with its provider for servers that speak OpenAI's API.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { embedMany, generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
-import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, WEATHER, CITY, tell, weather } from "../../../ecosystem/programs/asked.mjs";
+import { GREEDY, LONG, MOOD, MOODS, PIECES, PLAIN, SLOW, TEXTS, THINK, WEATHER, CITY, tell, weather } from "../../../ecosystem/programs/asked.mjs";
 
 const { MODEL, EMBEDDER, OPENAI_BASE_URL: baseURL, OPENAI_API_KEY: apiKey } = process.env;
 const provider = createOpenAICompatible({ name: "lacre", baseURL, apiKey, supportsStructuredOutputs: true });
@@ -23,6 +23,10 @@ await tell({
   async structured() {
     const output = Output.object({ schema: jsonSchema(MOODS) });
     return (await generateText({ ...given, prompt: MOOD, output })).output;
+  },
+  async reasoning() {
+    const { text, reasoningText } = await generateText({ ...given, prompt: THINK });
+    return { text, thought: reasoningText };
   },
   async embeddings() {
     const model = provider.embeddingModel(EMBEDDER);
