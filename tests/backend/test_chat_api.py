@@ -148,7 +148,7 @@ REFUSED: dict[str | None, list[tuple[str, Any]]] = {
     ],
     "unsupported_value": [
         ("messages[0].role", [{"role": "function", "name": "f", "content": "x"}]),
-        ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]),
     ],
     "unsupported_parameter": [
         ("messages[0].function_call", [{"role": "assistant", "function_call": {}}]), ("functions", [{}]),

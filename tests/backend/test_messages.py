@@ -224,7 +224,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("messages[0].refusal", [{**SAYS, "refusal": 5}]), ("messages[0].refusal", [{**ASK, "refusal": "No."}]),
     ("messages[0].reasoning_content", [{**SAYS, "reasoning_content": {"a": 1}}]),
     ("messages[0].content", [{**ASK, "content": []}]),
-    ("messages[0].content[0].type", [{**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("messages[0].content[0].image_url.url", [{**ASK, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ("messages[0].content[0].text", [{**ASK, "content": [{"type": "text", "text": None}]}]),
     ("messages[0].tool_calls[0].function.arguments",
      [{**CALLED, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}]),

@@ -16,7 +16,7 @@ from lacre.asgi import App, Call, Scope, Send
 from lacre_backend.api.app import create_app
 from parts.behind import Answered, Respond, Server, answering, ask, serving
 from parts.scripted_engine import ScriptedEngine
-from parts.upstream import JSON, forwarding, granted, settings, used
+from parts.upstream import CHAT, JSON, forwarding, granted, settings, used
 
 EVENTS = [("content-type", "text/event-stream")]
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -45,7 +45,7 @@ def served(app: App) -> Respond:
 
 async def asked(path: str, respond: Respond, call: Call | None = None, **members: Any) -> tuple[Answered, Server, Call]:
     call = call or granted("chat", "writer", max_tokens=8)
-    content = json.dumps({"model": "writer", **ASKED[path], **members}).encode()
+    content = json.dumps({"model": "writer", **ASKED.get(path, {}), **members}).encode()
     async with serving(respond) as server:
         answered = await ask(forwarding(settings(server.url)), call, "POST", path, content, JSON)
         return answered, server, call
@@ -153,3 +153,56 @@ async def test_what_the_grant_does_not_cover_goes_nowhere(path: str, members: di
     answered, server, call = await asked(path, stream(), **members)
     assert (answered.status, server.bodies, used(call)) == (status, [], (0, 0, 0))
     assert (json.loads(answered.content).get("type") == "error") == (path == MESSAGES)
+
+
+# Media
+
+INSIDE, OUTSIDE = "data:image/png;base64,iVBORw0KGgo=", "http://169.254.169.254/latest/meta-data"
+PARTS: dict[str, list[Any]] = {
+    CHAT: [
+        {"type": "image_url", "image_url": {"url": ...}},
+        {"type": "image_url", "image_url": ...},
+        {"image_url": ...},
+        {"type": "audio_url", "audio_url": {"url": ...}},
+        {"type": "video_url", "video_url": {"url": ..., "detail": "low"}},
+    ],
+    RESPONSES: [{"type": "input_image", "image_url": ...}, {"type": "input_file", "file_url": ...}],
+    MESSAGES: [
+        {"type": "image", "source": {"type": "url", "url": ...}},
+        {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image", "source": {"type": "url", "url": ...}}]},
+    ],
+}
+EACH = [(path, part) for path, parts in PARTS.items() for part in parts]
+
+
+def filled(value: Any, address: str) -> Any:
+    if isinstance(value, dict):
+        return {name: filled(each, address) for name, each in value.items()}
+    return [filled(each, address) for each in value] if isinstance(value, list) else address if value is ... else value
+
+
+@pytest.mark.parametrize("address", [OUTSIDE, "https://a/b.png", "file:///etc/passwd", "//a/b", "ftp://a", " data:x"])
+@pytest.mark.parametrize(("path", "part"), EACH)
+async def test_no_request_makes_the_other_program_dial_out(path: str, part: Any, address: str) -> None:
+    content = [{"type": "text", "text": "Look"}, filled(part, address)]
+    members = {"input" if path == RESPONSES else "messages": [{"role": "user", "content": content}]}
+    answered, server, call = await asked(path, answering(200, JSON, b"{}"), **members)
+    assert answered.status == 400 and not server.bodies and used(call) == (0, 0, 0)
+    error = json.loads(answered.content)["error"]
+    assert "Only data: URLs are forwarded" in error["message"] and address not in error["message"]
+
+
+@pytest.mark.parametrize(("path", "part"), EACH)
+async def test_media_in_the_body_reach_the_other_program(path: str, part: Any) -> None:
+    members = {"input" if path == RESPONSES else "messages": [{"role": "user", "content": [filled(part, INSIDE)]}]}
+    _, server, _ = await asked(path, answering(200, JSON, b"{}"), **members)
+    assert json.loads(server.bodies[0]).items() >= members.items()
+
+
+async def test_addresses_in_texts_and_calls_are_no_media() -> None:
+    called = {"type": "tool_use", "id": "a", "name": "fetch", "input": {"image_url": OUTSIDE, "content": [{"url": OUTSIDE}]}}
+    found = {"type": "search_result", "source": OUTSIDE, "title": "t", "content": [{"type": "text", "text": OUTSIDE}]}
+    said = {"type": "text", "text": OUTSIDE, "citations": [{"type": "x", "url": OUTSIDE}]}
+    turns = [{"role": "user", "content": [said, found]}, {"role": "assistant", "content": [called]}]
+    _, server, _ = await asked(MESSAGES, answering(200, JSON, b"{}"), messages=turns)
+    assert json.loads(server.bodies[0])["messages"] == turns

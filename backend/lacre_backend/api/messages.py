@@ -3,7 +3,8 @@
 Rules:
 - A client sends an answer back as it received it, or as its own object: with nulls, empty lists and its own members.
   Bookkeeping members (`BOOKKEEPING`) are dropped, and null counts as absent. Any other member is refused by name.
-- A message's content is never dropped: a refusal becomes the message's text. Audio, images and files are refused.
+- A message's content is never dropped: a refusal becomes the message's text. Images and audio become a
+  `MediaPart`, and files are refused.
 - Errors name the field in OpenAI's notation (`messages[0].content`), never its value.
 """
 
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lacre_backend.api import media
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.parsed import Echoed, missing
 from lacre_backend.api.tools.request import MAX_CALLS, MAX_ID, MessageToolCall
@@ -41,9 +43,6 @@ BOOKKEEPING: Final = frozenset(
 )  # fmt: skip
 # Content that is not text; an empty value is harmless.
 _OTHER_CONTENT: Final = ("function_call", "audio", "images", "files", "attachments", "experimental_attachments")
-_OTHER_PARTS: Final = (
-    "image_url", "input_audio", "file", "image", "audio", "video", "video_url", "document", "input_image", "input_file",
-)  # fmt: skip
 
 
 def _as_parts(value: Any) -> Any:
@@ -70,6 +69,16 @@ class TextPart(Echoed):
 
     type: Literal["text"]
     text: str
+
+
+class MediaPart(TextPart):
+    """An image or audio in place of a text. No body can hold one: the parsers of parts make it."""
+
+    held: media.Media
+
+    @classmethod
+    def of(cls, found: media.Media) -> MediaPart:
+        return cls.model_construct(type="text", text="", held=found)
 
 
 class Message(Echoed):
@@ -139,9 +148,33 @@ def _check_message(message: dict[str, Any], path: str) -> None:
         message.pop(name, None)
     if message.get("content") == [] and message.get("role") in ("assistant", "tool"):
         message["content"] = ""
-    for i, part in enumerate(message["content"] if isinstance(message.get("content"), list) else []):
-        if isinstance(part, dict) and part.get("type") in _OTHER_PARTS:
-            raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.content[{i}].type")
+    if isinstance(content := message.get("content"), list) and len(content) <= MAX_PARTS:
+        message["content"] = [_with_media(part, message, f"{path}.content[{i}]") for i, part in enumerate(content)]
+
+
+def _with_media(part: Any, message: dict[str, Any], at: str) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in (*media.FILES, *media.VIDEOS):
+        raise media.not_read(kind, at)
+    if kind not in media.PARTS:
+        return part
+    found = media.of_chat(part, at)
+    if message.get("role") != "user":
+        raise media.misplaced(at)
+    return MediaPart.of(found)
+
+
+def check_media(messages: Sequence[Message], model: str) -> None:
+    """Every prompt of messages passes here. No model of this server reads anything but text. Raises `RequestRefused`."""
+    found = [part.held for message in messages for part in message.content or () if isinstance(part, MediaPart)]
+    if len(found) > media.MAX_MEDIA:
+        raise RequestRefused(
+            f"The messages hold {len(found)} images and recordings. At most {media.MAX_MEDIA} are read.",
+            code="array_above_max_length",
+            param=found[media.MAX_MEDIA].at,
+        )
+    for each in found:
+        raise media.not_taken(model, each)
 
 
 def check_turns(messages: Sequence[Message]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from lacre_backend.api import ceilings
 from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
-from lacre_backend.api.messages import Message
+from lacre_backend.api.messages import Message, check_media
 from lacre_backend.api.parsed import check_size
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.template.prompt import (
@@ -68,6 +68,7 @@ async def chat_start(
     template, model = served.template, served.engine.model
     if template is None:
         raise RequestRefused(f"The model `{model.name}` has no chat template. Use /v1/completions.", param="model")
+    check_media(messages, model.name)
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
     check_size(written)  # with the arguments of calls, which the body contains as text

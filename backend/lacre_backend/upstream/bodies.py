@@ -6,6 +6,7 @@ Rules:
 - The body always contains the grant's limit, regardless of the client, in equal parts for the choices of all prompts.
 - More than one choice is forwarded only if the operator says that the upstream counts them all (`n` in `members`). llama.cpp's
   server counts only one.
+- Media are inside the body. The address of any is refused, because the upstream would fetch it.
 - The operator's fixed members override everything.
 """
 
@@ -22,6 +23,7 @@ from lacre.exchange.request import IDENTIFYING_FIELDS, prompts_in
 from lacre_backend.api.errors import RequestRefused, grant_mismatch
 from lacre_backend.api.requests import OWN_IDS, check_token_ids
 from lacre_backend.upstream.faces import UpstreamFace
+from lacre_backend.upstream.media import check_media
 
 _SAMPLING: Final = frozenset(
     {
@@ -80,6 +82,7 @@ def ready(
     if body["model"] != call.model:
         raise grant_mismatch(f"The request was granted for the model `{call.model}`, and names another.", "model")
     body["model"] = known_as
+    check_media(body)
     stream = tell_usage = False
     if action == "embed":
         check_token_ids(body.get("input"), body.pop(OWN_IDS, None))

@@ -15,8 +15,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
+from lacre_backend.api import media
 from lacre_backend.api.errors import RequestRefused, unsupported
-from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, check_turns
+from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, MediaPart, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
 from lacre_backend.api.requests import MAX_STOP, MAX_STOP_LENGTH, ChatCompletionRequest, check_beginning
 from lacre_backend.api.template.wishes import SWITCHES
@@ -92,12 +93,14 @@ class _Redacted(_Cached):
     data: str = ""
 
 
-_Block = _Text | _ToolUse | _ToolResult | _Thinking | _Redacted
+_Block = _Text | _ToolUse | _ToolResult | _Thinking | _Redacted | MediaPart
 _KINDS: Final[Mapping[str, Mapping[str, type[_Text | _ToolUse | _ToolResult | _Thinking | _Redacted]]]] = {
     "system": {"text": _Text},
+    "tool_result": {"text": _Text},
     "user": {"text": _Text, "tool_result": _ToolResult},
     "assistant": {"text": _Text, "tool_use": _ToolUse, "thinking": _Thinking, "redacted_thinking": _Redacted},
 }
+_IMAGE: Final = "image"
 _KNOWN: Final = frozenset(kind for kinds in _KINDS.values() for kind in kinds)
 
 
@@ -214,13 +217,18 @@ def _blocks(role: str, raw: Sequence[Any], at: str) -> Iterator[_Block]:
         kind = block.get("type")
         if kind is None:
             raise missing(f"{path}.type")
+        if kind == _IMAGE and role == "user":
+            yield MediaPart.of(media.of_messages(block, path))
+            continue
+        if kind == _IMAGE:
+            raise media.misplaced(path)
         if not isinstance(kind, str) or kind not in _KNOWN:
-            raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.type")
+            raise media.not_read(kind, path)
         if kind not in kinds:
             raise RequestRefused(f"A block '{kind}' does not belong to the role '{role}'.", param=f"{path}.type")
         read = validated(kinds[kind], block, at=path)
         if isinstance(read, _ToolResult):
-            list(_blocks("system", read.content, f"{path}.content"))  # texts alone
+            list(_blocks("tool_result", read.content, f"{path}.content"))  # texts alone
         yield read
 
 
@@ -265,7 +273,11 @@ def _messages(role: str, blocks: Sequence[_Block]) -> Iterator[dict[str, Any]]:
         if isinstance(block, _ToolResult):
             said = "".join(part["text"] for part in block.content)
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": f"Error: {said}" if block.is_error else said}
-    texts = [{"type": "text", "text": block.text} for block in blocks if isinstance(block, _Text)]
+    texts: list[Any] = [
+        block if isinstance(block, MediaPart) else {"type": "text", "text": block.text}
+        for block in blocks
+        if isinstance(block, _Text | MediaPart)
+    ]
     calls = [
         {"id": block.id, "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}}
         for block in blocks

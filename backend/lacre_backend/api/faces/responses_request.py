@@ -18,8 +18,9 @@ import pydantic_core
 from pydantic import BeforeValidator, Field
 
 from lacre.wire.outer import MAX_TOKENS
+from lacre_backend.api import media
 from lacre_backend.api.errors import RequestRefused, unsupported
-from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, check_turns
+from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, MediaPart, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
 from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest, Effort
 from lacre_backend.api.tools.reader import MAX_NAME
@@ -300,9 +301,17 @@ def _items(given: Any) -> Iterator[_Read]:
         read = validated(_KINDS[kind], item, at=path)
         if isinstance(read, _Call | _CustomCall):
             _check_name(_flat(read.namespace, read.name), f"{path}.name")
+        if isinstance(read, _Said) and read.role == "user":
+            content = tuple(_with_media(part, f"{path}.content[{j}]") for j, part in enumerate(read.content))
+            read = read.model_copy(update={"content": content})
         for name in ("content", "output", "summary"):
-            _text(getattr(read, name, None) or (), f"{path}.{name}")  # texts alone
+            _text(getattr(read, name, None) or (), f"{path}.{name}")  # texts alone, and a user's media
         yield read
+
+
+def _with_media(part: Any, at: str) -> Any:
+    known = isinstance(part, dict) and part.get("type") in media.PARTS
+    return MediaPart.of(media.of_responses(part, at)) if known else part
 
 
 def _check_name(name: str, at: str) -> None:
@@ -334,18 +343,27 @@ def _text(parts: Sequence[Any], at: str = "") -> str:
     texts = []
     for i, part in enumerate(parts):
         path = f"{at}[{i}]"
+        if isinstance(part, MediaPart):
+            continue
         if not isinstance(part, dict):
             raise RequestRefused(f"Invalid type for '{path}': expected an object.", code="invalid_type", param=path)
         kind = part.get("type")
         text = part.get("refusal") if kind == "refusal" else part.get("text")
         if kind not in (*_TEXTS, "refusal"):
-            raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.type")
+            raise media.misplaced(path) if kind in media.PARTS else media.not_read(kind, path)
         if not isinstance(text, str):
             raise RequestRefused(
                 f"Invalid type for '{path}.text': expected a string.", code="invalid_type", param=f"{path}.text"
             )
         texts.append(text)
     return "".join(texts)
+
+
+def _content(parts: Sequence[Any]) -> Any:
+    """The text; with media, the parts in their order."""
+    if not any(isinstance(part, MediaPart) for part in parts):
+        return _text(parts)
+    return [part if isinstance(part, MediaPart) else {"type": "text", "text": _text([part])} for part in parts]
 
 
 def _messages(items: Sequence[_Read]) -> Iterator[dict[str, Any]]:
@@ -362,7 +380,7 @@ def _messages(items: Sequence[_Read]) -> Iterator[dict[str, Any]]:
                 if turn is not None:
                     yield turn
                 turn = None
-                yield {"role": item.role, "content": _text(item.content)}
+                yield {"role": item.role, "content": _content(item.content)}
             case _:
                 turn = _extended(turn or {"role": "assistant", "content": ""}, item)
     if turn is not None:
