@@ -18,6 +18,7 @@ from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
 from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import answer_with_problems, described
+from lacre_gateway.http.exchange import FACTS
 from lacre_gateway.http.public_api import PATHS, SECURITY
 from lacre_gateway.relay.pools import etag, require
 from lacre_gateway.relay.relay import SealedEndpoint
@@ -43,10 +44,10 @@ def create_app(gateway: Gateway) -> GatewayApp:
     """An ASGI app that serves from `gateway`; it neither starts nor stops any of its parts."""
     app = GatewayApp(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
-    app.add_middleware(AccessLog, log=gateway.log)
+    app.add_middleware(AccessLog, log=gateway.log, lines=gateway.lines)
     answer_with_problems(app)
     sealed = SealedEndpoint(gateway)
-    app.sealed = AccessLog(sealed, gateway.log)
+    app.sealed = AccessLog(sealed, gateway.log, gateway.lines)
     app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for the answers to other methods
     limit = AddressLimit(gateway.settings.limits.calls_per_address)
     limit.install(app)
@@ -91,4 +92,5 @@ async def readyz(request: Request) -> Response:
     headers = {"cache-control": "no-store"}
     if missing:
         headers["retry-after"] = "1"
+        request.scope["state"][FACTS] = {"reason": "; ".join(f"{name}: {why}" for name, why in missing.items())}
     return JSONResponse(detail, status_code=503 if missing else 200, headers=headers)

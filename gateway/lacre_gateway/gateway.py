@@ -33,6 +33,7 @@ from lacre_gateway.budget.in_flight import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.settlement import Settlement
 from lacre_gateway.http.headers import Action, OuterHeaders
+from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.observe.metrics import Metrics
 from lacre_gateway.observe.tracing import Tracer
 from lacre_gateway.policy.live import LiveRules, Status
@@ -59,6 +60,7 @@ class Gateway:
     limits: RequestLimits
     bodies: BodyBytes
     refusals: RefusalThrottle
+    lines: LineLimit
     budgets: Ledger
     audit: AuditLog
     feed: ManifestFeed
@@ -87,6 +89,7 @@ class Gateway:
         await self.revocations.close()
         await self.authenticator.close()
         self.refusals.close()
+        self.lines.close()
         await self.settlement.close()
         await self.budgets.close()
         await self.audit.close()
@@ -194,6 +197,7 @@ def build(
         rules=rules,
         limits=requests,
         bodies=BodyBytes(total=limits.body_bytes, each=limits.body_bytes_per_subject),
+        lines=LineLimit(log, clock),
         refusals=RefusalThrottle(limits.refused_per_minute, limits.refused_per_address, clock),
         budgets=Ledger(lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, clock=clock),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),

@@ -44,6 +44,11 @@ class LacreError(Exception):
     verification: Checked | None = None
     request_id: str | None = None
 
+    def __str__(self) -> str:
+        """What is wrong, and the gateway's name for the request."""
+        said = super().__str__()
+        return said if self.request_id is None else f"{said} (request id: {self.request_id})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles: a process pool pickles its workers' errors to return them.
 

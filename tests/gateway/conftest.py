@@ -18,6 +18,7 @@ from parts.fake_worker import FakeWorker
 from parts.issuer import Issuer
 from parts.stage import Stage
 
+REASONED = (401, 403, 429, 503)  # of an operator's questions: why was I refused?
 PutUp = Callable[..., Awaitable[Stage]]
 
 
@@ -29,13 +30,20 @@ def issuer() -> Issuer:
 
 @pytest.fixture
 async def put_up(tmp_path: Path, issuer: Issuer) -> AsyncIterator[PutUp]:
-    """Makes a stage with a gateway of the test's own settings (`Stage.build_gateway`), which ends with the test."""
+    """Makes a stage with a gateway of the test's own settings (`Stage.build_gateway`), which ends with the test.
+
+    Whatever the test is about, each refusal must have its reason in the gateway's log.
+    """
+    stages: list[Stage] = []
     async with AsyncExitStack() as stack:
 
         async def put_up(**parts: str) -> Stage:
-            return await stack.enter_async_context(Stage.on_air(tmp_path, issuer, **parts))
+            stages.append(await stack.enter_async_context(Stage.on_air(tmp_path, issuer, **parts)))
+            return stages[-1]
 
         yield put_up
+    lines = [line for stage in stages for line in stage.logged() if line.get("event") == "request"]
+    assert [line for line in lines if line["status"] in REASONED and not line.get("reason")] == []
 
 
 @pytest.fixture

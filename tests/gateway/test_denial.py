@@ -65,8 +65,8 @@ MOST = {"limit": "max_tokens", "scope": "policy", "unit": "tokens"}
     ],
 )  # fmt: skip
 def test_each(rules: PolicySet, changes: dict[str, Any], problem: Problem, details: dict[str, Any]) -> None:
-    refusal = denied(rules.would_allow, question(**changes), MODELS)
-    assert (refusal.problem, dict(refusal.details)) == (problem, details)
+    refusal = denied(rules.would_allow, question(**changes), MODELS, ("base.a",))
+    assert (refusal.problem, dict(refusal.details), refusal.noted) == (problem, details, "policy: forbidden by base.a")
 
 
 def test_only_so_many_decisions_are_taken_and_none_is_remembered() -> None:
@@ -78,8 +78,8 @@ def test_only_so_many_decisions_are_taken_and_none_is_remembered() -> None:
         return one.max_tokens == 1 or SHIPPED.would_allow(one)
 
     before = len(SHIPPED._decisions._values)
-    denied(count, question(max_tokens=MAX_TOKENS), MODELS)
-    denied(lambda one: bool(count(one) and False), question(), [f"m{number}" for number in range(5000)])
+    denied(count, question(max_tokens=MAX_TOKENS), MODELS, ())
+    denied(lambda one: bool(count(one) and False), question(), [f"m{number}" for number in range(5000)], ())
     assert taken < 32 + 1 + MAX_LISTED + 10
     assert len(SHIPPED._decisions._values) == before
 

@@ -113,5 +113,5 @@ async def test_refusal_is_sent_whole_whatever_still_comes(rest: list[Message]) -
     assert sent[0]["status"] == 403
     if rest == [piece(b"", False)]:
         assert b"connection" not in dict(sent[0]["headers"])
-    assert b"".join(message.get("body", b"") for message in sent[1:]) == problems.FORBIDDEN.body()
+    assert b"".join(message.get("body", b"") for message in sent[1:]) == problems.FORBIDDEN.body({"request_id": "0" * 32})
     assert [message["more_body"] for message in sent[1:]][-1] is False

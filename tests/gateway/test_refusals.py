@@ -35,7 +35,7 @@ def assert_problem(response: httpx2.Response, problem: Problem, **told: Detail) 
     assert found == {**found, **told}
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["cache-control"] == "no-store"
-    assert len(response.headers["lacre-request-id"]) == 32
+    assert len(response.headers["lacre-request-id"]) == 32 and found["request_id"] == response.headers["lacre-request-id"]
     assert ("retry-after" in response.headers) == (problem.status in (429, 503))
 
 
@@ -308,7 +308,7 @@ async def test_wrong_method(method: str, path: str, client: httpx2.AsyncClient) 
 
 async def test_a_problem_says_nothing_else(stage: Stage, client: httpx2.AsyncClient) -> None:
     response = await stage.post(client, lacre_pool="canary")
-    assert set(json.loads(response.content)) == {"type", "title", "status", "pools"}
+    assert set(json.loads(response.content)) == {"type", "title", "status", "pools", "request_id"}
     assert "canary" not in response.text + str(response.headers)
 
 

@@ -18,6 +18,7 @@ import pytest
 import lacre
 from lacre import problems
 from lacre.errors import UsageError
+from lacre.problems import Problem
 from lacre_fabric.logs import make_log
 from lacre_fabric.nats import subjects
 from lacre_fabric.work.contract import FabricUnavailable
@@ -120,7 +121,8 @@ async def test_a_gateway_that_does_not_know_serves_nobody(
     assert (await stage.post(client, token)).status_code == 200
     monkeypatch.setattr(module, "MAX_AGE", 0.0)
     response = await stage.post(client, token)
-    assert (response.content, response.headers["retry-after"]) == (problems.UNAVAILABLE.body(), "5")
+    assert (Problem.type_in(response.content), response.headers["retry-after"]) == (problems.UNAVAILABLE.type, "5")
+    assert stage.logged()[-1]["reason"] == "revocations: the list is not current"
     assert (await client.get("/readyz")).json()["missing"].keys() == {"revocations"}
     assert len(worker.opened) == 1
     monkeypatch.setattr(module, "MAX_AGE", MAX_AGE)

@@ -339,7 +339,7 @@ def test_each_is_read_or_refused_as_its_row_says(row: Row, issuer: Issuer) -> No
         return
     with pytest.raises(Refusal) as refused:
         asyncio.run(asking)
-    told = details.read(refused.value.body)
+    told = details.read(refused.value.answer(None)[1])
     said = Refused(told.get("claim"), told.get("reason"), refused.value.problem)  # type: ignore[arg-type]
     assert (said, "expired_at" in told) == (expected, expected.reason == "expired")
 

@@ -26,7 +26,7 @@ from lacre_backend.api.app import create_app
 from parts.bent import without
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
-from parts.relay import Relay, refusing
+from parts.relay import Relay, refusing, served
 from parts.terminal import at_terminal
 from parts.up import LACRE
 
@@ -156,6 +156,18 @@ class TestStatus:
         assert done.returncode == 3
         assert (told["ok"], told["error"]["type"], told["models"]) == (False, "Forbidden", ["tiny"])
         assert told["error"]["remedy"] == problems.FORBIDDEN.remedy
+
+    @pytest.mark.parametrize("arguments", [["ask", "Sea?"], ["explain", "Where?", "--answer", "Oslo"], ["manifest", "show"]])
+    def test_with_json_an_error_is_json_too_and_names_the_request(
+        self, gateway: Gateway, run: Run, arguments: list[str]
+    ) -> None:
+        gateway.relay.respond = lambda _request: served(
+            403, problems.FORBIDDEN.body(), {"content-type": problems.MEDIA_TYPE, "lacre-request-id": "r7"}
+        )
+        done = run(*arguments, "--json", stdin="Oslo\n\nRome")
+        told = json.loads(done.stdout)["error"]
+        assert (done.returncode, told["type"], told["request_id"]) == (3, "Forbidden", "r7")
+        assert told["message"] in done.stderr and told["message"].endswith("(request id: r7)")
 
     def test_a_root_that_did_not_sign(self, gateway: Gateway, run: Run) -> None:
         other = Relay(gateway.relay.app).url.partition("?")[2]

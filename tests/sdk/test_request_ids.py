@@ -67,7 +67,7 @@ def test_every_error_has_the_requests_id(bent: dict[str, Any], stream: bool) -> 
     for error in (sync.value, later.value):
         assert error.request_id == "r1"
         assert error.verification is not None
-        assert "".join(traceback.format_exception_only(error)).count("The gateway's id of the request: r1") == 1
+        assert "".join(traceback.format_exception_only(error)).count("(request id: r1)") == 1
 
 
 def test_the_models_servers_error_has_it_too() -> None:
@@ -152,6 +152,7 @@ def test_which_limit() -> None:
     error = refused(problems.RATE_LIMITED, tokens, retry_after="26")
     assert str(error) == (
         "Too many requests. The limit is tokens_per_minute: at most 1000 tokens. The gateway accepts it again in 26 s."
+        " (request id: r1)"
     )
     assert type(error) is lacre.RateLimited and error.retry_after == 26.0
 

@@ -56,10 +56,12 @@ from lacre_gateway.http.answers import (
     described,
     problem_response,
 )
+from lacre_gateway.http.exchange import KNOWN
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.observe.metrics import CONTENT_TYPE, States
 from lacre_gateway.policy.cedar import PolicyError
+from lacre_gateway.policy.denial import because
 from lacre_gateway.policy.question import AdminAction, AdminQuestion
 from lacre_gateway.relay.failures import CALLERS_FAULT, refusal_for
 
@@ -78,7 +80,7 @@ def create_admin(gateway: Gateway) -> FastAPI:
     app.state.gateway, app.state.gauges = gateway, gauges
     app.state.limit = AddressLimit(gateway.settings.limits.calls_per_address)
     app.state.limit.install(app)
-    app.add_middleware(AccessLog, log=gateway.log)
+    app.add_middleware(AccessLog, log=gateway.log, lines=gateway.lines)
     answer_with_problems(app)
     app.add_exception_handler(LacreError, _mapped)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -202,7 +204,7 @@ class AdminCaller:
         await gateway.audit.append(entry)
         gateway.metrics.administered(action.value, "permitted" if decision.allowed else "denied")
         if not decision.allowed:
-            raise Refusal(problems.FORBIDDEN)
+            raise Refusal(problems.FORBIDDEN, noted=because(decision.policies), facts={"action": action.value})
         return gateway
 
 
@@ -215,6 +217,7 @@ async def _identified(request: Request) -> AdminCaller:
     address = address_of(request.scope)
     authorization = Fields.collect(request.scope["headers"]).authorization()
     access = await gateway.authenticator.authenticate(authorization, address)
+    request.scope["state"][KNOWN] = True
     return AdminCaller(gateway, access.principal, address, request.scope["state"]["request_id"])
 
 
@@ -305,9 +308,9 @@ async def drain(asking: Asking) -> Draining:
 
 async def _mapped(request: Request, error: Exception) -> Response:
     """Failures of the fabric or the audit log, and impossible requests, as problem documents."""
-    return await _invalid(request, error) if isinstance(error, UsageError) else problem_response(refusal_for(error))
+    return await _invalid(request, error) if isinstance(error, UsageError) else problem_response(request, refusal_for(error))
 
 
-async def _invalid(_request: Request, _error: Exception) -> Response:
+async def _invalid(request: Request, _error: Exception) -> Response:
     """Does not echo the request."""
-    return problem_response(Refusal(INVALID))
+    return problem_response(request, Refusal(INVALID))

@@ -107,7 +107,7 @@ class RemoteKeys:
         finally:
             self._waiting -= 1
         if key is None and self._failure:
-            raise KeysUnavailable("the issuer cannot be asked for its keys")
+            raise KeysUnavailable(f"the issuer's keys cannot be fetched: {self._failure}")
         return key
 
     def start(self) -> None:

@@ -10,7 +10,8 @@ Rules:
 - A token that is bound to a key (`cnf`) needs that key's proof, which is for one request (see `lacre.jose.dpop`).
 - A token whose signature does not hold always gets the same 401. The bearer of a genuine token learns which claim is refused
   and why, in fixed words (RFC 6750 section 3).
-- No token, no value of a claim and no exception's text reaches an answer, a log or the audit; the time of expiry does.
+- No token, no value of a claim and no foreign exception's text reaches an answer, a log or the audit; the time of expiry does.
+- Each refusal has its reason for the log: which check failed, on which claim, and for which issuer of the settings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lacre_gateway.auth.claims import BadClaim, ClaimNames, Principal, bound_key
 from lacre_gateway.auth.jwks_remote import KeysUnavailable
 from lacre_gateway.auth.revocation import RevocationList
 from lacre_gateway.auth.throttle import FailureThrottle
-from lacre_gateway.http.refusal import Refusal
+from lacre_gateway.http.refusal import NO_FACTS, Refusal
 
 __all__ = ["Access", "Authenticator", "Principal", "TrustedIssuer"]
 
@@ -99,7 +100,7 @@ class Access:
     def check_request(self, digest: bytes) -> None:
         """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal if the proof is not for this sealed request."""
         if self.proof is not None and self.proof.request != b64u(digest):
-            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF, noted="proof: for another sealed request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,10 @@ class TrustedIssuer:
         """Raises _NotVerified or KeysUnavailable."""
         kid, alg = header.get("kid"), header.get("alg")
         if alg not in self.algorithms:
-            raise _NotVerified("alg")
+            raise _NotVerified("alg", "not among this issuer's algorithms")
         key = self.keys.find(kid, alg) or await self.keys.seek(kid, alg)
         if key is None:
-            raise _NotVerified("kid")
+            raise _NotVerified("kid", "not among this issuer's keys")
         return key
 
     def verdict(self, token: str, key: jwt.PyJWK, epoch: int) -> _Verdict:
@@ -164,7 +165,10 @@ def _fault(error: jwt.PyJWTError, claims: Mapping[str, Any]) -> BadClaim:
 
 
 class _NotVerified(Exception):
-    """The value is not a token of a known issuer; the text names what shows it."""
+    """The value is not a token of a known issuer. The text says by which part, and why, in fixed words."""
+
+    def __init__(self, part: str, why: str) -> None:
+        super().__init__(f"{part}: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,16 +241,19 @@ class Authenticator:
             self._throttle.check(address)
             self._throttle.failed(address)
             size: dict[str, Detail] = {"limit": "token", "unit": "bytes", "ceiling": MAX_TOKEN, "asked": len(authorization)}
-            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(b"bearer"), details=size, noted="too long")
+            raise Refusal(
+                problems.INVALID_TOKEN, challenge=_challenge(b"bearer"), details=size, noted=f"size: over {MAX_TOKEN} bytes"
+            )
         digest = hashlib.sha256(authorization or b"").digest()
         verdict = self._verdicts.get(digest)
         if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
             verdict = await self._verified(authorization, address)
             self._remember(digest, verdict)
         if not self._revocations.current:
-            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
+            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY, noted="revocations: the list is not current")
         if self._revocations.refuses(verdict.revocable, verdict.issued):
-            raise _unusable(BadClaim("token", says.REVOKED, problems.INVALID_TOKEN), _credentials(authorization)[0])
+            revoked = BadClaim("token", says.REVOKED, problems.INVALID_TOKEN)
+            raise _unusable(revoked, _credentials(authorization)[0], {"issuer": verdict.access.principal.issuer})
         if verdict.thumbprint is None:
             return verdict.access
         return self._proved(verdict, _Shown(authorization, proof, method, url), address)
@@ -255,50 +262,62 @@ class Authenticator:
         # An address that only sends bad tokens must not cause a signature check with each; good remembered tokens need none.
         self._throttle.check(address)
         scheme, token = _credentials(authorization)
+        facts: dict[str, str] = {}
         try:
             if token is None:
-                raise _NotVerified("authorization")
+                raise _NotVerified("authorization", "missing" if authorization is None else "not a JWT")
             with self._throttle.verifying(address):
-                verdict = await self._verify(token)
+                issuer, header = self._issuer(token)
+                facts["issuer"] = issuer.issuer
+                key = await issuer.key(header)
+                verdict = issuer.verdict(token, key, issuer.keys.epoch)
             if verdict.thumbprint is None and scheme == b"dpop":
                 raise BadClaim("cnf", says.MISSING, problems.INVALID_TOKEN)
         except KeysUnavailable as exc:
-            raise Refusal(problems.ISSUER_UNAVAILABLE, retry_after=_RETRY) from exc
+            raise Refusal(problems.ISSUER_UNAVAILABLE, retry_after=_RETRY, noted=str(exc), facts=facts) from exc
         except BadClaim as exc:
             self._throttle.failed(address)
-            raise _unusable(exc, scheme) from exc
+            raise _unusable(exc, scheme, facts) from exc
         except (jwt.PyJWTError, _NotVerified, InvalidMessage) as exc:
             self._throttle.failed(address)
             if authorization is None:
-                raise Refusal(problems.INVALID_TOKEN, challenge=_MISSING, details={"reason": says.MISSING}) from exc
-            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(scheme), noted=_noted(exc)) from exc
+                missing = {"reason": says.MISSING}
+                raise Refusal(problems.INVALID_TOKEN, challenge=_MISSING, details=missing, noted=_noted(exc)) from exc
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(scheme), noted=_noted(exc), facts=facts) from exc
         return verdict
 
-    async def _verify(self, token: str) -> _Verdict:
-        # Unverified; only chooses the configured issuer whose keys and rules judge the token.
+    def _issuer(self, token: str) -> tuple[TrustedIssuer, Mapping[str, Any]]:
+        """The configured issuer whose keys and rules judge the token, and the token's header. Nothing is verified yet.
+
+        Raises _NotVerified or InvalidMessage.
+        """
         head, payload, _ = token.split(".")
         header, claims = read_object(head), read_object(payload)
-        if "crit" in header or str(header.get("typ", "jwt")).lower() not in _TYPES:
-            raise _NotVerified("typ")
+        if "crit" in header:
+            raise _NotVerified("crit", "not understood")
+        if str(header.get("typ", "jwt")).lower() not in _TYPES:
+            raise _NotVerified("typ", "not an access token")
         issuer = claims.get("iss")
         trusted = self._by_name.get(issuer) if isinstance(issuer, str) else None
         if trusted is None:
-            raise _NotVerified("iss")
-        key = await trusted.key(header)
-        return trusted.verdict(token, key, trusted.keys.epoch)
+            raise _NotVerified("iss", "missing" if issuer is None else "not in the settings")
+        return trusted, header
 
     def _proved(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
         """Raises Refusal unless the sender of the token has its key."""
         scheme, token = _credentials(shown.authorization)
         try:
-            if scheme != b"dpop" or token is None or shown.proof is None:
-                raise InvalidMessage("a token that is bound to a key needs the scheme DPoP and a proof")
+            if scheme != b"dpop" or token is None:
+                raise InvalidMessage("a token that is bound to a key needs the scheme DPoP")
+            if shown.proof is None:
+                raise InvalidMessage("a token that is bound to a key needs a proof")
             expected = dpop.Expected(shown.method, shown.url, dpop.token_hash(token), str(verdict.thumbprint))
             proof = dpop.verify(shown.proof.decode("latin-1"), expected, self._clock())
             self._spend(proof)
         except LacreError as exc:
             self._throttle.failed(address)
-            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF) from exc
+            # These errors are our own. They quote nothing of the proof.
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF, noted=f"proof: {exc}") from exc
         return Access(verdict.access.principal, proof)
 
     def _spend(self, proof: dpop.Proof) -> None:
@@ -315,7 +334,7 @@ class Authenticator:
             self._verdicts.popitem(last=False)
 
 
-def _unusable(fault: BadClaim, scheme: bytes) -> Refusal:
+def _unusable(fault: BadClaim, scheme: bytes, facts: Mapping[str, str] = NO_FACTS) -> Refusal:
     """For the bearer of a token whose signature holds."""
     ended = (
         ""
@@ -323,14 +342,16 @@ def _unusable(fault: BadClaim, scheme: bytes) -> Refusal:
         else datetime.datetime.fromtimestamp(int(fault.at), datetime.UTC).strftime(" at %Y-%m-%dT%H:%M:%SZ")
     )
     challenge = _challenge(scheme, f"{fault.claim}: {fault.reason}{ended}")
-    return Refusal(fault.problem, challenge=challenge, details=fault.details)
+    return Refusal(fault.problem, challenge=challenge, details=fault.details, noted=str(fault), facts=facts)
 
 
 def _noted(fault: Exception) -> str:
     """For the operator: what shows that the token is not one of ours. Never quotes the token."""
     if isinstance(fault, _NotVerified):
-        return f"{fault}: not known here"
-    return "signature" if isinstance(fault, jwt.InvalidSignatureError) else "form"
+        return str(fault)
+    if isinstance(fault, jwt.InvalidSignatureError):
+        return "signature: not by this issuer's key"
+    return "form: not two JSON objects and a signature, or a member appears twice"
 
 
 def _challenge(scheme: bytes, description: str = "") -> bytes:

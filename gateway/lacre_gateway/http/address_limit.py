@@ -22,7 +22,6 @@ from lacre import problems
 from lacre.errors import Details
 from lacre.runtime.listening import network_of
 from lacre_gateway.http.answers import problem_response
-from lacre_gateway.http.exchange import REFUSED
 from lacre_gateway.http.headers import address_of
 from lacre_gateway.http.refusal import Refusal
 
@@ -49,8 +48,7 @@ class AddressLimit:
         seconds = self._limiter.limiter.get_window_stats(limit, *keys).reset_time - time.time()
         details: Details = {"limit": NAME, "scope": "address", "ceiling": self._ceiling, "unit": "requests"}
         refusal = Refusal(problems.RATE_LIMITED, retry_after=max(seconds, 0.0), details=details)
-        request.scope["state"][REFUSED] = refusal
-        return problem_response(refusal)
+        return problem_response(request, refusal)
 
 
 async def _counted(request: Request) -> None:

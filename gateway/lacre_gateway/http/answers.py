@@ -59,9 +59,13 @@ def described(
     return document
 
 
-def problem_response(refusal: Refusal) -> Response:
-    headers = {name.decode(): value.decode() for name, value in refusal.headers()}
-    return Response(refusal.body, status_code=refusal.problem.status, headers=headers)
+def problem_response(request: Request, refusal: Refusal) -> Response:
+    """The answer, whose reason the access log gets."""
+    state = request.scope.setdefault("state", {})
+    state[REFUSED] = refusal
+    answer, body = refusal.answer(state.get("request_id"))
+    headers = {name.decode(): value.decode() for name, value in answer}
+    return Response(body, status_code=refusal.problem.status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -73,8 +77,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     elif status == problems.METHOD_NOT_ALLOWED.status:
         details["methods"] = tuple(sorted(_allowed(request)))
     refusal = Refusal(_BY_STATUS.get(status, problems.INTERNAL), details=details)
-    request.scope["state"][REFUSED] = refusal
-    response = problem_response(refusal)
+    response = problem_response(request, refusal)
     if "methods" in details:
         response.headers["allow"] = ", ".join(sorted(_allowed(request)))
     return response
@@ -95,13 +98,12 @@ def _allowed(request: Request) -> set[str]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     refusal = error if isinstance(error, Refusal) else Refusal(problems.INTERNAL)
-    request.scope["state"][REFUSED] = refusal
-    return problem_response(refusal)
+    return problem_response(request, refusal)
 
 
 async def _failed(request: Request, _error: Exception) -> Response:
     """A fault of the gateway. The server logs the place; the caller learns only the request id to report."""
-    response = problem_response(Refusal(problems.INTERNAL))
+    response = problem_response(request, Refusal(problems.INTERNAL))
     if (request_id := request.scope.get("state", {}).get("request_id")) is not None:
         response.headers["lacre-request-id"] = request_id  # the layer that otherwise adds this header is bypassed
     return response

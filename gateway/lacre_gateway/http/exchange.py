@@ -31,6 +31,8 @@ from lacre_gateway.http.refusal import RawHeaders, Refusal
 
 REFUSED: Final = "refused"  # in the scope's state: the refusal that was sent
 CUT: Final = "cut"  # in the scope's state: the answer ended properly, but is not whole
+KNOWN: Final = "known"  # in the scope's state, if the caller has a valid token
+FACTS: Final = "facts"  # in the scope's state: further fields for the log, such as the pool of a request
 # A worker gives up a stream whose credit is not renewed for 5 s (DESIGN section 7); later there is nothing left to send.
 STALL_LIMIT: Final = 10.0
 # After a refusal, the rest of a body is read and dropped for this long. Closing at once would reset the connection, and the
@@ -98,6 +100,14 @@ class Exchange:
     @property
     def traceparent(self) -> str | None:
         return self.fields.traceparent()
+
+    def known(self) -> None:
+        """The caller has a valid token."""
+        self._state[KNOWN] = True
+
+    def routed(self, pool: str, model: str, action: str) -> None:
+        """The request is for a pool and a model of the manifest."""
+        self._state[FACTS] = {"pool": pool, "model": model, "action": action}
 
     @property
     def started(self) -> bool:
@@ -178,7 +188,8 @@ class Exchange:
         waits = self.fields.expects() and not self._asked
         if not waits:
             await self._drop(_SKIM_TIME, _SKIM_BYTES)
-        headers = [*refusal.headers(), *self.limits]
+        answer, document = refusal.answer(self.request_id)
+        headers = [*answer, *self.limits]
         with contextlib.suppress(AuditUnavailable):
             if self.recorded is not None:
                 headers.append(_audit((await asyncio.shield(self.recorded)).proof()))
@@ -186,7 +197,7 @@ class Exchange:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
         linger = self._unread and not waits
-        await self._send({"type": "http.response.body", "body": refusal.body, "more_body": linger})
+        await self._send({"type": "http.response.body", "body": document, "more_body": linger})
         if linger:
             await self._drop(LINGER, MAX_SEALED_REQUEST)
             await self.end()

@@ -5,19 +5,22 @@ additions are typed members of `lacre.problems.details`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from lacre.errors import Details
 from lacre.problems import MEDIA_TYPE, Problem
 from lacre.problems.details import NONE
 
 RawHeaders = list[tuple[bytes, bytes]]
+NO_FACTS: Mapping[str, str] = {}
 
 
 class Refusal(Exception):
     """Ends a request with a problem document. Raised anywhere on its path, answered at one place.
 
     retry_after: seconds, for 429 and 503. challenge: the value of WWW-Authenticate, for 401 (RFC 9110 section 11.6.1). details:
-    members of the document beside its type. noted: a fixed word that only the log gets.
+    members of the document beside its type. noted: the reason, for the log alone: in our own words, and nothing of a token or a
+    body. facts: further fields for the log alone.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class Refusal(Exception):
         challenge: bytes | None = None,
         details: Details = NONE,
         noted: str = "",
+        facts: Mapping[str, str] = NO_FACTS,
     ) -> None:
         super().__init__(problem.type)
         self.problem = problem
@@ -35,17 +39,18 @@ class Refusal(Exception):
         self.challenge = challenge
         self.details = details
         self.noted = noted
-        self.body = problem.body(details)
+        self.facts = facts
 
-    def headers(self) -> RawHeaders:
-        """The headers of every problem response, and those of this refusal."""
+    def answer(self, request_id: str | None) -> tuple[RawHeaders, bytes]:
+        """The headers and the problem document. request_id: by which the operator finds the reason in the log."""
+        body = self.problem.body(self.details if request_id is None else {**self.details, "request_id": request_id})
         headers = [
             (b"content-type", MEDIA_TYPE.encode()),
-            (b"content-length", str(len(self.body)).encode()),
+            (b"content-length", str(len(body)).encode()),
             (b"cache-control", b"no-store"),
         ]
         if self.retry_after is not None:
             headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after))).encode()))
         if self.challenge is not None:
             headers.append((b"www-authenticate", self.challenge))
-        return headers
+        return headers, body

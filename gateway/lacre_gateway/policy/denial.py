@@ -4,12 +4,12 @@ Rules:
 - Only the caller's own question is varied, one circumstance at a time, and decided by the active rules. So a caller learns
   nothing about a rule that a few more requests would not show.
 - Nothing here is remembered or recorded. It takes at most some 70 decisions of 0.1 ms each, and denials are counted.
-- Only the audit log has the names of rules: they are the operator's.
+- Only the gateway's log and the audit log have the names of rules: they are the operator's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -28,14 +28,20 @@ _SEALED_BYTES: Final = "sealed_bytes"
 Allowed = Callable[[Question], bool]
 
 
-def denied(allowed: Allowed, asked: Question, models: Iterable[str]) -> Refusal:
-    """The refusal of a question that was denied. models: of the pool."""
+def denied(allowed: Allowed, asked: Question, models: Iterable[str], policies: Sequence[str]) -> Refusal:
+    """The refusal of a question that was denied. models: of the pool. policies: those that decided, for the log."""
+    noted = because(policies)
     if allowed(replace(asked, max_tokens=1)):
         unit = "KiB" if asked.action is Action.HTTP else "tokens"
-        return Refusal(problems.TOO_MANY_TOKENS, details=_most(allowed, asked, _MAX_TOKENS, unit))
+        return Refusal(problems.TOO_MANY_TOKENS, details=_most(allowed, asked, _MAX_TOKENS, unit), noted=noted)
     if asked.action is Action.HTTP:
-        return Refusal(problems.PATH_NOT_ALLOWED, details={"paths": KNOWN})
-    return Refusal(problems.FORBIDDEN, details=_other(allowed, asked) or usable(allowed, asked, models))
+        return Refusal(problems.PATH_NOT_ALLOWED, details={"paths": KNOWN}, noted=noted)
+    return Refusal(problems.FORBIDDEN, details=_other(allowed, asked) or usable(allowed, asked, models), noted=noted)
+
+
+def because(policies: Sequence[str]) -> str:
+    """Why a decision denied, for the operator. policies: the ids of those that decided."""
+    return f"policy: forbidden by {', '.join(policies)}" if policies else "policy: no rule permits it"
 
 
 def lowered(allowed: Allowed, asked: Question, floor: int) -> int | None:

@@ -53,6 +53,9 @@ _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (ProtocolError, problems.INVALID_REQUEST, None),
 )
 
+# Their texts are our own, or the message server's, and hold nothing of the request.
+_OURS: Final = (FabricError, AuditUnavailable)
+
 # The statuses of refusals that a caller causes by its request. The others are our fault, or the network's.
 CALLERS_FAULT: Final = frozenset({400, 401, 403, 404, 408, 409, 413, 415, 422, 429})
 
@@ -125,10 +128,12 @@ def refusal_for(error: BaseException) -> Refusal:
     if isinstance(error, BudgetRefused):
         return _of_budget(error)
     if isinstance(error, WorkerRefused):
-        return Refusal(error.problem, retry_after=_RETRY_LATER if error.problem.status == 503 else None)
+        retry_after = _RETRY_LATER if error.problem.status == 503 else None
+        return Refusal(error.problem, retry_after=retry_after, noted="a worker refused it")
     for kind, problem, retry_after in _TABLE:
         if isinstance(error, kind):
-            return Refusal(problem, retry_after=retry_after)
+            noted = str(error) if isinstance(error, _OURS) else ""
+            return Refusal(problem, retry_after=retry_after, noted=noted)
     return Refusal(problems.INTERNAL)
 
 
@@ -144,9 +149,10 @@ def _of_budget(error: BudgetRefused) -> Refusal:
     if isinstance(error, Exhausted):
         spent = error.kind in (LimitKind.TOKENS_PER_DAY, LimitKind.MONEY_PER_MONTH)
         problem = problems.BUDGET_SPENT if spent else problems.RATE_LIMITED
-        return Refusal(problem, retry_after=error.retry_after, details=details(error.kind, error.met))
+        noted = f"used up: {error.exceeded or 'by reservations that have ended since'}"
+        return Refusal(problem, retry_after=error.retry_after, details=details(error.kind, error.met), noted=noted)
     if isinstance(error, AboveLimit):
-        return Refusal(problems.ABOVE_LIMIT, details=details(error.kind, error.met))
+        return Refusal(problems.ABOVE_LIMIT, details=details(error.kind, error.met), noted=str(error))
     if isinstance(error, UnknownPlan):
-        return Refusal(problems.UNKNOWN_PLAN)
-    return Refusal(problems.BUDGET_UNAVAILABLE, retry_after=_RETRY_SOON)
+        return Refusal(problems.UNKNOWN_PLAN, noted="plan: not in plans.toml")
+    return Refusal(problems.BUDGET_UNAVAILABLE, retry_after=_RETRY_SOON, noted="budgets: NATS did not answer in time")

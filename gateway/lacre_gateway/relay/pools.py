@@ -21,7 +21,9 @@ _RETRY: Final = 5.0  # seconds: a publication takes about as long to reach a gat
 def require(feed: ManifestFeed) -> ManifestFeed:
     """The feed, if it has a manifest that clients would accept. Raises Refusal."""
     if not feed.ready:
-        raise Refusal(problems.NOT_READY, retry_after=_RETRY)
+        failure = "" if feed.failure is None else f" ({type(feed.failure).__name__})"
+        noted = "expired" if feed.known else "none was read"
+        raise Refusal(problems.NOT_READY, retry_after=_RETRY, noted=f"manifest: {noted}{failure}")
     return feed
 
 

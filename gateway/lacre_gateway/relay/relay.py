@@ -103,6 +103,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         exchange.fields.authorization(), exchange.address, proof=exchange.fields.proof(), url=gateway.sealed_url
     )
     principal = access.principal
+    exchange.known()
     with _charged(gateway, exchange, principal):
         await _permitted(gateway, exchange, access)
 
@@ -121,11 +122,12 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         begun = _Begun(SealedHeader.parse(start), len(start) if declared is None else declared)
         del start
         request = await _understood(gateway, exchange, principal, outer, begun)
+        exchange.routed(outer.pool, outer.model, outer.action.value)
         access.check_request(request.digest)
         request, decision = _decided(gateway, request)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
-                raise denied(gateway.rules.would_allow, request.question, tuple(request.pool.models))
+                raise denied(gateway.rules.would_allow, request.question, tuple(request.pool.models), decision.policies)
         sealed = await exchange.sealed_body(room)
         if len(sealed) != begun.size:
             raise Refusal(problems.INVALID_HEADERS, details={"header": "content-length"})

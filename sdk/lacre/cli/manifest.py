@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lacre.cli.output import AsJson, Url, date, printable, say, say_json, say_table, waiting
+from lacre.cli.output import AsJson, Url, date, error_as_json, printable, say, say_json, say_table, waiting
 from lacre.client import fetch_manifest
 
 manifest_app = typer.Typer(name="manifest", help="The signed description of pools, models and keys.", no_args_is_help=True)
@@ -13,7 +13,7 @@ manifest_app = typer.Typer(name="manifest", help="The signed description of pool
 @manifest_app.command("show")
 def manifest_show(url: Url = None, as_json: AsJson = False) -> None:
     """Fetch the manifest, verify it against the pinned root, and print it."""
-    with waiting("fetching the manifest"):
+    with error_as_json(as_json), waiting("fetching the manifest"):
         manifest = fetch_manifest(url)
     if as_json:
         say_json(manifest.members(), indent=2)

@@ -123,13 +123,28 @@ def _drawn(headings: Sequence[str], rows: Sequence[Sequence[str]], styles: Seque
 
 
 def tell(error: errors.LacreError) -> None:
-    """Prints the error, the remedy unless the message has it, and the request id by which the operator finds it."""
+    """Prints the error with its request id, by which the operator finds it, and the remedy unless the message has it."""
     message = printable(str(error))
     err().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     if error.remedy not in message and error.remedy not in _IN_THE_MESSAGE:
         err().print(f"what helps: {printable(error.remedy)}", markup=False, soft_wrap=True)
-    if error.request_id is not None:
-        err().print(f"request id: {error.request_id}", markup=False, soft_wrap=True)
+
+
+def error_members(error: errors.LacreError) -> dict[str, Any]:
+    """For JSON. request_id: by which the gateway's operator finds the reason in the log; None if no gateway answered."""
+    told = {"type": type(error).__name__, "message": str(error), "remedy": error.remedy}
+    return {**told, "request_id": error.request_id}
+
+
+@contextmanager
+def error_as_json(as_json: bool) -> Iterator[None]:
+    """If as_json, prints an error of the block as JSON too: stdout is then never empty. The exit code is the error's."""
+    try:
+        yield
+    except errors.LacreError as exc:
+        if as_json:
+            say_json({"error": error_members(exc)})
+        raise
 
 
 def printable(text: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lacre.chat.reply import Reply
 from lacre.cli import lock
-from lacre.cli.output import AsJson, PinModel, PoolName, Url, exit_code, pins, say_json, tell, waiting
+from lacre.cli.output import AsJson, PinModel, PoolName, Url, error_members, exit_code, pins, say_json, tell, waiting
 from lacre.client import Client
 from lacre.errors import LacreError
 
@@ -41,7 +40,8 @@ def status(
         seconds = time.monotonic() - began
         checked = client.verification
     if as_json:
-        say_json({**checked.members(), "models": models, "ok": error is None, "error": _error(error)}, indent=2)
+        failed = None if error is None else error_members(error)
+        say_json({**checked.members(), "models": models, "ok": error is None, "error": failed}, indent=2)
     else:
         lock.show(checked, *_more(models, reply, seconds))
         if error is not None:
@@ -55,10 +55,3 @@ def _more(models: tuple[str, ...], reply: Reply | None, seconds: float) -> list[
     if reply is not None:
         rows.append((True, "answered", f"by {reply.model} in {seconds:.2f} s, attempts: {reply.attempts}"))
     return rows
-
-
-def _error(error: LacreError | None) -> Mapping[str, Any] | None:
-    if error is None:
-        return None
-    told = {"type": type(error).__name__, "message": str(error), "remedy": error.remedy}
-    return {**told, "request_id": error.request_id}

@@ -69,7 +69,6 @@ class Facts:
         error.verification = error.verification or self.verification
         if error.request_id is None and self.request_id is not None:
             error.request_id = self.request_id
-            error.add_note(f"The gateway's id of the request: {self.request_id}")
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:

@@ -61,6 +61,7 @@ _FORMS: Final[dict[str, Callable[[object], Detail | None]]] = {
     "pools": _listed,
     "paths": _listed,  # the paths that exist
     "methods": _listed,  # the methods that the path takes
+    "request_id": _name,  # the gateway's name for the request, as in the header `Lacre-Request-Id`
 }
 
 
