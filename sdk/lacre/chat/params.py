@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import httpx2
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of a model's reasoning
 Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...`: the client's own
 
 
@@ -37,7 +38,8 @@ class StreamChoices(TypedDict, total=False):
 class ChatParams(TypedDict, total=False):
     """What `chat` and `chat_stream` take beside the messages. None in `model`: the pool's first model.
 
-    The names are OpenAI's. Those from `top_k` on are of the servers of open models.
+    The names are OpenAI's. Those from `top_k` on are of the servers of open models. chat_template_kwargs: variables of the
+    model's template. max_reasoning_tokens: of each choice. continue_final_message: the last message is the answer's beginning.
     """
 
     model: str | None
@@ -57,7 +59,7 @@ class ChatParams(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]]
     tool_choice: Literal["none", "auto", "required"] | Mapping[str, Any] | None
     parallel_tool_calls: bool | None
-    reasoning_effort: str | None
+    reasoning_effort: Effort | None
     verbosity: str | None
     stream_options: StreamChoices | None
     store: bool | None
@@ -67,10 +69,13 @@ class ChatParams(TypedDict, total=False):
     metadata: Mapping[str, str] | None
     safety_identifier: str | None
     prompt_cache_key: str | None
+    prompt_cache_retention: str | None
+    cache_control: Mapping[str, Any] | None
     top_k: int | None
     min_p: float | None
     repeat_penalty: float | None
     chat_template_kwargs: Mapping[str, Any] | None
+    max_reasoning_tokens: int | None
     continue_final_message: bool
 
 
