@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Final
 
 import httpx2
@@ -81,7 +82,7 @@ class Attribution:
     """What an answer rests on. Its `repr` shows nothing of its content.
 
     answer: the given one, or the model's. logprob: of all of it, in nats. parts: in the order of the prompt. lens: None if it
-    was not asked for. attempts, receipt, audit, verification: as in `Reply`. raw: the whole JSON object.
+    was not asked for. attempts, receipt, audit, verification, cost: as in `Reply`. raw: the whole JSON object.
     """
 
     id: str
@@ -97,6 +98,7 @@ class Attribution:
     audit: AuditProof = field(repr=False)
     verification: Verification = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
+    cost: Decimal | None = None
 
     @property
     def top(self) -> ExplainedPart | None:
@@ -139,6 +141,7 @@ class Attribution:
                 audit=facts.audit,
                 verification=facts.verification,
                 raw=body,
+                cost=facts.cost,
             )
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as exc:
             raise InvalidMessage("the worker's answer is not an explanation of the parts that were sent") from exc

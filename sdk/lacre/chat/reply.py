@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Final, overload
 
 import httpx2
@@ -43,7 +44,8 @@ class Reply:
     choices: all of them. `text`, `tool_calls`, `finish_reason`, `refusal`, `reasoning`, `logprobs`, `message`: the first's.
     attempts: how often the request was sealed and sent. receipt: the pool's signed statement of the usage, verified, and equal
     to `usage`. audit: the gateway's verified proof that it recorded this request; worth keeping. verification: every check of
-    the answer, with its keys. raw: the whole JSON object.
+    the answer, with its keys. raw: the whole JSON object. cost: in the currency's unit, of all requests for this answer; None
+    if the client was made without the model's price.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Reply:
     audit: AuditProof = field(repr=False)
     verification: Verification = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
+    cost: Decimal | None = None
 
     @property
     def text(self) -> str:
@@ -131,6 +134,7 @@ class Reply:
                 audit=facts.audit,
                 verification=facts.verification,
                 raw=body,
+                cost=facts.cost,
             )
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as exc:
             raise InvalidMessage("the worker's answer is not a chat completion") from exc

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import Any, Final
 
 import httpx2
@@ -187,6 +188,11 @@ class StreamedAnswer(StaysInProcess):
         request.
         """
         return self._deltas.receipt
+
+    @property
+    def cost(self) -> Decimal | None:
+        """Of a whole answer, as in `Reply`; None until it has ended whole."""
+        return None if self.facts is None or self.usage is None else self.facts.cost
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:

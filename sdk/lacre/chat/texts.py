@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Final
 
 import httpx2
@@ -34,7 +35,7 @@ _WRONG: Final = (LookupError, TypeError, AttributeError, ValueError, ArithmeticE
 
 @dataclass(frozen=True, slots=True)
 class EmbedReply:
-    """The vectors of texts, in their order. attempts, receipt, audit, verification: as in `Reply`."""
+    """The vectors of texts, in their order. attempts, receipt, audit, verification, cost: as in `Reply`."""
 
     model: str
     vectors: tuple[tuple[float, ...], ...] = field(repr=False)
@@ -43,6 +44,7 @@ class EmbedReply:
     receipt: Receipt = field(repr=False)
     audit: AuditProof = field(repr=False)
     verification: Verification = field(repr=False)
+    cost: Decimal | None = None
 
     @classmethod
     def parse(cls, response: httpx2.Response, count: int) -> EmbedReply:
@@ -59,7 +61,7 @@ class EmbedReply:
             except _WRONG as exc:
                 raise InvalidMessage("the worker's answer does not hold one vector for each text") from exc
             model = str(body.get("model", ""))
-            return cls(model, vectors, usage, facts.attempts, receipt, audit, facts.verification)
+            return cls(model, vectors, usage, facts.attempts, receipt, audit, facts.verification, facts.cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class RankedText:
 
 @dataclass(frozen=True, slots=True)
 class RerankReply:
-    """Documents by their relevance, the best first. attempts, receipt, audit, verification: as in `Reply`."""
+    """Documents by their relevance, the best first. attempts, receipt, audit, verification, cost: as in `Reply`."""
 
     results: tuple[RankedText, ...]
     usage: TokenUsage
@@ -109,6 +111,7 @@ class RerankReply:
     receipt: Receipt = field(repr=False)
     audit: AuditProof = field(repr=False)
     verification: Verification = field(repr=False)
+    cost: Decimal | None = None
 
     @classmethod
     def parse(cls, response: httpx2.Response, documents: Sequence[str], most: int | None) -> RerankReply:
@@ -127,7 +130,7 @@ class RerankReply:
             except _WRONG as exc:
                 raise InvalidMessage("the worker's answer does not rank the documents that were sent") from exc
             results = tuple(sorted(ranked, key=lambda each: -each.score))
-            return cls(results, usage, facts.attempts, receipt, audit, facts.verification)
+            return cls(results, usage, facts.attempts, receipt, audit, facts.verification, facts.cost)
 
 
 def texts_of(given: object, name: str) -> list[str]:

@@ -43,6 +43,7 @@ from lacre.client.settings import (
     proof_key_of,
 )
 from lacre.evidence.exchange_info import documented
+from lacre.evidence.prices import Prices, prices_of
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import DEFAULT_KEMS, Sealing
 from lacre.exchange.stream_state import StreamState, checked_key
@@ -78,7 +79,8 @@ class Client(SealingClient):
     answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests
     may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An
     async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix cache of
-    their own; no worker can tell who it is. memory: where to remember the newest manifest seen; default: a file under
+    their own; no worker can tell who it is. prices: of models, like the table `prices` of a gateway's plans.toml; `reply.cost`
+    is then known. memory: where to remember the newest manifest seen; default: a file under
     `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
@@ -100,6 +102,7 @@ class Client(SealingClient):
         resume: int = DEFAULT_RESUMES,
         max_concurrency: int | None = None,
         cache_scope: str | None = None,
+        prices: Prices | None = None,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
@@ -120,6 +123,7 @@ class Client(SealingClient):
             pin_models=pin_models_of(pin_models),
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
+            prices=prices_of(prices),
         )
         lasts, at_once, hooks = arguments.timeout(timeout), at_once_of(max_concurrency), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)

@@ -19,8 +19,9 @@ from lacre._version import __version__
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.verification import Verification
-from lacre.exchange.call import ORIGIN, CallState, Scope, Sealing
+from lacre.exchange.call import ORIGIN, CallState, Sealing
 from lacre.exchange.request import MAX_CONTENT, Plain
+from lacre.exchange.scope import Scope
 from lacre.exchange.sealed_answer import MAX_PROBLEM, GatewayRefusal, Opening, check_sealed, problem_of, read_all
 from lacre.exchange.steps import Read, Send, Steps, Together, sent_bytes, sent_outer
 from lacre.jose.jws import b64u, b64u_decode

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 
 from lacre.errors import LacreError
 from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.prices import TokenPrice, amount
 from lacre.evidence.receipts import Receipt
 from lacre.evidence.verification import Verification
 from lacre.wire.padding import Shape
@@ -36,7 +38,8 @@ class Facts:
     it. action, model: as the request named them to the gateway; empty without a gateway. tokens: ids of the answer's tokens, if
     the worker of a stream sends them. checked: the checks before anything was sent; `verification` adds the later ones. audit:
     the gateway's verified proof that it recorded this request; None on a refusal without a proof. receipt, trailers: present
-    once the answer has ended; the receipt is verified. None until then, and on a refusal.
+    once the answer has ended; the receipt is verified. None until then, and on a refusal. price: the model's, if the client
+    knows it.
     """
 
     kem: str
@@ -53,6 +56,7 @@ class Facts:
     request_id: str | None = None
     action: str = ""
     model: str = ""
+    price: TokenPrice | None = None
 
     def broke_off(self, prompt: int, cached: int, completion: int) -> None:
         """The present request took this much, and another continues its answer."""
@@ -74,6 +78,16 @@ class Facts:
     def receipts(self) -> tuple[Receipt, ...]:
         """The receipts of all requests so far; a request whose worker was lost has none."""
         return tuple(each for each in (*(part.receipt for part in self.parts), self.receipt) if each is not None)
+
+    @property
+    def cost(self) -> Decimal | None:
+        """Of all requests for the whole answer, in the currency's unit; None before its end, or without a price."""
+        if self.price is None or self.receipt is None:
+            return None
+        spent = [(part.prompt, part.cached, part.completion) for part in self.parts]
+        paid = self.receipt
+        spent.append((paid.prompt_tokens, paid.cached_tokens, paid.completion_tokens))
+        return amount(sum(self.price.of(*counts) for counts in spent))
 
     @property
     def verification(self) -> Verification:

@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import hashlib
-import hmac
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +39,14 @@ from lacre.errors import (
 from lacre.evidence import audit_proof, receipts
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Facts
+from lacre.evidence.prices import TokenPrice, price_of
 from lacre.evidence.receipts import Receipt
 from lacre.evidence.verification import SealedTo, Signed, Verification
 from lacre.exchange.first_use import first_use
 from lacre.exchange.model_paths import misdirected
 from lacre.exchange.request import Plain, Prepared, is_repeatable, prepare
 from lacre.exchange.retry import ENDURANCE, Retries, delay
+from lacre.exchange.scope import Scope
 from lacre.exchange.sealed_answer import (
     MAX_PROBLEM,
     AnswerHead,
@@ -78,29 +77,6 @@ MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off, the m
 REFRESH_PAUSE: Final = 30.0  # seconds before a failed refresh is tried again, while the present manifest is still valid
 # of a manifest's lifetime: the client fetches a new one then, so no request meets an expired manifest
 REFRESH_BEFORE: Final = 0.5
-
-
-@dataclass(slots=True)
-class Scope:
-    """How workers see this client for a while: the salt of its prefix cache, and a clock correction from one of them.
-
-    Both end together: a correction that outlived its salt would link it to the next salt. RFC 9458 section 6.5.2 wants the
-    correction short-lived. since, offset: seconds, by this machine's clock.
-    """
-
-    since: float
-    salt: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
-    offset: float = 0.0
-
-    def salt_of(self, cache_scope: str | None) -> str:
-        """The salt of one of the program's users, who cannot be told from it; the client's own if there is none.
-
-        Derived (HMAC-SHA-256) and not kept: a server may have any number of users.
-        """
-        if cache_scope is None:
-            return self.salt
-        derived = hmac.new(bytes.fromhex(self.salt), cache_scope.encode(), hashlib.sha256)
-        return derived.hexdigest()[: len(self.salt)]
 
 
 @dataclass(slots=True)
@@ -151,11 +127,13 @@ class Sealing:
         pin_models: Mapping[str, str] = MappingProxyType({}),
         retries: int | None = 0,
         resume: int = 0,
+        prices: Mapping[str, TokenPrice] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.root = root
         self._memory = memory
         self._pool = pool
+        self._prices = prices
         self._kems = tuple(kems)
         self._shape = shape_named(shape)
         self._pin_models = pin_models
@@ -414,7 +392,7 @@ class Sealing:
         call.attempts += 1
         checked = self._checked(call.trusted, SealedTo.of(name, key))
         facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, checked)
-        facts.action, facts.model = prepared.action, prepared.model
+        facts.action, facts.model, facts.price = prepared.action, prepared.model, price_of(self._prices, prepared.model)
         call.facts = self._last = facts
 
         sent = {

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import httpx2
 
+from lacre.evidence.prices import Prices
 from lacre.jose.dpop import ProofKey
 from lacre.transport.dial import Verify
 from lacre.transport.oauth import AsyncToken, Token
@@ -31,6 +32,7 @@ class SharedOptions(TypedDict, total=False):
     resume: int
     max_concurrency: int | None
     cache_scope: str | None
+    prices: Prices | None
     memory: Memory | None
     verify: Verify
     proxy: httpx2.Proxy | httpx2.URL | str | None
