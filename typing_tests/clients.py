@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any, assert_type
 
 import httpx
@@ -39,6 +40,7 @@ def sync_client() -> None:
                 assert_type(event.arguments, str)
         assert_type(client.models(), tuple[str, ...])
         assert_type(client.with_options(timeout=3, retries=None, model="m", pool="p", cache_scope="u"), lacre.Client)
+        assert_type(client.chat("x").cost, Decimal | None)
         assert_type(client.embed(["x"], timeout=3.0).vectors, tuple[tuple[float, ...], ...])
         assert_type(client.tokenize("x").ids, tuple[int, ...])
         assert_type(client.rerank("q", ["x"]).results, tuple[lacre.RankedText, ...])
@@ -109,4 +111,6 @@ def mistakes() -> None:
     lacre.Client().chat("x", temprature=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     lacre.Client().chat_stream("x", max_tokens="9")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lacre.Client().explain("x", temperature=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    lacre.Client(prices={"*": {"prompt": 1.0}})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+    lacre.Client().chat("x", reasoning_effort="lots")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lacre.Client().embed("x", timout=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
