@@ -140,11 +140,12 @@ class Claims(Table):
 class Issuer(Table):
     """An issuer that may sign access tokens.
 
-    jwks: its keys, as a file or as the set itself. jwks_url: where they are fetched. Default: OpenID Connect Discovery. tenant:
-    the tenant of all its tokens; default: the token's own claim. default_tenant: for tokens without that claim; default: they
-    are refused. claims_elsewhere: for a token that refers to another place for groups, scopes, plan or tenant: `refuse` it, or
-    `ignore` that and accept it without them. leeway: seconds that its clock and ours may differ. token_lifetime: the most
-    seconds that a token may live. stale_limit: seconds for which fetched keys are used when the issuer cannot be reached.
+    jwks: its keys, as a file or as the set itself. jwks_url: where they are fetched. Default: OpenID Connect Discovery.
+    ca: the PEM file of the CA for its https addresses; default: the system's CAs. tenant: the tenant of all its tokens;
+    default: the token's own claim. default_tenant: for tokens without that claim; default: they are refused. claims_elsewhere:
+    for a token that refers to another place for groups, scopes, plan or tenant: `refuse` it, or `ignore` that and accept it
+    without them. leeway: seconds that its clock and ours may differ. token_lifetime: the most seconds that a token may live.
+    stale_limit: seconds for which fetched keys are used when the issuer cannot be reached.
     """
 
     issuer: Annotated[str, Field(min_length=1)]
@@ -152,6 +153,7 @@ class Issuer(Table):
     algorithms: Annotated[tuple[Algorithm, ...], Field(min_length=1)]
     jwks: Annotated[FilePath | dict[str, Any], BeforeValidator(_key_set)] | None = None
     jwks_url: Annotated[str, AfterValidator(_key_address)] | None = None
+    ca: FilePath | None = None
     tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     default_tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     claims: Claims = Claims()
@@ -164,6 +166,10 @@ class Issuer(Table):
     def _reachable(self) -> Issuer:
         if self.jwks is not None and self.jwks_url is not None:
             raise PydanticCustomError("jwks", "an issuer has its keys in one place: write either jwks or jwks_url")
+        if self.ca is not None and self.jwks is not None:
+            raise PydanticCustomError("issuer_ca", "`ca` is for keys that the gateway fetches: remove it, or remove `jwks`")
+        if self.ca is not None and not (self.jwks_url or self.issuer).startswith("https:"):
+            raise PydanticCustomError("issuer_ca_clear", "`ca` is for https: write an https address, or remove `ca`")
         if self.tenant is not None and self.default_tenant is not None:
             raise PydanticCustomError("tenant", "with `tenant`, all tokens are for that tenant: remove `default_tenant`")
         if self.jwks is None and self.jwks_url is None and not fetchable(self.issuer, plain=True):

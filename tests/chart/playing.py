@@ -1,8 +1,8 @@
 """Plays rendered pods on this machine: each container a process, each volume a folder, each port one of loopback.
 
-What an image, a kubelet and DNS would bring is put in place of them: the interpreter that runs this for the images' own, paths
-of folders for where they would be mounted, `localhost` for a Service's name. Everything else is as the chart says it:
-commands, arguments, environment, files and probes.
+What an image, a kubelet and DNS would bring is put in place of them: the interpreter that runs this for the images' own, a file
+of authorities for the system's, paths of folders for where they would be mounted, `localhost` for a Service's name. Everything
+else is as the chart says it: commands, arguments, environment, files and probes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,13 +43,18 @@ def answers(host: str, port: int, asked: Object) -> bool:
 
 @dataclass
 class Machine:
-    """secrets: a folder for each Secret. claims: for each claim that the operator brings. hosts: Services' names."""
+    """secrets: a folder for each Secret. claims: for each claim that the operator brings. hosts: Services' names.
+
+    config_maps: those that the operator brings. system: the certificate authorities of the images; None: this machine's.
+    """
 
     folder: Path
     chart: Rendered
     secrets: Mapping[str, Path]
     claims: Mapping[str, Path]
     hosts: tuple[str, ...]
+    config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    system: Path | None = None
     ports: dict[int, int] = field(default_factory=dict)
 
     def port(self, port: int) -> int:
@@ -85,16 +90,28 @@ class Machine:
 
     def prepare(self, pod: Pod, container: Object) -> None:
         """Mounts the volumes, and writes the ConfigMaps' files."""
-        sources = {each["name"]: each.get("configMap") for each in pod.spec["volumes"]}
+        volumes: Object = {each["name"]: each for each in pod.spec["volumes"]}
         for mount in sorted(container["volumeMounts"], key=lambda each: len(each["mountPath"])):
             at = Path(f"{self.root(pod)}{mount['mountPath']}")
             at.parent.mkdir(parents=True, exist_ok=True)
-            source = sources.get(mount["name"])
-            if source is not None:
-                content = self.chart.one("ConfigMap", source["name"])["data"][mount["subPath"]]
-                at.write_text(self.here(pod, container, content))
+            files = dict(self.files(volumes.get(mount["name"], {})))
+            if "subPath" in mount:
+                at.write_text(self.here(pod, container, files[mount["subPath"]]))
+            elif files:
+                for name, content in files.items():
+                    (at / name).parent.mkdir(parents=True, exist_ok=True)
+                    (at / name).write_text(content)
             elif not at.exists():
                 at.symlink_to(self.volume(pod, mount["name"]))
+
+    def files(self, volume: Object) -> Iterator[tuple[str, str]]:
+        """What its ConfigMaps have, by the paths in it."""
+        for each in (volume, *volume.get("projected", {}).get("sources", ())):
+            if "configMap" in each:
+                name = each["configMap"]["name"]
+                entries = self.config_maps.get(name) or self.chart.one("ConfigMap", name)["data"]
+                chosen = each["configMap"].get("items") or [{"key": key, "path": key} for key in entries]
+                yield from ((item["path"], entries[item["key"]]) for item in chosen)
 
     def command(self, pod: Pod, container: Object, environment: Mapping[str, str]) -> list[str]:
         image = container["image"].rpartition("/")[2].partition(":")[0]
@@ -109,6 +126,8 @@ class Machine:
         name = f"{pod.owner['metadata']['name']}-0"
         known = {"metadata.name": name, "metadata.labels['apps.kubernetes.io/pod-index']": "0"}
         found = {"PATH": os.environ["PATH"]}
+        if self.system is not None:
+            found["SSL_CERT_FILE"] = str(self.system)  # where an image has a file; what the chart says comes after it
         for each in container.get("env", ()):
             value = each["value"] if "value" in each else known[each["valueFrom"]["fieldRef"]["fieldPath"]]
             found[each["name"]] = self.here(pod, container, value)

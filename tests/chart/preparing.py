@@ -55,7 +55,7 @@ class Prepared:
         self.folder = folder
         self._values = values or {}
         self.state = folder / "site"
-        self.state.mkdir()
+        self.state.mkdir(parents=True)
         site = {"pools": {POOL: [MODEL]}, "replicas": 1, "nats": f"tls://{NATS}:4222", "gateway": "https://lacre.example.com"}
         (self.state / "site.json").write_text(json.dumps(site))
         self.root = lacre("keys", "init", "--state", str(self.state), "--pool", POOL).split()[-1]
@@ -92,6 +92,7 @@ class Prepared:
         own: Object = {
             "trust": self.root,
             "issuers": [{"issuer": ISSUER, "audience": AUDIENCE, "algorithms": ["EdDSA"], "jwks": keys}],
+            "pools": {POOL: {}},
             "longestStream": 20,
             "gateway": {"drainDelay": 0},
             "nats": {"replicas": 1},

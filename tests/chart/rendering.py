@@ -25,8 +25,7 @@ RELEASE = "r"
 NPM = shutil.which("npm")
 Object = dict[str, Any]
 
-CASES: Mapping[str, Path | None] = {
-    "defaults": None,
+CASES: Mapping[str, Path] = {
     **{path.stem.removeprefix("values-"): path for path in sorted(CHART.glob("values-*.yaml"))},
     **{path.stem: path for path in sorted(VALUES.glob("*.yaml")) if path != NEEDED},
 }
@@ -60,6 +59,12 @@ class Pod:
     @property
     def containers(self) -> list[Object]:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+    @property
+    def main(self) -> Object:
+        """Our own container; sidecars are the operator's."""
+        (found,) = [each for each in self.spec["containers"] if each["name"] == self.component]
+        return dict(found)
 
     @property
     def ports(self) -> dict[str, int]:
@@ -126,12 +131,16 @@ def template(*files: Path, options: tuple[str, ...] = (), release: str = RELEASE
 def render(case: str, *options: str) -> Rendered:
     """options: such as `--set` and what follows it."""
     file = CASES[case]
-    files = () if file is None else (file,)
-    objects = strict_yaml.load_all(template(*files, options=options))
+    objects = strict_yaml.load_all(template(file, options=options))
     values: Object = {}
-    for each in (CHART / "values.yaml", NEEDED, *files):
+    for each in (CHART / "values.yaml", NEEDED, file):
         values = merged(values, yaml.safe_load(each.read_text()))
     return Rendered(tuple(objects), values)
+
+
+def parts(chart: Rendered) -> list[Object]:
+    """The values of each component, and of each pool."""
+    return [chart.values[name] for name in ("gateway", "workers", "signer", "nats")] + list(chart.values["pools"].values())
 
 
 def merged(below: Object, above: Object) -> Object:

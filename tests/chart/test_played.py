@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,10 @@ from chart.preparing import MODEL, NATS, POOL, Prepared
 from chart.rendering import Pod
 from lacre_backend.models.gguf import find
 from lacre_fabric.operate.site import Site
+from lacre_gateway.policy.rules import shipped
+from parts import tls_issuer
+from parts.certificates import Ca
+from parts.issuer import AUDIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -43,18 +47,21 @@ def prepared(tmp_path: Path) -> Prepared:
     return Prepared(tmp_path)
 
 
-def machine_of(prepared: Prepared) -> Machine:
+def machine_of(
+    prepared: Prepared, system: Path | None = None, config_maps: Mapping[str, Mapping[str, str]] | None = None
+) -> Machine:
     models = prepared.folder / "models"
     models.mkdir()
     (models / f"{MODEL}.gguf").symlink_to(find().path)
-    return Machine(prepared.folder, prepared.chart, prepared.mounted(), {"lacre-models": models}, (NATS,))
+    claims = {"lacre-models": models}
+    return Machine(prepared.folder, prepared.chart, prepared.mounted(), claims, (NATS,), config_maps or {}, system)
 
 
-def ask(prepared: Prepared, machine: Machine) -> str:
+def ask(prepared: Prepared, machine: Machine, token: str | None = None) -> str:
     """What an application gets that pins the root, and trusts the authority of the gateway's certificate."""
     environment = os.environ | {
         "LACRE_URL": f"lacre://localhost:{machine.port(8321)}?trust={prepared.root}",
-        "LACRE_TOKEN": Site.load(prepared.state).token("somebody"),
+        "LACRE_TOKEN": token or Site.load(prepared.state).token("somebody"),
         "SSL_CERT_FILE": str(prepared.folder / "lacre-gateway-tls" / "ca.crt"),
         "XDG_STATE_HOME": str(prepared.folder),
     }
@@ -83,3 +90,48 @@ def test_a_sealed_chat_through_the_rendered_pods(prepared: Prepared) -> None:
         assert ask(prepared, machine).strip()
     assert "key.taken_up" in machine.log(worker).partition("worker.ready")[2]
     assert (prepared.folder / "r-lacre-gateway-audit" / "audit" / "checkpoint").exists()
+
+
+def flattened(rules: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """A rule set as a ConfigMap, whose keys have no folders; and the values that name its cases."""
+    entries = {path.name: path.read_text() for path in rules.iterdir() if path.is_file()}
+    cases: dict[str, list[str]] = {}
+    for path in sorted(rules.glob("cases/*/*.json")):
+        key = f"{path.parent.name.lower()}-{path.name}"
+        entries[key] = path.read_text()
+        cases.setdefault(path.parent.name.lower(), []).append(key)
+    return entries, cases
+
+
+def test_public_issuers_are_trusted_beside_a_private_authority_of_nats(tmp_path: Path) -> None:
+    """Three authorities: NATS' own, a public one of the system's, a company's of one issuer. Each counts for its own alone."""
+    public, company = Ca(tmp_path / "public", "public"), Ca(tmp_path / "company", "company")
+    rules, cases = flattened(shipped())
+    with ExitStack() as stack:
+        login = stack.enter_context(tls_issuer.running(public, tmp_path / "login"))
+        sso = stack.enter_context(tls_issuer.running(company, tmp_path / "sso"))
+        stray = stack.enter_context(tls_issuer.running(company, tmp_path / "stray"))
+        common = {"audience": AUDIENCE, "algorithms": ["EdDSA"]}
+        values = {
+            "issuers": [
+                {"issuer": login.url, **common},
+                {"issuer": sso.url, "ca": "/etc/lacre/issuers/company.pem", **common},
+                {"issuer": stray.url, **common},
+            ],
+            "issuerAuthorities": {"company": company.file.read_text()},
+            "gateway": {"policies": "ours", "policyCases": cases},
+        }
+        prepared = Prepared(tmp_path / "operator", values)
+        machine = machine_of(prepared, public.file, {"ours": rules})
+        nats, gateway, worker = (prepared.chart.of_component(name)[0] for name in ("nats", "gateway", "worker"))
+        (job,) = (pod for pod in prepared.chart.of_component("signer") if pod.owner["kind"] == "Job")
+        stack.enter_context(running(machine, nats))
+        machine.run(job)
+        stack.enter_context(running(machine, worker))
+        stack.enter_context(running(machine, gateway))
+        for issuer in (login, sso):
+            assert ask(prepared, machine, issuer.token(sub="somebody")).strip()
+            assert issuer.asked[:2] == [tls_issuer.DISCOVERY, "/keys"]
+        refused = f"the certificate of {stray.url}{tls_issuer.DISCOVERY} is not signed by a trusted CA"
+        assert refused in machine.log(gateway)
+        assert stray.asked == []

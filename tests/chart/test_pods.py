@@ -7,10 +7,10 @@ from itertools import combinations
 
 import pytest
 
-from chart.rendering import Object, Pod, Rendered, leaves, render
+from chart.rendering import Object, Pod, Rendered, leaves, parts, render
 
 pytestmark = pytest.mark.slow
-ENVIRONMENT = {"GOMEMLIMIT", "INSTANCE", "NODE", "POD_NAME", "SSL_CERT_FILE"}  # a size, names and a path
+ENVIRONMENT = {"GOMEMLIMIT", "INSTANCE", "NODE", "POD_NAME"}  # a size and names
 # Pod Security Standards, restricted: the sources that a volume may have.
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 CLOSING = 10  # seconds beyond the drain: docs/operating.md
@@ -44,10 +44,11 @@ def test_restricted_containers(chart: Rendered) -> None:
 
 
 def test_no_secret_is_in_an_environment(chart: Rendered) -> None:
+    chosen = {each["name"] for part in parts(chart) for each in part.get("env", ())}
     for container in chart.containers:
         assert "envFrom" not in container
         for variable in container.get("env", ()):
-            assert variable["name"] in ENVIRONMENT
+            assert variable["name"] in ENVIRONMENT | chosen
             assert not {"secretKeyRef", "configMapKeyRef"} & variable.get("valueFrom", {}).keys()
     assert "secretKeyRef" not in {name for each in chart.objects for name, _ in leaves(each)}
 

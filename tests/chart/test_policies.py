@@ -10,11 +10,12 @@ import pytest
 
 from chart.edges import Party, like, matches, passes, reaches
 from chart.rendering import CASES, NAMESPACE, Object, Rendered, render
+from lacre.runtime.hosts import is_loopback
 
 pytestmark = pytest.mark.slow
 Edge = tuple[str, str, int, str]  # from, to, port, protocol
 # Those of any port that something of ours listens on or asks, and some that nobody should.
-MORE_PORTS = {22, 80, 443, 987, 988, 4222, 4443, 6222, 8080, 8200, 8222, 8321, 8322, 10250}
+MORE_PORTS = {22, 80, 443, 987, 988, 4222, 4443, 6222, 8080, 8200, 8222, 8321, 8322, 8443, 10250}
 STRANGERS = (
     Party("a pod of the namespace", namespace=NAMESPACE, labels={"app": "other"}),
     Party("a pod elsewhere", namespace="other", labels={"app": "other"}),
@@ -46,7 +47,7 @@ def others(chart: Rendered) -> dict[str, list[Party]]:
     policy = chart.values["networkPolicy"]
     named = {
         kind: [like(peer, f"{kind} {i}") for i, peer in enumerate(policy[kind])]
-        for kind in ("clients", "scrapers", "dns", "issuers", "collectors", "kms")
+        for kind in ("clients", "scrapers", "dns", "issuers", "collectors", "kms", "upstreams")
     }
     cidrs = [{"ipBlock": {"cidr": each}} for each in chart.values["nats"]["external"].get("cidrs", ())]
     return named | {"their nats": [like(peer, f"their nats {i}") for i, peer in enumerate(cidrs)]}
@@ -70,6 +71,11 @@ def asked(chart: Rendered) -> Iterator[tuple[str, str, int]]:
         yield "gateway", "issuers", urlsplit(issuer["issuer"]).port or 443
     if "tracing" in gateway:
         yield "gateway", "collectors", urlsplit(gateway["tracing"]["endpoint"]).port or 443
+    for pool, worker in ((worker["pool"], worker) for worker in settings(chart, "worker")):
+        upstream = worker.get("upstream", {})
+        for origin in (*upstream.get("origins", ()), *filter(None, [upstream.get("origin")])):
+            if not is_loopback(urlsplit(origin).hostname or ""):
+                yield f"worker-{pool}", "upstreams", urlsplit(origin).port or 443
     if any("kms" in worker for worker in settings(chart, "worker")):
         for port in chart.values["networkPolicy"]["kmsPorts"]:
             yield "worker", "kms", port
@@ -90,7 +96,8 @@ def needed(chart: Rendered) -> set[Edge]:
         if kind in kinds:
             peers = policy.get(kind) or [{"ipBlock": {"cidr": each}} for each in chart.values["nats"]["external"]["cidrs"]]
             return [each for each in everybody if not each.ours and any(matches(peer, each) for peer in peers)]
-        return [each for each in parties if each.labels["app.kubernetes.io/component"] == kind.removeprefix("our ")]
+        wanted = kind.removeprefix("our ")
+        return [each for each in parties if wanted in (each.name, each.labels["app.kubernetes.io/component"])]
 
     found: set[Edge] = set()
     for source, target, port in asked(chart):

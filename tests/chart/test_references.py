@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from chart.metrics import counted, named_in
-from chart.rendering import NAMESPACE, Object, Pod, Rendered, render
+from chart.rendering import NAMESPACE, Object, Pod, Rendered, parts, render
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_services_lead_to_ports_of_their_pods(chart: Rendered) -> None:
 
 def test_probes_ask_ports_that_are_there(chart: Rendered) -> None:
     for pod in chart.controlled:
-        (container,) = pod.containers
+        container = pod.main
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             asked = container[probe].get("httpGet")
             assert "exec" in container[probe] if asked is None else asked["port"] in pod.ports
@@ -79,15 +79,21 @@ def references(chart: Rendered, kind: str) -> Iterator[tuple[str, Object]]:
     """Each volume of the pods that is made from one; kind: secret or configMap."""
     for pod in chart.pods:
         for volume in pod.spec["volumes"]:
-            if kind in volume:
-                source = volume[kind]
-                yield source.get("secretName") or source["name"], volume
+            for source in (volume, *volume.get("projected", {}).get("sources", ())):
+                if kind in source:
+                    yield source[kind].get("secretName") or source[kind]["name"], volume
+
+
+def theirs(chart: Rendered, kind: str) -> set[str]:
+    """Those that the operator mounts beside the chart's own."""
+    volumes = [volume for part in parts(chart) for volume in part.get("extraVolumes", ()) if kind in volume]
+    return {volume[kind].get("secretName") or volume[kind]["name"] for volume in volumes}
 
 
 def test_config_maps_are_there_with_what_is_mounted(chart: Rendered) -> None:
-    theirs = {chart.values["gateway"]["policies"]}
+    brought = {chart.values["gateway"]["policies"], *theirs(chart, "configMap")}
     dashboards = {name for name in chart.names("ConfigMap") if name.endswith("-dashboard")}
-    assert {name for name, _ in references(chart, "configMap")} - theirs == chart.names("ConfigMap") - dashboards
+    assert {name for name, _ in references(chart, "configMap")} - brought == chart.names("ConfigMap") - dashboards
     for pod in chart.pods:
         sources = {each["name"]: each["configMap"] for each in pod.spec["volumes"] if "configMap" in each}
         for mount in (mount for container in pod.containers for mount in container["volumeMounts"]):
@@ -108,8 +114,8 @@ def test_secrets_are_made_where_somebody_is_to_make_them(case: str) -> None:
     chart = render(case, *options)
     made = {each["spec"]["target"]["name"] for each in chart.of("ExternalSecret")}
     made |= {each["spec"]["secretName"] for each in chart.of("Certificate")}
-    theirs = set() if chart.values["nats"]["enabled"] else {chart.values["nats"]["external"]["caSecret"]} - {""}
-    assert made == secrets_used(chart) - theirs
+    of_nats = set() if chart.values["nats"]["enabled"] else {chart.values["nats"]["external"]["caSecret"]} - {""}
+    assert made == secrets_used(chart) - of_nats - theirs(chart, "secret")
     assert not chart.of("Secret"), "nothing secret passes through Helm"
     without = render(case, "--set", "externalSecrets.enabled=false,certManager.enabled=false")
     assert secrets_used(without) == secrets_used(chart)

@@ -37,7 +37,7 @@ def validated(objects: object) -> list[str]:
 
 def test_lint(case: str) -> None:
     file = CASES[case]
-    values = [part for each in (NEEDED, file) if each for part in ("--values", str(each))]
+    values = [part for each in (NEEDED, file) for part in ("--values", str(each))]
     done = subprocess.run([helm(), "lint", "--strict", str(CHART), *values], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -97,6 +97,27 @@ MISTAKES = {
         "digests: the pool default has no model other",
     ),
     "a private key of a signer": ("modelSigners.a=-----BEGIN PRIVATE KEY-----", "'/modelSigners/a'"),
+    "no pool": ("pools.default=null", "pools: name at least one"),
+    "a pool of models and of an upstream": (
+        "pools.default.upstream.models[0].name=a,pools.default.upstream.models[0].allow={GET /},pools.default.models[0].name=a",
+        "pools.default: it has either models or an upstream",
+    ),
+    "an upstream that no policy lets through": (
+        "pools.default.upstream.origin=http://b.example,pools.default.upstream.models[0].name=a,"
+        "pools.default.upstream.models[0].allow={GET /}",
+        "networkPolicy.upstreams:",
+    ),
+    "rules without cases": ("gateway.policies=ours", "gateway.policyCases: name the cases"),
+    "cases and none": (
+        "gateway.policies=ours,gateway.policyCases.none=true,gateway.policyCases.allow={a.json}",
+        "none: true says",
+    ),
+    "a case that is no key": ("gateway.policies=ours,gateway.policyCases.allow={cases/a.json}", "/policyCases/allow/0"),
+    "an authority that nobody brings": (
+        "issuers[0].issuer=https://a.example,issuers[0].audience=a,issuers[0].algorithms={ES256},issuers[0].ca=/etc/lacre/issuers/b.pem",
+        "is in no certificate of issuerAuthorities",
+    ),
+    "a private key of an authority": ("issuerAuthorities.a=-----BEGIN PRIVATE KEY-----", "/issuerAuthorities/a"),
     "a public name without a certificate": ("ingress.enabled=true,ingress.host=a.example", "ingress.tlsSecret:"),
 }
 
@@ -105,7 +126,7 @@ MISTAKES = {
 def test_mistakes_are_refused(mistake: str) -> None:
     values, words = MISTAKES[mistake]
     with pytest.raises(subprocess.CalledProcessError) as refused:
-        template(options=("--set", values))
+        template(CASES["defaults"], options=("--set", values))
     assert words in refused.value.stderr
 
 

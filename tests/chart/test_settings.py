@@ -45,7 +45,7 @@ def test_the_gateway_reads_its_file(chart: Rendered) -> None:
     settings, values = gateway_settings(chart), chart.values
     assert (settings.public_url, settings.trust) == (values["publicUrl"], values["trust"])
     assert settings.issuers[0].leeway == 5.0
-    assert settings.issuers[0].claims.groups == ("realm_access", "roles")
+    assert settings.issuers[0].claims.groups == tuple(values["issuers"][0]["claims"]["groups"].split("."))
     assert settings.admin is not None
     assert {"https": settings.listen.port, "admin": settings.admin.port} == pod.ports
     assert settings.listen.host == settings.admin.host == "0.0.0.0"
@@ -82,7 +82,8 @@ def test_workers_read_theirs(chart: Rendered) -> None:
     assert found.keys() == chart.values["pools"].keys()
     for pool, settings in found.items():
         own = chart.values["workers"] | chart.values["pools"][pool]
-        assert [model.name for model in settings.models] == [model["name"] for model in own["models"]]
+        served = settings.models if settings.upstream is None else settings.upstream.models
+        assert [model.name for model in served] == [model["name"] for model in own.get("upstream", own)["models"]]
         assert settings.slots == (own["slots"] or None)
         assert settings.trust == chart.values["trust"]
         assert settings.nats.url == gateway_settings(chart).nats.url
@@ -93,19 +94,19 @@ def test_workers_read_theirs(chart: Rendered) -> None:
 def test_paths_lie_in_what_is_mounted(chart: Rendered) -> None:
     """What is only read in a mount that is read-only, what is written in one that is not."""
     for pod in chart.of_component("gateway") + chart.of_component("worker"):
-        (container,) = pod.containers
+        container = pod.main
         file = f"{pod.component}.toml"
         writable = {PurePosixPath(each["mountPath"]): not each.get("readOnly", False) for each in container["volumeMounts"]}
         assert container["args"][:2] == ["--settings", f"/etc/lacre/{file}"]
         assert PurePosixPath(container["args"][1]) in writable
         paths = re.findall(r'^\s*(\w+) = "(/[^"]+)"$', chart.file(pod, file), re.MULTILINE)
+        paths = [(key, path) for key, path in paths if path != "/health"]  # a path of an upstream's server
         assert len(paths) > 4
         for key, path in paths:
             (at,) = [place for place in writable if PurePosixPath(path).is_relative_to(place)]
             assert writable[at] == (key in ("audit", "memory", "health")), path
-        if chart.values["nats"]["enabled"]:
-            (authority,) = [each["value"] for each in container["env"] if each["name"] == "SSL_CERT_FILE"]
-            assert PurePosixPath(authority).parent in writable
+        private = chart.values["nats"]["enabled"] or chart.values["nats"]["external"]["caSecret"]
+        assert dict(paths).get("ca", "").startswith("/etc/lacre/nats-ca/") == bool(private)
 
 
 def test_every_process_has_the_options_that_it_is_given() -> None:
@@ -142,16 +143,20 @@ def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) ->
     assert listening == set(pod.ports.values())
 
 
+def served_by(worker: of_worker.WorkerSettings) -> list[str]:
+    """The models that a manifest names for it."""
+    if worker.upstream is not None:
+        return [model.name for model in worker.upstream.models]
+    return [name for m in worker.models for name in (m.name, *(f"{m.name}:{adapter}" for adapter in m.adapters))]
+
+
 def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
     for pod in chart.of_component("signer"):
         content = chart.one("ConfigMap", "r-lacre-signer")["data"]["site.json"]
         (tmp_path / "site.json").write_text(content)
         site = Site.load(tmp_path)
-        assert site.pools == {
-            pool: [name for m in each.models for name in (m.name, *(f"{m.name}:{adapter}" for adapter in m.adapters))]
-            for pool, each in worker_settings(chart).items()
-        }
-        assert (site.servers.urls, site.base_url) == (gateway_settings(chart).nats.url, chart.values["publicUrl"])
+        assert site.pools == {pool: served_by(each) for pool, each in worker_settings(chart).items()}
+        assert (site.servers, site.base_url) == (gateway_settings(chart).nats.servers, chart.values["publicUrl"])
         assert site.replicas == 3
         assert list(site.regions) == (chart.values["nats"]["external"]["regions"] or [gateway_settings(chart).nats.region])
         rotating = chart.values["signer"]["rotateHours"] > 0

@@ -143,5 +143,18 @@ def test_settings(tmp_path: Path) -> None:
     servers = parse(NatsServers, text, tmp_path / "settings.toml").servers
     files = (tmp_path / name for name in ("ca.pem", "me.pem", "me.key"))
     assert servers == Servers(("tls://a:4222", "tls://b"), *files)
-    with pytest.raises(SettingsError, match=r"ca.pem, .*me.key: give PEM files"):
+    Ca(tmp_path)
+    with pytest.raises(SettingsError, match=r"me.pem, .*me.key: give PEM files"):
         servers.context()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), ("", "no certificate in PEM form"), ("-----BEGIN CERTIFICATE-----\nMIIB", "cut short")],
+)
+def test_a_ca_that_is_none_is_named(content: str | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SettingsError, match=f"nats.ca: cannot use .*ca.pem \\(.*{reason}"):
+        Servers(("tls://a:4222",), file).context()

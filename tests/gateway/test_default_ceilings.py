@@ -148,6 +148,7 @@ async def test_where_policy_allows_fewer_these_are_granted(
     stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient, most: int, granted: int | None
 ) -> None:
     shutil.rmtree(stage.folder / "policies/cases")  # they are of the rules that ship
+    (stage.folder / "policies/no-cases").touch()
     (stage.folder / "policies/at-most.cedar").write_text(LIMIT.format(most=most))
     await stage.gateway.reload()
     response = await ask(stage, client, "ample")

@@ -14,7 +14,7 @@ from lacre_gateway.http.headers import Action
 from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question
-from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, RuleSet, shipped
+from lacre_gateway.policy.rules import MISSING, NO_CASES, SCHEMA_FILE, RuleSet, shipped
 from parts.policies import BROKEN, CHAT, FAMILY, RULES, SCHEMA, USAGE, asked, copied
 
 
@@ -193,6 +193,10 @@ def test_folders(tmp_path: Path) -> None:
         shutil.copy(shipped() / name, own)
     (own / "a.cedar").write_text('@id("a") permit (principal, action, resource);')
     (own / "b.cedar").write_text(f'@id("b") forbid ({FAMILY}) unless {{ context.post_quantum }};')
+    with pytest.raises(PolicyError, match="nothing tests the rules: write some into cases/ALLOW and cases/DENY") as refused:
+        RuleSet.load(own)
+    assert refused.value.place == "cases"
+    (own / NO_CASES).touch()
     policies = RuleSet.load(own).policies
     assert policies.decide(asked()) == Decision(True, ("a",))
     assert policies.decide(asked(kem="X25519")) == Decision(False, ("b",))

@@ -22,7 +22,7 @@ from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Event
 from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 from lacre_gateway.policy.live import LiveRules
-from lacre_gateway.policy.rules import shipped
+from lacre_gateway.policy.rules import NO_CASES, shipped
 from lacre_gateway.policy.trial import try_out
 from lacre_gateway.serve import reloading
 from parts.policies import BROKEN, asked
@@ -46,6 +46,7 @@ class Scene:
 
     def tighten(self) -> None:
         shutil.rmtree(self.folder / "cases")  # which are for other rules
+        (self.folder / NO_CASES).touch()
         (self.folder / "strict.cedar").write_text(STRICT)
 
     @property

@@ -115,6 +115,8 @@ MISTAKES: list[tuple[str, str, tuple[str, ...]]] = [
     (ISSUERS, "", ("issuers: missing",)),
     (ISSUERS, ISSUERS * 2, ("each issuer may appear once",)),
     (KEYS, KEYS + '\njwks_url = "https://keys.example/set"', ("in one place",)),
+    (KEYS, KEYS + '\nca = "ca.pem"', ("`ca` is for keys that the gateway fetches",)),
+    (KEYS, 'jwks_url = "http://127.0.0.1/set"\nca = "ca.pem"', ("`ca` is for https",)),
     (KEYS, KEYS + '\ntenant = "acme"\ndefault_tenant = "acme"', ("remove `default_tenant`",)),
     (KEYS, KEYS + '\nclaims_elsewhere = "ask"', ("issuers.0.claims_elsewhere",)),
     *((KEYS, f'{KEYS}\ndefault_tenant = "{name}"', ("issuers.0.default_tenant",)) for name in ("", "a/b")),

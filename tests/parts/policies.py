@@ -57,6 +57,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "schema",
         "x.cedar",
     ),
+    "cases left behind": (lambda folder: shutil.rmtree(folder / "cases"), CASE, "cases"),
     "a case that fails": (_case(), CASE, "cases/DENY/x.json"),
     "a case by another rule": (_case(action="http", decided_by=["x"]), CASE, "cases/DENY/x.json"),
     "a case that is no JSON": (_put("cases/ALLOW/x.json", "{"), CASE, "cases/ALLOW/x.json"),

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import nats.errors
 
 from lacre.errors import SettingsError
-from lacre.runtime.hosts import EXPIRED
+from lacre.runtime.authorities import trusting
+from lacre.runtime.hosts import EXPIRED, OTHER_HOST
 
 _TLS: Final = "tls://"
-_OTHER_HOST: Final = frozenset({62, 64})  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
 class NoTls(nats.errors.Error):
@@ -61,13 +61,13 @@ class Servers:
         """None without TLS. Raises SettingsError."""
         if not self.tls:
             return None
-        try:
-            context = ssl.create_default_context(cafile=self.ca)
-            if self.certificate is not None:
+        context = ssl.create_default_context() if self.ca is None else trusting(self.ca, "nats.ca")
+        if self.certificate is not None:
+            try:
                 context.load_cert_chain(self.certificate, self.key)
-        except OSError as exc:  # also ssl.SSLError, for a file that is not PEM or a key that does not match
-            names = ", ".join(str(path) for path in (self.ca, self.certificate, self.key) if path is not None)
-            raise SettingsError(f"nats: cannot use {names}: give PEM files, with the key of the certificate") from exc
+            except OSError as exc:  # also ssl.SSLError, for a file that is not PEM or a key that does not match
+                names = f"{self.certificate}, {self.key}"
+                raise SettingsError(f"nats: cannot use {names}: give PEM files, with the key of the certificate") from exc
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
 
@@ -82,6 +82,6 @@ def distrusted(error: BaseException | None) -> str | None:
         return f"TLS failed ({error.reason or 'cut off'}): does the server require a client certificate (nats.certificate)?"
     if error.verify_code in EXPIRED:
         return "its certificate is not valid now: renew it on the server, or correct this machine's clock"
-    if error.verify_code in _OTHER_HOST:
+    if error.verify_code in OTHER_HOST:
         return "its certificate is for another host: use one of its names in nats.url, or issue one for this name"
     return "its certificate is not signed by a trusted CA: set nats.ca to the CA that signed it"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ import httpx2
 
 from lacre._version import __version__
 from lacre.errors import LacreError
+from lacre.runtime.hosts import EXPIRED, OTHER_HOST
 
 MAX_DOCUMENT: Final = 256 * 1024  # bytes; a set of a hundred RSA keys with their certificates is smaller
 TIME_LIMIT: Final = 5.0  # seconds for a whole document
@@ -42,8 +44,10 @@ class Fetched:
     fresh: float | None
 
 
-def make_client(url: str) -> httpx2.AsyncClient:
+def make_client(url: str, context: ssl.SSLContext | None = None) -> httpx2.AsyncClient:
     """For the documents of one issuer. A proxy from the environment is used only for other machines.
+
+    context: the CAs that it trusts; None: the system's, or those that the environment names.
 
     Raises FetchFailed if the environment names certificates or a proxy that cannot be used.
     """
@@ -52,6 +56,7 @@ def make_client(url: str) -> httpx2.AsyncClient:
             headers={"user-agent": f"lacre-gateway/{__version__}", "accept": "application/json", "accept-encoding": "identity"},
             timeout=TIME_LIMIT,
             follow_redirects=False,
+            verify=True if context is None else context,
             trust_env=url.startswith("https:"),
         )
     except (OSError, ValueError, ImportError, httpx2.InvalidURL) as exc:  # ssl.SSLError is an OSError
@@ -73,12 +78,26 @@ async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetch
     except TimeoutError as exc:
         raise FetchFailed(f"{url} took longer than {TIME_LIMIT:.0f} s") from exc
     except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
-        raise FetchFailed(f"{url} cannot be reached ({type(exc).__name__})") from exc
+        raise FetchFailed(_unreached(url, exc)) from exc
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as exc:
         raise FetchFailed(f"{url} is not JSON") from exc
     return Fetched(value, _tag(response.headers), _freshness(response.headers))
+
+
+def _unreached(url: str, error: Exception) -> str:
+    """Why, and the remedy where there is one that settings give."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return f"{url} cannot be reached ({type(error).__name__})"
+    if cause.verify_code in EXPIRED:
+        return f"the certificate of {url} is not valid now: renew it on that server, or correct this machine's clock"
+    if cause.verify_code in OTHER_HOST:
+        return f"the certificate of {url} is for another host: correct the address, or that server's certificate"
+    return f"the certificate of {url} is not signed by a trusted CA: set the issuer's `ca` to the CA that signed it"
 
 
 def _tag(headers: httpx2.Headers) -> str | None:

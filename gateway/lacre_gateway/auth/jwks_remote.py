@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import httpx2
@@ -23,6 +24,7 @@ import jwt
 
 from lacre.errors import LacreError
 from lacre.runtime import tasks
+from lacre.runtime.authorities import trusting
 from lacre_fabric.logs import Log
 from lacre_gateway.auth.fetch import FetchFailed, fetch, make_client
 from lacre_gateway.auth.jwks import KeySet
@@ -57,15 +59,25 @@ class RemoteKeys:
     """An issuer's `KeySet`, kept current.
 
     address: of the set itself; None: discovery finds it. place: the settings key, for the log.
+    ca: the PEM file of the CA for its addresses; None: the system's CAs. It is read again after a failure: it may be renewed.
     """
 
     def __init__(
-        self, issuer: str, address: str | None, algorithms: Sequence[str], *, place: str, log: Log, timing: Timing | None = None
+        self,
+        issuer: str,
+        address: str | None,
+        algorithms: Sequence[str],
+        *,
+        place: str,
+        log: Log,
+        timing: Timing | None = None,
+        ca: Path | None = None,
     ) -> None:
         self._issuer = issuer
         self._address = address
         self._algorithms = algorithms
         self._place = place
+        self._ca = ca
         self._log = log
         self._timing = timing or Timing()
         self._client: httpx2.AsyncClient | None = None
@@ -151,6 +163,8 @@ class RemoteKeys:
             except Exception as exc:  # noqa: BLE001 - foreign text: any failure is a failed fetch
                 tasks.failed("issuer keys", exc)
                 self._failed(f"unexpected {type(exc).__name__}: see the log")
+            if self._failure:
+                await self._forget_ca()
         finally:
             self._looking, self._fetching = None, False
 
@@ -180,8 +194,15 @@ class RemoteKeys:
 
     def _http(self) -> httpx2.AsyncClient:
         if self._client is None:
-            self._client = make_client(self._address or self._issuer)
+            context = None if self._ca is None else trusting(self._ca, f"{self._place}.ca")
+            self._client = make_client(self._address or self._issuer, context)
         return self._client
+
+    async def _forget_ca(self) -> None:
+        """The next fetch reads the file again, which an operator may have corrected or renewed."""
+        if self._ca is not None and self._client is not None:
+            client, self._client = self._client, None
+            await client.aclose()
 
     def _replace(self, keys: KeySet) -> None:
         if self._keys is not None and not self._keys <= keys:

@@ -4,10 +4,12 @@
     *.cedar                 the rules
     cases/ALLOW|DENY/*.json requests that must be allowed, and denied
     plans.toml              who may use how much; default: the one that ships with Lacre
+    no-cases                an empty file: the set has no cases on purpose
 
 Rules:
 - A set consists of the files on the disk at one moment: files that change while they are read are read again.
-- It is activated only if everything parses, fits together, and every case holds.
+- It is activated only if everything parses, fits together, and every case holds. A set without cases must say so: they may have
+  been left behind, and nothing would then test the rules.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
 
 SCHEMA_FILE: Final = "lacre.cedarschema"
+NO_CASES: Final = "no-cases"
 MISSING: Final = "missing"
 UNREADABLE: Final = "unreadable"
 PLANS: Final = "plans"
-_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", PLANS_FILE, f"{written.FOLDER}/ALLOW/*.json", f"{written.FOLDER}/DENY/*.json")
+_CASES: Final = tuple(f"{written.FOLDER}/{verdict}/*.json" for verdict in ("ALLOW", "DENY"))
+_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", PLANS_FILE, NO_CASES, *_CASES)
 _MAX_FILE: Final = 1 << 20  # bytes; people read these files
 _MAX_FILES: Final = 10_000
 _TRIES: Final = 5
@@ -44,18 +48,26 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class RuleSet:
-    """A set that holds. digest: hex SHA-256 over the names and bytes of its files."""
+    """A set that holds. digest: hex SHA-256 over the names and bytes of its files. untested: it says that it has no cases."""
 
     policies: PolicySet
     cases: tuple[PolicyCase, ...]
     digest: str
     plans: Plans
     signature: Signature = field(repr=False)
+    untested: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Reads, checks, and runs the cases. Raises PolicyError."""
         rules = cls.read(folder)
+        if not rules.cases and not rules.untested:
+            raise PolicyError(
+                written.CASE,
+                written.FOLDER,
+                f"none in {folder}, so nothing tests the rules: write some into {written.FOLDER}/ALLOW and "
+                f"{written.FOLDER}/DENY, or make an empty file {NO_CASES} beside the rules",
+            )
         for case, wrong in rules.run():
             if wrong is not None:
                 raise PolicyError(written.CASE, case.name, wrong)
@@ -69,12 +81,13 @@ class RuleSet:
         if SCHEMA_FILE not in texts:
             raise PolicyError(MISSING, SCHEMA_FILE, f"missing in {folder}: copy the one that ships with Lacre")
         schema, plans = texts.pop(SCHEMA_FILE), _plans(folder, texts.pop(PLANS_FILE, None))
+        untested = texts.pop(NO_CASES, None) is not None
         if not texts:
             raise PolicyError(MISSING, "*.cedar", f"none in {folder}, so nothing would be allowed: write one")
         policies = PolicySet.parse(schema, texts)
         _check_questions(policies)
         cases = tuple(PolicyCase.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
-        return cls(policies, cases, _digest(files), plans, signature)
+        return cls(policies, cases, _digest(files), plans, signature, untested)
 
     def run(self) -> Iterator[tuple[PolicyCase, str | None]]:
         """Each case, and the fault of its decision."""

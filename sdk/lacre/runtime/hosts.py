@@ -15,6 +15,8 @@ _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  #
 MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
 # OpenSSL's errors for a certificate that is not valid now: X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED.
 EXPIRED: Final = frozenset({9, 10})
+# For one of another name: X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_EMAIL_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH.
+OTHER_HOST: Final = frozenset({62, 63, 64})
 
 
 def checked_host(host: str) -> str:

@@ -19,11 +19,9 @@ from typing import Final
 import httpx2
 
 from lacre.errors import Cause
-from lacre.runtime.hosts import EXPIRED
+from lacre.runtime.hosts import EXPIRED, OTHER_HOST
 from lacre.transport.dialled import DIALLED, Dialled
 
-# OpenSSL's error numbers for a certificate (X509_V_ERR_*).
-_OTHER_NAME: Final = frozenset({62, 63, 64})
 # OpenSSL's words for bytes that are not TLS at all.
 _NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
 _NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL})
@@ -179,7 +177,7 @@ def _tls(exc: ssl.SSLError, peer: Peer) -> Why:
 def _trusting(exc: ssl.SSLCertVerificationError, peer: Peer) -> str:
     if exc.verify_code in EXPIRED:
         return "Set this machine's clock; if it is right, the operator must renew the certificate."
-    if exc.verify_code in _OTHER_NAME:
+    if exc.verify_code in OTHER_HOST:
         return f"Use the host name that the certificate is for in {peer.setting}, or ask the operator for one with this name."
     return (
         "If it is from your own authority, name that with `verify=ssl.create_default_context(cafile=...)` or "

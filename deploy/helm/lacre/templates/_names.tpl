@@ -39,12 +39,27 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | quote }}
 {{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
 {{- end -}}
 
+{{/* NATS' image: below image.registry, unless its name begins with a registry of its own. */}}
+{{- define "lacre.nats.image" -}}
+{{- $image := .Values.nats.image -}}
+{{- $first := splitList "/" $image | first -}}
+{{- if and .Values.image.registry (not (and (contains "/" $image) (regexMatch "[.:]|^localhost$" $first))) -}}
+{{ trimSuffix "/" .Values.image.registry }}/
+{{- end -}}
+{{ $image }}
+{{- end -}}
+
 {{/* Each pool with all that it has, as YAML: what it does not say itself is as `workers` says. */}}
 {{- define "lacre.pools" -}}
 {{- $root := . -}}
+{{- $named := list -}}
+{{- range $name, $own := .Values.pools }}{{ if not (kindIs "invalid" $own) }}{{ $named = append $named $name }}{{ end }}{{ end -}}
+{{- if not $named }}{{ fail "pools: name at least one, such as pools: {default: {}}" }}{{ end -}}
 {{- range $name, $own := .Values.pools }}
 {{- if not (kindIs "invalid" $own) }}
 {{- $pool := mustMergeOverwrite (deepCopy $root.Values.workers) (deepCopy $own) }}
+{{- if and $own.upstream $own.models }}{{ fail (printf "pools.%s: it has either models or an upstream" $name) }}{{ end }}
+{{- if $pool.upstream }}{{ $_ := set $pool "models" list }}{{ $_ := set $pool "digests" ($own.digests | default dict) }}{{ end }}
 {{- with $own.modelsVolume }}{{ $_ := set $pool "modelsVolume" . }}{{ end }}
 {{- $_ := set $pool "secret" ($pool.secret | default (printf "lacre-pool-%s" $name)) }}
 {{- $_ := set $pool "keysSecret" ($pool.keysSecret | default (printf "lacre-pool-%s-keys" $name)) }}
@@ -77,6 +92,21 @@ tls://{{ include "lacre.fullname" . }}-nats.{{ .Release.Namespace }}.svc:4222
 {{/* The Secret with the authority of NATS' certificates; empty for the system's. */}}
 {{- define "lacre.nats.ca" -}}
 {{- if .Values.nats.enabled }}{{ .Values.nats.tlsSecret }}{{ else }}{{ .Values.nats.external.caSecret }}{{ end -}}
+{{- end -}}
+
+{{/* The servers as the signer's site.json has them: an address, and the file of NATS' authority. */}}
+{{- define "lacre.nats.servers" -}}
+url: {{ include "lacre.nats.url" . | quote }}
+{{- if include "lacre.nats.ca" . }}
+ca: /etc/lacre/nats-ca/ca.crt
+{{- end }}
+{{- end -}}
+
+{{/* `[nats]` of gateway.toml and worker.toml. */}}
+{{- define "lacre.nats" -}}
+{{ include "lacre.nats.servers" . }}
+region: {{ include "lacre.nats.region" . | quote }}
+credentials: /etc/lacre/secret/nats.json
 {{- end -}}
 
 {{/* (list VALUE "message"): a list as YAML. An empty one is a mistake, which `required` would let pass. */}}

@@ -26,6 +26,9 @@ nodeSelector: {{- toYaml . | nindent 2 }}
 {{- with .tolerations }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with .priorityClassName }}
 priorityClassName: {{ . | quote }}
 {{- end }}
@@ -37,14 +40,7 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
-{{/* NATS' authority: a file, and the variable by which OpenSSL adds it to the system's folder of them. */}}
-{{- define "lacre.ca.env" -}}
-{{- if include "lacre.nats.ca" . }}
-- name: SSL_CERT_FILE
-  value: /etc/lacre/nats-ca/ca.crt
-{{- end }}
-{{- end -}}
-
+{{/* NATS' authority: a file that `[nats] ca` names. The system's authorities stay for all other servers. */}}
 {{- define "lacre.ca.mount" -}}
 {{- if include "lacre.nats.ca" . }}
 - {name: nats-ca, mountPath: /etc/lacre/nats-ca, readOnly: true}
@@ -56,6 +52,19 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 - name: nats-ca
   secret: {secretName: {{ . | quote }}, items: [{key: ca.crt, path: ca.crt}]}
 {{- end }}
+{{- end -}}
+
+{{/* A component's values: the variables, mounts and volumes that the operator adds. */}}
+{{- define "lacre.env" -}}
+{{- with .env }}{{ toYaml . }}{{ end }}
+{{- end -}}
+
+{{- define "lacre.extra.mounts" -}}
+{{- with .extraVolumeMounts }}{{ toYaml . }}{{ end }}
+{{- end -}}
+
+{{- define "lacre.extra.volumes" -}}
+{{- with .extraVolumes }}{{ toYaml . }}{{ end }}
 {{- end -}}
 
 {{/* (list $ "component" values): the account whose annotations a cloud reads. */}}
