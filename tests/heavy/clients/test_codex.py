@@ -7,21 +7,24 @@ import json
 import platform
 import shutil
 import signal
+import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from ecosystem.clients import CODEX, settle
 from parts import scripts
 from parts.loopback import only_loopback
+from parts.memory import found_in_memory
 from parts.npm import install
 from parts.platforms import canary, watched
-from parts.stage import ScriptedStage, until
+from parts.stage import SCRIPTED, ScriptedStage, until
 from parts.waiting import PATIENCE
 
 FOLDER = CODEX.room
@@ -87,7 +90,6 @@ def codex(live: ScriptedStage, program: str, tmp_path: Path) -> Codex:
     home, project = tmp_path / "home", tmp_path / "project"
     home.mkdir()
     project.mkdir()
-    (project / scripts.FILE).write_text(f"first\n{scripts.OLD}\nlast\n")
     settings = (FOLDER / "config.toml").read_text()
     (home / "config.toml").write_text(settings.replace("http://127.0.0.1:11435/v1", live.proxy.base_url))
     environment = live.proxy.environment() | {"HOME": str(home), "CODEX_HOME": str(home)}
@@ -121,18 +123,43 @@ async def test_what_the_model_thought(codex: Codex) -> None:
 
 
 async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedStage, codex: Codex) -> None:
-    word = canary()
+    """The prompt, what the file holds, and the patch: in the worker's memory, and nowhere else on the servers' side."""
+    asked, old, new, beside = (canary() for _ in range(4))
+    (codex.project / scripts.FILE).write_text(f"{beside}\n{old}\n")
+    needles = {"prompt": asked.encode(), "file": beside.encode(), "patch": scripts.patch(old, new).splitlines()[-2].encode()}
+    call = asyncio.to_thread(codex.ask, f"Edit my notes, {asked}: [[edit {old} {new}]]")
     pids = {"gateway": live.gateways[0].process.pid, "nats": live.nats.pid, "worker": live.scripted.process.pid}
-    needles = {"word": word.encode(), "file": scripts.OLD.encode()}
-    events, seen = await watched(pids, needles, asyncio.to_thread(codex.ask, f"Please edit my notes: [[edit {word}]]"))
-    assert (codex.project / scripts.FILE).read_text() == f"first\n{word}\nlast\n"
-    assert texts(events)[-1] == f"The file says {word}."
+    events, seen = await watched(pids, needles, call)
+    assert (codex.project / scripts.FILE).read_text() == f"{beside}\n{new}\n"
+    assert texts(events)[-1] == f"The file says {new}."
     settle(CODEX, "scripted", {"tools": True}, events)
     assert seen == {"gateway": set(), "nats": set(), "worker": set(needles)}
-    kept = [path for folder in (live.site.folder, live.audit_of().parent) for path in folder.rglob("*") if path.is_file()]
-    assert kept
-    for path in kept:
-        assert word.encode() not in path.read_bytes(), path
+    assert found_on_disk(kept_by(live), needles) == set()
+    # The same search finds what the gateway did write, and what Codex did.
+    assert found_on_disk([live.audit_of()], needles | {"model": SCRIPTED.encode()}) == {"model"}
+    assert found_on_disk([codex.project], needles) == {"file"}
+
+
+def kept_by(live: ScriptedStage) -> list[Path]:
+    """What the servers keep on disk, and each file that the gateway holds open."""
+    opened = [each.resolve() for each in Path(f"/proc/{live.gateways[0].process.pid}/fd").iterdir()]
+    return [live.site.folder, *(path for path in opened if path.is_file())]
+
+
+def found_on_disk(places: Sequence[Path], needles: Mapping[str, bytes]) -> set[str]:
+    """The names of those that a file there holds, or a file in a folder there."""
+    files = [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    assert files
+    contents = [path.read_bytes() for path in files]
+    return {name for name, needle in needles.items() if any(needle in content for content in contents)}
+
+
+async def test_the_same_search_finds_what_a_gateway_is_told_in_clear(live: ScriptedStage) -> None:
+    """A request whose head has no end yet: the gateway holds its path."""
+    word, pid, port = canary().encode(), live.gateways[0].process.pid, urlsplit(live.gateways[0].url).port
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /" + word + b" HTTP/1.1\r\nhost: gateway\r\n")
+        await until(lambda: bool(found_in_memory(pid, {"word": word})), PATIENCE)
 
 
 async def test_an_answer_that_it_leaves(live: ScriptedStage, codex: Codex) -> None:
