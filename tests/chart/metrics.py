@@ -38,7 +38,8 @@ def counted() -> frozenset[str]:
     shown = text_string_to_metric_families(metrics.show().decode())
     names = {sample.name for family in shown for sample in family.samples} | {"lacre_tokens_total"}
     source = gauges.__spec__.loader.get_data(gauges.__file__).decode()  # type: ignore[union-attr]
-    return frozenset(names | set(re.findall(r'"(lacre_[a-z_]+)"', source)))
+    counters = {f"{name}_total" for name in re.findall(r'CounterMetricFamily\(\s*"(lacre_[a-z_]+)"', source)}
+    return frozenset(names | counters | set(re.findall(r'"(lacre_[a-z_]+)"', source)))
 
 
 def named_in(expression: str) -> set[str]:

@@ -154,7 +154,7 @@ def odd_values(value: str) -> Object:
         "externalSecrets": {"store": {"name": value}, "prefix": value},
         "certManager": {"issuerRef": {"name": value}},
         "ingress": {"className": value, "host": value, "tlsSecret": value, "annotations": {"a": value}},
-        "monitoring": {"serviceMonitor": {"labels": {"l": value}}, "dashboard": {"labels": {"l": value}}},
+        "monitoring": {part: {"labels": {"l": value}} for part in ("serviceMonitor", "dashboard", "alerts")},
     }
 
 
