@@ -1,4 +1,4 @@
-"""`lacre gateway`, `lacre revoke`, `lacre audit`, `lacre policy` and `lacre budget`."""
+"""`lacre gateway`, `doctor`, `token check`, `revoke`, `audit`, `policy` and `budget`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def register(app: typer.Typer) -> None:
         app.command()(revoke)
         budget.register(app)
         app.command()(doctor)
+        from lacre_fabric.operate.commands import token_app
+
+        token_app.command("check")(token_check)
 
 
 SettingsFile = Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]
@@ -67,13 +70,75 @@ def doctor(
     from lacre_gateway.doctor import examine
     from lacre_gateway.doctor.report import show
 
-    if settings is None:
-        from lacre_fabric.operate.site import Site
-        from lacre_fabric.operate.up import default_state
-
-        settings = Site.load((state or default_state()).resolve()).gateway_settings
-    if not show(examine(settings), as_json=as_json):
+    if not show(examine(settings or _own_settings(state)), as_json=as_json):
         raise typer.Exit(1)
+
+
+def token_check(
+    token: Annotated[
+        str | None, typer.Argument(help="The access token; - for stdin. Default: --file, or LACRE_TOKEN, or stdin.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="A gateway's settings file; default: the one in the state folder.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with the token.")] = None,
+    address: Annotated[str, typer.Option(help="The caller's address, for rules that read it.")] = "127.0.0.1",
+    state: Annotated[Path | None, typer.Option(help="The state folder; default: $XDG_STATE_HOME/lacre.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Judge an access token as a gateway does, and explain it: issuer, key, claims, tenant, groups, plan, and what it may do.
+
+    Other users of the machine can read a token on the command line: pipe it in, or pass --file. Exit code 3 if it is refused.
+    """
+    import asyncio
+
+    from lacre.cli.output import exit_code
+    from lacre.errors import Unauthenticated
+    from lacre_gateway.doctor.token import TokenReport, ask_fabric, explain
+    from lacre_gateway.doctor.token_report import show
+    from lacre_gateway.settings import load
+
+    given = _given_token(token, file)
+    found = load(settings or _own_settings(state))
+
+    async def explained() -> TokenReport:
+        return await explain(found, given, await ask_fabric(found), address=address)
+
+    report = asyncio.run(explained())
+    show(report, as_json=as_json)
+    if not report.accepted:
+        raise typer.Exit(exit_code(Unauthenticated(report.reason, status=401, problem=report.problem)))
+
+
+def _given_token(argument: str | None, file: Path | None) -> str:
+    """The token that the command is about, without spaces around it and the word Bearer. Raises SettingsError."""
+    import os
+
+    from lacre.cli.surroundings import read_file, read_stdin, stdin_text, utf8
+    from lacre.errors import SettingsError
+
+    if argument not in (None, "-"):
+        typer.echo("warning: other users can read a token on the command line: pipe it to `lacre token check -`", err=True)
+        given = str(argument)
+    elif argument == "-":
+        given = stdin_text()
+    elif file is not None:
+        given = utf8(read_file(file), str(file))
+    else:
+        given = os.environ.get("LACRE_TOKEN", "") or read_stdin()
+    words = given.split()
+    if words and words[0].lower() in ("bearer", "dpop"):
+        words = words[1:]
+    if len(words) != 1:
+        raise SettingsError("no token, or several: pipe one to `lacre token check -`, name a --file, or set LACRE_TOKEN")
+    return words[0]
+
+
+def _own_settings(state: Path | None) -> Path:
+    from lacre_fabric.operate.site import Site
+    from lacre_fabric.operate.up import default_state
+
+    return Site.load((state or default_state()).resolve()).gateway_settings
 
 
 def revoke(

@@ -128,3 +128,21 @@ def test_demo_as_json() -> None:
     assert (shown["ok"], shown["kem"], bool(shown["text"])) == (True, "MLKEM768-X25519", True)
     assert all(shown[name] > 0 for name in ("completion_tokens", "ttft_ms", "tokens_per_s"))
     assert shown["sealed_request_bytes"] > 1120
+
+
+def test_a_token_is_explained_also_a_revoked_one(up: Up) -> None:
+    """With what the running NATS knows: models and revocations."""
+    token = up.command("token", "issue", "dora").strip()
+
+    def explained() -> dict[str, Any]:
+        done = run("token", "check", "-", "--json", "--state", str(up.state), up=up, stdin=token)
+        told: dict[str, Any] = json.loads(done.stdout)
+        assert (done.returncode, told["unchecked"]) == (0 if told["accepted"] else 3, [])
+        return told
+
+    told = explained()
+    assert (told["accepted"], told["principal"]["subject"]) == (True, "dora")
+    assert {"action": "chat", "target": "default/smollm2-135m", "most": 32768} in told["may"]
+    up.command("revoke", "--sub", "dora")
+    told = explained()
+    assert (told["accepted"], told["reason"], told["may"]) == (False, "token: revoked", [])

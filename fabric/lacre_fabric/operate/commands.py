@@ -38,7 +38,7 @@ KmsAddress = Annotated[
     str | None,
     typer.Option(help="For a new state: the address of the key that wraps the pools' keys (docs/kms.md).", metavar="ADDRESS"),
 ]
-token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
+token_app = typer.Typer(name="token", help="Access tokens: issue one for development, check one.", no_args_is_help=True)
 keys_app = typer.Typer(name="keys", help="The keys of a state folder, and those of its pools.", no_args_is_help=True)
 signer_app = typer.Typer(name="signer", help="The key that signs manifests.", no_args_is_help=True)
 root_app = typer.Typer(name="root", help="The key that applications pin.", no_args_is_help=True)

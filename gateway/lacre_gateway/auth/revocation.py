@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from lacre.errors import LacreError, UsageError
 from lacre.runtime import tasks
@@ -27,6 +27,14 @@ LOOK: Final = 0.1  # seconds between two checks: a busy machine may take longer,
 # Seconds. NATS takes some to choose a new leader for a bucket, and most of a request needs that leader too.
 MAX_AGE: Final = 10.0
 _SWEEP: Final = 60.0  # seconds between removals of expired entries
+
+
+class RevocationSource(Protocol):
+    """Where revocations are read: the fabric."""
+
+    async def revoked(self) -> list[Revocation]:
+        """Those since the last call. Raises FabricUnavailable."""
+        ...
 
 
 class RevocationList:
@@ -70,7 +78,7 @@ class RevocationList:
         until, before = self._entries.get(revocation.key, (-math.inf, -math.inf))
         self._entries[revocation.key] = max(until, revocation.until), max(before, meant)
 
-    async def refresh(self, fabric: GatewayFabric) -> None:
+    async def refresh(self, fabric: RevocationSource) -> None:
         """Reads the list once. Raises FabricUnavailable, and keeps the known entries."""
         began = time.monotonic()
         for revocation in await fabric.revoked():

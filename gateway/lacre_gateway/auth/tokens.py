@@ -104,6 +104,15 @@ class Access:
 
 
 @dataclass(frozen=True, slots=True)
+class Examined:
+    """A good token. bound: whether requests with it need a proof. expires_at: seconds since the epoch, with the leeway."""
+
+    principal: Principal
+    bound: bool
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class TrustedIssuer:
     """One issuer and its keys. tenant: the one that its tokens are for; None: the token names it. Times in seconds.
 
@@ -237,26 +246,43 @@ class Authenticator:
 
         For a token that was seen before, it does not wait for anything.
         """  # fmt: skip
+        verdict = await self._judged(authorization, address)
+        if not self._revocations.current:
+            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY, noted="revocations: the list is not current")
+        self._check_revoked(verdict, _credentials(authorization)[0])
+        if verdict.thumbprint is None:
+            return verdict.access
+        return self._proved(verdict, _Shown(authorization, proof, method, url), address)
+
+    async def examine(self, authorization: bytes) -> Examined:
+        """Judges a token as `authenticate` does, but asks for no proof. A list of revocations that is not current counts as
+        empty. Raises Refusal.
+        """
+        verdict = await self._judged(authorization, "")
+        if self._revocations.current:
+            self._check_revoked(verdict, b"bearer")
+        return Examined(verdict.access.principal, verdict.thumbprint is not None, verdict.until)
+
+    def _check_revoked(self, verdict: _Verdict, scheme: bytes) -> None:
+        """Raises Refusal."""
+        if self._revocations.refuses(verdict.revocable, verdict.issued):
+            revoked = BadClaim("token", says.REVOKED, problems.INVALID_TOKEN)
+            raise _unusable(revoked, scheme, {"issuer": verdict.access.principal.issuer})
+
+    async def _judged(self, authorization: bytes | None, address: str) -> _Verdict:
+        """The verdict on a good token, remembered or new. Raises Refusal."""
         if authorization is not None and len(authorization) > MAX_TOKEN:  # too long to be worth hashing, even if genuine
             self._throttle.check(address)
             self._throttle.failed(address)
             size: dict[str, Detail] = {"limit": "token", "unit": "bytes", "ceiling": MAX_TOKEN, "asked": len(authorization)}
-            raise Refusal(
-                problems.INVALID_TOKEN, challenge=_challenge(b"bearer"), details=size, noted=f"size: over {MAX_TOKEN} bytes"
-            )
+            noted = f"size: over {MAX_TOKEN} bytes"
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(b"bearer"), details=size, noted=noted)
         digest = hashlib.sha256(authorization or b"").digest()
         verdict = self._verdicts.get(digest)
         if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
             verdict = await self._verified(authorization, address)
             self._remember(digest, verdict)
-        if not self._revocations.current:
-            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY, noted="revocations: the list is not current")
-        if self._revocations.refuses(verdict.revocable, verdict.issued):
-            revoked = BadClaim("token", says.REVOKED, problems.INVALID_TOKEN)
-            raise _unusable(revoked, _credentials(authorization)[0], {"issuer": verdict.access.principal.issuer})
-        if verdict.thumbprint is None:
-            return verdict.access
-        return self._proved(verdict, _Shown(authorization, proof, method, url), address)
+        return verdict
 
     async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:
         # An address that only sends bad tokens must not cause a signature check with each; good remembered tokens need none.

@@ -3,7 +3,8 @@
 Rules:
 - Data goes to stdout. Messages to a person (progress, errors, the lock line) go to stderr.
 - Text from a model, a gateway or a manifest never reaches a terminal with its control characters.
-- No secret is taken from an argument or printed, except those that `lacre proxy` and `lacre token issue` are made to print.
+- No secret is printed, except those that `lacre proxy` and `lacre token issue` are made to print.
+- No secret is taken from an argument, except by `lacre token check`, which then warns.
 
 Open `ask.py` first: the smallest command. `output.py` prints, and `surroundings.py` maps errors of files and streams.
 """
