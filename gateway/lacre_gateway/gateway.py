@@ -159,6 +159,9 @@ class Gateway:
             missing["signing_key"] = "not the key in the manifest: workers will refuse every grant"
         if self.fabric is None or not self.fabric.connected:
             missing["fabric"] = "not connected to NATS"
+        elif self.revocations.lost:
+            lost = ", ".join(self.revocations.lost)
+            missing["stores"] = f"NATS lost {lost}: restore them from a backup, then run `lacre state settle`"
         elif not self.revocations.current:
             missing["revocations"] = "cannot be read from NATS, so every request is refused: see the log"
         elif not self.budgets.writable:

@@ -27,7 +27,7 @@ from lacre_fabric.work.contract import (
 )
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
-from lacre_fabric.work.revocations import Revocation
+from lacre_fabric.work.revocations import Revocation, StoreMark
 from lacre_fabric.work.slots import Slots
 from lacre_fabric.work.worker_stream import Outbound
 
@@ -41,6 +41,7 @@ class MemoryFabric:
         self.published: set[bytes] = set()
         self.claims: dict[bytes, str] = {}
         self.revocations: list[Revocation] = []
+        self.store_mark = StoreMark()
         self.inbound: dict[str, Inbound] = {}
         self.outbound: dict[str, Outbound] = {}
         self.live: list[MemoryWorker] = []
@@ -112,6 +113,10 @@ class MemoryGateway:
             raise FabricUnavailable("the fabric is away")
         since, self._revocations_read = self._revocations_read, len(self._hub.revocations)
         return self._hub.revocations[since:]
+
+    @property
+    def store_mark(self) -> StoreMark:
+        return self._hub.store_mark
 
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
         found: dict[tuple[str, str], Capacity] = {}

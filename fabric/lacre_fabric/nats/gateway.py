@@ -47,7 +47,7 @@ from lacre_fabric.work.contract import (
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.presence import MAX_BYTES
-from lacre_fabric.work.revocations import Revocation
+from lacre_fabric.work.revocations import Revocation, StoreMark
 
 # The message's headers, besides JetStream's own.
 GRANT: Final = "Grant"
@@ -225,6 +225,10 @@ class NatsGateway:
 
     async def revoked(self) -> list[Revocation]:
         return await self._revocations.read()
+
+    @property
+    def store_mark(self) -> StoreMark:
+        return self._revocations.mark
 
     async def close(self) -> None:
         for side in self._sides.values():

@@ -26,7 +26,7 @@ from lacre.runtime import tasks
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection, Stored
 from lacre_fabric.work.contract import FabricUnavailable
-from lacre_fabric.work.revocations import Revocation
+from lacre_fabric.work.revocations import Revocation, StoreMark
 
 SHARE: Final = 10_000  # revocations of one credential at a time
 MAX_REVOCATIONS: Final = 20 * SHARE  # in the bucket: about 70 MB there and in each gateway
@@ -105,19 +105,26 @@ class RevocationReader:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._last: Stored | None = None
+        self.mark = StoreMark()  # as of the last read
 
     async def read(self) -> list[Revocation]:
         """Entries that were not read before; some may repeat. Raises FabricUnavailable."""
         async with self._connection.mapped():
             newest = await self._get(last_by_subj=_EVERY)
-            if newest is None or newest == self._last:
-                self._last = newest
+            if newest is None:
+                self._last, self.mark = None, StoreMark()
+                return []
+            if newest == self._last:
                 return []
             since = 0 if self._last is None else self._last.sequence
             if since and await self._get(seq=since) != self._last:
                 since = 0
             found = await self._between(since, newest.sequence)
         self._last = newest
+        marks = [entry for entry in found if entry.subject == subjects.store_mark()]
+        if marks or not since:
+            self.mark = _mark(marks[-1]) if marks else StoreMark()
+        found = [entry for entry in found if entry.subject != subjects.store_mark()]
         read = [(_writer(entry), _revocation(entry)) for entry in found]
         for writer, number in Counter(writer for writer, revocation in read if revocation is None).items():
             log.error("revocation.unreadable", role=writer, number=number)  # one line, however many a stolen credential wrote
@@ -152,6 +159,14 @@ class RevocationReader:
             if exc.err_code == _NO_STREAM:
                 raise FabricUnavailable(_NO_BUCKET) from exc
             return None
+
+
+def _mark(entry: Stored) -> StoreMark:
+    """A mark that cannot be read counts as a loss: only the provisioner writes it, perhaps of a newer version."""
+    try:
+        return StoreMark.parse(entry.value)
+    except InvalidMessage:
+        return StoreMark(("unknown",))
 
 
 def _revocation(entry: Stored) -> Revocation | None:

@@ -142,6 +142,11 @@ def manifest() -> str:
     return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
 
 
+def store_mark() -> str:
+    """Of the provisioner's mark in the bucket of revocations. No credential has this name."""
+    return revocation("stores")
+
+
 def revocation(writer: str) -> str:
     """writer: the name of a credential, or `*` for all."""
     return f"$KV.{_REVOCATIONS}.{writer}"

@@ -173,9 +173,9 @@ def keys_tend(
     """Do what is due: create a pool key, destroy an old one, sign a new manifest, recreate lost queues. Run it hourly from cron
     if you do not use `lacre up`.
     """
-    from lacre_fabric.nats.provisioning import provision
     from lacre_fabric.operate import behind, floods
     from lacre_fabric.operate.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
+    from lacre_fabric.operate.stores import provision_site
     from lacre_fabric.operate.up import until_signalled
 
     site = site_of(state)
@@ -198,7 +198,7 @@ def keys_tend(
                         await each.close()
             else:
                 await behind.check(site, connection)
-                await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
+                await provision_site(site, connection)
                 await tend(site, connection, schedule)
 
     asyncio.run(until_signalled(run()))
@@ -330,9 +330,9 @@ def manifest_publish(
     It refuses if the fabric has a newer manifest than this state folder signed, for example after a restore. With --model,
     clients refuse answers by other files of that model, from now on and in later manifests.
     """
-    from lacre_fabric.nats.provisioning import provision
     from lacre_fabric.operate import behind, model_digests
     from lacre_fabric.operate.rotation import publish
+    from lacre_fabric.operate.stores import provision_site
 
     site = site_of(state)
     named = model_digests.named(model or (), site.pools.get(pool, ()))
@@ -343,7 +343,7 @@ def manifest_publish(
                 await behind.check(site, connection, new_root=new_root)
                 before = model_digests.recorded(site.models_file).get(pool, {})
                 model_digests.record(site.models_file, pool, model_digests.merged(before, named))
-            await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
+            await provision_site(site, connection)
             await publish(site, connection, new_root=new_root)
 
     asyncio.run(run())

@@ -30,9 +30,10 @@ from lacre_fabric.keys.generations import Generation
 from lacre_fabric.keys.root_and_signer import DAY
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.key_holders import await_gone, await_holders
-from lacre_fabric.nats.provisioning import provision, publish_manifest
+from lacre_fabric.nats.provisioning import publish_manifest
 from lacre_fabric.operate import behind
 from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site
+from lacre_fabric.operate.stores import provision_site
 
 EVERY: Final = DAY
 # Clients refresh the manifest after half of its life, so within this time every client sees the new key.
@@ -287,7 +288,7 @@ async def upkeep(
         if provisioning:
             with failures.kept():
                 await behind.check(site, connection)
-                await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
+                await provision_site(site, connection)
         with suppress(LacreError, OSError):  # `tend` has logged the failure
             await tend(site, connection, schedule)
             if not failures.errors:

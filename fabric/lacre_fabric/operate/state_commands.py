@@ -6,23 +6,130 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lacre.errors import SettingsError
 from lacre_fabric.operate.start_commands import State
 
 if TYPE_CHECKING:  # imported in the command that needs it
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.operate.site import Site
 
-state_app = typer.Typer(name="state", help="A state folder: catch up with the fabric.", no_args_is_help=True)
+state_app = typer.Typer(name="state", help="A state folder: backup, restore, catch up with the fabric.", no_args_is_help=True)
 
 
 @state_app.callback()
 def state_group() -> None:
     """A state folder."""
+
+
+PassphraseFile = Annotated[
+    Path | None, typer.Option(help="A 0600 file with the passphrase. Default: ask for it.", metavar="FILE")
+]
+BackupKms = Annotated[
+    str | None, typer.Option("--kms", help="Encrypt with a key of a KMS instead (docs/kms.md).", metavar="ADDRESS")
+]
+
+
+@state_app.command("backup")
+def state_backup(
+    file: Annotated[Path, typer.Argument(help="The new file.")],
+    state: State = None,
+    passphrase_file: PassphraseFile = None,
+    kms: BackupKms = None,
+    fabric: Annotated[bool, typer.Option(help="Include revocations and budgets, which NATS keeps.")] = True,
+) -> None:
+    """Write an encrypted backup: the state folder, and the revocations and budgets on the fabric. No audit logs."""
+    from lacre_fabric.operate import behind, stores
+    from lacre_fabric.operate.backup import Backup, encrypted, save
+
+    site = site_of(state)
+    passphrase = None if kms is not None else _passphrase(passphrase_file, confirm=True)
+
+    async def run() -> Backup:
+        if not fabric:
+            async with site.changing():
+                return Backup.of(site.folder, None)
+        async with provisioner(site) as connection, site.changing():
+            await behind.check(site, connection)
+            return Backup.of(site.folder, await stores.entries(connection))
+
+    made = asyncio.run(run())
+    save(file, encrypted(made.encode(), passphrase=passphrase, address=kms))
+    kept = "without the fabric" if made.entries is None else f"{len(made.entries)} entries of the fabric"
+    typer.echo(f"{file}: {len(made.files)} files, {kept}")
+
+
+@state_app.command("restore")
+def state_restore(
+    file: Annotated[Path, typer.Argument(help="A file of `lacre state backup`.")],
+    state: State = None,
+    passphrase_file: PassphraseFile = None,
+    kms: BackupKms = None,
+) -> None:
+    """Make a state folder from a backup. The folder must be empty or missing.
+
+    Revocations and budgets come back to the fabric at the next `lacre up`, `keys tend` or `manifest publish`.
+    """
+    from lacre_fabric.operate import backup
+    from lacre_fabric.operate.up import default_state
+
+    folder = (state or default_state()).resolve()
+    data = backup.read(file)
+    passphrase = None if kms is not None else _passphrase(passphrase_file, confirm=False)
+    found = backup.Backup.parse(backup.decrypted(data, passphrase=passphrase, address=kms))
+    backup.restore(found, folder)
+    typer.echo(f"{folder}: {len(found.files)} files as of {_date(found.made_at)}")
+    typer.echo("Run `lacre fabric check` next: it says whether the folder is behind the fabric.")
+
+
+@state_app.command("settle")
+def state_settle(
+    state: State = None,
+    keep_tokens: Annotated[
+        bool, typer.Option("--keep-tokens", help="Go on accepting tokens issued before now, also if they had been revoked.")
+    ] = False,
+) -> None:
+    """Accept that NATS lost revocations or budgets, so that gateways serve again.
+
+    Tokens issued before now are refused, because their revocations may be lost. Budgets go on from what is there.
+    """
+    from lacre_fabric.operate import behind, stores
+    from lacre_fabric.work.contract import FabricUnavailable
+
+    site = site_of(state)
+    stores.decide(site.folder, 0.0 if keep_tokens else time.time())
+
+    async def run() -> None:
+        async with provisioner(site) as connection:
+            await behind.check(site, connection)
+            await stores.provision_site(site, connection)
+
+    try:
+        asyncio.run(run())
+    except FabricUnavailable as exc:
+        typer.echo(f"decided; it takes effect at the next `lacre up`, `keys tend` or `manifest publish` ({exc})")
+    else:
+        typer.echo("settled")
+
+
+def _passphrase(file: Path | None, *, confirm: bool) -> str:
+    from lacre_fabric.keys.secret_files import read_secret
+
+    if file is None:
+        return str(typer.prompt("passphrase", hide_input=True, confirmation_prompt=confirm))
+    try:
+        return read_secret(file, "name a 0600 file").decode().strip("\r\n")
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"{file} is not UTF-8 text") from exc
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 @state_app.command("catch-up")

@@ -20,8 +20,7 @@ from lacre.runtime import file_locks, folders, tasks
 from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
-from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate import behind, default_model, dev_issuer, floods, model_digests, served_models
+from lacre_fabric.operate import behind, default_model, dev_issuer, floods, model_digests, served_models, stores
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
@@ -188,7 +187,9 @@ async def _start(
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
         await behind.check(site, connection)
-        await provision(connection, site.pools)
+        mark = await stores.provision_site(site, connection)
+        if mark.lost:
+            raise SettingsError(stores.unsettled(mark, site.folder))
         await publish(site, connection)
         present: set[str] = set()
 

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from lacre.errors import LacreError
 from lacre_fabric.work.frames import Frame, FrameKind
-from lacre_fabric.work.revocations import Revocation
+from lacre_fabric.work.revocations import Revocation, StoreMark
 
 # bytes of data that a worker may send before the gateway renews its credit: core NATS has no back-pressure
 CREDIT: Final = 256 * 1024
@@ -172,6 +172,10 @@ class GatewayFabric(Protocol):
 
     async def revoked(self) -> list[Revocation]:
         """The revocations since the last call; the first call returns all. Some may repeat. Raises FabricUnavailable."""
+
+    @property
+    def store_mark(self) -> StoreMark:
+        """What the provisioner says of the fabric's stores, as of the last `revoked`."""
 
     async def close(self) -> None: ...
 

@@ -33,6 +33,32 @@ def _digest(*names: str) -> str:
     return b64u(hashlib.sha256(json.dumps(names).encode()).digest())
 
 
+_MARK: Final = _digest("stores")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMark:
+    """What the provisioner says of the fabric's stores, beside the revocations.
+
+    lost: the stores that NATS lost and nobody has settled yet; gateways refuse every request while there are any. tokens_from:
+    tokens issued up to this time are refused, because their revocations may be lost; 0: none.
+    """
+
+    lost: tuple[str, ...] = ()
+    tokens_from: float = 0.0
+
+    def encode(self) -> bytes:
+        """A gateway of an older version reads it as a revocation of no token."""
+        said = {"key": _MARK, "until": 0.0, "issued_until": 0.0, "lost": self.lost, "tokens_from": self.tokens_from}
+        return json.dumps(said, separators=(",", ":")).encode()
+
+    @classmethod
+    def parse(cls, value: bytes) -> Self:
+        """Raises InvalidMessage."""
+        members = Members.parse(value, "the mark of the stores")
+        return cls(members.texts("lost"), members.time("tokens_from"))
+
+
 @dataclass(frozen=True, slots=True)
 class Revocation:
     """Times are in seconds since the epoch. until: when the last token that it covers has expired.

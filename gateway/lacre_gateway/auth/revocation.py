@@ -20,7 +20,7 @@ from lacre.errors import LacreError, UsageError
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_fabric.work.contract import GatewayFabric
-from lacre_fabric.work.revocations import Revocation, subject_key, token_key
+from lacre_fabric.work.revocations import Revocation, StoreMark, subject_key, token_key
 from lacre_gateway.settings import Issuer
 
 LOOK: Final = 0.1  # seconds between two checks: a busy machine may take longer, and the promise is one second
@@ -47,6 +47,7 @@ class RevocationList:
         self._read_at = -math.inf  # on the monotonic clock: when the last successful check began
         self._sweep_at = time.monotonic() + _SWEEP
         self._failure = ""
+        self._mark = StoreMark()
         self._following: tasks.Background | None = None
 
     def __len__(self) -> int:
@@ -61,11 +62,18 @@ class RevocationList:
 
     @property
     def current(self) -> bool:
-        """Whether the copy is recent enough to decide by."""
-        return time.monotonic() < self._read_at + MAX_AGE
+        """Whether the copy is recent enough to decide by, and the fabric has lost none of it."""
+        return time.monotonic() < self._read_at + MAX_AGE and not self._mark.lost
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The stores that NATS lost and nobody has settled: see `lacre_fabric.operate.stores`."""
+        return self._mark.lost
 
     def refuses(self, keys: Sequence[str], issued: float) -> bool:
         """keys: the token's own and its subject's. issued: when the token was issued, in seconds since the epoch."""
+        if issued <= self._mark.tokens_from:
+            return True
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and issued <= entry[1] and self._clock() < entry[0]:
@@ -83,6 +91,12 @@ class RevocationList:
         began = time.monotonic()
         for revocation in await fabric.revoked():
             self.add(revocation)
+        if fabric.store_mark != self._mark:
+            self._mark = fabric.store_mark
+            if self._mark.lost:
+                self._log.error("stores.lost", reason=", ".join(self._mark.lost), remedy="run `lacre state settle`")
+            else:
+                self._log.warning("stores.settled")
         self._read_at = began
         if began >= self._sweep_at:
             self._sweep_at = began + _SWEEP

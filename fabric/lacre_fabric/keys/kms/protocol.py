@@ -16,14 +16,14 @@ from lacre.errors import LacreError, SettingsError, VerificationError
 
 DATA_KEY: Final = 32  # bytes: AES-256
 
-Purpose = Literal["pool-key", "receipt-key", "model"]
+Purpose = Literal["pool-key", "receipt-key", "model", "backup"]
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionContext:
     """The use of a wrapped key. generation: the pool key's id; 0 for a receipt key.
 
-    A model's key belongs to no pool: `pool` is empty, and digest is the model's, `sha256:` and hex.
+    A model's key belongs to no pool: `pool` is empty, and digest is the model's, `sha256:` and hex. Neither does a backup's.
     It is not secret: services log it.
     """
 
@@ -35,6 +35,8 @@ class EncryptionContext:
     def members(self) -> dict[str, str]:
         if self.purpose == "model":
             return {"digest": self.digest, "purpose": self.purpose}
+        if self.purpose == "backup":
+            return {"purpose": self.purpose}
         return {"generation": str(self.generation), "pool": self.pool, "purpose": self.purpose}
 
     def encode(self) -> bytes:
