@@ -37,7 +37,7 @@ TOOLS = [tool("get_tide", TIDE), tool("now")]
 
 def read(pieces: list[str], form: CallFormat = HERMES) -> tuple[str, list[tuple[str, str]], bool]:
     """The speech, the calls as (name, arguments), and whether the answer ends as one that called."""
-    reader = CallReader(form)
+    reader = CallReader(form, "seed")
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)

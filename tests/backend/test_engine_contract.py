@@ -222,5 +222,6 @@ async def test_choices_are_taken_together_or_not_at_all(engine: Engine) -> None:
 
 def test_what_tokens_release(engine: Engine) -> None:
     ids = engine.tokenize("Hello there, you")
-    assert engine.released(ids) == "Hello there, you"
-    assert engine.released(ids, ("there",)) == "Hello "
+    assert "".join(engine.released(ids)) == "Hello there, you"
+    assert "".join(engine.released(ids, ("there",))) == "Hello "
+    assert len(engine.released(ids)) == len(engine.released(ids, ("there",))) == len(ids)

@@ -29,7 +29,7 @@ values = st.recursive(
 
 
 def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]], bool]:
-    reader = GemmaReader(GEMMA)
+    reader = GemmaReader(GEMMA, "seed")
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)

@@ -29,7 +29,7 @@ ENDS = ("", "<|call|>")
 
 
 def read(pieces: list[str], *, calls: bool = True, speaking: bool = False) -> tuple[str, str, list[tuple[str, str]]]:
-    reader = HarmonyReader(calls=calls, speaking=speaking)
+    reader = HarmonyReader("seed", calls=calls, speaking=speaking)
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)
@@ -92,7 +92,7 @@ def test_an_answer_that_goes_on_is_text() -> None:
 
 def test_the_format_is_found() -> None:
     assert thought_format(f"x {ANALYSIS} y </think>") is HARMONY
-    assert isinstance(AnswerForm(HERMES, HARMONY, Start.FRESH).reader(None), HarmonyReader)
+    assert isinstance(AnswerForm(HERMES, HARMONY, Start.FRESH).reader(None, "seed"), HarmonyReader)
 
 
 CALL = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"

@@ -100,6 +100,8 @@ async def test_going_on_from_every_mark(engine: Engine) -> None:
         ({"resume": {"digest": None, "tokens": ["65"]}}, 400, "resume.tokens[0]"),
         ({"resume": {"digest": None, "tokens": [65] * 5000}}, 400, "messages"),
         ({"resume": {"digest": None, "tokens": [65]}, "n": 2}, 400, "resume"),
+        ({"resume": {"digest": None, "tokens": [65], "answer": "x"}}, 400, "resume.answer"),
+        ({"resume": {"digest": None, "tokens": [65], "answer": "0" * 24 + ".١"}}, 400, "resume.answer"),
     ],
 )
 async def test_refusals(echo: Engine, fields: dict[str, Any], status: int, param: str) -> None:
@@ -127,6 +129,55 @@ async def test_a_json_schema_goes_on_where_it_was(llama: LlamaEngine) -> None:
             resume = {"digest": llama.model.digest, "tokens": tokens}
             rest = events(await ask(http, llama, response_format=FORMAT, max_tokens=60, resume=resume))
             assert json.loads(text_of([*got[:cut], *rest])).keys() == {"name", "seas"}
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "sea", "strict": True, "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+def calls_of(found: list[Event]) -> list[tuple[str, str]]:
+    """Names and arguments of the calls, by their indexes."""
+    calls: dict[int, list[str]] = {}
+    for _, chunk in found:
+        for each in (call for choice in chunk["choices"] for call in choice["delta"].get("tool_calls", ())):
+            call = calls.setdefault(each["index"], [])
+            assert ("id" in each) == (not call)
+            call += [each["function"]["name"]] if "id" in each else [each["function"]["arguments"]]
+    return [(name, "".join(pieces)) for _, (name, *pieces) in sorted(calls.items())]
+
+
+async def test_calls_go_on_where_they_were(llama: LlamaEngine) -> None:
+    """The grammar too: greedy, each rest is that of the whole answer, and every call is valid."""
+    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 120}
+    async with client(llama) as http:
+        got = events(await ask(http, llama, **asked))
+        marked = [at for at, (mark, _) in enumerate(got) if mark is not None]
+        whole = calls_of(got)
+        assert len(whole) > 1 and json.loads(whole[0][1])
+        for at in marked[::6]:
+            tokens = [token for mark, _ in got[: at + 1] if mark is not None for token in Mark.parse(mark).tokens]
+            resume = {"digest": llama.model.digest, "tokens": tokens}
+            rest = events(await ask(http, llama, **asked, resume=resume))
+            assert calls_of([*got[: at + 1], *rest]) == whole
+
+
+async def test_a_name_that_goes_back(echo: Engine) -> None:
+    """With it the rest has the answer's id and no second beginning; without it, it begins as any answer does."""
+    async with client(echo) as http:
+        response = await ask(http, echo)
+        name = response.headers["lacre-answer"]
+        got = events(response)
+        tokens = Mark.parse(next(mark for mark, _ in got if mark)).tokens
+        for answer, firsts in ((name, 0), (None, 1)):
+            named = {} if answer is None else {"answer": answer}
+            resume = {"digest": echo.model.digest, "tokens": tokens, **named}
+            rest = await ask(http, echo, resume=resume)
+            chunks = [chunk for _, chunk in events(rest)]
+            assert {chunk["id"] == got[0][1]["id"] for chunk in chunks} == {answer is not None}
+            assert sum("role" in choice["delta"] for chunk in chunks for choice in chunk["choices"]) == firsts
+            assert (rest.headers["lacre-answer"] == name) == (answer is not None)
 
 
 async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine) -> None:

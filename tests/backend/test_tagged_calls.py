@@ -33,7 +33,7 @@ arguments = st.fixed_dictionaries(
 
 def read(pieces: list[str], form: TaggedFormat) -> tuple[str, list[tuple[str, str]], bool]:
     assert OFFERED is not None
-    reader = TaggedReader(form, texts_of(OFFERED))
+    reader = TaggedReader(form, "seed", texts_of(OFFERED))
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Final
 
 from lacre.runtime import tasks
@@ -49,11 +49,11 @@ CHAT_TEMPLATE: Final = (
 
 
 class _Job:
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, piece: Callable[[int], bytes]) -> None:
         self.task = task
         self.stream = TaskEvents(asyncio.get_running_loop())
         self.text = TextStream(task.stop)
-        self.text.begin(bytes([token]) for token in task.begun)
+        self.text.begin(map(piece, task.begun))
         self.completion_tokens = 0
         self.cancelled = False
 
@@ -112,15 +112,15 @@ class EchoEngine:
     def speak(self, tokens: Sequence[int]) -> None:
         """Its answers are bytes."""
 
-    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-        return TextStream(stop).released(bytes([token]) for token in tokens)
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
+        return TextStream(stop).released(map(self._piece, tokens))
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.tokenize(text) for text in texts]
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         self._check(task)
-        job = self._jobs[task.id] = _Job(task)
+        job = self._jobs[task.id] = _Job(task, self._piece)
         running = tasks.detach("echo", self._run(job))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
@@ -174,7 +174,7 @@ class EchoEngine:
             if job.task.time_limit is not None and time.monotonic() - begin >= job.task.time_limit:
                 return "length"
             job.completion_tokens += 1
-            raw = bytes([token])
+            raw = self._piece(token)
             said = next(echoed, None) if job.task.given else token
             chosen, top = (None, ()) if job.task.logprobs is None else _logprobs(token, said, job.task.logprobs)
             layers = _layers(token, said, job.task.lens)
@@ -191,6 +191,10 @@ class EchoEngine:
 
     def _end(self, reason: FinishReason) -> None:
         """A task ended."""
+
+    def _piece(self, token: int) -> bytes:
+        """A token's own bytes."""
+        return bytes([token])
 
     def _answer(self, prompt: tuple[int, ...]) -> Iterator[int]:
         """The plain tokens of the last complete message; all of them if the prompt has no messages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,6 +14,7 @@ import pytest
 
 import lacre
 from lacre_backend.api.app import create_app
+from parts.echo_engine import CHAT_TEMPLATE
 from parts.relay import Relay, connect
 from parts.scripted_engine import ScriptedEngine
 
@@ -84,3 +86,78 @@ def test_a_stream_cut_at_any_byte_is_never_a_short_answer(relay: Relay, ask: Ask
                 ask(sealed)
             assert isinstance(caught.value, lacre.LacreError) or isinstance(caught.value.__cause__, lacre.LacreError)
     assert len(lengths) == 1 + len(cuts)
+
+
+THOUGHT = "The sky <b> is grey, 世界"
+TALK = f"<think>\n{THOUGHT}\n</think>\n\nIt rains.\n{CALL}\n{CALL.replace('Porto', 'Faro 🦈')}"
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+
+
+def chat(sealed: lacre.Client) -> object:
+    client = openai.OpenAI(http_client=sealed, base_url=lacre.BASE_URL, api_key="none", max_retries=0)
+    with client.chat.completions.stream(
+        model="scripted", messages=SAID, tools=TOOLS, stream_options={"include_usage": True}
+    ) as stream:
+        return stream.until_done().get_final_completion().to_dict()
+
+
+def whole_response(sealed: lacre.Client) -> object:
+    client = openai.OpenAI(http_client=sealed, base_url=lacre.BASE_URL, api_key="none", max_retries=0)
+    with client.responses.stream(**RESPONSE) as stream:
+        return stream.until_done().get_final_response().to_dict()
+
+
+def whole_message(sealed: lacre.Client) -> object:
+    client = anthropic.Anthropic(http_client=sealed, base_url=lacre.ORIGIN, api_key="none", max_retries=0)
+    with client.messages.stream(**{**MESSAGE, "max_tokens": 400}) as stream:
+        return stream.get_final_message().to_dict()
+
+
+def apart(value: Any, path: str = "") -> tuple[Any, dict[str, int]]:
+    """The answer without what two answers never share, and the counts of its tokens by name."""
+    if isinstance(value, list):
+        return [apart(each)[0] for each in value], {}
+    if not isinstance(value, dict):
+        return value, {}
+    counts = dict(value.get("usage") or {})
+    return {
+        name: apart(each)[0] for name, each in value.items() if name not in ("id", "call_id", "created", "created_at", "usage")
+    }, counts
+
+
+@pytest.mark.parametrize("ask", [chat, whole_response, whole_message])
+def test_an_answer_with_reasoning_and_calls_is_resumed_wherever_it_breaks(ask: Ask) -> None:
+    """The vendors' own clients notice nothing: each part once, and all tokens counted."""
+    kept: list[int] = []
+    with closing(ScriptedEngine(lambda _: TALK)) as engine:
+        engine.model = dataclasses.replace(engine.model, chat_template=CHAT_TEMPLATE + "{# </think> #}")
+        relay = Relay(create_app([engine]), model="scripted")
+        relay.bend = lambda pieces: kept.append(len(pieces)) or pieces  # type: ignore[func-returns-value]
+        with connect(relay, shape="none") as sealed:
+            whole, used = apart(ask(sealed))
+            assert THOUGHT in str(whole) and "Porto" in str(whole) and "Faro 🦈" in str(whole)
+            resumptions = 0
+            for place in range(3, kept[0], 5):
+                left = [place]
+                relay.bend = lambda pieces, left=left: pieces[: left.pop()] if left else pieces
+                relay.opened.clear()
+                again, counts = apart(ask(sealed))
+                assert again == whole
+                assert len(relay.opened) == 2
+                resumed = "resume" in json.loads(relay.opened[1].request.content)
+                resumptions += resumed
+                told = {name: count for name, count in counts.items() if isinstance(count, int)}
+                own = {name: used[name] for name in told}
+                prompt = {name for name in told if name in ("prompt_tokens", "input_tokens", "total_tokens")}
+                assert {name: n for name, n in told.items() if name not in prompt} == {
+                    n: own[n] for n in own if n not in prompt
+                }
+                assert all((told[name] > own[name]) == resumed for name in prompt)
+                assert reasoned(counts) == reasoned(used) > 0
+            assert resumptions > 15
+
+
+def reasoned(counts: Any) -> int:
+    """The tokens of the reasoning."""
+    found = [details for name, details in counts.items() if name in ("completion_tokens_details", "output_tokens_details")]
+    return sum(each.get("reasoning_tokens", each.get("thinking_tokens", 0)) for each in found)

@@ -7,13 +7,12 @@ prefill has sent nothing.
 from __future__ import annotations
 
 import secrets
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Generic
 
 from lacre.asgi import EXTENSION, Call, Disconnected, Receive, Scope, Send, Usage
-from lacre.exchange.resume_marks import DIGEST
+from lacre.exchange.resume_marks import ANSWER, DIGEST
 from lacre_backend.api import ceilings
 from lacre_backend.api.errors import RequestRefused, engine_failed, other_model
 from lacre_backend.api.faces.face import Asked, Face
@@ -21,10 +20,10 @@ from lacre_backend.api.http import EventStream, read_body, send_json, until_disc
 from lacre_backend.api.prompts import call_format, thought_format
 from lacre_backend.api.registry import Serving, whose_turn
 from lacre_backend.api.requests import MAX_BODY
-from lacre_backend.api.responses import ResponseInfo
+from lacre_backend.api.responses import AnswerName, ResponseInfo
 from lacre_backend.api.run import Closing, GenerationRuns, fresh_id
 from lacre_backend.api.streaming import Answer, Progress
-from lacre_backend.api.tools.thoughts import AnswerForm
+from lacre_backend.api.tools.thoughts import AnswerForm, Reader
 from lacre_backend.engine.protocol import EngineError, Task, TaskKind
 
 
@@ -80,7 +79,9 @@ class Endpoint(Generic[Asked]):
             time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage
-        reply = ResponseInfo(face.prefix + task.id, int(time.time()), model, request.include_usage)
+        named = None if request.resume is None else request.resume.answer
+        name = AnswerName.new() if named is None else AnswerName.parse(named)
+        reply = ResponseInfo(face.prefix + name.id, name.created, model, request.include_usage)
         each = [replace(task, id=f"{task.id}.{i}", prompt=tuple(prompt.tokens)) for i, prompt in enumerate(prompts)]
         generation = GenerationRuns(
             served.engine,
@@ -93,13 +94,17 @@ class Endpoint(Generic[Asked]):
         )
         try:
             generation.submit()
-            reader = partial(face.reader, request, form)
             writer = face.writer(request, reply)
+
+            def reader(choice: int) -> Reader | None:
+                return face.reader(request, form, f"{name.id}.{choice}")
+
             answer = Answer(generation, usage, writer, reader, max_thought=request.max_thought if may_cut else None)
             if request.stream:
                 progress = Progress.of(request, scope, usage) if face.marked else None
-                headers = () if progress is None else ((DIGEST.encode(), model.digest.encode()),)
-                await answer.stream(EventStream(send, headers), progress)
+                own = ((DIGEST, model.digest), (ANSWER, str(name)))
+                headers = () if progress is None else tuple((key.encode(), value.encode()) for key, value in own)
+                await answer.stream(EventStream(send, headers), progress, named=named is not None)
             else:
                 await send_json(send, 200, await answer.whole())
         finally:

@@ -79,12 +79,16 @@ class EventStream:
         self._headers = headers
         self.started = False
 
+    async def start(self) -> None:
+        """Sends the head."""
+        self.started = True
+        own = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*own, *self._headers]})
+
     async def event(self, document: Any, mark: str | None = None, name: str | None = None) -> None:
         """mark: the event's `id`, which records how far the answer has come. name: its `event`."""
         if not self.started:
-            self.started = True
-            own = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": [*own, *self._headers]})
+            await self.start()
         identified = b"" if mark is None else b"id: " + mark.encode() + b"\n"
         await self._body(identified + _event(document, name), more=True)
 

@@ -39,7 +39,7 @@ from lacre_backend.api.template.prompt import (
 from lacre_backend.api.template.texts import TextLost, as_text
 from lacre_backend.api.template.wishes import NO_WISHES, Wishes
 from lacre_backend.api.tools.format import HERMES, CallFormat
-from lacre_backend.api.tools.reader import SHORT_ID
+from lacre_backend.api.tools.parts import SHORT_ID
 from lacre_backend.api.tools.request import Tool
 from lacre_backend.api.tools.thoughts import Start, ThoughtFormat
 from lacre_backend.engine.protocol import EngineClosed, TaskKind, TextRefused

@@ -112,10 +112,11 @@ class ResponseFormat(Echoed):
 
 class Resume(Parsed):
     """Continues a broken answer (not in OpenAI's API). digest: the file of the model that made it. tokens: the answer so
-    far.
+    far. answer: its name, from the header `lacre-answer`; without it, the rest begins as a new answer does.
     """
 
     digest: Annotated[str, Field(max_length=MAX_NAME)]
+    answer: Annotated[str, Field(pattern=r"^[0-9a-f]{24}\.[0-9]{1,12}$")] | None = None
     tokens: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
 
 
@@ -240,13 +241,6 @@ class ChatCompletionRequest(Generate):
 
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def resumable(self) -> bool:
-        """False for answers that may call functions: a worker that continued one would need to know how much of a call was
-        read.
-        """
-        return super().resumable and self.calling() is None
 
     @property
     def held(self) -> bool:
@@ -398,10 +392,6 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
     check_known(raw.get("messages"))
     request = validated(ChatCompletionRequest, raw)
     check_turns(request.messages)
-    if request.calling() is not None and request.resume is not None:
-        raise RequestRefused(
-            "'resume' is not for answers that may call tools.", code="invalid_parameter_combination", param="resume"
-        )
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestRefused(
             "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported.",
@@ -423,6 +413,12 @@ def check_beginning(request: ChatCompletionRequest) -> None:
             code="invalid_value",
             param="continue_final_message",
         )
+
+
+def check_named(request: Generate) -> None:
+    """For APIs whose events name their answer. Raises `RequestRefused`."""
+    if request.resume is not None and request.resume.answer is None:
+        raise missing("resume.answer")
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

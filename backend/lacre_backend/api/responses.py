@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,6 +13,30 @@ from lacre.asgi import Usage
 from lacre_backend.engine.protocol import LayerView, ModelInfo
 
 LEAST_LOGPROB: Final = -9999.0  # OpenAI's value for "never"; JSON has no minus infinity
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerName:
+    """What the ids of an answer and of its parts are made of: the same on each worker that continues it.
+
+    id: 24 hex digits, random. created: Unix time.
+    """
+
+    id: str
+    created: int
+
+    @classmethod
+    def new(cls) -> AnswerName:
+        return cls(secrets.token_hex(12), int(time.time()))
+
+    @classmethod
+    def parse(cls, text: str) -> AnswerName:
+        """text: what `str` gave."""
+        name, _, created = text.partition(".")
+        return cls(name, int(created))
+
+    def __str__(self) -> str:
+        return f"{self.id}.{self.created}"
 
 
 @dataclass(frozen=True, slots=True)

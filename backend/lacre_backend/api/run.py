@@ -66,6 +66,7 @@ class GenerationRuns:
         """
         self._closing = closing
         self._cut: set[int] = set()
+        self.inside_cut = False  # whether further tokens of a cut follow at once
         self.begun = each[0].begun  # the tokens of the answer so far, when it began here
         self._stop = each[0].stop
         self._weigh = weigh
@@ -126,12 +127,12 @@ class GenerationRuns:
             raise engine_failed() from None
 
     @property
-    def released(self) -> str:
-        """The text of `begun` that its client has."""
+    def released(self) -> list[str]:
+        """The text that each token of `begun` released."""
         return self._engine.released(self.begun, self._stop)
 
     def cut(self, index: int) -> None:
-        """Ends a choice's reasoning: the model goes on after the mark that ends it. Needs `closing`."""
+        """Ends a choice's reasoning: the model goes on after the mark that ends it. Needs `closing`. Call it after `submit`."""
         if self._closing is not None and index not in self._cut:
             self._cut.add(index)
             self._engine.cancel(self._tasks[index].id)
@@ -150,9 +151,10 @@ class GenerationRuns:
             yield Finish("length", len(task.sequence), 0, len(said))
             return
         begun = (*task.begun, *(token.id for token in said), *closing.tokens)
-        text = self._engine.released(begun, task.stop)[len(self.released) + sum(len(token.text) for token in said) :]
-        for i, token in enumerate(closing.tokens):
-            yield Token(token, text if i == 0 else "", b"")
+        texts = self._engine.released(begun, task.stop)[-len(closing.tokens) :]
+        for i, (token, text) in enumerate(zip(closing.tokens, texts, strict=True), 1):
+            self.inside_cut = i < len(texts)
+            yield Token(token, text, b"")
         grammar = await closing.grammar(begun)
         sampling = replace(task.sampling, grammar=grammar)
         again = replace(task, id=f"{task.id}+", group=None, begun=begun, max_tokens=left, sampling=sampling)

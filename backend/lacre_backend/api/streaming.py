@@ -87,7 +87,7 @@ class _Choice:
 
 
 class Answer:
-    """One answer of `generation`, written by `writer`. usage: counted as it goes.
+    """One answer of `generation`, written by `writer`. usage: counted as it goes. Its reasoning is that of the whole answer.
 
     reader: makes the parser of a choice's text, or None for plain text. max_thought: tokens after which a choice's reasoning is
     cut; None for any number.
@@ -98,7 +98,7 @@ class Answer:
         generation: GenerationRuns,
         usage: Usage,
         writer: AnswerWriter,
-        reader: Callable[[], Reader | None] = lambda: None,
+        reader: Callable[[int], Reader | None] = lambda _: None,
         *,
         max_thought: int | None = None,
     ) -> None:
@@ -108,60 +108,86 @@ class Answer:
         self._writer = writer
         self._reader = reader
         self._choices: dict[int, _Choice] = {}
+        self._opened: set[int] = set()  # choices whose first events were sent
 
-    def _choice(self, index: int) -> _Choice:
-        if index not in self._choices:
-            reader = self._reader()
-            choice = self._choices[index] = _Choice(reader)
-            if reader is not None and (begun := self._generation.begun):
-                reader.push(self._generation.released)
-                choice.thought = len(begun) if reader.thinking else 0
-        return self._choices[index]
+    def _begun(self) -> Iterator[Token]:
+        """The tokens that another worker sent. To read them brings the parser to where that worker's was."""
+        begun = self._generation.begun
+        if begun:
+            yield from (Token(token, text, b"") for token, text in zip(begun, self._generation.released, strict=True))
+            self._limit(0)
+
+    def _take_up(self) -> None:
+        """Writes the part of the answer that its client has, and sends none of it."""
+        for token in self._begun():
+            if not self._opened:
+                self._opened.add(0)
+                list(self._writer.first(0, self._usage))
+            list(self._told(0, token))
 
     def _took(self, index: int, event: Token | Finish) -> tuple[_Choice, list[Part]]:
-        choice = self._choice(index)
+        if index not in self._choices:
+            self._choices[index] = _Choice(self._reader(index))
+        choice = self._choices[index]
         before = choice.thought
         parts = choice.take(event)
         self._usage.reasoning_tokens += choice.thought - before
+        return choice, parts
+
+    def _limit(self, index: int) -> None:
+        """Cuts a choice's reasoning if its budget is used up."""
+        choice = self._choices[index]
         inside = choice.reader is not None and choice.reader.thinking
         if inside and self._max_thought is not None and choice.thought >= self._max_thought:
             self._generation.cut(index)
-        return choice, parts
 
     async def whole(self) -> dict[str, Any]:
         """Every choice, once all have finished."""
         finished: dict[int, Any] = {}
+        for token in self._begun():
+            self._took(0, token)
         async with aclosing(self._generation.events()) as events:
             async for index, event in events:
                 choice, parts = self._took(index, event)
+                self._limit(index)
                 choice.parts += parts
                 choice.tokens += [token for token in choice.scored if token.logprob is not None]
                 if isinstance(event, Finish):
                     finished[index] = self._writer.choice(index, choice.parts, choice.tokens, choice.ending(event))
         return self._writer.whole([finished[index] for index in sorted(finished)], self._usage)
 
-    async def stream(self, out: EventStream, progress: Progress | None) -> None:
-        """Sends each token as it comes. progress: sent with each event, if given."""
+    async def stream(self, out: EventStream, progress: Progress | None, *, named: bool) -> None:
+        """Sends each token as it comes. progress: sent with the last event of a token, if given. named: whether an answer that
+        another worker began goes on under its name; otherwise its first events are sent again.
+        """
+        self._take_up()
+        if not named:
+            self._opened.clear()
         try:
             async with aclosing(self._generation.events()) as events:
                 async for index, event in events:
-                    if index not in self._choices:
+                    if not out.started:
+                        await out.start()
+                    if index not in self._opened:
+                        self._opened.add(index)
                         for opening in self._writer.first(index, self._usage):
                             await out.event(opening.document, name=opening.name)
-                    token = isinstance(event, Token)
-                    if progress is not None and isinstance(event, Token):
-                        progress.add(event)
-                    for told in self._told(index, event):
-                        mark = progress.mark() if progress is not None and token else None
-                        await out.event(told.document, mark, told.name)
+                    marks = progress if isinstance(event, Token) else None
+                    if marks is not None and isinstance(event, Token):
+                        marks.add(event)
+                    told = list(self._told(index, event))
+                    self._limit(index)
+                    for i, each in enumerate(told, 1):
+                        marked = marks is not None and i == len(told) and not self._generation.inside_cut
+                        await out.event(each.document, marks.mark() if marks is not None and marked else None, each.name)
         except RequestRefused as refusal:
             if not out.started:
                 raise
             error = self._writer.broken(refusal)
             await out.broken(error.document, error.name)
             return
-        for told in self._writer.end(self._usage):
-            await out.event(told.document, name=told.name)
+        for last in self._writer.end(self._usage):
+            await out.event(last.document, name=last.name)
         await out.done(self._writer.end_mark)
 
     def _told(self, index: int, event: Token | Finish) -> Iterator[ServerEvent]:

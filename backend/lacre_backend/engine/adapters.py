@@ -182,7 +182,7 @@ class AdaptedEngine:
         self._base.speak(tokens)
         self.model = replace(self.model, spoken_ids=self._base.model.spoken_ids)
 
-    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
         return self._base.released(tokens, stop)
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:

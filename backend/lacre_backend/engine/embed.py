@@ -122,8 +122,8 @@ class LlamaEmbedder:
     def speak(self, tokens: Sequence[int]) -> None:
         """It generates nothing."""
 
-    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:  # noqa: ARG002 - it generates nothing
-        return ""
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:  # noqa: ARG002 - it generates nothing
+        return []
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return await self._model.tokenizer.tokens(texts)

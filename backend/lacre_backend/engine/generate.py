@@ -143,7 +143,7 @@ class LlamaEngine:
     def speak(self, tokens: Sequence[int]) -> None:
         self._model.speak(tokens)
 
-    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
         return self._model.released(tokens, stop)
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:

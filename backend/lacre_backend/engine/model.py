@@ -278,8 +278,8 @@ class Model:
             self._pieces[token] = literals[token]
         self.info = replace(self.info, spoken_ids=self.info.spoken_ids.union(spoken))
 
-    def released(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
-        """The text that these tokens of an answer release."""
+    def released(self, tokens: Sequence[int], stop: Sequence[str]) -> list[str]:
+        """The text that each of these tokens of an answer releases."""
         return TextStream(stop).released(map(self.piece, tokens))
 
     def ends(self, token: int) -> bool:

@@ -421,8 +421,8 @@ class Engine(Protocol):
         """
         ...
 
-    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text that these tokens of an answer release, as in `Token.text`."""
+    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
+        """The text that each of these tokens of an answer releases, as in `Token.text`. They are its first tokens."""
         ...
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:

@@ -93,9 +93,9 @@ class TextStream:
         for raw in pieces:
             self.push(raw)
 
-    def released(self, pieces: Iterable[bytes]) -> str:
-        """What these tokens release together."""
-        return "".join([self.push(raw) for raw in pieces])
+    def released(self, pieces: Iterable[bytes]) -> list[str]:
+        """What each of these tokens releases."""
+        return [self.push(raw) for raw in pieces]
 
     def flush(self) -> str:
         """The rest of the text. It may complete a stop string if a broken code point is its last character."""

@@ -19,7 +19,7 @@ from dataclasses import replace
 from lacre.errors import GaveUp, InvalidReceipt, LacreError, StreamBroken, TruncatedStream, UsageError
 from lacre.exchange.call import Sealing
 from lacre.exchange.request import Plain, is_repeatable
-from lacre.exchange.resume_marks import ASK, DIGEST, MEMBER, YES
+from lacre.exchange.resume_marks import ANSWER, ASK, DIGEST, MEMBER, YES
 from lacre.exchange.retry import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
 from lacre.exchange.sealed_answer import GatewayRefusal, Opening
 from lacre.exchange.sse_join import Splice
@@ -51,6 +51,7 @@ class ResumableAnswer:
         self.head = opening.head
         self.facts = opening.facts
         self._digest = self.head.get(DIGEST) if any(name == ASK for name, _ in plain.headers) else ""
+        self._answer = self.head.get(ANSWER)
         streams = sealing.resume > 0 and self.head.status == 200 and self.head.media_type == EVENT_STREAM
         self._splice = Splice(marked=bool(self._digest)) if streams else None
         if begun is not None and self.head.status == 200:
@@ -149,8 +150,9 @@ class ResumableAnswer:
         if self._splice is not None and self._splice.tokens:
             if not self._splice.open:
                 return None
-            member = {MEMBER: {"digest": self._digest, "tokens": self._splice.tokens}}
-            body = json.loads(self._plain.content) | member
+            named = {"answer": self._answer} if self._answer else {}
+            member = {"digest": self._digest, **named, "tokens": self._splice.tokens}
+            body = json.loads(self._plain.content) | {MEMBER: member}
             return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
         untouched = not self._handed and not self._ready
         return self._plain.content if untouched and is_repeatable(self._plain) else None

@@ -23,6 +23,7 @@ from lacre.errors import InvalidMessage
 ASK: Final = "lacre-resume"  # a header of the inner request
 YES: Final = "?1"  # its value (RFC 9651)
 DIGEST: Final = "lacre-model-digest"  # a header of the inner response
+ANSWER: Final = "lacre-answer"  # another one: the answer's name, which goes back to the worker that continues it
 MEMBER: Final = "resume"  # a member of the resuming request's body
 
 _MARK: Final = re.compile(r"(0|[1-9]\d{0,9})\.(0|[1-9]\d{0,9})\.([1-9]\d{0,9}):(\d{1,9}(?:,\d{1,9})*)", re.ASCII)

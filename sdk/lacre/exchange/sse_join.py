@@ -4,7 +4,7 @@ Rules:
 - Events are delivered up to the newest one with a mark (`lacre.exchange.resume_marks`). Later events wait until the stream has
   ended whole: they say that the answer is over, or another worker repeats them.
 - At a seam, waiting events are dropped. Events after it get the first stream's id and time, the role is not repeated, and
-  `usage` is the sum over all requests.
+  the usage is the sum over all requests, in the words of each API.
 - Marks, and the comments that pad records, are removed: they are not for the application.
 - A stream without marks is delivered byte for byte.
 """
@@ -22,6 +22,7 @@ from lacre.runtime.json_objects import object_in
 
 _ANSWER: Final = ("id", "created")  # all events of one answer have these in common
 
+_FAILURES: Final = frozenset({"server_error", "api_error", "overloaded_error"})  # OpenAI's, and two of Anthropic's
 Counts = tuple[int, int, int]  # tokens: of the prompt, of its cached part, of the answer
 
 
@@ -103,7 +104,8 @@ class Splice:
         if self._seams and chunk:
             if not ids and _says_the_role(chunk):
                 return b""
-            lines = [b"data: " + json.dumps(self._joined(chunk), separators=(",", ":"), ensure_ascii=False).encode()]
+            data = json.dumps(self._joined(chunk), separators=(",", ":"), ensure_ascii=False).encode()
+            lines = [*(line for line in lines if line.startswith(b"event:")), b"data: " + data]
         event = b"".join(line + b"\n" for line in lines if not line.startswith(b"id:")) + b"\n"
         if ids:
             return self._marked_event(ids[-1], chunk, event)
@@ -131,11 +133,8 @@ class Splice:
 
     def _note(self, chunk: dict[str, Any]) -> None:
         """Keeps the first choice's text, and where it ends by the count of its logprobs."""
+        self._parts.append(_said(chunk))
         for choice in _choices(chunk):
-            if choice.get("index", 0) == 0:
-                delta = choice.get("delta")
-                said = delta.get("content") if isinstance(delta, dict) else choice.get("text")
-                self._parts.append(said if isinstance(said, str) else "")
             offsets = _offsets(choice)
             if offsets and isinstance(offsets[-1], int):
                 self._offset = offsets[-1] + len(choice["logprobs"]["tokens"][-1])
@@ -145,6 +144,9 @@ class Splice:
         joined = {**chunk, **{name: value for name, value in self._first.items() if name in chunk}}
         if isinstance(usage := chunk.get("usage"), dict):
             joined["usage"] = _sum(usage, self._spent)
+        response = chunk.get("response")  # of `/v1/responses`
+        if isinstance(response, dict) and isinstance(usage := response.get("usage"), dict):
+            joined["response"] = {**response, "usage": _sum(usage, self._spent)}
         for choice in _choices(joined):
             if offsets := _offsets(choice):
                 choice["logprobs"]["text_offset"] = [offset + self._shift for offset in offsets]
@@ -159,6 +161,17 @@ def _object(data: bytes) -> dict[str, Any]:
 def _choices(chunk: dict[str, Any]) -> list[dict[str, Any]]:
     choices = chunk.get("choices")
     return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _said(chunk: dict[str, Any]) -> str:
+    """The text that an event adds to the first choice: of a chat, a text completion, `/v1/responses` or `/v1/messages`."""
+    choice = next((each for each in _choices(chunk) if each.get("index", 0) == 0), {})
+    delta = choice.get("delta", chunk.get("delta"))
+    if isinstance(delta, dict):
+        said = delta.get("content", delta.get("text"))
+    else:
+        said = delta if chunk.get("type") == "response.output_text.delta" else choice.get("text")
+    return said if isinstance(said, str) else ""
 
 
 def _offsets(choice: dict[str, Any]) -> list[int]:
@@ -176,16 +189,23 @@ def _says_the_role(chunk: dict[str, Any]) -> bool:
 def _is_failure(chunk: dict[str, Any]) -> bool:
     """Whether the worker says that it could not continue, through no fault of the request."""
     error = chunk.get("error")
-    return isinstance(error, dict) and error.get("type") == "server_error"
+    return isinstance(error, dict) and error.get("type") in _FAILURES
 
 
 def _sum(usage: dict[str, Any], spent: list[Counts]) -> dict[str, Any]:
-    """OpenAI's `usage` of the last request and those before it."""
+    """The usage of the last request and those before it. The tokens of the reasoning are those of the whole answer already."""
     prompt, cached, completion = (sum(column) for column in zip(*spent, strict=True))
-    total = dict(usage)
-    for name, more in (("prompt_tokens", prompt), ("completion_tokens", completion), ("total_tokens", prompt + completion)):
-        if isinstance(total.get(name), int):
-            total[name] += more
-    if isinstance(details := total.get("prompt_tokens_details"), dict) and isinstance(details.get("cached_tokens"), int):
-        total["prompt_tokens_details"] = {**details, "cached_tokens": details["cached_tokens"] + cached}
+    anthropic = "cache_read_input_tokens" in usage  # there, `input_tokens` are those that no cache had
+    more = {
+        "prompt_tokens": prompt,
+        "input_tokens": prompt - cached if anthropic else prompt,
+        "cache_read_input_tokens": cached,
+        "completion_tokens": completion,
+        "output_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    total = {name: value + more.get(name, 0) if isinstance(value, int) else value for name, value in usage.items()}
+    for name in ("prompt_tokens_details", "input_tokens_details"):
+        if isinstance(details := total.get(name), dict) and isinstance(details.get("cached_tokens"), int):
+            total[name] = {**details, "cached_tokens": details["cached_tokens"] + cached}
     return total

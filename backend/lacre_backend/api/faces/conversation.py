@@ -24,5 +24,5 @@ class ConversationFace(Face[AskedOfChat], Generic[AskedOfChat]):
         goes_on = request.continue_final_message
         return await chat_start(served, request.messages, tools, goes_on=goes_on, wishes=request.wishes)
 
-    def reader(self, request: AskedOfChat, form: AnswerForm) -> Reader | None:
-        return form.reader(request.calling())
+    def reader(self, request: AskedOfChat, form: AnswerForm, seed: str) -> Reader | None:
+        return form.reader(request.calling(), seed)

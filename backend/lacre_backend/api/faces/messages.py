@@ -31,6 +31,7 @@ class Messages(ConversationFace[MessagesRequest]):
 
     prompt_param = "messages"
     prefix = "msg_"
+    marked = True
 
     def parse(self, body: bytes) -> MessagesRequest:
         return parse_messages(body)

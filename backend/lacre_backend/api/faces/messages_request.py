@@ -19,7 +19,7 @@ from lacre_backend.api import media
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, MediaPart, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
-from lacre_backend.api.requests import MAX_STOP, MAX_STOP_LENGTH, ChatCompletionRequest, check_beginning
+from lacre_backend.api.requests import MAX_STOP, MAX_STOP_LENGTH, ChatCompletionRequest, check_beginning, check_named
 from lacre_backend.api.template.wishes import SWITCHES
 from lacre_backend.api.tools.request import MAX_ID, MAX_TOOLS, ToolName
 
@@ -40,7 +40,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "mcp_servers": ([],),
     "context_management": ({"edits": []},),
 }
-_SAME: Final = ("model", "max_tokens", "stream", "temperature", "top_p", "top_k")
+_SAME: Final = ("model", "max_tokens", "stream", "temperature", "top_p", "top_k", "resume")
 _CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _SWITCHED: Final = {"enabled": True, "disabled": False}
 _ID = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
@@ -199,6 +199,7 @@ def parse_messages(body: bytes) -> MessagesRequest:
     )
     check_turns(request.messages)
     check_beginning(request)
+    check_named(request)
     return request
 
 

@@ -30,6 +30,7 @@ class Responses(ConversationFace[ResponsesRequest]):
 
     prompt_param = "input"
     prefix = "resp_"
+    marked = True
 
     def parse(self, body: bytes) -> ResponsesRequest:
         return parse_responses(body)

@@ -12,12 +12,11 @@ Rules:
 from __future__ import annotations
 
 import re
-import secrets
 from typing import Final
 
 from lacre_backend.api.schema.grammar import Grammars, literal
 from lacre_backend.api.tools.format import CallFormat
-from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought
+from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought, call_id
 from lacre_backend.api.tools.request import Calling
 
 MAX_HEADER: Final = 512  # characters before `<|message|>`; a name has at most 128
@@ -54,8 +53,11 @@ HARMONY_CALLS: Final = HarmonyCalls(
 class HarmonyReader:
     """Parses one answer."""
 
-    def __init__(self, *, calls: bool, speaking: bool) -> None:
-        """calls: whether the request offers functions. speaking: whether the answer goes on inside its text."""
+    def __init__(self, seed: str, *, calls: bool, speaking: bool) -> None:
+        """seed: of the ids of calls. calls: whether the request offers functions. speaking: whether the answer goes on inside
+        its text.
+        """
+        self._seed = seed
         self._calls = calls
         self._held = ""
         self._header = not speaking
@@ -107,7 +109,7 @@ class HarmonyReader:
         if recipient is not None and self._calls:
             self._begin(Argued)
             self._index += 1
-            return [Called(self._index, "call_" + secrets.token_hex(12), recipient[1])]
+            return [Called(self._index, call_id(self._seed, self._index), recipient[1])]
         self._begin(Thought if channel is not None and channel[1] == "analysis" else Speech)
         return []
 

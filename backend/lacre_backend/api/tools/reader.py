@@ -7,23 +7,23 @@ Rules:
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from lacre_backend.api.tools.format import CallFormat
-from lacre_backend.api.tools.parts import Argued, Called, Part, Speech
+from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, call_id
 
 MAX_NAME: Final = 128
 MAX_TAG: Final = 64  # of a call's number or id
-SHORT_ID: Final = 9  # Mistral's templates take no other length
 
 
 class CallReader:
     """Parses one answer."""
 
-    def __init__(self, form: CallFormat) -> None:
+    def __init__(self, form: CallFormat, seed: str) -> None:
+        """seed: of the ids of calls."""
         self._format = form
+        self._seed = seed
         self._held = ""
         self._state: Callable[[], Iterator[Part]] = self._text if form.marker is not None else self._first
         self._index = -1
@@ -92,12 +92,9 @@ class CallReader:
             self._depth, self._quoted, self._escaped = 0, False, False
             self._state, self._inside = self._arguments, True
             self._name = self._tag.sub("", head)
-            yield Called(self._index, self._fresh_id(), self._name)
+            yield Called(self._index, call_id(self._seed, self._index, short=form.short_ids), self._name)
         elif len(self._held) > len(opening) + MAX_NAME + MAX_TAG + len(form.middle):
             self._state = self._speech
-
-    def _fresh_id(self) -> str:
-        return secrets.token_hex(5)[:SHORT_ID] if self._format.short_ids else "call_" + secrets.token_hex(12)
 
     def _arguments(self) -> Iterator[Part]:
         for i, character in enumerate(self._held):

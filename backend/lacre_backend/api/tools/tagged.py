@@ -153,9 +153,9 @@ TAGGED: Final = (QWEN_CODER, SEED, GLM)
 class TaggedReader(CallReader):
     """Parses one answer with such calls."""
 
-    def __init__(self, form: TaggedFormat, texts: Mapping[str, frozenset[str]]) -> None:
+    def __init__(self, form: TaggedFormat, seed: str, texts: Mapping[str, frozenset[str]]) -> None:
         """texts: each function's arguments that are texts."""
-        super().__init__(form)
+        super().__init__(form, seed)
         self._tagged = form
         self._texts = texts
         self._told: set[str] = set()

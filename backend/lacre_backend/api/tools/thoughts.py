@@ -114,18 +114,18 @@ class AnswerForm:
     def thought_rules(self) -> str:
         return "" if self.thoughts is None else self.thoughts.rules(self.start)
 
-    def reader(self, calling: Calling | None) -> Reader | None:
-        """calling: what the request offers. None if an answer is text alone."""
+    def reader(self, calling: Calling | None, seed: str) -> Reader | None:
+        """calling: what the request offers. seed: of the ids of calls. None if an answer is text alone."""
         if self.thoughts is HARMONY:
-            return HarmonyReader(calls=calling is not None, speaking=self.start is Start.SPEAKING)
+            return HarmonyReader(seed, calls=calling is not None, speaking=self.start is Start.SPEAKING)
         if calling is None:
             return AnswerReader(self.thoughts, None, self.start) if self.thinks else None
-        return AnswerReader(self.thoughts, self._call_reader(calling), self.start)
+        return AnswerReader(self.thoughts, self._call_reader(calling, seed), self.start)
 
-    def _call_reader(self, calling: Calling) -> CallReader:
+    def _call_reader(self, calling: Calling, seed: str) -> CallReader:
         if isinstance(self.calls, TaggedFormat):
-            return TaggedReader(self.calls, texts_of(calling))
-        return GemmaReader(self.calls) if isinstance(self.calls, GemmaCalls) else CallReader(self.calls)
+            return TaggedReader(self.calls, seed, texts_of(calling))
+        return GemmaReader(self.calls, seed) if isinstance(self.calls, GemmaCalls) else CallReader(self.calls, seed)
 
 
 class Reader(Protocol):
