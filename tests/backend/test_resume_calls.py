@@ -10,8 +10,11 @@ from typing import Any, Final
 
 import pytest
 
+from backend.posting import post
+from backend.test_faces import MESSAGES, RESPONSES
 from lacre.asgi import Usage
 from lacre.exchange.resume_marks import Mark
+from lacre_backend.api.app import create_app
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.chat import Chat
 from lacre_backend.api.faces.face import Face
@@ -31,6 +34,7 @@ from lacre_backend.api.tools.thoughts import HARMONY, THOUGHTS, AnswerForm, Star
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Grammar, Task
 from parts.pieces_engine import PiecesEngine
+from parts.scripted_engine import ScriptedEngine
 
 Event = tuple[str | None, str, Any]  # mark, name, document
 NAME: Final = AnswerName("0123456789abcdef01234567", 1790000000)
@@ -269,3 +273,34 @@ async def test_an_api_whose_events_name_their_answer_needs_the_name(name: str) -
 def test_log_probabilities_of_a_response_are_not_resumed() -> None:
     body = {"model": "m", "stream": True, "input": "Hi", "include": ["message.output_text.logprobs"]}
     assert not Responses().parse(json.dumps(body).encode()).resumable
+
+
+@pytest.mark.parametrize("name", FACES)
+async def test_no_mark_stands_inside_of_a_cut(name: str) -> None:
+    """The first of the tokens that end the reasoning may release text that was held back."""
+    form = AnswerForm(HERMES, THOUGHTS[0], Start.THINKING)
+    for budget in range(1, 6):
+        assert await check_every_cut(name, form, [b"a", b" <", b"</th", b" <", b"b"] * 9, max_thought=budget) > 5
+
+
+@pytest.mark.parametrize(
+    ("path", "members"), [(RESPONSES, FACES["responses"][1]), (MESSAGES, FACES["messages"][1])], ids=["responses", "messages"]
+)
+async def test_the_api_goes_on_under_the_same_name(path: str, members: dict[str, Any]) -> None:
+    """Ids of the answer, its items and its calls, and the numbers of its events."""
+    said = f"Sim.\n{written(HERMES, CALLS)}"
+    with closing(ScriptedEngine(lambda _: said)) as engine:
+        app = create_app([engine])
+        body, ask = {"model": "scripted", "stream": True, **members}, [(b"lacre-resume", b"?1")]
+        first = await post(app, path, body, headers=ask)
+        got = [read(block) for block in first.body.decode().split("\n\n") if block]
+        tokens: list[int] = []
+        for at, (mark, _, _) in enumerate(got):
+            if mark is None:
+                continue
+            tokens += Mark.parse(mark).tokens
+            resume = {"digest": engine.model.digest, "answer": first.headers["lacre-answer"], "tokens": tokens}
+            rest = await post(app, path, {**body, "resume": resume}, headers=ask)
+            again = [read(block) for block in rest.body.decode().split("\n\n") if block]
+            assert counted([*got[: at + 1], *again]) == counted(got)
+            assert rest.headers["lacre-answer"] == first.headers["lacre-answer"]

@@ -154,7 +154,7 @@ def test_an_answer_with_reasoning_and_calls_is_resumed_wherever_it_breaks(ask: A
                 }
                 assert all((told[name] > own[name]) == resumed for name in prompt)
                 assert reasoned(counts) == reasoned(used) > 0
-            assert resumptions > 15
+            assert resumptions > 9
 
 
 def reasoned(counts: Any) -> int:
