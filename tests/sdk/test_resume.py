@@ -351,7 +351,7 @@ class TestSplice:
         splice = Splice(marked=True)
         out = b"".join(splice.feed(self.STREAM[a:b]) for a, b in zip([0, *ends], [*ends, len(self.STREAM)], strict=True))
         assert out.count(b"data:") == 3 and out.endswith(b'"bc"}}]}\n\n')
-        assert (splice.tokens, splice.text) == ([7, 8, 9], "abc")
+        assert (splice.tokens, splice.said.text) == ([7, 8, 9], "abc")
         assert splice.end().count(b"data:") == 2
         assert b":fill" not in out and b"id:" not in out
 

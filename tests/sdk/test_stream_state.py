@@ -14,7 +14,8 @@ import pytest
 
 import lacre
 from lacre.asgi import App
-from lacre.exchange.stream_state import LIFETIME, Begun, StreamState
+from lacre.exchange.first_choice import FirstChoice
+from lacre.exchange.stream_state import LIFETIME, StreamState
 from lacre.jose.jws import b64u_decode
 from lacre_backend.api.app import create_app
 from parts.echo_engine import CHAT_TEMPLATE, EchoEngine
@@ -23,7 +24,9 @@ from parts.scripted_engine import ScriptedEngine
 
 SAID = "日本 and 😀 seas"
 KEY = secrets.token_bytes(32)
-STATE = StreamState(b'{"messages":[]}', "sha256:77", (1, 2), "one", "hm", {"id": "c1"}, time.time() + LIFETIME)
+RESUME = {"digest": "sha256:77", "tokens": [1, 2]}
+SPOKEN = {"role": "assistant", "content": "one", "reasoning": "hm"}
+STATE = StreamState(b'{"messages":[]}', RESUME, SPOKEN, {"id": "c1"}, time.time() + LIFETIME)
 ROOT = b"r" * 32
 
 
@@ -81,7 +84,7 @@ def test_a_worker_with_another_model_file(relay: Relay) -> None:
     with connect(relay) as other:
         root = other._sealed.root
         opened = StreamState.open(state, KEY, root, time.time())
-        bent = replace(opened, digest="sha256:00").seal(KEY, root)
+        bent = replace(opened, resume={**opened.resume, "digest": "sha256:00"}).seal(KEY, root)
         with pytest.raises(lacre.ApiError) as caught:
             other.continue_stream(bent, key=KEY).reply()
     assert caught.value.code == "model_changed"
@@ -129,25 +132,54 @@ def test_reasoning_is_part_of_the_answer(thinking: Relay, pieces: int) -> None:
     assert (reply.reasoning, reply.text) == ("I should\nsay so.", "It rains in Porto.")
 
 
-FUNCTION: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Porto"}}\n</tool_call>'
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
-@pytest.mark.parametrize("params", [{"tools": [FUNCTION]}, {"logprobs": True}], ids=["may call functions", "probabilities"])
-def test_what_another_process_cannot_be_told_of(thinking: Relay, params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("events", [1, 9, 20, 33, 45])
+def test_an_answer_with_reasoning_and_calls(events: int) -> None:
+    """Wherever the state was taken, in the reasoning, the text or a call: the other client has all of it, and once."""
+    with closing(ScriptedEngine(lambda _: f"<think>It is grey</think>\n\nIt rains.\n{CALL}\n{CALL}")) as engine:
+        engine.model = replace(engine.model, chat_template=CHAT_TEMPLATE + "{# </think> #}")
+        relay = Relay(create_app([engine]), model="scripted")
+        with connect(relay) as client:
+            stream = client.chat_stream(SAID, tools=TOOLS, max_tokens=400)
+            source = stream.events()
+            for _ in range(events):
+                next(source)
+            state = stream.state(KEY)
+            stream.close()
+        with connect(relay) as other:
+            reply = other.continue_stream(state, key=KEY).reply()
+    assert (reply.reasoning, reply.text, reply.finish_reason) == ("It is grey", "It rains.", "tool_calls")
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("weather", '{"place": "Porto"}')] * 2
+    assert len({call.id for call in reply.tool_calls}) == 2
+
+
+def test_what_another_process_cannot_be_told_of(thinking: Relay) -> None:
     with connect(thinking) as client:
-        stream = client.chat_stream("Hi", max_tokens=200, **params)
+        stream = client.chat_stream("Hi", max_tokens=200, logprobs=True)
         next(stream)
         with pytest.raises(lacre.UsageError, match="cannot be"):
             stream.state(KEY)
         assert stream.reply().text == "It rains in Porto."
 
 
-def test_calls_that_a_later_worker_can_resume() -> None:
-    """Marked events with a call: the state of such an answer would lack it."""
-    told = Begun()
-    told.note([{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"index": 1, "delta": {"content": "a"}}],
+        [{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {}}],
+        [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": []}}],
+        [{"index": 0, "delta": {"audio": {"id": "x"}}}],
+        [{"index": 0, "text": "a"}],
+    ],
+)
+def test_more_than_a_state_holds(choices: list[Any]) -> None:
+    told = FirstChoice()
+    told.add({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}]})
     assert not told.partly
-    told.note([{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "c"}]}}])
+    told.add({"choices": choices})
     assert told.partly
 
 

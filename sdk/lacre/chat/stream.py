@@ -228,7 +228,7 @@ class StreamedAnswer(StaysInProcess):
         """A token with which another process or device of the same user continues this answer: `client.continue_stream`.
 
         key: at least 32 random bytes, which encrypt the token. It lives for 900 s. Raises UsageError if the answer has not
-        begun, has ended, or cannot be continued: it has several choices, or may call functions.
+        begun, has ended, or cannot be continued: it has several choices.
         """
         secret, answer = checked_key(key), self._deltas.received
         if answer is None:

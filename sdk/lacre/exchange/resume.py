@@ -79,14 +79,13 @@ class ResumableAnswer:
         if self.ended:
             raise UsageError("the answer has ended: keep its text, there is nothing left to continue")
         if splice is None or not splice.open or not splice.tokens:
-            raise UsageError("this answer cannot be continued (yet): it needs one choice, no tools, and a first piece of text")
-        if splice.begun.partly:
-            raise UsageError("another process cannot be told of this answer: it has calls of functions, or probabilities")
+            raise UsageError("this answer cannot be continued (yet): it needs one choice, and a first piece of it")
+        if splice.said.partly:
+            raise UsageError("another process cannot be told of this answer: it has log probabilities")
         body = json.loads(self._plain.content)
         content = json.dumps(body | {"model": body.get("model") or self.facts.model}).encode()  # not the other client's default
-        text, reasoning = "".join(splice.begun.text), "".join(splice.begun.reasoning)
         until = self._sealing.now() + LIFETIME
-        return StreamState(content, self._digest, tuple(splice.tokens), text, reasoning, splice.head, until)
+        return StreamState(content, self._member(splice), splice.said.delta, splice.head, until)
 
     def take(self) -> list[bytes]:
         """The bytes that the caller may have now."""
@@ -150,12 +149,15 @@ class ResumableAnswer:
         if self._splice is not None and self._splice.tokens:
             if not self._splice.open:
                 return None
-            named = {"answer": self._answer} if self._answer else {}
-            member = {"digest": self._digest, **named, "tokens": self._splice.tokens}
-            body = json.loads(self._plain.content) | {MEMBER: member}
+            body = json.loads(self._plain.content) | {MEMBER: self._member(self._splice)}
             return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
         untouched = not self._handed and not self._ready
         return self._plain.content if untouched and is_repeatable(self._plain) else None
+
+    def _member(self, splice: Splice) -> dict[str, object]:
+        """What tells the next worker where the answer is."""
+        named = {"answer": self._answer} if self._answer else {}
+        return {"digest": self._digest, **named, "tokens": list(splice.tokens)}
 
     def _join(self, opening: Opening) -> None:
         head = opening.head
@@ -170,7 +172,7 @@ class ResumableAnswer:
 
     def _broken(self, message: str) -> StreamBroken:
         splice = self._splice
-        text, tokens = ("", 0) if splice is None else (splice.text, len(splice.tokens))
+        text, tokens = ("", 0) if splice is None else (splice.said.text, len(splice.tokens))
         broken = StreamBroken(message, text=text, tokens=tokens)
         self.facts.tell(broken)
         return broken

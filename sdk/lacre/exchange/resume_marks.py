@@ -1,14 +1,14 @@
 """Marks: an answer's events say how far it has come, so that a client can resume it on another worker.
 
 A client that can resume sends `lacre-resume: ?1` inside the seal. A worker that can names its model's digest in a header of the
-answer. It also gives each event of text the SSE field `id`, which readers of OpenAI's format ignore:
+answer, and the answer's own in another. It also gives events the SSE field `id`, which readers of these APIs ignore:
 
     id: PROMPT.CACHED.COUNT:TOKEN,TOKEN
 
 COUNT tokens of the answer to this request were sampled so far; the tokens after the colon are new since the last mark. All
-events up to a mark hold the text of the tokens up to it, except text that those tokens hold back. They hold back half a code
-point or the beginning of a stop string, and a later event has it, from the same worker or another. Events after the last mark
-only say that the answer is over. `docs/wire.md` section 11.2 is the specification.
+events up to a mark hold the reasoning, text and calls of the tokens up to it, except what those tokens hold back: half a code
+point, the beginning of a stop string or of a call. A later event has it, from the same worker or another. Of the events that
+one token makes, the last has the mark. `docs/wire.md` section 11.2 is the specification.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.exchange.event_blocks import DONE, MAX_EVENT, EventBlocks, data_of, field
+from lacre.exchange.first_choice import FirstChoice, choices_of
 from lacre.exchange.resume_marks import Mark
-from lacre.exchange.stream_state import Begun, StreamState
+from lacre.exchange.stream_state import StreamState
 from lacre.runtime.json_objects import object_in
 
 _ANSWER: Final = ("id", "created")  # all events of one answer have these in common
@@ -29,23 +30,21 @@ Counts = tuple[int, int, int]  # tokens: of the prompt, of its cached part, of t
 class Splice:
     """marked: whether the first stream carries marks.
 
-    tokens: ids of the answer's tokens, as far as marks told them. text: of the first choice, as far as it was delivered. begun:
-    the same for a chat, with its reasoning. open: whether the answer could be resumed from here. failed: whether the stream's
-    last event says that it failed.
+    tokens: ids of the answer's tokens, as far as marks told them. said: by the first choice, as far as it was delivered. open:
+    whether the answer could be resumed from here. failed: whether the stream's last event says that it failed.
     """
 
     def __init__(self, *, marked: bool) -> None:
         self._marked = marked
         self._blocks = EventBlocks()
-        self._held: list[bytes] = []
-        self._parts: list[str] = []
+        self._held: list[tuple[bytes, dict[str, Any]]] = []
+        self.said = FirstChoice()
         self._first: dict[str, Any] = {}  # the answer's own members, from its first event
         self._mark: Mark | None = None  # the newest mark of this request
         self._spent: list[Counts] = []
         self._seams = 0
         self._offset = self._shift = 0  # characters: of the text in logprobs so far, and of the text before the last seam
         self.tokens: list[int] = []
-        self.begun = Begun()
         self.open = marked
         self.failed = False
 
@@ -53,14 +52,9 @@ class Splice:
     def after(cls, state: StreamState) -> Splice:
         """Joins the rest of an answer to the part that another process received."""
         splice = cls(marked=True)
-        splice.tokens, splice._parts, splice._first = list(state.tokens), [state.text], dict(state.head)
-        splice.begun = Begun([state.text], [state.reasoning])
+        splice.tokens, splice.said, splice._first = list(state.tokens), FirstChoice(state.said), dict(state.head)
         splice._seams, splice._spent = 1, [(0, 0, 0)]
         return splice
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
 
     @property
     def head(self) -> dict[str, Any]:
@@ -78,8 +72,10 @@ class Splice:
 
     def end(self) -> bytes:
         """The stream has ended whole: returns the events that waited."""
-        held, self._held = b"".join(self._held), []
-        return held
+        held, self._held = self._held, []
+        for _, chunk in held:
+            self._note(chunk)
+        return b"".join(event for event, _ in held)
 
     def seam(self) -> Counts:
         """The stream broke off, and another continues it. Returns the tokens that the request took, as far as it told."""
@@ -110,7 +106,7 @@ class Splice:
         if ids:
             return self._marked_event(ids[-1], chunk, event)
         self.failed = self.failed or _is_failure(chunk)
-        self._held.append(event)
+        self._held.append((event, chunk))
         return b"" if self.open else self.end()
 
     def _marked_event(self, mark: bytes, chunk: dict[str, Any], event: bytes) -> bytes:
@@ -121,9 +117,8 @@ class Splice:
             self.tokens += self._mark.tokens
         if not self._first:
             self._first = {name: chunk[name] for name in _ANSWER if name in chunk}
-        self._note(chunk)
-        self.begun.note(_choices(chunk))
-        return self.end() + event
+        self._held.append((event, chunk))
+        return self.end()
 
     def _next(self, mark: Mark) -> Mark:
         before = 0 if self._mark is None else self._mark.count
@@ -132,9 +127,9 @@ class Splice:
         return mark
 
     def _note(self, chunk: dict[str, Any]) -> None:
-        """Keeps the first choice's text, and where it ends by the count of its logprobs."""
-        self._parts.append(_said(chunk))
-        for choice in _choices(chunk):
+        """Keeps what the first choice says, and where its text ends by the count of its logprobs."""
+        self.said.add(chunk)
+        for choice in choices_of(chunk):
             offsets = _offsets(choice)
             if offsets and isinstance(offsets[-1], int):
                 self._offset = offsets[-1] + len(choice["logprobs"]["tokens"][-1])
@@ -147,7 +142,7 @@ class Splice:
         response = chunk.get("response")  # of `/v1/responses`
         if isinstance(response, dict) and isinstance(usage := response.get("usage"), dict):
             joined["response"] = {**response, "usage": _sum(usage, self._spent)}
-        for choice in _choices(joined):
+        for choice in choices_of(joined):
             if offsets := _offsets(choice):
                 choice["logprobs"]["text_offset"] = [offset + self._shift for offset in offsets]
         return joined
@@ -158,22 +153,6 @@ def _object(data: bytes) -> dict[str, Any]:
     return (object_in(data) if data != DONE else None) or {}
 
 
-def _choices(chunk: dict[str, Any]) -> list[dict[str, Any]]:
-    choices = chunk.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-
-
-def _said(chunk: dict[str, Any]) -> str:
-    """The text that an event adds to the first choice: of a chat, a text completion, `/v1/responses` or `/v1/messages`."""
-    choice = next((each for each in _choices(chunk) if each.get("index", 0) == 0), {})
-    delta = choice.get("delta", chunk.get("delta"))
-    if isinstance(delta, dict):
-        said = delta.get("content", delta.get("text"))
-    else:
-        said = delta if chunk.get("type") == "response.output_text.delta" else choice.get("text")
-    return said if isinstance(said, str) else ""
-
-
 def _offsets(choice: dict[str, Any]) -> list[int]:
     """Where each token of a text completion's logprobs begins."""
     logprobs = choice.get("logprobs")
@@ -182,7 +161,7 @@ def _offsets(choice: dict[str, Any]) -> list[int]:
 
 
 def _says_the_role(chunk: dict[str, Any]) -> bool:
-    choices = _choices(chunk)
+    choices = choices_of(chunk)
     return bool(choices) and all(isinstance(choice.get("delta"), dict) and "role" in choice["delta"] for choice in choices)
 
 

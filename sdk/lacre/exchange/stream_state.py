@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from lacre.errors import Expired, InvalidMessage, UsageError
 from lacre.exchange.request import MAX_CONTENT
+from lacre.exchange.resume_marks import MEMBER
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime import arguments
 from lacre.runtime.json_objects import object_in
@@ -31,56 +32,26 @@ MAX_TOKEN: Final = 4 * MAX_CONTENT  # characters of a token that is read: a requ
 _SALT: Final = 16  # bytes, random, so that each token has a key of its own
 _NONCE: Final = bytes(12)  # no key encrypts twice
 _LABEL: Final = b"lacre stream state 1"
-_REASONING: Final = ("reasoning_content", "reasoning")  # two names of the same text
-_TOLD: Final = frozenset({"role", "content", *_REASONING})  # members of a delta that another process can be told of
 _WRONG: Final = "state: not made with this key, for another gateway, or altered: ask again"
-
-
-@dataclass(slots=True)
-class Begun:
-    """The first choice of a chat so far, as its events told it.
-
-    text, reasoning: its pieces. partly: whether there was more, such as calls of functions or probabilities.
-    """
-
-    text: list[str] = field(default_factory=list, repr=False)
-    reasoning: list[str] = field(default_factory=list, repr=False)
-    partly: bool = False
-
-    def note(self, choices: Iterable[Mapping[str, Any]]) -> None:
-        """choices: of an event up to a mark."""
-        for choice in choices:
-            delta = choice.get("delta")
-            if choice.get("index", 0) != 0 or not isinstance(delta, dict):
-                self.partly = True
-                continue
-            thought = next((delta[name] for name in _REASONING if isinstance(delta.get(name), str)), "")
-            said = delta.get("content")
-            self.text.append(said if isinstance(said, str) else "")
-            self.reasoning.append(thought)
-            others = [choice.get("logprobs"), *(value for name, value in delta.items() if name not in _TOLD)]
-            self.partly = self.partly or any(others)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """content: the request's body. digest: of the model's file. tokens, text, reasoning: the answer so far. head: members that
-    all of its events have in common. until: seconds since the epoch.
+    """content: the request's body. resume: the member of a body that makes a worker continue the answer (docs/wire.md section
+    11.2). said: the answer so far, as one delta of a chat. head: members that all of its events have in common. until: seconds
+    since the epoch.
     """
 
     content: bytes = field(repr=False)
-    digest: str
-    tokens: tuple[int, ...] = field(repr=False)
-    text: str = field(repr=False)
-    reasoning: str = field(repr=False)
+    resume: Mapping[str, Any] = field(repr=False)
+    said: Mapping[str, Any] = field(repr=False)
     head: Mapping[str, Any] = field(repr=False)
     until: float
 
     def seal(self, key: bytes, root: bytes) -> str:
         """root: of the client, which only such clients open it for."""
         members = {
-            "content": self.content.decode(), "digest": self.digest, "tokens": self.tokens, "text": self.text,
-            "reasoning": self.reasoning, "head": self.head, "until": self.until,
+            "content": self.content.decode(), "resume": self.resume, "said": self.said, "head": self.head, "until": self.until
         }  # fmt: skip
         salt = secrets.token_bytes(_SALT)
         return b64u(salt + _cipher(key, salt).encrypt(_NONCE, json.dumps(members).encode(), root))
@@ -93,8 +64,7 @@ class StreamState:
         try:
             raw = b64u_decode(token)
             told = object_in(_cipher(key, raw[:_SALT]).decrypt(_NONCE, raw[_SALT:], root)) or {}
-            asked, tokens = told["content"].encode(), tuple(told["tokens"])
-            state = cls(asked, told["digest"], tokens, told["text"], told["reasoning"], told["head"], told["until"])
+            state = cls(told["content"].encode(), told["resume"], told["said"], told["head"], told["until"])
         except (InvalidMessage, InvalidTag, LookupError, TypeError, ValueError, AttributeError) as exc:
             raise UsageError(_WRONG) from exc
         if now >= state.until:
@@ -102,17 +72,25 @@ class StreamState:
         return state
 
     @property
+    def digest(self) -> str:
+        """Of the model's file."""
+        return str(self.resume["digest"])
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Of the answer so far."""
+        tokens: Sequence[int] = self.resume["tokens"]
+        return tokens
+
+    @property
     def sent(self) -> bytes:
-        """The body of the request that goes on: with the answer's tokens so far (docs/wire.md section 11.2)."""
-        member = {"resume": {"digest": self.digest, "tokens": self.tokens}}
-        return json.dumps(json.loads(self.content) | member, separators=(",", ":"), ensure_ascii=False).encode()
+        """The body of the request that goes on."""
+        return json.dumps(json.loads(self.content) | {MEMBER: self.resume}, separators=(",", ":"), ensure_ascii=False).encode()
 
     @property
     def begun(self) -> str:
         """The data of an event that says the answer so far."""
-        thought = dict.fromkeys(_REASONING, self.reasoning) if self.reasoning else {}
-        delta = {"role": "assistant", **thought, "content": self.text}
-        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        choice = {"index": 0, "delta": self.said, "finish_reason": None}
         return json.dumps({**self.head, "choices": [choice]})
 
 
