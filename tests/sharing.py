@@ -18,6 +18,7 @@ from xdist.workermanage import WorkerController
 
 LONGEST: Final = (
     "tests/path/test_resume.py",
+    "tests/path/test_resume_calls.py",
     "tests/ecosystem/test_pythons.py",
     "tests/ecosystem/test_clients.py",
     "tests/path/test_budget_races.py",
