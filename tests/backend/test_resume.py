@@ -150,13 +150,13 @@ def calls_of(found: list[Event]) -> list[tuple[str, str]]:
 
 async def test_calls_go_on_where_they_were(llama: LlamaEngine) -> None:
     """The grammar too: greedy, each rest is that of the whole answer, and every call is valid."""
-    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 120}
+    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 80}
     async with client(llama) as http:
         got = events(await ask(http, llama, **asked))
         marked = [at for at, (mark, _) in enumerate(got) if mark is not None]
         whole = calls_of(got)
         assert len(whole) > 1 and json.loads(whole[0][1])
-        for at in marked[::6]:
+        for at in marked[3::15]:
             tokens = [token for mark, _ in got[: at + 1] if mark is not None for token in Mark.parse(mark).tokens]
             resume = {"digest": llama.model.digest, "tokens": tokens}
             rest = events(await ask(http, llama, **asked, resume=resume))

@@ -367,3 +367,21 @@ class TestSplice:
             Splice(marked=True).feed(event("a").replace(b"data:", f"id: {mark}\ndata:".encode()))
         with pytest.raises(lacre.MessageTooLarge):
             Splice(marked=True).feed(b"data: " + bytes(2**20))
+
+    def test_events_of_one_token_are_kept_together(self) -> None:
+        """Only the last has a mark. The others are delivered and noted with it, or dropped at a seam and repeated."""
+        splice = Splice(marked=True)
+        thought = event("", choices=[{"index": 0, "delta": {"reasoning": "hm", "reasoning_content": "hm"}}])
+        opened = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "now", "arguments": ""}}
+        called = event("", choices=[{"index": 0, "delta": {"tool_calls": [opened]}}])
+        assert splice.feed(thought) == splice.feed(event("a")) == b""
+        assert splice.feed(event("b", Mark(3, 0, 1, [7]))).count(b"data:") == 3
+        assert splice.feed(event("c")) == splice.feed(called) == b""
+        assert splice.said.text == "ab"
+        splice.seam()
+        assert splice.feed(event("c")) == b""
+        assert splice.feed(called.replace(b"data:", b"id: 4.0.1:8\ndata:")).count(b"data:") == 2
+        assert splice.said.delta == {
+            "role": "assistant", "content": "abc", "reasoning": "hm", "reasoning_content": "hm", "tool_calls": [opened]
+        }  # fmt: skip
+        assert splice.tokens == [7, 8] and not splice.said.partly
