@@ -19,6 +19,7 @@ import pytest
 
 import lacre
 from lacre.transport.login import LoginStore, SavedLogin, UserLogin
+from lacre.trust.chain import ConnectionString
 from parts import browser
 from parts.oidc_provider import NODE, Provider
 from parts.stage import LiveStage
@@ -51,7 +52,7 @@ class Machine:
 
     @property
     def store(self) -> LoginStore:
-        return LoginStore(self.folder / "state/lacre", None)
+        return LoginStore(self.folder / "state/lacre", ConnectionString.parse(self.env["LACRE_URL"]).root, None)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen([*LACRE, *words], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

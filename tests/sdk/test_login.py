@@ -17,14 +17,19 @@ import httpx2
 import pytest
 
 import lacre
+from lacre import problems
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.transport.browser_grant import in_browser
 from lacre.transport.device_grant import DeviceCode, LoginServer, is_safe, wait
 from lacre.transport.login import LoginStore, OsKeyring, SavedLogin, UserLogin, login_http
 from parts import login_server
-from parts.relay import Relay, connect, connect_async
+from parts.chat_app import ChatApp
+from parts.relay import Relay, connect, connect_async, refusing
 from parts.up import LACRE
 
 ISSUER = "https://login.example"
+ROOT = bytes(32)
+URL = f"lacre://gateway.example?trust={b64u(ROOT)}"
 SAVED = SavedLogin(ISSUER, f"{ISSUER}/token", "app", None, "s3cret", f"{ISSUER}/revoke")
 
 
@@ -182,7 +187,7 @@ class Keyring:
 
 class TestStore:
     def test_a_file_for_this_user_alone(self, tmp_path: Path) -> None:
-        store = LoginStore(tmp_path / "state", None)
+        store = LoginStore(tmp_path / "state", ROOT, None)
         assert store.load() is None
         with pytest.raises(lacre.SettingsError, match="nobody is logged in"):
             end(store)
@@ -197,7 +202,7 @@ class TestStore:
 
     def test_the_keyring_holds_the_secret(self, tmp_path: Path) -> None:
         vault = Keyring()
-        store = LoginStore(tmp_path, OsKeyring(vault, Locked))
+        store = LoginStore(tmp_path, ROOT, OsKeyring(vault, Locked))
         assert store.save(SAVED) and store.load() == SAVED
         assert b"s3cret" not in store.path.read_bytes() and list(vault.held.values()) == ["s3cret"]
         vault.locked = True
@@ -209,12 +214,12 @@ class TestStore:
         assert not store.save(SAVED, in_file=True) and b"s3cret" in store.path.read_bytes()
 
     def test_a_keyring_that_takes_nothing(self, tmp_path: Path) -> None:
-        store = LoginStore(tmp_path, OsKeyring(Keyring(locked=True), Locked))
+        store = LoginStore(tmp_path, ROOT, OsKeyring(Keyring(locked=True), Locked))
         assert not store.save(SAVED) and store.load() == SAVED
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"issuer":1}', b"\xff"], ids=repr)
     def test_a_damaged_file(self, tmp_path: Path, content: bytes) -> None:
-        store = LoginStore(tmp_path, None)
+        store = LoginStore(tmp_path, ROOT, None)
         store.save(SAVED)
         store.path.write_bytes(content)
         with pytest.raises(lacre.SettingsError, match="damaged"):
@@ -225,7 +230,7 @@ class TestStore:
 class TestUse:
     def test_renewed_in_time_and_the_newest_refresh_token_is_kept(self, tmp_path: Path) -> None:
         issuer = login_server.LoginServer(ISSUER, life=0)
-        store = LoginStore(tmp_path, None)
+        store = LoginStore(tmp_path, ROOT, None)
         store.save(by_device(issuer)[0])
         login = UserLogin(store, issuer.transport)
         assert [login(), login()] == ["access-1", "access-2"]
@@ -237,15 +242,15 @@ class TestUse:
     def test_no_two_renew_with_one_refresh_token(self, tmp_path: Path) -> None:
         """Of several processes, too: the lock is one of the file."""
         issuer = login_server.LoginServer(ISSUER)
-        store = LoginStore(tmp_path, None)
+        store = LoginStore(tmp_path, ROOT, None)
         store.save(by_device(issuer)[0])
         with ThreadPoolExecutor(4) as threads:
-            tokens = list(threads.map(lambda _: UserLogin(LoginStore(tmp_path, None), issuer.transport)(), range(4)))
+            tokens = list(threads.map(lambda _: UserLogin(LoginStore(tmp_path, ROOT, None), issuer.transport)(), range(4)))
         assert len(set(tokens)) == 4 and not issuer.revoked
 
     def test_a_login_that_was_revoked(self, tmp_path: Path) -> None:
         issuer = login_server.LoginServer(ISSUER)
-        store = LoginStore(tmp_path, None)
+        store = LoginStore(tmp_path, ROOT, None)
         store.save(SAVED)
         with pytest.raises(lacre.Unauthenticated, match="revoked") as caught:
             UserLogin(store, issuer.transport)()
@@ -255,13 +260,13 @@ class TestUse:
     def test_the_end(self, tmp_path: Path, offered: bool) -> None:
         issuer = login_server.LoginServer(ISSUER)
         issuer.members = {} if offered else {"revocation_endpoint": None}
-        store = LoginStore(tmp_path, None)
+        store = LoginStore(tmp_path, ROOT, None)
         store.save(by_device(issuer)[0])
         assert end(store, issuer) == issuer.revoked == offered
         assert not store.path.exists()
 
     def test_an_end_that_the_server_does_not_hear_of(self, tmp_path: Path) -> None:
-        store = LoginStore(tmp_path, None)
+        store = LoginStore(tmp_path, ROOT, None)
         store.save(replace(SAVED, revoke_url="http://127.0.0.1:9/revoke"))  # nobody listens there
         with login_http() as http:
             assert not store.end(http)
@@ -272,9 +277,10 @@ class TestUse:
         monkeypatch.delenv("LACRE_TOKEN", raising=False)
         with pytest.raises(lacre.SettingsError, match="LACRE_TOKEN"):
             connect(relay, token=None)
+        root = raw_public_key(relay.root)
         with login_server.on_loopback(login_server.LoginServer()) as issuer:
             issuer.refresh = "s3cret"
-            store = LoginStore(tmp_path / "lacre", None)
+            store = LoginStore(tmp_path / "lacre", root, None)
             store.save(SavedLogin(issuer.issuer, f"{issuer.issuer}/token", "app", None, "s3cret"))
 
             async def ask() -> None:
@@ -287,14 +293,42 @@ class TestUse:
             asyncio.run(ask())
         with connect(relay, token="mine") as client:
             client.chat("Hello.")
+        with pytest.raises(lacre.SettingsError, match="LACRE_TOKEN"):
+            connect(Relay(ChatApp()), token=None)  # another deployment, which could use the token
         used = [request.headers["authorization"] for request in relay.sealed]
         assert used == ["Bearer access-0", "Bearer access-1", "Bearer access-1", "Bearer mine"]
+
+    def test_a_token_that_the_gateway_refuses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relay: Relay) -> None:
+        """Before its time: another one is fetched at once, sync and async."""
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        monkeypatch.delenv("LACRE_TOKEN", raising=False)
+
+        def respond(request: httpx2.Request) -> httpx2.Response | None:
+            stale = request.headers.get("authorization") in ("Bearer access-0", "Bearer access-2")
+            return refusing(problems.INVALID_TOKEN)(request) if stale else None
+
+        relay.respond = respond
+        with login_server.on_loopback(login_server.LoginServer()) as issuer:
+            issuer.refresh = "s3cret"
+            store = LoginStore(tmp_path / "lacre", raw_public_key(relay.root), None)
+            store.save(SavedLogin(issuer.issuer, f"{issuer.issuer}/token", "app", None, "s3cret"))
+            with connect(relay, token=None) as client:
+                for _ in range(2):
+                    assert client.chat("Hello.").text
+
+            async def ask() -> None:
+                async with connect_async(relay, token=None) as client:
+                    for _ in range(2):
+                        assert (await client.chat("Hello.")).text
+
+            asyncio.run(ask())
+        assert issuer.issued == [f"access-{number}" for number in range(4)] and not issuer.revoked
 
     def test_the_command(self, tmp_path: Path) -> None:
         with login_server.on_loopback(login_server.LoginServer("", "authorization_pending", None)) as issuer:
             issuer.interval = 1
             clean = {name: value for name, value in os.environ.items() if not name.startswith("LACRE_")}
-            env = clean | {"XDG_STATE_HOME": str(tmp_path)}
+            env = clean | {"XDG_STATE_HOME": str(tmp_path), "LACRE_URL": URL}
 
             def run(*words: str) -> subprocess.CompletedProcess[str]:
                 return subprocess.run([*LACRE, *words], check=False, capture_output=True, text=True, env=env, timeout=90)
@@ -302,7 +336,7 @@ class TestUse:
             done = run("login", "--issuer", issuer.issuer, "--client-id", "app", "--device", "--file")
         assert done.returncode == 0, done.stderr
         assert "WDJB-MJHT" in done.stderr and str(tmp_path) in done.stdout
-        saved = LoginStore(tmp_path / "lacre", None).load()
+        saved = LoginStore(tmp_path / "lacre", ROOT, None).load()
         assert saved is not None and saved.refresh_token == issuer.refresh
         assert issuer.refresh is not None and issuer.refresh not in done.stdout + done.stderr
         ended = run("logout")  # the server is gone

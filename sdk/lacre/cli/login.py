@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre.cli.output import err, printable, say, waiting
+from lacre.cli.output import Url, err, printable, say, waiting
 
 if TYPE_CHECKING:
     import httpx2
@@ -23,14 +23,15 @@ def login(
         bool | None,
         typer.Option("--browser/--device", help="Log in here, or on any device. Default: here, if there is a browser."),
     ] = None,
+    url: Url = None,
     file: Annotated[bool, typer.Option("--file", help="Keep the refresh token in a file, and not in the keyring.")] = False,
 ) -> None:
-    """Log in on a web page. Later commands and programs of this user need no LACRE_TOKEN."""
+    """Log in on a web page. Later commands and programs of this user need no LACRE_TOKEN for this connection string."""
     from lacre.transport.browser_grant import has_browser
     from lacre.transport.device_grant import LoginServer
     from lacre.transport.login import LoginStore, login_http
 
-    store = LoginStore.default()
+    store = LoginStore.default(_root(url))
     with login_http() as http:
         server = LoginServer.discover(http, issuer)
         here = browser if browser is not None else server.page_url is not None and has_browser()
@@ -67,12 +68,20 @@ def _anywhere(http: httpx2.Client, server: LoginServer, client_id: str, scope: s
         return wait(http, server, client_id, asked, scope=scope)
 
 
-def logout() -> None:
+def _root(url: str | None) -> bytes:
+    """Of the deployment that the login is for."""
+    from lacre.runtime import arguments
+    from lacre.trust.chain import ConnectionString
+
+    return ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL")).root
+
+
+def logout(url: Url = None) -> None:
     """End the login: forget it on this machine, and make its refresh token void at the login server."""
     from lacre.transport.login import LoginStore, login_http
 
     with login_http() as http:
-        revoked = LoginStore.default().end(http)
+        revoked = LoginStore.default(_root(url)).end(http)
     say("logged out")
     if not revoked:
         err().print("the login server did not confirm it: end the session on its page too", markup=False, soft_wrap=True)

@@ -111,7 +111,7 @@ class AsyncClient(AsyncSealingClient):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = token_choice.async_source(token), proof_key_of(dpop)
+        bearer, key = token_choice.async_source(token, where.root), proof_key_of(dpop)
         sealing = Sealing(
             where.root,
             memory_of(memory),

@@ -3,6 +3,7 @@
 Rules:
 - The refresh token is in the system's keyring, if the package `keyring` is installed and finds one. Otherwise it is in a
   file of mode 0600, like the rest.
+- A login is for one deployment, named by the root that its clients pin. Another one never gets its tokens: it could use them.
 - One process at a time renews. Many servers replace the refresh token at each use, and revoke a login whose old one comes again
   (RFC 9700 section 4.14.2).
 - No token is logged, shown or part of an error.
@@ -11,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import configparser
+import hashlib
 import importlib
 import json
 import threading
@@ -31,11 +33,10 @@ from lacre.runtime.json_objects import object_in, parse_object
 from lacre.transport.dial import NoCookies
 from lacre.transport.dialled import Dialled
 from lacre.transport.mapped_errors import mapped
-from lacre.transport.oauth import MAX_ANSWER, NONE_YET, Issued
+from lacre.transport.oauth import MAX_ANSWER, NONE_YET, Issued, RenewedToken
 from lacre.transport.tls_settings import settings_checked
 
-SERVICE: Final = "lacre"  # of the keyring's entry; the issuer is its user name
-FILE: Final = "login.json"
+SERVICE: Final = "lacre"  # of the keyring's entry
 MAX_FILE: Final = 64 * 1024  # bytes; a refresh token has some hundred, and a large JWT some thousand
 PATIENCE: Final = 60.0  # seconds to wait for another process that renews: more than its own time limits
 TIME_LIMIT: Final = httpx2.Timeout(10.0, read=30.0)  # of a login server, which only looks something up
@@ -91,7 +92,7 @@ class Vault(Protocol):
 
 
 class OsKeyring:
-    """failure: the base of its errors."""
+    """One entry for each login, by its file's name. failure: the base of its errors."""
 
     def __init__(self, vault: Vault, failure: type[Exception]) -> None:
         self._vault = vault
@@ -108,41 +109,42 @@ class OsKeyring:
             return None
         return cls(module, failure.KeyringError) if usable else None
 
-    def read(self, issuer: str) -> str | None:
+    def read(self, name: str) -> str | None:
         """Raises SettingsError."""
         try:
-            return self._vault.get_password(SERVICE, issuer)
+            return self._vault.get_password(SERVICE, name)
         except self._failure as exc:
             raise SettingsError("the system's keyring cannot be read: unlock it, or run `lacre login --file`") from exc
 
-    def write(self, issuer: str, secret: str) -> bool:
+    def write(self, name: str, secret: str) -> bool:
         """Whether the keyring took it."""
         try:
-            self._vault.set_password(SERVICE, issuer, secret)
+            self._vault.set_password(SERVICE, name, secret)
         except self._failure:
             return False
         return True
 
-    def forget(self, issuer: str) -> None:
+    def forget(self, name: str) -> None:
         """Does nothing if it holds none, or cannot be reached: a secret that stays there does nothing by itself."""
         try:
-            self._vault.delete_password(SERVICE, issuer)
+            self._vault.delete_password(SERVICE, name)
         except self._failure:
             return
 
 
 class LoginStore:
-    """The saved login of this user. Only one exists: a new one replaces it. keyring: None to use the file alone."""
+    """The saved login of this user at one deployment. A new one replaces it. keyring: None to use the file alone."""
 
-    def __init__(self, folder: Path, keyring: OsKeyring | None) -> None:
+    def __init__(self, folder: Path, root: bytes, keyring: OsKeyring | None) -> None:
+        """root: the deployment's, as its clients pin it."""
         self._folder = folder
         self._keyring = keyring
-        self.path = folder / FILE
+        self.path = _file(folder, root)
 
     @classmethod
-    def default(cls) -> LoginStore:
+    def default(cls, root: bytes) -> LoginStore:
         """In the state folder: `$XDG_STATE_HOME/lacre`, or `~/.local/state/lacre`. Raises SettingsError."""
-        return cls(folders.state(), OsKeyring.find())
+        return cls(folders.state(), root, OsKeyring.find())
 
     def save(self, login: SavedLogin, *, in_file: bool = False) -> bool:
         """Whether the refresh token went into the keyring. in_file: not to try that. Raises SettingsError."""
@@ -154,7 +156,7 @@ class LoginStore:
             raise SettingsError(_UNWRITABLE.format(self._folder, exc.strerror)) from exc
 
     def _write(self, login: SavedLogin, *, in_file: bool) -> bool:
-        hidden = not in_file and self._keyring is not None and self._keyring.write(login.issuer, login.refresh_token)
+        hidden = not in_file and self._keyring is not None and self._keyring.write(self.path.stem, login.refresh_token)
         private_files.replace(self.path, (replace(login, refresh_token="") if hidden else login).encode())
         return hidden
 
@@ -178,7 +180,7 @@ class LoginStore:
             raise SettingsError(f"{self.path} is damaged: run `lacre login` again") from exc
         if login.refresh_token:
             return login
-        secret = None if self._keyring is None else self._keyring.read(login.issuer)
+        secret = None if self._keyring is None else self._keyring.read(self.path.stem)
         if not secret:
             raise SettingsError("the keyring no longer has the login: run `lacre login` again")
         return replace(login, refresh_token=secret)
@@ -190,7 +192,7 @@ class LoginStore:
         Raises SettingsError if nobody is logged in, or the file cannot be removed.
         """
         if not self.path.is_file():
-            raise SettingsError("nobody is logged in on this machine")
+            raise SettingsError("nobody is logged in on this machine: check LACRE_URL")
         try:
             with self._alone():
                 revoked = self._revoked(http)
@@ -210,15 +212,9 @@ class LoginStore:
             return False
 
     def _forget(self) -> None:
-        try:
-            issuer = SavedLogin.parse(self.path.read_bytes()).issuer
-        except FileNotFoundError:
-            return
-        except (LacreError, LookupError, TypeError):  # it is damaged
-            issuer = None
         self.path.unlink(missing_ok=True)
-        if issuer is not None and self._keyring is not None:
-            self._keyring.forget(issuer)
+        if self._keyring is not None:
+            self._keyring.forget(self.path.stem)
 
     def renew(self, http: httpx2.Client) -> Issued:
         """A new access token. Raises SettingsError, Unauthenticated, NetworkError and others."""
@@ -231,7 +227,7 @@ class LoginStore:
     def _renewed(self, http: httpx2.Client) -> Issued:
         login = self.load()  # another process may have replaced it
         if login is None:
-            raise SettingsError("nobody is logged in: run `lacre login`, or pass token=...")
+            raise SettingsError("nobody is logged in here: run `lacre login`, or pass token=...")
         asked = {"grant_type": "refresh_token", "refresh_token": login.refresh_token, "client_id": login.client_id}
         began = time.monotonic()
         status, content = post(http, login.token_url, asked)
@@ -249,7 +245,7 @@ class LoginStore:
         return issued
 
 
-class UserLogin:
+class UserLogin(RenewedToken):
     """The saved login as the token of clients that were given none, and find no LACRE_TOKEN.
 
     A callable, which renews the access token before it expires. Thread-safe. Its requests use the system's certificate
@@ -265,31 +261,50 @@ class UserLogin:
         forks.watch(self)
 
     @classmethod
-    def find(cls) -> UserLogin | None:
-        """None if nobody has logged in on this machine."""
+    def find(cls, root: bytes) -> UserLogin | None:
+        """None if this user has no login at the deployment of this root."""
         with suppress(SettingsError, OSError):  # no home folder, or none that this user may read
-            if (folders.state() / FILE).is_file():
-                return cls(LoginStore.default())
+            if _file(folders.state(), root).is_file():
+                return cls(LoginStore.default(root))
         return None
+
+    @property
+    def awaited(self) -> AwaitedLogin:
+        """The same for an event loop."""
+        return AwaitedLogin(self)
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
 
-    def __call__(self) -> str:
+    def __call__(self, refused: str | None = None) -> str:
         with self._lock:
-            if not self._issued.fresh(None):
+            if not self._issued.fresh(refused):
                 with login_http(self._transport) as http:
                     self._issued = self._store.renew(http)
             return self._issued.token
 
-    async def awaited(self) -> str:
-        """The same for an event loop, which goes on meanwhile."""
+    def ready(self, refused: str | None) -> str | None:
+        """The token, if it needs no renewal."""
         issued = self._issued
-        if issued.fresh(None):
-            return issued.token
+        return issued.token if issued.fresh(refused) else None
+
+
+class AwaitedLogin(RenewedToken):
+    """A login for an event loop, which goes on while the token is renewed."""
+
+    def __init__(self, login: UserLogin) -> None:
+        self._login = login
+
+    async def __call__(self, refused: str | None = None) -> str:
+        if (token := self._login.ready(refused)) is not None:
+            return token
         from anyio import to_thread  # noqa: PLC0415 - keeps `import lacre` fast
 
-        return await to_thread.run_sync(self)
+        return await to_thread.run_sync(self._login, refused)
+
+
+def _file(folder: Path, root: bytes) -> Path:
+    return folder / f"login-{hashlib.sha256(root).hexdigest()[:16]}.json"
 
 
 def login_http(transport: httpx2.BaseTransport | None = None) -> httpx2.Client:

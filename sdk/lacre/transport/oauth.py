@@ -86,6 +86,13 @@ class ClientCredentials:
         return urlencode(fields).encode()
 
 
+class RenewedToken:
+    """A callable that renews its token, and is told which one the gateway refused."""
+
+    def __call__(self, refused: str | None = None) -> str | Awaitable[str]:
+        raise NotImplementedError
+
+
 Token = str | Callable[[], str] | ClientCredentials
 AsyncToken = str | Callable[[], str | Awaitable[str]] | ClientCredentials
 

@@ -11,22 +11,24 @@ if TYPE_CHECKING:
     from lacre.transport.login import UserLogin
 
 
-def async_source(value: AsyncToken | None) -> AsyncToken:
-    """The value of `token=`. Only if it is None: LACRE_TOKEN, or else the login. Raises UsageError or SettingsError."""
-    login = _saved_login(value)
+def async_source(value: AsyncToken | None, root: bytes) -> AsyncToken:
+    """The value of `token=`. Only if it is None: LACRE_TOKEN, or else the login at the deployment of this root. Raises
+    UsageError or SettingsError.
+    """
+    login = _saved_login(value, root)
     return checked_source(value) if login is None else login.awaited
 
 
-def source(value: Token | None) -> Token:
+def source(value: Token | None, root: bytes) -> Token:
     """The same for a sync client, whose callable returns the token itself; `lacre.transport.oauth.given` checks that."""
-    login = _saved_login(value)
+    login = _saved_login(value, root)
     return cast("Token", checked_source(value)) if login is None else login
 
 
-def _saved_login(value: object) -> UserLogin | None:
+def _saved_login(value: object, root: bytes) -> UserLogin | None:
     """None if the caller passed a token, or the environment has one."""
     if value is not None or os.environ.get("LACRE_TOKEN"):
         return None
     from lacre.transport.login import UserLogin  # noqa: PLC0415 - few programs need it
 
-    return UserLogin.find()
+    return UserLogin.find(root)

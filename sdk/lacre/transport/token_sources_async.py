@@ -20,6 +20,7 @@ from lacre.transport.oauth import (
     AsyncToken,
     ClientCredentials,
     Issued,
+    RenewedToken,
     agiven,
     token_request,
     wanted_nonce,
@@ -45,6 +46,8 @@ class AsyncBearer:
         source = self._source
         if isinstance(source, str):
             return source
+        if isinstance(source, RenewedToken):
+            return await agiven(source(refused))
         if not isinstance(source, ClientCredentials):
             return await agiven(source())
         issued = self._issued

@@ -20,6 +20,7 @@ from lacre.transport.oauth import (
     NONE_YET,
     ClientCredentials,
     Issued,
+    RenewedToken,
     Token,
     given,
     token_request,
@@ -46,6 +47,8 @@ class Bearer:
         source = self._source
         if isinstance(source, str):
             return source
+        if isinstance(source, RenewedToken):
+            return given(source(refused))
         if not isinstance(source, ClientCredentials):
             return given(source())
         issued = self._issued
