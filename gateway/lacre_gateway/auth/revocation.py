@@ -36,6 +36,9 @@ class RevocationSource(Protocol):
         """Those since the last call. Raises FabricUnavailable."""
         ...
 
+    @property
+    def store_mark(self) -> StoreMark: ...
+
 
 class RevocationList:
     """One gateway's copy. clock: seconds since the epoch."""

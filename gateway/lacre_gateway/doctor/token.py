@@ -25,7 +25,7 @@ from lacre_fabric.logs import make_log
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.revocations import RevocationReader
 from lacre_fabric.nats.roles import Credential
-from lacre_fabric.work.revocations import Revocation
+from lacre_fabric.work.revocations import Revocation, StoreMark
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.revocation import RevocationList
 from lacre_gateway.auth.throttle import FailureThrottle
@@ -92,6 +92,7 @@ class KnownByFabric:
 
     manifest: Manifest | None = None
     revocations: list[Revocation] | None = None
+    store_mark: StoreMark = field(default_factory=StoreMark)
     unchecked: list[str] = field(default_factory=list)
 
     async def revoked(self) -> list[Revocation]:
@@ -132,7 +133,11 @@ async def ask_fabric(settings: GatewaySettings) -> KnownByFabric:
         return found
     try:
         try:
-            found.revocations = await RevocationReader(connection).read()
+            reader = RevocationReader(connection)
+            found.revocations = await reader.read()
+            found.store_mark = replace(reader.mark, lost=())
+            if reader.mark.lost:
+                found.unchecked.append("whether it is revoked: NATS lost its storage, and gateways refuse every token")
         except LacreError as exc:
             found.unchecked.append(f"whether it is revoked: {exc}")
         try:
