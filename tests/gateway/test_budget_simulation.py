@@ -59,6 +59,7 @@ class Writing:
     proposal: Proposal
     revision: int
     writer: int
+    released: dict[At, int]  # what its gateway had settled by then, and the proposal reports
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Budgets(RuleBasedStateMachine):
             wanted = [Need({kind: (amount, CEILINGS[kind]) for kind, amount in self.amounts(*each).items()}) for each in needs]
             proposal = gateway.account.propose(record, gateway.calendar.at(now), wanted, now)
             gateway.account.send(proposal)
-            gateway.writing, gateway.read = Writing(proposal, revision, who), None
+            gateway.writing, gateway.read = Writing(proposal, revision, who, dict(gateway.released)), None
 
     @rule(who=WHO)
     def arrive(self, who: int) -> None:
@@ -175,7 +176,8 @@ class Budgets(RuleBasedStateMachine):
         writing, gateway.writing = gateway.writing, None
         if self.apply(writing):
             gateway.account.confirm(writing.proposal, self.time(gateway))
-            gateway.released.clear()
+            for at, amount in writing.released.items():
+                gateway.released[at] -= amount
             gateway.asked.clear()
             self.remember(gateway, writing)  # drawn for requests that wait, and may not come to it
         else:
