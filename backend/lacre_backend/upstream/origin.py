@@ -22,6 +22,7 @@ from typing import Final
 import httpx2
 import structlog
 
+from lacre.transport.fault_words import fault_in_words
 from lacre_backend.upstream import refusals
 from lacre_backend.upstream.credentials import FixedHeaders
 from lacre_backend.upstream.fields import OF_THE_CONTENT, Headers, end_to_end
@@ -136,15 +137,15 @@ class Origin:
             yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as exc:
             self.state.put_aside(time.monotonic())
-            self._tell("upstream.unavailable", kind=type(exc).__name__)
+            self._tell("upstream.unavailable", kind=type(exc).__name__, reason=fault_in_words(exc))
             raise NotSent from None
         except (httpx2.TimeoutException, TimeoutError) as exc:
             self.state.failed += 1
-            self._tell("upstream.slow", kind=type(exc).__name__)
+            self._tell("upstream.slow", kind=type(exc).__name__, reason=fault_in_words(exc))
             raise refusals.timed_out() from None
         except httpx2.TransportError as exc:
             self.state.failed += 1
-            self._tell("upstream.broken", kind=type(exc).__name__)
+            self._tell("upstream.broken", kind=type(exc).__name__, reason=fault_in_words(exc))
             raise refusals.broken() from None
 
     def _check(self, response: httpx2.Response) -> None:

@@ -19,6 +19,7 @@ import httpx2
 import structlog
 
 from lacre.runtime import tasks
+from lacre.transport.fault_words import fault_in_words
 from lacre_backend.node.readiness import Reason
 from lacre_backend.upstream.origin import CONNECT
 from lacre_backend.upstream.origins import Origins
@@ -79,7 +80,7 @@ class Probe:
             async with asyncio.timeout(CONNECT):
                 wrong = await (self._connect(state.url) if self._health is None else self._ask(state.url, self._health))
         except _FAILURES as exc:
-            wrong = f"does not answer ({type(exc).__name__})"
+            wrong = f"cannot be reached: {fault_in_words(exc)}"
             if isinstance(exc, _NO_CONNECTION):
                 allowed = 1
         address = httpx2.URL(state.url)

@@ -29,6 +29,7 @@ from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.runtime import tasks
 from lacre.runtime.json_objects import object_in
+from lacre.transport.fault_words import fault_in_words
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.protocol import DESCRIPTION, MAX_SIZE, STATUS
@@ -159,6 +160,8 @@ class Connection:
         if (distrust := distrusted(reason)) is not None:
             return FabricUntrusted(f"{told}: {distrust}")
         text = str(reason).removeprefix("nats: ")
+        if isinstance(reason, OSError | TimeoutError):
+            text = fault_in_words(reason, "nats.ca")
         kind = FabricRefused if _is_refusal(text) else FabricUnavailable
         return kind(f"{told}: {text}")
 
@@ -167,7 +170,9 @@ class Connection:
         text = str(error).removeprefix("nats: ")
         if not text.lower().startswith("permissions violation"):
             refused = _is_refusal(text)
-            log.warning("fabric.error", kind="AuthorizationViolation" if refused else type(error).__name__)
+            kind = "AuthorizationViolation" if refused else type(error).__name__
+            why = {"reason": fault_in_words(error, "nats.ca")} if isinstance(error, OSError | TimeoutError) else {}
+            log.warning("fabric.error", kind=kind, **why)
             self._refusals = self._refusals + 1 if refused else 0
             if self._refusals == MAX_REFUSALS:
                 self._closing = tasks.detach("end of a connection", self._end())

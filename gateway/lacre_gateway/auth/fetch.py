@@ -19,11 +19,12 @@ import httpx2
 
 from lacre._version import __version__
 from lacre.errors import LacreError
-from lacre.runtime.hosts import EXPIRED, OTHER_HOST
+from lacre.transport.fault_words import fault_in_words
 
 MAX_DOCUMENT: Final = 256 * 1024  # bytes; a set of a hundred RSA keys with their certificates is smaller
 TIME_LIMIT: Final = 5.0  # seconds for a whole document
 MAX_FRESH: Final = 86400.0  # seconds: a longer lifetime that a document claims is cut to this
+TRUST: Final = "the issuer's `ca`"
 _ETAG: Final = re.compile(r'(?:W/)?"[!#-~]{0,256}"')  # RFC 9110 section 8.8.3, in ASCII
 _MAX_AGE: Final = re.compile(r'max-age\s*=\s*"?([0-9]{1,9})"?', re.IGNORECASE)
 _UNCACHED: Final = re.compile(r"\bno-(?:store|cache)\b", re.IGNORECASE)
@@ -75,29 +76,17 @@ async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetch
                 if response.status_code != 200:
                     raise FetchFailed(f"{url} answered with status {response.status_code}")
                 content = await _content(response, url)
-    except TimeoutError as exc:
-        raise FetchFailed(f"{url} took longer than {TIME_LIMIT:.0f} s") from exc
+    except (TimeoutError, httpx2.TimeoutException) as exc:
+        raise FetchFailed(
+            f"{url} took longer than {TIME_LIMIT:.0f} s: check the host, and that no firewall is in the way"
+        ) from exc
     except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
-        raise FetchFailed(_unreached(url, exc)) from exc
+        raise FetchFailed(f"{url} cannot be reached: {fault_in_words(exc, TRUST)}") from exc
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as exc:
         raise FetchFailed(f"{url} is not JSON") from exc
     return Fetched(value, _tag(response.headers), _freshness(response.headers))
-
-
-def _unreached(url: str, error: Exception) -> str:
-    """Why, and the remedy where there is one that settings give."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return f"{url} cannot be reached ({type(error).__name__})"
-    if cause.verify_code in EXPIRED:
-        return f"the certificate of {url} is not valid now: renew it on that server, or correct this machine's clock"
-    if cause.verify_code in OTHER_HOST:
-        return f"the certificate of {url} is for another host: correct the address, or that server's certificate"
-    return f"the certificate of {url} is not signed by a trusted CA: set the issuer's `ca` to the CA that signed it"
 
 
 def _tag(headers: httpx2.Headers) -> str | None:

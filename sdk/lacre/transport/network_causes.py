@@ -23,8 +23,8 @@ from lacre.runtime.hosts import EXPIRED, OTHER_HOST
 from lacre.transport.dialled import DIALLED, Dialled
 
 # OpenSSL's words for bytes that are not TLS at all.
-_NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
-_NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL})
+NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
+NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL})
 _STATUS: Final = re.compile(r"[1-5][0-9]{2}\b")
 _VARIABLES: Final = {"https": "HTTPS_PROXY or ALL_PROXY", "http": "HTTP_PROXY or ALL_PROXY"}
 _MOST_CHAINED: Final = 32  # exceptions to look at; a chain has some six
@@ -101,7 +101,7 @@ def _late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
 
 def _why(exc: httpx2.TransportError, peer: Peer) -> Why:
     """For every other error."""
-    chain = list(_chain(exc))
+    chain = list(below(exc))
     for found in chain:
         if isinstance(found, ssl.SSLError):
             return _tls(found, peer)
@@ -143,7 +143,7 @@ def _unconnected(chain: list[BaseException], peer: Peer) -> Why:
                 f"{peer.named} cannot be reached: nothing listens there",
                 f"Check the host and the port in {peer.setting}, and that {peer.who} runs; then try again.",
             )
-        if isinstance(found, OSError) and found.errno in _NO_ROUTE:
+        if isinstance(found, OSError) and found.errno in NO_ROUTE:
             return Why(
                 "route",
                 f"{peer.named} cannot be reached: there is no route from this machine",
@@ -161,7 +161,7 @@ def _unconnected(chain: list[BaseException], peer: Peer) -> Why:
 def _tls(exc: ssl.SSLError, peer: Peer) -> Why:
     if isinstance(exc, ssl.SSLCertVerificationError):
         return Why("certificate", f"the certificate of {peer.named} is not trusted: {exc.verify_message}", _trusting(exc, peer))
-    if exc.reason in _NOT_TLS:
+    if exc.reason in NOT_TLS:
         return Why(
             "not-tls",
             f"{peer.named} does not speak TLS on that port",
@@ -212,7 +212,7 @@ def _port(url: httpx2.URL) -> int:
     return url.port or {"https": 443, "http": 80}.get(url.scheme, 0)
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
+def below(exc: BaseException) -> Iterator[BaseException]:
     """The exception and all below it, also those in groups."""
     waiting: list[BaseException | None] = [exc]
     seen: set[int] = set()

@@ -15,6 +15,7 @@ from typing import Any, Final
 import httpx2
 
 from lacre.runtime.json_objects import object_in
+from lacre.transport.fault_words import fault_in_words
 from lacre_fabric.keys.kms.protocol import KmsError, KmsUnreachable
 
 TIMEOUT: Final = 10.0  # seconds for each step; a worker's start waits for it
@@ -73,7 +74,7 @@ class HttpService:
                     raise KmsUnreachable(f"{self.name} cannot answer now (HTTP {response.status_code})")
                 content = self._content(response, deadline)
         except httpx2.TransportError as exc:
-            raise KmsUnreachable(f"{self.name} does not answer ({type(exc).__name__})") from exc
+            raise KmsUnreachable(f"{self.name} cannot be reached: {fault_in_words(exc)}") from exc
         return Said(self.name, response.status_code, object_in(content) or {})
 
     def _content(self, response: httpx2.Response, deadline: float) -> bytes:
