@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ecosystem import clients
+from ecosystem import bodies, clients
 
 
 def test_it_is_what_was_recorded() -> None:
@@ -25,3 +25,7 @@ def test_what_every_client_can_do() -> None:
         seen = clients.recorded(client, "scripted")
         assert {"chat", "stream", "tools", "long"} <= {feature for feature, works in seen.items() if works}, client.title
         assert set(seen) == set(client.features) - {"embeddings"}, client.title
+
+
+def test_what_every_client_sent_was_recorded() -> None:
+    assert {file.stem for file in bodies.FOLDER.glob("*.json")} == {client.environment for client in clients.ALL}

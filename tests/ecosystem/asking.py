@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import pytest
 
+from ecosystem import bodies
 from ecosystem.clients import Client, Feature, settle
 from ecosystem.conftest import PROGRAMS, environment
 from parts import npm, scripts
@@ -100,7 +101,9 @@ async def in_thread(entered: AbstractContextManager[dict[Feature, Any]]) -> Asyn
 
 async def with_a_scripted_engine(live: ScriptedStage, client: Client) -> None:
     features = [feature for feature in client.features if feature not in ("cancellation", "embeddings")]
+    since = len(live.scripted.asked())
     told = await asyncio.to_thread(ask, client, live.proxy, SCRIPTED, *features)
+    bodies.keep(client, live, since)
     seen = {feature: right(feature, told[feature]) for feature in features}
     if "cancellation" in client.features:
         before = live.scripted.ends()

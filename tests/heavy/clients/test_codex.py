@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from ecosystem import bodies
 from ecosystem.clients import CODEX, settle
 from parts import scripts
 from parts.loopback import only_loopback
@@ -129,7 +130,9 @@ async def test_it_edits_a_file_and_the_gateway_sees_none_of_it(live: ScriptedSta
     needles = {"prompt": asked.encode(), "file": beside.encode(), "patch": scripts.patch(old, new).splitlines()[-2].encode()}
     call = asyncio.to_thread(codex.ask, f"Edit my notes, {asked}: [[edit {old} {new}]]")
     pids = {"gateway": live.gateways[0].process.pid, "nats": live.nats.pid, "worker": live.scripted.process.pid}
+    since = len(live.scripted.asked())
     events, seen = await watched(pids, needles, call)
+    bodies.keep(CODEX, live, since)
     assert (codex.project / scripts.FILE).read_text() == f"{beside}\n{new}\n"
     assert texts(events)[-1] == f"The file says {new}."
     settle(CODEX, "scripted", {"tools": True}, events)

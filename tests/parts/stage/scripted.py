@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 from lacre_backend.engine.protocol import FinishReason
 from lacre_fabric.operate.leash import PYTHON
@@ -79,6 +79,11 @@ class ScriptedWorker(WorkerProcess):
     def begun(self) -> int:
         """How many tasks began."""
         return self.log.read_text().splitlines().count("begun")
+
+    def asked(self) -> list[dict[str, Any]]:
+        """What it was asked, as `path` and `body`, if `LACRE_RECORD` was set when it started."""
+        kept = Path(self.served[0]).with_name("asked")
+        return [json.loads(path.read_text()) for path in sorted(kept.glob("*.json"))]
 
     def ends(self) -> Counter[str]:
         """How many tasks ended for each reason."""
