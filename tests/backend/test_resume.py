@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import closing
 from typing import Any
 
 import httpx2
 import pytest
 
+from backend.conftest import load_llama
 from backend.generating import made, make_task
 from lacre.exchange.resume_marks import Mark
 from lacre_backend.api.app import create_app
@@ -195,3 +198,28 @@ async def test_penalties_know_what_was_begun(llama: LlamaEngine) -> None:
     rest = await made(llama, text, 12, sampling=sampling, begun=tuple(ids[:12]))
     forgetful = await made(llama, prompt=(*llama.tokenize(text), *ids[:12]), max_tokens=12, sampling=sampling)
     assert rest.ids == ids[12:] != forgetful.ids
+
+
+async def test_reasoning_its_budget_and_a_call_go_on() -> None:
+    """In a model that is made to think: a fixed mark ends the reasoning, and a grammar holds the call behind it."""
+    with closing(load_llama()) as engine:
+        opened = "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"
+        template = f"{engine.model.chat_template}{opened}"
+        engine._model.info = dataclasses.replace(engine._model.info, chat_template=template)
+        asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 60, "max_reasoning_tokens": 12}
+        async with client(engine) as http:
+            got = events(await ask(http, engine, **asked))
+            whole = thought_in(got), calls_of(got)
+            assert whole[0] and whole[1][0][0] in ("sea", "now")
+            details = got[-1][1]["usage"]["completion_tokens_details"]
+            marked = [at for at, (mark, _) in enumerate(got) if mark is not None]
+            for at in marked[2::9]:
+                tokens = [token for mark, _ in got[: at + 1] if mark is not None for token in Mark.parse(mark).tokens]
+                rest = events(await ask(http, engine, **asked, resume={"digest": engine.model.digest, "tokens": tokens}))
+                joined = [*got[: at + 1], *rest]
+                assert (thought_in(joined), calls_of(joined)) == whole
+                assert rest[-1][1]["usage"]["completion_tokens_details"] == details
+
+
+def thought_in(found: list[Event]) -> str:
+    return "".join(choice["delta"].get("reasoning") or "" for _, chunk in found for choice in chunk["choices"])

@@ -45,10 +45,15 @@ CALLS: Final[list[tuple[str, dict[str, Any]]]] = [
 SAID: Final = [{"role": "user", "content": "Hi"}]
 CHAT_TOOLS: Final = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("weather", "now")]
 FLAT_TOOLS: Final = [{"type": "function", "name": name, "parameters": SCHEMA} for name in ("weather", "now")]
+CUSTOM_TOOLS: Final = [
+    {"type": "namespace", "name": "sky", "tools": FLAT_TOOLS[:1]}, {"type": "custom", "name": "now"}
+]  # fmt: skip
 ANTHROPIC_TOOLS: Final = [{"name": name, "input_schema": SCHEMA} for name in ("weather", "now")]
 FACES: Final[dict[str, tuple[Face[Any], dict[str, Any]]]] = {
     "chat": (Chat(), {"messages": SAID, "tools": CHAT_TOOLS, "stream_options": {"include_usage": True}}),
     "responses": (Responses(), {"input": "Hi", "tools": FLAT_TOOLS}),
+    "probabilities": (Chat(), {"messages": SAID, "tools": CHAT_TOOLS, "logprobs": True, "top_logprobs": 2}),
+    "custom": (Responses(), {"input": "Hi", "tools": CUSTOM_TOOLS}),
     "messages": (Messages(), {"messages": SAID, "tools": ANTHROPIC_TOOLS, "max_tokens": 4096}),
 }
 
@@ -89,7 +94,14 @@ async def streamed(
     assert request.resumable and request.begun == tuple(begun)
     usage, sent = Usage(), Sent()
     with closing(PiecesEngine(pieces)) as engine:
-        task = Task("t", prompt=(1, 2, 3), max_tokens=limit - len(begun), begun=tuple(begun), stop=tuple(stop))
+        task = Task(
+            "t",
+            prompt=(1, 2, 3),
+            max_tokens=limit - len(begun),
+            begun=tuple(begun),
+            stop=tuple(stop),
+            logprobs=request.alternatives(),
+        )
         generation = GenerationRuns(engine, [task], 1, usage, "messages", closing=closing_of(engine, form, max_thought))
         generation.submit()
         writer = face.writer(request, ResponseInfo(face.prefix + NAME.id, NAME.created, engine.model, True))

@@ -161,3 +161,32 @@ def reasoned(counts: Any) -> int:
     """The tokens of the reasoning."""
     found = [details for name, details in counts.items() if name in ("completion_tokens_details", "output_tokens_details")]
     return sum(each.get("reasoning_tokens", each.get("thinking_tokens", 0)) for each in found)
+
+
+@pytest.mark.parametrize("ask", [chat, whole_response, whole_message])
+@pytest.mark.parametrize("pieces", [4, 30])
+def test_a_worker_that_gives_up_is_no_concern_of_the_callers(ask: Ask, pieces: int) -> None:
+    """It says so in the stream, in the words of each API, and another worker continues."""
+    with closing(ScriptedEngine(lambda _: TALK)) as engine:
+        engine.model = dataclasses.replace(engine.model, chat_template=CHAT_TEMPLATE + "{# </think> #}")
+        app = create_app([engine])
+        calls: list[Any] = []
+
+        async def failing(scope: Any, receive: Any, send: Any) -> None:
+            calls.append(scope)
+            sent: list[Any] = []
+
+            async def some(message: Any) -> None:
+                sent.append(message)
+                if len(sent) == pieces and len(calls) == 1:
+                    engine.close()
+                await send(message)
+
+            await app(scope, receive, some)
+            engine._closed = False
+
+        with connect(Relay(create_app([engine]), model="scripted"), shape="none") as sealed:
+            whole, _ = apart(ask(sealed))
+        with connect(Relay(failing, model="scripted"), shape="none") as sealed:
+            assert apart(ask(sealed))[0] == whole
+        assert len(calls) == 2

@@ -81,6 +81,11 @@ class _Choice:
         self.scored = [] if thinks or marks else read
         return parts
 
+    @property
+    def owes(self) -> bool:
+        """Whether log probabilities of its tokens wait for a later event. Another worker would not have them."""
+        return any(token.logprob is not None for token in self.undecided)
+
     def ending(self, finish: Finish) -> Ending:
         called = finish.reason == "stop" and self.reader is not None and self.reader.called
         return Ending("tool_calls" if called else finish.reason, finish.stop)
@@ -177,9 +182,10 @@ class Answer:
                         marks.add(event)
                     told = list(self._told(index, event))
                     self._limit(index)
+                    settled = not (self._generation.inside_cut or self._choices[index].owes)
                     for i, each in enumerate(told, 1):
-                        marked = marks is not None and i == len(told) and not self._generation.inside_cut
-                        await out.event(each.document, marks.mark() if marks is not None and marked else None, each.name)
+                        mark = marks.mark() if marks is not None and settled and i == len(told) else None
+                        await out.event(each.document, mark, each.name)
         except RequestRefused as refusal:
             if not out.started:
                 raise
