@@ -85,6 +85,7 @@ async def readyz(request: Request) -> Response:
         "status": "not ready" if missing else "ready",
         "missing": missing,
         "away": [] if gateway.fabric is None else sorted(gateway.fabric.away()),
+        "queues_lost": sorted(gateway.queues.lost),
         "rules": gateway.rules.status.detail(),
         "manifest": None if manifest is None else {"version": manifest.version, "expires_at": manifest.expires_at},
         "manifests_ignored": gateway.feed.ignored,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +21,7 @@ from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.work.contract import FabricUnavailable, GatewayFabric
 from lacre_fabric.work.revocations import Revocation
-from lacre_gateway.audit.entries import UNRECORDED, Event
+from lacre_gateway.audit.entries import REVOKED, UNRECORDED, Event
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.pseudonyms import Pseudonyms
@@ -35,6 +35,8 @@ from lacre_gateway.budget.settlement import Settlement
 from lacre_gateway.http.headers import Action, OuterHeaders
 from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.observe.metrics import Metrics
+from lacre_gateway.observe.queues import REMEDY as QUEUES_REMEDY
+from lacre_gateway.observe.queues import Queues
 from lacre_gateway.observe.tracing import Tracer
 from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
@@ -43,6 +45,7 @@ from lacre_gateway.settings import GatewaySettings
 # Of an explanation: how often its prompt is computed, and how many states of layers are read. A state costs a prompt's token.
 _RUNS: Final = {Action.EXPLAIN: (MAX_PARTS + 1, 0), Action.LENS: (MAX_PARTS + 2, MAX_LENS_TOKENS * MAX_LENS_LAYERS)}
 _LOWERED: Final = frozenset({Action.CHAT, Action.COMPLETE})  # their answers can end anywhere, with `length`
+MAX_REVOKED: Final = 16  # revocations of one read with an event each; above it, one event counts them
 ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON, HTTP and padding add more bytes
 
 
@@ -73,8 +76,18 @@ class Gateway:
     clock: Callable[[], float]
     sealed_url: str
     fabric: GatewayFabric | None = None
+    queues: Queues = field(init=False)
     doors: dict[str, Door] = field(default_factory=dict)
     ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.queues = Queues(self.log, self.connected, self._places)
+        self.revocations.report = self.tell_revoked
+
+    def _places(self) -> list[tuple[str, str]]:
+        """The queues that this gateway publishes to first: pool and region."""
+        pools = self.feed.manifest.pools if self.feed.ready else ()
+        return [(pool, self.settings.nats.region) for pool in pools]
 
     @property
     def draining(self) -> bool:
@@ -101,16 +114,32 @@ class Gateway:
         return await self.rules.reload(self.audit.append, actor)
 
     async def revoke(
-        self, *, jti: str | None = None, subject: str | None = None, issuer: str | None = None, until: float | None = None
+        self,
+        *,
+        jti: str | None = None,
+        subject: str | None = None,
+        issuer: str | None = None,
+        until: float | None = None,
+        actor: str | None = None,
     ) -> Revocation:
         """Revokes a token, or all that a subject was issued until now: here at once, at other gateways within a second.
 
-        As `revocation.revocation` says. Raises UsageError or FabricUnavailable.
+        As `revocation.revocation` says. actor: `<tenant>/<subject>` of the caller, for the audit log. Raises UsageError or
+        FabricUnavailable.
         """
         revoked = revocation(self.settings.issuers, jti=jti, subject=subject, issuer=issuer, until=until, now=self.clock())
         await self.connected().revoke(revoked)
         self.revocations.add(revoked)
+        self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, actor=actor, target=revoked.key))
         return revoked
+
+    def tell_revoked(self, keys: Sequence[str]) -> None:
+        """Records revocations that others made, as this gateway learns of them. keys: digests of tokens or subjects."""
+        if len(keys) > MAX_REVOKED:
+            self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, count=len(keys)))
+            return
+        for key in keys:
+            self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, target=key))
 
     def tell_unrecorded(self, count: int) -> None:
         """Records once a minute how many requests were refused after their callers had used up their limits of refusals."""
@@ -166,6 +195,8 @@ class Gateway:
             missing["revocations"] = "cannot be read from NATS, so every request is refused: see the log"
         elif not self.budgets.writable:
             missing["budgets"] = "NATS accepts no writes of budgets: run `lacre fabric check`"
+        if "fabric" not in missing and not self.queues.served:
+            missing["queues"] = f"NATS has no queue for {', '.join(sorted(self.queues.lost))}: {QUEUES_REMEDY}"
         if not self.authenticator.able:
             missing["issuers"] = "no issuer's keys could be fetched, so every request is refused: see the log"
         if not self.audit.writable:

@@ -52,6 +52,8 @@ _COLLECT_AFTER: Final = 20_000
 _PAST_DRAIN: Final = 2.0  # seconds: the time that a server needs to end after its drain
 _GOES_ON: Final = tasks.Restart("unreadable files change nothing: the last good rules and certificate stay active")
 
+_LOOKS_AGAIN: Final = tasks.Restart("each look at the queues is independent of the last one")
+
 
 def serve(settings: GatewaySettings) -> None:
     """Runs until SIGTERM or SIGINT. Raises SettingsError if it cannot start: a port is taken, a file is missing."""
@@ -99,6 +101,7 @@ async def _run(settings: GatewaySettings) -> None:
         running = [
             tasks.start("drain", partial(_drained, gateway, servers[0][0])),
             tasks.start("fabric", partial(_keep_connected, gateway, link)),
+            tasks.start("queues", gateway.queues.watch, restart=_LOOKS_AGAIN),
             *reloading(gateway, context),
         ]
         for _, socket in servers:

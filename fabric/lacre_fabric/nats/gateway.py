@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Final, Self
 
 import nats.errors
+import nats.js.errors
 from nats.js.api import Header
 
 from lacre.errors import InvalidMessage, MessageTooLarge
@@ -174,7 +175,10 @@ class NatsGateway:
 
     async def backlog(self, pool: str, region: str) -> int:
         async with self.connection.mapped():
-            return (await self.connection.jetstream.stream_info(subjects.work_stream(pool, region))).state.messages
+            try:
+                return (await self.connection.jetstream.stream_info(subjects.work_stream(pool, region))).state.messages
+            except nats.js.errors.NotFoundError as exc:
+                raise NoQueue(f"pool {pool} has no queue: run `lacre keys tend`") from exc
 
     def _side(self, pool: str) -> PoolSide:
         """The gateway's state for the pool. Raises FabricUnavailable if there are too many pools."""

@@ -158,7 +158,7 @@ class GatewayFabric(Protocol):
         """By pool and region, for those that have live workers."""
 
     async def backlog(self, pool: str, region: str) -> int:
-        """The number of queued requests that no worker has acked yet. Raises FabricUnavailable."""
+        """The number of queued requests that no worker has acked yet. Raises NoQueue or FabricUnavailable."""
 
     @property
     def connected(self) -> bool:

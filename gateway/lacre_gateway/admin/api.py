@@ -283,7 +283,9 @@ async def revoke(asking: Asking, asked: Revoke) -> Revoked:
     """
     target = asked.sub if asked.jti is None else hashlib.sha256(asked.jti.encode()).hexdigest()
     gateway = await asking.may(AdminAction.REVOKE, target)
-    return Revoked.of(await gateway.revoke(jti=asked.jti, subject=asked.sub, issuer=asked.issuer, until=asked.until))
+    return Revoked.of(
+        await gateway.revoke(jti=asked.jti, subject=asked.sub, issuer=asked.issuer, until=asked.until, actor=asking.actor)
+    )
 
 
 @_routes.post("/v1/reload", responses={409: {"model": Reloaded}})

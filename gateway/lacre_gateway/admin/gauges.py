@@ -98,9 +98,11 @@ class Gauges:
         queued: Labelled = {at: count for at, count in backlog.items()}  # noqa: C416  # a mapping's keys are invariant
         away = frozenset[str]() if self._gateway.fabric is None else self._gateway.fabric.away()
         cut_off: Labelled = {(pool,): pool in away for pool in dict.fromkeys(pool for pool, _ in present)}
+        without: Labelled = {(pool,): pool in self._gateway.queues.lost for (pool,) in cut_off}
         demand: Labelled = {at: count + present[at].busy for at, count in backlog.items()}
         labels = ("pool", "region")
         yield by_label("lacre_pool_away", "Whether the pool's answers cannot reach this gateway now.", ("pool",), cut_off)
+        yield by_label("lacre_queue_missing", "Whether NATS has no queue for the pool.", ("pool",), without)
         yield by_label("lacre_workers", "Live workers, by their presence.", labels, workers)
         yield by_label("lacre_worker_slots", "Their slots, by their presence.", (*labels, "state"), slots)
         yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", labels, queued)

@@ -166,6 +166,9 @@ STARTED: Final = "started"  # count: the intents that got the outcome `interrupt
 RECOVERED: Final = "recovered"  # count: the bytes of an unfinished commit that were cut off
 RESUMED: Final = "resumed"  # count: the requests refused while the log could not be written
 STOPPED: Final = "stopped"
+# target: the digest of the token or subject, as revocations name it; count: how many at once, if there are many.
+# Without an actor, another gateway or `lacre revoke` made it.
+REVOKED: Final = "revoked"
 RELOADED: Final = "reloaded"
 RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the named set is the one that stays
 # count: requests of one minute that were refused after their callers had used up their limits of refusals

@@ -44,6 +44,7 @@ class RevocationList:
     """One gateway's copy. clock: seconds since the epoch."""
 
     def __init__(self, log: Log, clock: Callable[[], float] = time.time) -> None:
+        self.report: Callable[[Sequence[str]], None] | None = None  # hears the keys of revocations that others made
         self._log = log
         self._clock = clock
         self._entries: dict[str, tuple[float, float]] = {}  # by key: until, and the last time of issue that it revokes
@@ -83,17 +84,22 @@ class RevocationList:
                 return True
         return False
 
-    def add(self, revocation: Revocation) -> None:
-        """Of two entries for one key, keeps one that refuses everything that either does."""
+    def add(self, revocation: Revocation) -> bool:
+        """Of two entries for one key, keeps one that refuses everything that either does. Returns whether it changed."""
         meant = math.inf if revocation.issued_until is None else revocation.issued_until
         until, before = self._entries.get(revocation.key, (-math.inf, -math.inf))
-        self._entries[revocation.key] = max(until, revocation.until), max(before, meant)
+        entry = max(until, revocation.until), max(before, meant)
+        if self._entries.get(revocation.key) == entry:
+            return False
+        self._entries[revocation.key] = entry
+        return True
 
     async def refresh(self, fabric: RevocationSource) -> None:
         """Reads the list once. Raises FabricUnavailable, and keeps the known entries."""
         began = time.monotonic()
-        for revocation in await fabric.revoked():
-            self.add(revocation)
+        new = [revocation.key for revocation in await fabric.revoked() if self.add(revocation)]
+        if new and self.report is not None and self._read_at > -math.inf:  # the first read has all that exist
+            self.report(new)
         if fabric.store_mark != self._mark:
             self._mark = fabric.store_mark
             if self._mark.lost:
