@@ -15,6 +15,7 @@ from fuzz.target import Target
 from lacre.errors import UsageError
 from lacre.wire.outer import MAX_PARTS
 from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.messages import check_media
 from lacre_backend.api.requests import ExplainRequest, parse_chat, parse_explain
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.schema.patterns import byte_tokenizer
@@ -86,16 +87,17 @@ _SOURCE: Final = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>\n{% endfor %}"
 )
-_TEMPLATE: Final = ChatTemplate(dataclasses.replace(_MODEL, chat_template=_SOURCE))
+TEMPLATE: Final = ChatTemplate(dataclasses.replace(_MODEL, chat_template=_SOURCE))
 
 
 def chat_request(data: bytes) -> tuple[int, tuple[Piece, ...]] | None:
     """How many messages the request has, and its prompt; None where the template does not take it."""
     parsed = parse_chat(data)
+    check_media(parsed.messages, parsed.model)
     calling = parsed.calling()
     told = [] if calling is None else [tool.for_template() for tool in calling.tools]
     try:
-        return len(parsed.messages), _TEMPLATE.render([message.for_template() for message in parsed.messages], told or None)
+        return len(parsed.messages), TEMPLATE.render([message.for_template() for message in parsed.messages], told or None)
     except TemplateRefused:
         return None
 

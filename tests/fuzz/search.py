@@ -9,7 +9,17 @@ import atheris
 
 # Coverage guides the search, so whatever parses is imported through this; cryptography and json are C and Rust.
 SCHEMA: Final = "lacre_backend.api.schema"
-PARSERS: Final = ["lacre", "lacre_fabric", "lacre_backend.node.grant_check", f"{SCHEMA}.grammar", f"{SCHEMA}.cases", "jwt"]
+PARSERS: Final = [
+    "lacre",
+    "lacre_fabric",
+    "lacre_backend.node.grant_check",
+    f"{SCHEMA}.grammar",
+    f"{SCHEMA}.cases",
+    "jwt",
+    "lacre_backend.api.faces",
+    "lacre_backend.api.media",
+    "lacre_backend.api.messages",
+]
 with atheris.instrument_imports(include=PARSERS):
     from fuzz.targets import TARGETS
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fuzz import answers, backend, fabric, keys, proofs, statements, wire
+from fuzz import answers, backend, fabric, faces, keys, proofs, statements, wire
 from lacre.asgi import AUTHORITY
 from lacre.jose.jws import b64u, sign
 from lacre.trust.chain import ConnectionString
@@ -241,7 +241,7 @@ def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
     found = (
         *of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages(), *of_heads(),
-        *of_backend(), *of_chats(),
+        *of_backend(), *of_chats(), *faces.seeds(),
     )  # fmt: skip
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 

@@ -56,6 +56,11 @@ class RerankRequest(Named):
     return_documents: bool = False
 
 
+def parse_rerank(body: bytes) -> RerankRequest:
+    """Raises `RequestRefused`."""
+    return validated(RerankRequest, bare(json_object(body), _IGNORED, _INERT))
+
+
 class Rerank:
     """The endpoint."""
 
@@ -64,8 +69,8 @@ class Rerank:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = bare(json_object(await read_body(receive, MAX_BODY)), _IGNORED, _INERT)
-            await until_disconnect(receive, self._answer(validated(RerankRequest, body), scope, send))
+            request = parse_rerank(await read_body(receive, MAX_BODY))
+            await until_disconnect(receive, self._answer(request, scope, send))
         except RequestRefused as refusal:
             await send_json(send, refusal.status, refusal.body())
         except Disconnected:
