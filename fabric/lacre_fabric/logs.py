@@ -144,6 +144,15 @@ def last_words() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def only_errors() -> None:
+    """For a command that reports what it finds: our loggers write only errors, and to stderr. The data goes to stdout."""
+    structlog.configure(
+        processors=list(PROCESSORS),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
 def configure(stream: TextIO) -> None:
     """Configures structlog and the standard library's logging to write to `stream`. For a process that uses only the fabric's
     and its own loggers.

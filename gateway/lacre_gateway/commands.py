@@ -61,16 +61,24 @@ def gateway(
 
 def doctor(
     settings: Annotated[
-        Path | None, typer.Option(help="A gateway's settings file; default: the one in the state folder.")
+        Path | None, typer.Option(help="A gateway's settings file, or a worker's; default: those in the state folder.")
     ] = None,
+    worker: Annotated[bool, typer.Option("--worker", help="Check workers instead.")] = False,
     state: Annotated[Path | None, typer.Option(help="The state folder; default: $XDG_STATE_HOME/lacre.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check everything that a gateway needs, and say how to fix each fault. Exit code 1 if a check fails."""
+    """Check everything that a gateway or a worker needs, and say how to fix each fault. Exit code 1 if a check fails."""
+    from lacre_fabric.logs import only_errors
     from lacre_gateway.doctor import examine
     from lacre_gateway.doctor.report import show
+    from lacre_gateway.doctor.worker import examine_workers
 
-    if not show(examine(settings or _own_settings(state)), as_json=as_json):
+    only_errors()
+    if worker:
+        found = examine_workers([settings] if settings is not None else _own_workers(state))
+    else:
+        found = examine(settings or _own_settings(state))
+    if not show(found, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -94,10 +102,12 @@ def token_check(
 
     from lacre.cli.output import exit_code
     from lacre.errors import Unauthenticated
+    from lacre_fabric.logs import only_errors
     from lacre_gateway.doctor.token import TokenReport, ask_fabric, explain
     from lacre_gateway.doctor.token_report import show
     from lacre_gateway.settings import load
 
+    only_errors()
     given = _given_token(token, file)
     found = load(settings or _own_settings(state))
 
@@ -132,6 +142,15 @@ def _given_token(argument: str | None, file: Path | None) -> str:
     if len(words) != 1:
         raise SettingsError("no token, or several: pipe one to `lacre token check -`, name a --file, or set LACRE_TOKEN")
     return words[0]
+
+
+def _own_workers(state: Path | None) -> list[Path]:
+    """Of the state folder, a settings file for each pool that has workers here."""
+    from lacre_fabric.operate.site import Site
+    from lacre_fabric.operate.up import default_state
+
+    site = Site.load((state or default_state()).resolve())
+    return [file for pool in site.pools if (file := site.worker_settings(pool)).exists()]
 
 
 def _own_settings(state: Path | None) -> Path:

@@ -146,3 +146,10 @@ def test_a_token_is_explained_also_a_revoked_one(up: Up) -> None:
     up.command("revoke", "--sub", "dora")
     told = explained()
     assert (told["accepted"], told["reason"], told["may"]) == (False, "token: revoked", [])
+
+
+def test_the_doctor_of_workers_and_of_the_gateway(up: Up) -> None:
+    for options, check in ((["--worker"], "worker"), ([], "workers default")):
+        told = json.loads(run("doctor", *options, "--json", "--state", str(up.state), up=up).stdout)
+        found = {finding["check"]: finding["state"] for finding in told["findings"]}
+        assert (told["ok"], found.get(check)) == (True, "ok"), told

@@ -63,16 +63,24 @@ def worker_tune(settings: SettingsFile) -> None:
 
 
 @commands.command("check")
-def worker_check(settings: SettingsFile) -> None:
+def worker_check(settings: SettingsFile, as_json: AsJson = False) -> None:
     """Check everything that this worker needs, and print what to do about each fault. It serves nothing."""
-    from lacre_backend.commands.check import examine
+    from dataclasses import asdict
 
+    from lacre_backend.commands.check import examine
+    from lacre_fabric.logs import only_errors
+
+    only_errors()
     reasons = examine(settings)
-    for reason in reasons:
-        typer.echo(f"failed {reason.kind}: {reason.detail}\n  to do: {reason.remedy}")
+    if as_json:
+        say_json({"ok": not reasons, "reasons": [asdict(reason) for reason in reasons]})
+    else:
+        for reason in reasons:
+            typer.echo(f"failed {reason.kind}: {reason.detail}\n  to do: {reason.remedy}")
     if reasons:
         raise typer.Exit(1)
-    typer.echo("ok: this worker can serve")
+    if not as_json:
+        typer.echo("ok: this worker can serve")
 
 
 @commands.command("digests")

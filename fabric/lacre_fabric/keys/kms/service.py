@@ -74,7 +74,7 @@ class HttpService:
                     raise KmsUnreachable(f"{self.name} cannot answer now (HTTP {response.status_code})")
                 content = self._content(response, deadline)
         except httpx2.TransportError as exc:
-            raise KmsUnreachable(f"{self.name} cannot be reached: {fault_in_words(exc)}") from exc
+            raise KmsUnreachable(f"{self.name} does not answer: {fault_in_words(exc)}") from exc
         return Said(self.name, response.status_code, object_in(content) or {})
 
     def _content(self, response: httpx2.Response, deadline: float) -> bytes:
