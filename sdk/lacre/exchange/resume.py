@@ -165,6 +165,7 @@ class ResumableAnswer:
             raise self._broken(f"the answer broke off, and a worker refused to resume it (status {head.status})")
         if self._digest and head.get(DIGEST) != self._digest:
             raise self._broken("the answer broke off, and the next worker has a different model file")
+        self._answer = head.get(ANSWER)  # a new one, if the answer began again
         self.facts.goes_on(opening.facts)
         self._opening, opening.facts = opening, self.facts
         self._collect()
