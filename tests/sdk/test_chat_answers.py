@@ -379,7 +379,7 @@ def test_the_text_is_the_same(ends: list[bytes], bom: bool, marked: bool, places
     stream = BOM * bom + ended(lines(marked), ends)
     splice = Splice(marked=marked)
     out = b"".join(map(splice.feed, cut(stream, places)))
-    assert splice.text == "".join(SPOKEN)
+    assert splice.said.text == "".join(SPOKEN)
     assert marked or out == stream
     assert splice.tokens == ([1, 2, 3, 4] if marked else [])
 

@@ -53,9 +53,12 @@ def test_a_type_in_and_an_instance_out() -> None:
     with connect(Relay(app)) as client:
         told = client.chat("x", schema=Atlas)
         assert told.parsed(Atlas) == Atlas(seas=[Sea(name=SECRET, depth=4)])
-        assert told.parsed() == {"seas": [{"name": SECRET, "depth": 4}]}
-        assert client.chat_stream("x", schema=Atlas).reply().choices[0].parsed(Atlas) == told.parsed(Atlas)
-    wanted = app.asked["response_format"]
+        assert told.parsed() == told.choices[0].parsed() == told.parsed(Atlas)
+        stream = client.chat_stream("x", schema=Atlas)
+        assert stream.reply().parsed() == stream.choices[0].parsed() == told.parsed(Atlas)
+        wanted = app.asked["response_format"]
+        plain = client.chat("x")
+        assert plain.parsed() == {"seas": [{"name": SECRET, "depth": 4}]} and plain.parsed(Atlas) == told.parsed()
     assert (wanted["type"], wanted["json_schema"]["name"], wanted["json_schema"]["strict"]) == ("json_schema", "Atlas", True)
     schema = wanted["json_schema"]["schema"]
     assert schema["additionalProperties"] is schema["$defs"]["Sea"]["additionalProperties"] is False

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, overload
 
 from lacre.chat import structured
-from lacre.chat.structured import T
+from lacre.chat.structured import Schema, T
 from lacre.errors import InvalidMessage
 from lacre.runtime.json_objects import object_in
 
@@ -96,7 +96,7 @@ class Choice:
 
     text: its content. finish_reason: OpenAI's `stop`, `length`, `tool_calls` and so on; None if there is none (yet). refusal,
     reasoning: the model's words in place of an answer, or before it. logprobs: if requested. message: the whole message, to
-    append to `messages` for the next turn.
+    append to `messages` for the next turn. schema: the request's, if it had one.
     """
 
     index: int
@@ -107,6 +107,7 @@ class Choice:
     reasoning: str | None = field(repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(repr=False)
     message: Mapping[str, Any] = field(repr=False)
+    schema: Schema | None = field(default=None, repr=False, compare=False)
 
     @overload
     def parsed(self) -> Any: ...
@@ -115,16 +116,17 @@ class Choice:
     def parsed(self, kind: type[T]) -> T: ...
 
     def parsed(self, kind: Any = None) -> Any:
-        """The text as an instance of `kind`, such as a model of pydantic; plain JSON values if there is none.
+        """The text as an instance of `kind`, such as a model of pydantic. None: of the request's `schema`, if that is a type;
+        plain JSON values otherwise.
 
         Raises InvalidMessage if the text does not fit: it was cut short, or the request had no `schema`.
         """
-        return structured.read(self.text, kind)
+        return structured.read(self.text, self.schema if kind is None else kind)
 
     @classmethod
-    def parse(cls, choice: Mapping[str, Any], place: int) -> Choice:
-        """A choice of a chat completion. place: its index, if it has none of its own. Raises InvalidMessage if it is not a
-        choice.
+    def parse(cls, choice: Mapping[str, Any], place: int, schema: Schema | None = None) -> Choice:
+        """A choice of a chat completion. place: its index, if it has none of its own. schema: the request's. Raises
+        InvalidMessage if it is not a choice.
         """
         with _reading("a choice of a chat completion"):
             message = choice["message"]
@@ -140,6 +142,7 @@ class Choice:
                 reasoning=_optional(_reasoning(message)),
                 logprobs=_logprobs(choice),
                 message=message,
+                schema=schema,
             )
 
 

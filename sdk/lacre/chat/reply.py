@@ -10,7 +10,7 @@ from typing import Any, Final, overload
 import httpx2
 
 from lacre.chat.choices import Choice, TokenLogprob, ToolCall
-from lacre.chat.structured import T
+from lacre.chat.structured import Schema, T
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError, UsageError
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Facts, documented
@@ -98,30 +98,33 @@ class Reply:
     def parsed(self, kind: type[T]) -> T: ...
 
     def parsed(self, kind: Any = None) -> Any:
-        """The text as an instance of `kind`, such as a model of pydantic; plain JSON values if there is none.
+        """The text as an instance of `kind`, such as a model of pydantic. None: of the request's `schema`, if that is a type;
+        plain JSON values otherwise.
 
         Raises InvalidMessage if the text does not fit: it was cut short, or the request had no `schema`.
         """
         return self.choices[0].parsed(kind)
 
     @classmethod
-    def parse(cls, response: httpx2.Response) -> Reply:
-        """Raises what `check` raises, InvalidMessage if the answer is not a chat completion, and InvalidReceipt if its usage
-        and its receipt differ.
+    def parse(cls, response: httpx2.Response, schema: Schema | None = None) -> Reply:
+        """schema: the request's, if it had one.
+
+        Raises what `check` raises, InvalidMessage if the answer is not a chat completion, and InvalidReceipt if its usage and
+        its receipt differ.
         """
         facts = facts_of(response)
         with documented(facts):
-            return cls.of(checked_json(response), facts)
+            return cls.of(checked_json(response), facts, schema)
 
     @classmethod
-    def of(cls, body: Mapping[str, Any], facts: Facts) -> Reply:
-        """body: a chat completion. Raises InvalidMessage and InvalidReceipt."""
+    def of(cls, body: Mapping[str, Any], facts: Facts, schema: Schema | None = None) -> Reply:
+        """body: a chat completion. schema: the request's. Raises InvalidMessage and InvalidReceipt."""
         arguments.instance(facts, Facts, "facts")
         if facts.receipt is None or facts.audit is None:
             raise InvalidReceipt("the answer has no receipt, or no proof that it was recorded")
         try:
             _written(body)
-            choices = tuple(Choice.parse(choice, place) for place, choice in enumerate(body["choices"]))
+            choices = tuple(Choice.parse(choice, place, schema) for place, choice in enumerate(body["choices"]))
             if not choices:
                 raise IndexError
             return cls(

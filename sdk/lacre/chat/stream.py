@@ -19,6 +19,7 @@ import httpx2
 
 from lacre.chat.choices import Choice, Growing, StreamEvent, ToolCall
 from lacre.chat.reply import Reply, TokenUsage, api_error, checked_usage, claimed, json_object
+from lacre.chat.structured import Schema
 from lacre.errors import InvalidMessage, TruncatedStream, UsageError
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.exchange_info import Facts, Part
@@ -55,7 +56,9 @@ class Deltas:
     receipt: of an answer that ended whole, verified; None until then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, schema: Schema | None = None) -> None:
+        """schema: the request's, if it had one."""
+        self._schema = schema
         self._done = False
         self._told: dict[str, Any] | None = None  # the usage that the worker claims
         self._choices: dict[int, Growing] = {}
@@ -72,11 +75,11 @@ class Deltas:
     def choices(self) -> tuple[Choice, ...]:
         """The choices so far."""
         growing = sorted(self._choices.items())
-        return tuple(Choice.parse(each.whole(), index) for index, each in growing)
+        return tuple(Choice.parse(each.whole(), index, self._schema) for index, each in growing)
 
     @property
     def first(self) -> Choice | None:
-        return Choice.parse(self._choices[0].whole(), 0) if 0 in self._choices else None
+        return Choice.parse(self._choices[0].whole(), 0, self._schema) if 0 in self._choices else None
 
     @property
     def text(self) -> str:
@@ -128,7 +131,7 @@ class Deltas:
             )
         body = {"id": self.id, "object": "chat.completion", **self._head, "model": self.model}
         choices = [self._choices[index].whole() for index in sorted(self._choices)]
-        return Reply.of({**body, "choices": choices, "usage": self._told}, self.facts)
+        return Reply.of({**body, "choices": choices, "usage": self._told}, self.facts, self._schema)
 
 
 class StreamedAnswer(StaysInProcess):

@@ -40,8 +40,10 @@ def format_of(schema: object) -> dict[str, Any]:
 
 
 def read(text: str, kind: Any) -> Any:
-    """The instance in an answer's text; plain JSON values if `kind` is None. Raises InvalidMessage and UsageError."""
-    if kind is None:
+    """The instance in an answer's text; plain JSON values if `kind` is None or a JSON schema. Raises InvalidMessage and
+    UsageError.
+    """
+    if kind is None or isinstance(kind, Mapping):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):

@@ -171,7 +171,7 @@ class AsyncClient(AsyncSealingClient):
         """One whole answer.
 
         messages: a string, or messages in OpenAI's form; params: any parameter of OpenAI's chat completions. schema: what the
-        answer must fit, a JSON schema or a type that pydantic reads; `reply.parsed(TYPE)` returns the instance. timeout: of
+        answer must fit, a JSON schema or a type that pydantic reads; `reply.parsed()` returns the instance. timeout: of
         this call, in seconds. extra_body, extra_query, extra_headers: as in `openai`; headers that say who asks are not sealed.
         Raises UsageError for a wrong argument.
         """
@@ -185,7 +185,7 @@ class AsyncClient(AsyncSealingClient):
             extra_query=extra_query,
             extra_body=extra_body,
         )
-        return Reply.parse(await self.post(CHAT_PATH, content=request.content, **request.options))
+        return Reply.parse(await self.post(CHAT_PATH, content=request.content, **request.options), schema)
 
     def chat_stream(
         self,
@@ -214,7 +214,7 @@ class AsyncClient(AsyncSealingClient):
             extra_query=extra_query,
             extra_body=extra_body,
         )
-        deltas = Deltas()
+        deltas = Deltas(schema)
         return AsyncChatStream(self._events(request, deltas), deltas)
 
     def continue_stream(self, state: str, *, key: bytes, timeout: Timeout = ...) -> AsyncChatStream:
