@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from lacre.errors import SettingsError
+from lacre.errors import LacreError, SettingsError, UntrustedRoot
 from lacre.trust.chain import verify
-from lacre.trust.manifest_store import VersionFile
+from lacre.trust.manifest_store import VersionFile, VersionMemory, accept
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.operate import behind
@@ -201,3 +201,59 @@ async def test_the_state_the_fabric_and_what_processes_remember_are_compared(cop
     assert "damaged" in (await found())["memory gateway/manifests"][1]
     await bucket.put("manifest", b"{}")
     assert (await found())["state"][0] is Severity.WRONG
+
+
+async def test_a_lost_root_is_replaced_beside_the_old_pins(copied: Copied) -> None:
+    """Old and new pins verify the same document, until the old root's statement about the signer ends."""
+    site, now = copied.site, time.time()
+    old, signed = site.root, site.authority.chain()
+    with pytest.raises(SettingsError, match="lacre root rotate"):
+        site.authority.replace_root(now)
+    (site.folder / "root.pem").unlink()
+    with pytest.raises(SettingsError, match=r"put root\.pem back"):
+        site.authority.rotate_root(now)
+    site.authority.replace_root(now)
+    await publish(site, copied.connection)
+    await publish(site, copied.connection)
+    document = await copied.connection.manifest() or b""
+    assert site.root != old
+    for pin in (old, site.root):
+        memory = VersionMemory()
+        assert accept(document, pin, memory, now).roots == (pin,)
+        assert accept(document, pin, memory, now).manifest.version == 3
+    with pytest.raises(UntrustedRoot):
+        verify(document, bytes(32), now)
+    await copied.feed.refresh()  # a gateway that pins the old root, and runs all the time
+    assert copied.feed.manifest.version == 3
+    assert "another copy of this folder replaced the root" in await refused(copied)
+    with pytest.raises(SettingsError, match="newest copy"):
+        await copied.caught_up()
+    later = site.authority.document("x", site.authority.renewed(signed.until), signed.until)
+    assert (later.beside, len(later.roots)) == ((), 2)
+
+
+async def test_a_lost_root_and_a_lost_signer(copied: Copied) -> None:
+    site, old = copied.site, copied.site.root
+    for name in ("root", "signer"):
+        (site.folder / f"{name}.pem").unlink()
+    site.authority.replace_root(time.time())
+    with pytest.raises(SettingsError, match=r"put signer\.pem back"):
+        await publish(site, copied.connection)
+    site.authority.rotate_signer(time.time())
+    await publish(site, copied.connection)
+    await publish(site, copied.connection)
+    document = await copied.connection.manifest() or b""
+    assert verify(document, site.root, time.time()).manifest.version == 4
+    with pytest.raises(LacreError):
+        verify(document, old, time.time())
+
+
+async def test_a_lost_signer(copied: Copied) -> None:
+    (copied.site.folder / "signer.pem").unlink()
+    with pytest.raises(SettingsError, match=r"put signer\.pem back"):
+        await publish(copied.site, copied.connection)
+    copied.site.authority.rotate_signer(time.time())
+    await publish(copied.site, copied.connection)
+    await copied.feed.refresh()
+    assert copied.feed.manifest.version == 3
+    assert (copied.site.folder / "signer.pem").exists()

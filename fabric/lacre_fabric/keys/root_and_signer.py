@@ -3,6 +3,7 @@
     root.pem signer.pem              the current keys
     root.next.pem signer.next.pem    the next keys, while a change is in progress
     trust/chain.json                 every statement that a root made here, and the keys that they lead to
+    trust/before.json                the chain of a lost root that was replaced
 
 Rules:
 - The chain only grows: some application pins the first root, and another remembers the last statement.
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jose.jws import b64u, b64u_decode, raw_public_key
-from lacre.trust.manifest import MAX_CHAIN, RootStatement
+from lacre.trust.manifest import MAX_CHAIN, Document, RootStatement
 from lacre.trust.signing import sign_statement
 from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519, read_ed25519, write_ed25519, write_secret
 
@@ -54,6 +55,13 @@ class Chain:
         return cls(roots, b64u_decode(members["signer"]), float(members["until"]), entries)
 
 
+def _read(path: Path) -> Chain:
+    try:
+        return Chain.parse(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, InvalidMessage) as exc:
+        raise SettingsError(f"{path} is missing or damaged: restore it, or use a new state folder") from exc
+
+
 class Authority:
     """The keys of a state folder. Changes require the folder's lock. Raises SettingsError if a file is missing or damaged."""
 
@@ -70,10 +78,7 @@ class Authority:
         self._extend(chain, sign_statement(RootStatement(chain.signer, chain.until), root))
 
     def chain(self) -> Chain:
-        try:
-            return Chain.parse(json.loads(self._path.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, InvalidMessage) as exc:
-            raise SettingsError(f"{self._path} is missing or damaged: restore it, or use a new state folder") from exc
+        return _read(self._path)
 
     def renewed(self, now: float) -> Chain:
         """The chain. If the signer's statement will expire soon and the root is here, a new statement is added."""
@@ -104,6 +109,40 @@ class Authority:
         after = Chain((*chain.roots, raw_public_key(following)), chain.signer, now + SIGNER_LIFETIME, chain.entries)
         statement = RootStatement(after.signer, after.until, after.roots[-1])
         return self._extend(after, sign_statement(statement, root, following))
+
+    def replace_root(self, now: float) -> Chain:
+        """Makes a new root in place of a lost one, for the same signer. No one can sign the way from the old root to it.
+
+        Both chains are served while they name the same signer: the old pins hold until its statement expires. Raises
+        SettingsError if the root is here.
+        """
+        chain = self._begin()
+        try:
+            self._root(chain)
+        except SettingsError:
+            pass
+        else:
+            raise SettingsError(f"{self._folder} holds the private key of the current root: use `lacre root rotate`")
+        following = Ed25519PrivateKey.generate()
+        write_secret(self._path.with_name("before.json"), chain.encode())
+        write_ed25519(self._folder / "root.next.pem", following)
+        after = Chain((raw_public_key(following),), chain.signer, now + SIGNER_LIFETIME)
+        return self._extend(after, sign_statement(RootStatement(after.signer, after.until), following))
+
+    def before(self) -> Chain | None:
+        """The chain of a root that was replaced; None if there was none."""
+        path = self._path.with_name("before.json")
+        if not path.exists():
+            return None
+        before, chain = _read(path), self.chain()
+        return before if before.roots[-1] != chain.roots[-1] else None
+
+    def document(self, manifest: str, chain: Chain, now: float) -> Document:
+        """With the chain of a replaced root first, as long as it is valid: older clients know no other member."""
+        before = self.before()
+        if before is None or before.signer != chain.signer or now >= before.until:
+            return Document(chain.entries, manifest)
+        return Document(before.entries, manifest, chain.entries)
 
     def adopt(self, chain: Chain) -> None:
         """Replaces the chain by a verified newer one. Private keys that it names may be missing here."""

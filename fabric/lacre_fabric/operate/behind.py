@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +19,7 @@ import nats.js.errors
 from lacre.errors import LacreError, SettingsError
 from lacre.jose.claims import Members
 from lacre.jose.jws import verify as verify_jws
-from lacre.trust.chain import Entry, follow
+from lacre.trust.chain import Entry, chain_of, follow
 from lacre.trust.manifest import MANIFEST_TYP, Document, Manifest
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
@@ -28,6 +28,7 @@ from lacre_fabric.operate.site import Site
 _COPY: Final = "put `trust/`, `pools/`, `root.pem` and `signer.pem` back from the newest copy of the folder"
 
 OTHER_ROOT: Final = "the fabric has the manifest of another root"
+REPLACED: Final = "another copy of this folder replaced the root"
 
 
 class StateBehind(SettingsError):
@@ -38,12 +39,13 @@ class StateBehind(SettingsError):
 class LastSigned:
     """What a state folder or a document says of itself. chain: the root statements. version: of the newest manifest.
 
-    token: that manifest's JWS; empty if it is not known.
+    token: that manifest's JWS; empty if it is not known. replaced: whether another root took the place of this one.
     """
 
     chain: tuple[Entry, ...]
     version: int
     token: str = ""
+    replaced: bool = False
 
 
 def of_state(folder: Path, chain: tuple[Entry, ...]) -> LastSigned:
@@ -64,10 +66,11 @@ def of_document(document: bytes, root: bytes) -> LastSigned | None:
     """None if `root` does not lead to its manifest. An expired one counts: its version was seen."""
     try:
         parsed = Document.parse(document)
-        manifest = manifest_in(parsed, follow(parsed.roots, root)[-1].statement.signer)
+        chain = chain_of(parsed, root)
+        manifest = manifest_in(parsed, follow(chain, root)[-1].statement.signer)
     except LacreError:
         return None
-    return LastSigned(parsed.roots, manifest.version, parsed.manifest)
+    return LastSigned(chain, manifest.version, parsed.manifest, bool(parsed.beside) and chain == parsed.roots)
 
 
 def manifest_in(document: Document, signer: bytes) -> Manifest:
@@ -77,6 +80,8 @@ def manifest_in(document: Document, signer: bytes) -> Manifest:
 
 def against(state: LastSigned, fabric: LastSigned) -> str | None:
     """Why the state is behind the fabric; None if it is not."""
+    if fabric.replaced and not state.replaced:
+        return REPLACED
     own, there = len(state.chain), len(fabric.chain)
     if state.chain[:there] != fabric.chain:
         if fabric.chain[:own] == state.chain:
@@ -93,10 +98,12 @@ def why(site: Site, published: bytes | None) -> str | None:
     """Why the state is behind the published document; None if it is not, or nothing is published."""
     if published is None:
         return None
-    chain = site.authority.chain()
+    chain, before = site.authority.chain(), site.authority.before()
     fabric = of_document(published, chain.roots[0])
     if fabric is not None:
         return against(of_state(site.folder, chain.entries), fabric)
+    if before is not None and (fabric := of_document(published, before.roots[0])) is not None:
+        return against(replace(of_state(site.folder, before.entries), replaced=True), fabric)
     return OTHER_ROOT if _is_sound(published) else None
 
 
@@ -136,6 +143,8 @@ def remedy(folder: Path, found: str) -> str:
             "Check the address of the NATS servers in site.json. If the folder is to replace that root, run "
             "`lacre manifest publish --new-root`"
         )
+    if found == REPLACED:
+        return f"{_COPY[0].upper()}{_COPY[1:]}"
     return (
         f"Either {_COPY}, or run `lacre state catch-up --state {shlex.quote(str(folder))}`, which takes the statements and the "
         "version from the fabric"

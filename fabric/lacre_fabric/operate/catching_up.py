@@ -37,6 +37,8 @@ def catch_up(site: Site, published: bytes | None, now: float) -> CaughtUp:
     fabric = None if published is None else behind.of_document(published, before.roots[0])
     if published is None or fabric is None:
         raise SettingsError(_NOT_OURS)
+    if fabric.replaced:
+        raise SettingsError(f"{behind.REPLACED}: only the newest copy of the folder has the new root")
     steps = follow(fabric.chain, before.roots[0])
     roots = tuple(dict.fromkeys((before.roots[0], *(step.root for step in steps))))
     last = steps[-1].statement

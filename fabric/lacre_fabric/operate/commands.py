@@ -264,6 +264,23 @@ def root_rotate(state: State = None) -> None:
     typer.echo(url)
 
 
+@root_app.command("replace")
+def root_replace(state: State = None) -> None:
+    """Create a new root in place of a lost one. Prints the connection string that pins it.
+
+    Applications that pin the lost root work until the signer's statement expires, or the signer changes: move their pins first.
+    """
+    site = site_of(state)
+    until = site.authority.chain().until
+    published = _change(site, lambda: site.authority.replace_root(time.time()))
+    site.write_env(site.base_url)
+    url = site.connection_string(site.base_url)
+    if published and not _served(url):
+        typer.echo(f"the gateway at {site.base_url} does not serve the new root yet: wait until it does", err=True)
+    typer.echo(f"old pins work until {_date(until)}; move them before you rotate the signer", err=True)
+    typer.echo(url)
+
+
 def _change(site: Site, change: Callable[[], object]) -> bool:
     """Changes the chain, publishes the result, and destroys the replaced key. Returns whether it could publish."""
     from lacre_fabric.operate import behind

@@ -38,7 +38,7 @@ from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks, shell
 from lacre.runtime.json_objects import parse_object
 from lacre.trust.chain import ConnectionString, verify
-from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool
+from lacre.trust.manifest import Manifest, ModelEntry, Pool
 from lacre.trust.signing import sign_manifest
 from lacre.wire.padding import SHAPES
 from lacre_fabric.keys import kms, pool_keys
@@ -320,7 +320,7 @@ class Site:
         now = time.time() if now is None else now
         chain = self.authority.renewed(now)
         manifest = sign_manifest(self._manifest(self._next_version(), now), self.authority.signer())
-        document = Document(chain.entries, manifest).encode()
+        document = self.authority.document(manifest, chain, now).encode()
         verify(document, chain.roots[0], now)  # never publish what would not verify from the first root on
         write_secret(self.folder / "trust" / "manifest.json", document)
         return document

@@ -16,6 +16,7 @@ from typing import Any, Final
 from lacre.errors import InvalidMessage, MessageTooLarge, UnsupportedSuite
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u
+from lacre.runtime.json_objects import parse_object
 from lacre.wire.header import KeyConfig
 
 ROOT_TYP: Final = "lacre-root+jwt"
@@ -256,20 +257,26 @@ class Manifest:
 class Document:
     """The content of `GET /v1/manifest`: the chain of root statements (each one JWS, or two at a change of root), and the
     manifest.
+
+    beside: the chain of a root that replaced a lost one. No statement leads to it from `roots`; it names the same signer.
     """
 
     roots: tuple[tuple[str, ...], ...]
     manifest: str
+    beside: tuple[tuple[str, ...], ...] = ()
 
     def encode(self) -> bytes:
-        return json.dumps({"roots": self.roots, "manifest": self.manifest}, separators=(",", ":")).encode()
+        more = {"beside": self.beside} if self.beside else {}
+        return json.dumps({"roots": self.roots, "manifest": self.manifest, **more}, separators=(",", ":")).encode()
 
     @classmethod
     def parse(cls, data: bytes) -> Document:
         if len(data) > MAX_DOCUMENT:
             raise MessageTooLarge(f"the manifest document has over {MAX_DOCUMENT} bytes")
-        members = Members.parse(data, "the manifest document")
+        said = parse_object(data, "the manifest document")
+        members = Members(said, "the manifest document")
         roots = members.text_lists("roots", at_most=MAX_CHAIN)
-        if any(len(entry) not in (1, 2) for entry in roots):
+        beside = members.text_lists("beside", at_most=MAX_CHAIN) if "beside" in said else ()
+        if any(len(entry) not in (1, 2) for entry in (*roots, *beside)):
             raise InvalidMessage("an entry of the chain of roots is one JWS, or two at a change")
-        return cls(roots, members.text("manifest"))
+        return cls(roots, members.text("manifest"), beside)

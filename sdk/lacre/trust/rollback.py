@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lacre.errors import Expired, Rollback, UntrustedRoot
-from lacre.trust.chain import Ancestry, Trusted, follow, verify
+from lacre.trust.chain import Ancestry, Trusted, chain_of, follow, verify
 from lacre.trust.manifest import Document
 
 MAX_TRIED: Final = 128  # remembered roots to try as the signer of one change of root: 0.1 ms each
@@ -70,7 +70,7 @@ def _related(candidate: Trusted, remembered: Sequence[Seen]) -> list[Seen]:
     roots, pin = frozenset(candidate.roots), candidate.roots[0]
     if all(step.statement.next_root != pin for step in candidate.steps):
         return [seen for seen in remembered if not roots.isdisjoint(seen.roots)]
-    ancestry = Ancestry.of(Document.parse(candidate.document).roots, pin)
+    ancestry = Ancestry.of(chain_of(Document.parse(candidate.document), pin), pin)
     others = dict.fromkeys(root for seen in remembered for root in seen.roots if root not in roots)
     led = {root for root in itertools.islice(others, MAX_TRIED) if ancestry.signed_by(root)} | roots | ancestry.roots
     return [seen for seen in remembered if not led.isdisjoint(seen.roots)]
@@ -78,7 +78,7 @@ def _related(candidate: Trusted, remembered: Sequence[Seen]) -> list[Seen]:
 
 def _continues(candidate: Trusted, seen: Seen) -> bool:
     """Whether the candidate's chain holds the last statement seen, or begins after it."""
-    last = follow(Document.parse(seen.document).roots, seen.pin)[-1]
+    last = follow(chain_of(Document.parse(seen.document), seen.pin), seen.pin)[-1]
     if last.root in candidate.roots:
         return last in candidate.steps
     return candidate.roots[0] not in seen.roots
