@@ -38,7 +38,7 @@ BOOKKEEPING: Final = frozenset(
         "additional_kwargs", "response_metadata", "usage_metadata", "invalid_tool_calls", "example", "lc_kwargs",
         "provider_specific_fields", "providerOptions", "provider_options", "providerMetadata", "provider_metadata",
         "experimental_providerMetadata", "extra_content", "citations", "tool_plan", "metadata", "cache_control",
-        "createdAt", "created_at", "timestamp",
+        "prompt_cache_breakpoint", "createdAt", "created_at", "timestamp",
     }
 )  # fmt: skip
 # Content that is not text; an empty value is harmless.

@@ -41,6 +41,7 @@ _IGNORED: Final[Mapping[str, type]] = {
 }
 # Members that have no effect here at these values (null always among them). Other values are refused.
 _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
+    "access_programs": (),
     "background": (False,),
     "background_options": (),
     "context_management": ([],),
