@@ -7,10 +7,11 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from lacre.asgi import Scope, Usage
 from lacre.exchange.resume_marks import ASK, YES, Mark
@@ -22,6 +23,8 @@ from lacre_backend.api.run import GenerationRuns
 from lacre_backend.api.tools.parts import Part, Speech
 from lacre_backend.api.tools.thoughts import Reader
 from lacre_backend.engine.protocol import Finish, Token
+
+AT_ONCE: Final = 64  # tokens of a begun answer that are read without a break: other streams share the thread
 
 
 class Progress:
@@ -115,16 +118,20 @@ class Answer:
         self._choices: dict[int, _Choice] = {}
         self._opened: set[int] = set()  # choices whose first events were sent
 
-    def _begun(self) -> Iterator[Token]:
+    async def _begun(self) -> AsyncGenerator[Token]:
         """The tokens that another worker sent. To read them brings the parser to where that worker's was."""
         begun = self._generation.begun
-        if begun:
-            yield from (Token(token, text, b"") for token, text in zip(begun, self._generation.released, strict=True))
-            self._limit(0)
+        if not begun:
+            return
+        for i, (token, text) in enumerate(zip(begun, self._generation.released, strict=True), 1):
+            yield Token(token, text, b"")
+            if i % AT_ONCE == 0:
+                await asyncio.sleep(0)
+        self._limit(0)
 
-    def _take_up(self) -> None:
+    async def _take_up(self) -> None:
         """Writes the part of the answer that its client has, and sends none of it."""
-        for token in self._begun():
+        async for token in self._begun():
             if not self._opened:
                 self._opened.add(0)
                 list(self._writer.first(0, self._usage))
@@ -141,15 +148,17 @@ class Answer:
 
     def _limit(self, index: int) -> None:
         """Cuts a choice's reasoning if its budget is used up."""
+        if self._max_thought is None:
+            return
         choice = self._choices[index]
         inside = choice.reader is not None and choice.reader.thinking
-        if inside and self._max_thought is not None and choice.thought >= self._max_thought:
+        if inside and choice.thought >= self._max_thought:
             self._generation.cut(index)
 
     async def whole(self) -> dict[str, Any]:
         """Every choice, once all have finished."""
         finished: dict[int, Any] = {}
-        for token in self._begun():
+        async for token in self._begun():
             self._took(0, token)
         async with aclosing(self._generation.events()) as events:
             async for index, event in events:
@@ -165,7 +174,7 @@ class Answer:
         """Sends each token as it comes. progress: sent with the last event of a token, if given. named: whether an answer that
         another worker began goes on under its name; otherwise its first events are sent again.
         """
-        self._take_up()
+        await self._take_up()
         if not named:
             self._opened.clear()
         try:
@@ -182,9 +191,10 @@ class Answer:
                         marks.add(event)
                     told = list(self._told(index, event))
                     self._limit(index)
-                    settled = not (self._generation.inside_cut or self._choices[index].owes)
+                    if marks is not None and (self._generation.inside_cut or self._choices[index].owes):
+                        marks = None  # for later
                     for i, each in enumerate(told, 1):
-                        mark = marks.mark() if marks is not None and settled and i == len(told) else None
+                        mark = marks.mark() if marks is not None and i == len(told) else None
                         await out.event(each.document, mark, each.name)
         except RequestRefused as refusal:
             if not out.started:
