@@ -101,6 +101,22 @@ async def test_what_is_not_used_is_given_back(stage: Stage, worker: FakeWorker, 
     assert (await first).status_code == 200
 
 
+async def test_one_request_after_another_is_not_refused_for_the_last_ones_settlement(
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    """As above, but the client does not wait: each request comes some 30 ms before the last one is settled."""
+    token = on(stage, "tokens")
+    for _ in range(8):
+        assert (await stage.post(client, authorization=token, lacre_max_tokens="3000")).status_code == 200
+
+
+async def test_nothing_stays_unsettled(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    for _ in range(3):
+        await stage.post(client)
+    await stage.trail(3)
+    assert not stage.gateway.budgets._lender.unsettled._ended and not stage.gateway.budgets._lender.unsettled._waiting
+
+
 async def test_money_to_the_micro_unit(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """12 prompt tokens, 2 of them cached, and 7 more: 10 × 1 + 2 × 0.25 + 7 × 2 = 24.5 micro-units, rounded up."""
     for number in range(1, 4):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections import Counter as Counts
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Final, Self
 
@@ -101,27 +103,73 @@ class Standing:
     reset: float | None
 
 
+class Unsettled:
+    """Counts, by budget, the reservations whose streams have ended and which are not settled yet. Used on one event loop."""
+
+    def __init__(self) -> None:
+        self._ended: Counts[str] = Counts()
+        self._waiting: set[asyncio.Event] = set()
+
+    def add(self, keys: Iterable[str]) -> None:
+        self._ended.update(keys)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._ended[key] -= 1
+            if not self._ended[key]:
+                del self._ended[key]
+        for event in self._waiting:
+            event.set()
+
+    async def fewer(self, keys: Sequence[str], deadline: float) -> bool:
+        """Waits for the next settlement, if any of these budgets expects one. deadline: on the loop's clock.
+
+        False: none is expected, or none came in time.
+        """
+        if not any(self._ended[key] for key in keys):
+            return False
+        event = asyncio.Event()
+        self._waiting.add(event)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await event.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.discard(event)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Lender:
+    """A process that makes reservations. holder: the name of its leases. unsettled: which of its reservations have ended."""
+
+    holder: str
+    unsettled: Unsettled = field(default_factory=Unsettled)
+
+
 class Hold:
     """A reservation. ceilings: its amounts, which the grant may allow. lease: the holder that it was charged to.
 
     It ends with `stream_over` and `settle`, each once.
     """
 
-    __slots__ = ("_charges", "_over", "_settled", "caller", "ceilings", "lease", "price", "reserved")
+    __slots__ = ("_charges", "_over", "_settled", "_unsettled", "caller", "ceilings", "lease", "price", "reserved")
 
     def __init__(
         self,
         caller: Caller,
         price: Price | None,
         ceilings: Reservation,
-        lease: str,
+        lender: Lender,
         charges: tuple[tuple[BudgetScope, Charge], ...],
     ) -> None:
+        self._unsettled = lender.unsettled
         self.caller = caller
         self.price = price
         self.ceilings = ceilings
         self.reserved = ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
-        self.lease = lease
+        self.lease = lender.holder
         self._charges = charges
         self._over = self._settled = False
 
@@ -137,6 +185,7 @@ class Hold:
         """The stream has ended, however much it will turn out to have used."""
         if not self._over:
             self._over = True
+            self._unsettled.add(self._keys())
             for _, (counter, amount) in self._charges:
                 if counter.kind is _STREAMS:
                     counter.settle(amount, 0)
@@ -149,6 +198,10 @@ class Hold:
             for _, (counter, amount) in self._charges:
                 if counter.kind is not _STREAMS:
                     counter.settle(amount, used.of(counter.kind))
+            self._unsettled.remove(self._keys())
+
+    def _keys(self) -> set[str]:
+        return {scope.key for scope, _ in self._charges}
 
     def cost(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
         """Micro-units, at the prices of the reservation."""

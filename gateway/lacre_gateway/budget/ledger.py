@@ -27,7 +27,7 @@ from lacre_fabric.work.contract import FabricBusy, FabricError, FabricUnavailabl
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget import callers, fitting
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
-from lacre_gateway.budget.holds import NOTHING, BudgetUnavailable, Exhausted, Hold, UnknownPlan
+from lacre_gateway.budget.holds import NOTHING, SOON, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.plans import Plans, Price
@@ -36,6 +36,7 @@ from lacre_gateway.budget.report import Line, lines
 from lacre_gateway.budget.windows import Calendar, windows_at
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
+SETTLE_LIMIT: Final = 0.5  # seconds that a request waits for the settlement of ended ones; it takes some 30 ms
 _TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget
 _AGAIN: Final = 0.25  # seconds until a draw is retried while the bucket is away: choosing a new leader takes some
 _SMALLER: Final = 3  # times that a smaller prompt reservation is tried, as draws of others become known
@@ -86,6 +87,7 @@ class Ledger:
         self._clock = clock
         self._offset = 0.0
         self._draws: dict[str, _Draw] = {}
+        self._lender = Lender(self.holder)
         self._callers: dict[tuple[str, str, str, str | None], Caller | None] = {}
         self._calendar = Calendar()
         self._tending: tasks.Background | None = None
@@ -118,8 +120,22 @@ class Ledger:
     async def reserve(self, who: Principal, model: str, ceilings: Reservation) -> Hold:
         """Charges a request's ceilings to every budget of its caller.
 
+        If only reservations of streams that have just ended are in the way, it waits for their settlement. So a client that
+        sends one request after another is not refused because its last one is not settled yet.
+
         Raises UnknownPlan, AboveLimit, Exhausted or BudgetUnavailable; nothing is charged then.
         """
+        deadline = asyncio.get_running_loop().time() + SETTLE_LIMIT
+        while True:
+            try:
+                return await self._reserve(who, model, ceilings)
+            except Exhausted as refused:
+                keys = [scope.key for scope in self._caller(self.plans, who).scopes]
+                if refused.retry_after > SOON or not await self._lender.unsettled.fewer(keys, deadline):
+                    raise
+
+    async def _reserve(self, who: Principal, model: str, ceilings: Reservation) -> Hold:
+        """Raises as `reserve`."""
         plans = self.plans
         caller, price = self._caller(plans, who), plans.price_of(model)
         whole = fitting.lowered(ceilings, price, fitting.at_ceilings(caller))
@@ -150,7 +166,7 @@ class Ledger:
             if not short:
                 commit(charge for _, charge in charges)
                 self._draw_ahead(charges)
-                return Hold(caller, price, ceilings, self.holder, tuple(charges))
+                return Hold(caller, price, ceilings, self._lender, tuple(charges))
             await self._draw_for(caller, amounts, charges, short, deadline)
 
     def _left(self, caller: Caller, price: Price | None, ceilings: Reservation) -> int:
