@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import secrets
@@ -51,6 +52,19 @@ def explained(parts: int, **members: Any) -> bytes:
     return json.dumps({"model": MODEL, "messages": [{"role": "user", "content": content}], "answer": "a", **members}).encode()
 
 
+def showing(address: str) -> Callable[[Stage], bytes]:
+    return asking(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address}}]}])
+
+
+# A head of a PNG file: 65,535 pixels a side, which take 16 GiB
+_HUGE: Final = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR" + 2 * b"\0\0\xff\xff" + b"\x08\x06\0\0\0").decode()
+
+test_an_address = told("have the worker fetch an address of its network, as a picture", "media come inside the request",
+    "unsupported_value", *map(showing, ("http://169.254.169.254/latest", "file:///etc/passwd", "//db.internal/")),
+    calls=1)  # fmt: skip
+test_a_huge_picture = told("send a small file that claims the memory of a huge picture",
+    "a picture's size is read from its head, before it is decoded", "image_too_large",
+    showing(f"data:image/png;base64,{_HUGE}"), calls=1)  # fmt: skip
 test_path_traversal = told(
     "leave the path by dot segments, plain or escaped", "a path in its normal form only", "invalid_path",
     *(sent(b"{}", path=path) for path in (
