@@ -27,8 +27,10 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.operate import backup, stores
 from lacre_fabric.operate.backup import Backup, decrypted, encrypted, restore
+from lacre_fabric.operate.fabric_check import Severity
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
+from lacre_fabric.operate.state_check import compare_stores
 from lacre_fabric.operate.stores import StoredEntry, provision_site
 from lacre_fabric.work.revocations import Revocation, StoreMark
 from lacre_gateway.auth.revocation import RevocationList
@@ -157,8 +159,11 @@ async def test_one_lost_store_is_marked_and_a_crash_forgets_no_loss(tmp_path: Pa
         await provision_site(site, connection)
         await publish(site, connection)
         await connection.jetstream.delete_stream(stream)
+        assert compare_stores(site, await stores.read_mark(connection)).verdict is Severity.OK
         assert await provision_site(site, connection) == StoreMark(lost)
         assert await provision_site(site, connection) == StoreMark(lost)
+        found = compare_stores(site, await stores.read_mark(connection))
+        assert (found.verdict, found.detail) == (Severity.WRONG, f"NATS lost {lost[0]}")
         stores.decide(site.folder, 0.0)
         assert await provision_site(site, connection) == StoreMark()
         (site.folder / "lost.json").write_text("{")  # of a process that ended before it wrote the mark

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from nats.js.api import StorageType, StreamConfig
 
-from lacre_fabric.nats import streams
+from lacre_fabric.nats import streams, subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
+from lacre_fabric.operate.allowed_check import check_allowed
 from lacre_fabric.operate.fabric_check import FabricFinding, Severity, _room, _takes_writes, inspect
 from lacre_fabric.operate.site import Site
 from parts.fabric import LiveFabric, Parties
@@ -46,9 +47,67 @@ async def weak(site: Site, connection: Connection, replicas: int = 1) -> dict[st
     return {finding.check: finding.detail for finding in found if finding.verdict is not Severity.OK}
 
 
+async def not_allowed(site: Site, connection: Connection) -> dict[str, str]:
+    """What gateways and workers may not do and must, by check."""
+    servers = Servers.of(connection.client.connected_url.geturl())
+    found = await check_allowed(servers, tuple(site.pools), site.credentials(), site.regions)
+    assert [finding.check for finding in found] == [
+        "allowed gateway for a", "allowed worker-a", "allowed gateway for b", "allowed worker-b",
+    ]  # fmt: skip
+    assert all(bool(finding.remedy) == (finding.verdict is not Severity.OK) for finding in found)
+    return {finding.check: finding.detail for finding in found if finding.verdict is not Severity.OK}
+
+
+# What is taken from a role, and what it then cannot do.
+NARROWER = {
+    "work.a.lacre.*": ("gateway-g1", "allowed gateway for a", "queue work"),
+    "$JS.API.STREAM.MSG.DELETE.WORK_a_lacre": ("gateway-g1", "allowed gateway for a", "withdraw work"),
+    "$JS.API.CONSUMER.MSG.NEXT.WORK_a_lacre.*": ("worker-a-n1", "allowed worker-a", "pull work"),
+    "$KV.claims_a.*": ("worker-a-n1", "allowed worker-a", "claim a request"),
+    "reply.a.>": ("worker-a-n1", "allowed worker-a", "answer"),
+    "$KV.budgets.gateway-g1.>": ("gateway-g1", "allowed gateway for a", "write a lease"),
+    "credit.a.*": ("gateway-g1", "allowed gateway for a", "give credit"),
+    "$KV.revocations.gateway-g1": ("gateway-g1", "allowed gateway for a", "revoke"),
+}
+
+
+@pytest.mark.parametrize("taken", sorted(NARROWER))
+async def test_permissions_that_are_too_narrow(site: Site, taken: str) -> None:
+    name, check, what = NARROWER[taken]
+    seen: list[str] = []
+
+    def narrowed(role: Role) -> Role:
+        if role.credential.name != name:
+            return role
+        kept = tuple(subject for subject in role.publish if subject != taken.replace("$JS.API", subjects.API))
+        seen.append(str(len(role.publish) - len(kept)))
+        return replace(role, publish=kept)
+
+    async with running(site, as_role=narrowed) as connection:
+        told = await not_allowed(site, connection)
+        assert seen == ["1"]
+        assert f"it cannot {what}: NATS denies {name}" in told[check]
+        assert "worker-b" not in "".join(told)
+
+
+async def test_a_lost_queue_and_a_wrong_password_are_not_allowed_either(site: Site) -> None:
+    async with running(site) as connection:
+        await connection.jetstream.delete_stream("WORK_a_lacre")
+        servers = Servers.of(connection.client.connected_url.geturl())
+        credentials = {**site.credentials(), "worker-b": Credential.new("worker-b-n1")}
+        found = await check_allowed(servers, tuple(site.pools), credentials, site.regions)
+        assert {finding.check: finding.verdict for finding in found} == {
+            "allowed worker-a": Severity.WRONG, "allowed worker-b": Severity.WRONG,
+        }  # fmt: skip
+
+
 async def test_streams_and_consumers(site: Site) -> None:
     async with running(site) as connection:
         js = connection.jetstream
+        assert await not_allowed(site, connection) == {}
+        for pool in site.pools:
+            info = await js.stream_info(f"WORK_{pool}_lacre")
+            assert (info.state.messages, info.state.consumer_count) == (0, 1)
         assert await weak(site, connection) == {}
         await provision(connection, site.pools, ack_wait=60.0)
         told = await weak(site, connection)

@@ -423,9 +423,10 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
     from io import StringIO
 
     from lacre_fabric import logs
-    from lacre_fabric.operate import behind
+    from lacre_fabric.operate import behind, stores
+    from lacre_fabric.operate.allowed_check import check_allowed
     from lacre_fabric.operate.fabric_check import FabricFinding, Severity, inspect
-    from lacre_fabric.operate.state_check import compare
+    from lacre_fabric.operate.state_check import compare, compare_stores
     from lacre_fabric.work.contract import FabricUnavailable
 
     site = site_of(state)
@@ -433,9 +434,11 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
 
     async def run() -> list[FabricFinding]:
         found = await inspect(site.servers, site.pools, site.replicas, site.credentials(), site.regions)
+        found += await check_allowed(site.servers, tuple(site.pools), site.credentials(), site.regions)
         with suppress(FabricUnavailable):  # `inspect` has said so
             async with provisioner(site) as connection:
                 found += compare(site, await behind.published(connection))
+                found.append(compare_stores(site, await stores.read_mark(connection)))
         return found
 
     found = asyncio.run(run())

@@ -7,10 +7,11 @@ from typing import Final
 
 from lacre.errors import SettingsError
 from lacre.trust.manifest_store import VersionFile
-from lacre_fabric.operate import behind
+from lacre_fabric.operate import behind, stores
 from lacre_fabric.operate.behind import LastSigned
 from lacre_fabric.operate.fabric_check import FabricFinding, Severity
 from lacre_fabric.operate.site import Site
+from lacre_fabric.work.revocations import StoreMark
 
 _PUBLISH: Final = "run `lacre manifest publish`"
 # Where `lacre up` has processes keep them.
@@ -26,6 +27,13 @@ def compare(site: Site, published: bytes | None) -> list[FabricFinding]:
     except SettingsError as exc:
         return [FabricFinding("state", Severity.WRONG, str(exc), "restore the folder: docs/rotation.md, After a restore")]
     return [*found, *_memories(site, fabric, frozenset(chain.roots))]
+
+
+def compare_stores(site: Site, mark: StoreMark) -> FabricFinding:
+    """Whether NATS lost a store that nobody has settled."""
+    if not mark.lost:
+        return FabricFinding("stores", Severity.OK, "nothing is marked as lost")
+    return FabricFinding("stores", Severity.WRONG, f"NATS lost {' and '.join(mark.lost)}", stores.unsettled(mark, site.folder))
 
 
 def _state(
