@@ -64,7 +64,7 @@ class _Tried:
 async def check_allowed(
     servers: Servers, pools: Sequence[str], credentials: Mapping[str, Credential], regions: Sequence[str]
 ) -> list[FabricFinding]:
-    """credentials: as `fabric_check.inspect` takes them. Pools whose workers' credential is not here are left out."""
+    """credentials: as `fabric_check.inspect` takes them. It skips pools whose workers' credential is missing."""
     found = []
     for region in regions:
         mark = "" if region == subjects.DEFAULT_REGION else f"@{region}"
