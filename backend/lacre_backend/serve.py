@@ -33,6 +33,7 @@ from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
+from lacre_backend.node.work_counts import WorkCounts
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.upstream import app as upstream
 from lacre_backend.upstream.origins import Origins
@@ -69,6 +70,7 @@ async def _serve(settings: WorkerSettings) -> None:
             partial(_holding, settings.pool, serving, keys, raw_public_key(receipt_key)),
             [*serving.parts, lambda: claims[0]() if claims else None],
         )
+        counts = WorkCounts()
         fabric = await NatsWorker.connect(
             settings.nats.servers,
             credential,
@@ -81,6 +83,7 @@ async def _serve(settings: WorkerSettings) -> None:
             keys=keys.fingerprints,
             able=readiness,
             region=settings.nats.region,
+            counts=counts.now,
         )
         stack.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
@@ -91,7 +94,7 @@ async def _serve(settings: WorkerSettings) -> None:
         await tasks.together(probe.look(), *(watched.look() for watched in serving.watched))
         readiness.follow(feed)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
-        node = Node(fabric, serving.app, identity, repeatable=serving.repeatable, weighs=serving.weighs)
+        node = Node(fabric, serving.app, identity, repeatable=serving.repeatable, weighs=serving.weighs, counts=counts)
         running = tasks.start("node", node.run)
         works: list[tuple[str, tasks.Work]] = [
             ("pool keys", keys.watch),

@@ -9,11 +9,13 @@ from functools import cache
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from lacre_gateway.admin import gauges
+from lacre_fabric.work.contract import Backlog
+from lacre_fabric.work.model_counts import ModelCounts
+from lacre_gateway.admin import gauges, model_metrics
 from lacre_gateway.budget.settlement import Verdict
 from lacre_gateway.observe.metrics import Metrics, States
 
-_NAME = re.compile(r"\b(?:lacre|process)_[a-z_]+")
+_NAME = re.compile(r"\b(?:vllm:|lacre_|process_|gen_ai_server_)[a-z_]+")
 
 
 class _Exchange:
@@ -37,6 +39,8 @@ def counted() -> frozenset[str]:
     metrics.administered("admin:usage", "permitted")
     shown = text_string_to_metric_families(metrics.show().decode())
     names = {sample.name for family in shown for sample in family.samples} | {"lacre_tokens_total"}
+    counts = model_metrics.families({("p", "r", "m"): ModelCounts()}, {("p", "r"): Backlog(0, {"m": 0})})
+    names |= {sample.name for family in counts for sample in family.samples}
     source = gauges.__spec__.loader.get_data(gauges.__file__).decode()  # type: ignore[union-attr]
     counters = {f"{name}_total" for name in re.findall(r'CounterMetricFamily\(\s*"(lacre_[a-z_]+)"', source)}
     return frozenset(names | counters | set(re.findall(r'"(lacre_[a-z_]+)"', source)))

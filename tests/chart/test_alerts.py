@@ -62,7 +62,8 @@ def healthy() -> dict[str, str]:
         found |= histogram("lacre_audit_commit_seconds", gateway, "0.05")
         found[f"lacre_workers{{{gateway},{POOL}}}"] = steady(2)
         found[f'lacre_workers{{{gateway},pool="default",region="eu"}}'] = steady(0)
-        found[f'lacre_pool_away{{{gateway},pool="default"}}'] = steady(0)
+        for name in ("lacre_pool_away", "lacre_queue_missing"):
+            found[f'{name}{{{gateway},pool="default"}}'] = steady(0)
         found[f"lacre_queue_requests{{{gateway},{POOL}}}"] = steady(3)
         for state, count in (("busy", 8), ("free", 1)):
             found[f'lacre_worker_slots{{{gateway},{POOL},state="{state}"}}'] = steady(count)
@@ -84,6 +85,7 @@ FAULTS: Mapping[str, tuple[dict[str, str], int, int]] = {
         9, 14,
     ),
     "LacrePoolWithoutWorkers": (everywhere("lacre_workers", steady(0), f",{POOL}"), 1, 3),
+    "LacreQueueMissing": ({f'lacre_queue_missing{{{G1},pool="default"}}': steady(1)}, 0, 2),
     "LacrePoolAway": ({f'lacre_pool_away{{{G1},pool="default"}}': steady(1)}, 0, 2),
     "LacrePoolSaturated": (everywhere("lacre_worker_slots", steady(0), f',{POOL},state="free"'), 4, 6),
     "LacreReceiptsMissing": (everywhere("lacre_settlements_total", rising(2), ',result="unreceipted"'), 14, 18),

@@ -167,7 +167,9 @@ async def test_the_nearest_worker_that_is_free(regions: Regions) -> None:
     # Presence has not told yet that the only slot here is taken: what was sent counts.
     second, third, fourth = [await gateway.dispatch(new_work()) for _ in range(3)]
     away = [await far.pull() for _ in range(2)]
-    assert [await gateway.backlog(POOL, at) for at in REGIONS] == [2, 2], "not acked yet; the last waits here, for all are busy"
+    assert [(await gateway.backlog(POOL, at)).requests for at in REGIONS] == [2, 2], (
+        "not acked yet; the last waits here, for all are busy"
+    )
     await asyncio.gather(*(regions.answer(far, delivery) for delivery in away), regions.answer(near, at_home))
     assert [await read(each) for each in (first, second, third)] == [WHOLE] * 3
     await regions.answer(near)
@@ -246,7 +248,7 @@ async def test_what_may_be_in_a_queue_is_put_into_no_other(regions: Regions) -> 
             await read(dispatch)
         await regions.answer(near, delivery)
         assert await read(held) == WHOLE
-        assert await gateway.backlog(POOL, HOME) == 0
+        assert (await gateway.backlog(POOL, HOME)).requests == 0
     finally:
         process.send_signal(signal.SIGCONT)
     async with asyncio.timeout(15):
@@ -388,7 +390,7 @@ async def test_another_region_is_lost(own: Regions) -> None:
         assert await answered(gateway)
         revision = await bucket.write("user.x", b"1", revision)
         await gateway.revoked()
-        assert await gateway.backlog(POOL, HOME) == 0
+        assert (await gateway.backlog(POOL, HOME)).requests == 0
         await asyncio.sleep(0.2)
 
     await away.drop()

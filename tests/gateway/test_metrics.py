@@ -11,6 +11,8 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from lacre import problems
+from lacre_fabric.nats.subjects import DEFAULT_REGION
+from lacre_fabric.work.model_counts import ModelCounts
 from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.cedar import PolicyError
 from parts.fake_worker import FakeWorker
@@ -126,6 +128,28 @@ async def test_states(stage: Stage) -> None:
     assert not [at for at in found if at[0] == "lacre_queue_requests"]  # rather nothing than a number that may be wrong
 
 
+async def test_what_workers_do_is_shown_by_model(stage: Stage) -> None:
+    """Of models of the manifest alone: a worker may announce any name."""
+    at_first = (0, 1, *(0,) * 14, 2)
+    for pool, model in (("default", MODEL), ("default", "of no manifest"), ("of no manifest", MODEL)):
+        stage.hub.counts[pool, DEFAULT_REGION, model] = ModelCounts(3, 100, 40, 7, at_first, 21.5)
+    found = await scrape(stage)
+    place = {"pool": "default", "region": DEFAULT_REGION}
+    shown = {
+        name: value for (name, labels), value in found.items() if frozenset({**place, "model_name": MODEL}.items()) == labels
+    }
+    assert shown == {
+        "vllm:num_requests_running": 3, "vllm:num_requests_waiting": 0, "vllm:prompt_tokens_total": 100,
+        "vllm:generation_tokens_total": 7, "vllm:prefix_cache_queries_total": 100, "vllm:prefix_cache_hits_total": 40,
+    }  # fmt: skip
+    first = "gen_ai_server_time_to_first_token_seconds"
+    of_model = frozenset({**place, "gen_ai_request_model": MODEL}.items())
+    assert (found[f"{first}_count", of_model], found[f"{first}_sum", of_model]) == (3, 21.5)
+    buckets = {dict(labels)["le"]: value for (name, labels), value in found.items() if name == f"{first}_bucket"}
+    assert (buckets["0.001"], buckets["0.005"], buckets["10.0"], buckets["+Inf"]) == (0, 1, 1, 3)
+    assert [at for at in found if "of no manifest" in repr(at)] == []
+
+
 async def test_labels_are_of_closed_sets(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """Whatever callers write, nothing of it becomes a label."""
     for name in ("lacre_pool", "lacre_model", "lacre_action", "lacre_shape", "lacre_max_tokens", "content_type"):
@@ -143,7 +167,9 @@ async def test_labels_are_of_closed_sets(stage: Stage, worker: FakeWorker, clien
 async def test_every_metric_says_what_it_is(stage: Stage) -> None:
     await scrape(stage)
     text = stage.gateway.metrics.show().decode()
-    ours = {name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if name.startswith("lacre_")}
-    assert len(ours) > 20
+    ours = {
+        name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if name.startswith(("lacre_", "vllm:", "gen_ai_"))
+    }
+    assert len(ours) > 26
     for name in ours:
         assert re.search(rf"^# HELP {name} \S", text, re.MULTILINE), name

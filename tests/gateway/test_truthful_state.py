@@ -13,7 +13,7 @@ import pytest
 
 from lacre_fabric.logs import make_log
 from lacre_fabric.operate import dev_issuer
-from lacre_fabric.work.contract import FabricUnavailable, NoQueue
+from lacre_fabric.work.contract import Backlog, FabricUnavailable, NoQueue
 from lacre_fabric.work.revocations import subject_key
 from lacre_gateway.observe.queues import Queues
 from parts.chat_app import ChatApp
@@ -29,12 +29,12 @@ class Backlogs:
         self.without: set[str] = set()
         self.silent: set[str] = set()
 
-    async def backlog(self, pool: str, _region: str) -> int:
+    async def backlog(self, pool: str, _region: str) -> Backlog:
         if pool in self.without:
             raise NoQueue("none")
         if pool in self.silent:
             raise FabricUnavailable("no answer")
-        return 0
+        return Backlog(0)
 
 
 async def test_a_pool_without_a_queue_is_named_once_and_only_all_of_them_count() -> None:

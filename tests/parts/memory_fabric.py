@@ -16,6 +16,7 @@ from lacre_fabric.nats.subjects import DEFAULT_REGION
 from lacre_fabric.work.contract import (
     MAX_DELIVER,
     QUEUE_LIMIT,
+    Backlog,
     Capacity,
     Delivery,
     DuplicateWork,
@@ -27,6 +28,7 @@ from lacre_fabric.work.contract import (
 )
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
+from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.revocations import Revocation, StoreMark
 from lacre_fabric.work.slots import Slots
 from lacre_fabric.work.worker_stream import Outbound
@@ -47,6 +49,7 @@ class MemoryFabric:
         self.live: list[MemoryWorker] = []
         self.arrived = asyncio.Condition()
         self.cut_off: set[str] = set()  # pools, by their names: what `away` says
+        self.counts: dict[tuple[str, str, str], ModelCounts] = {}  # what workers' presence would tell
 
     def gateway(self) -> MemoryGateway:
         return MemoryGateway(self)
@@ -130,8 +133,12 @@ class MemoryGateway:
     def away(self) -> frozenset[str]:
         return frozenset(self._hub.cut_off)
 
-    async def backlog(self, pool: str, region: str) -> int:
-        return sum(work.pool == pool and region == DEFAULT_REGION for work, _ in self._hub.queue)
+    def counts(self) -> Mapping[tuple[str, str, str], ModelCounts]:
+        return self._hub.counts
+
+    async def backlog(self, pool: str, region: str, models: Sequence[str] = ()) -> Backlog:
+        waiting = [work.model for work, _ in self._hub.queue if work.pool == pool and region == DEFAULT_REGION]
+        return Backlog(len(waiting), {model: waiting.count(model) for model in models})
 
     async def close(self) -> None:
         self.connected = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -170,6 +171,8 @@ class GenerationRuns:
     def _count(self, prompt: int, event: PromptProgress | Token | Finish) -> None:
         """Counts each prompt once, however many choices read it. The first served choice gives the cached tokens."""
         self._usage.completion_tokens += isinstance(event, Token)
+        if self._usage.first_output is None and isinstance(event, Token):
+            self._usage.first_output = time.monotonic()
         if prompt in self._read:
             return
         if isinstance(event, PromptProgress):

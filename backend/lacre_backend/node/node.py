@@ -37,6 +37,7 @@ from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SHAPES, shape_named
 from lacre_backend.node import grant_check
+from lacre_backend.node.work_counts import WorkCounts
 from lacre_fabric import logs
 from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
 from lacre_fabric.work.frames import FrameKind
@@ -84,7 +85,7 @@ class Node:
 
     - app: answers opened requests. repeatable: actions that may start before the claim.
     - weighs: actions for which the app reports the number of sequences; others count as one.
-    - clock: seconds since the epoch. claim_patience: seconds to retry a claim.
+    - clock: seconds since the epoch. claim_patience: seconds to retry a claim. counts: of the requests and their tokens.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class Node:
         weighs: Collection[str] = (),
         clock: Callable[[], float] = time.time,
         claim_patience: float = CLAIM_PATIENCE,
+        counts: WorkCounts | None = None,
     ) -> None:
+        self._counts = counts or WorkCounts()
         self._claim_patience = claim_patience
         self._fabric = fabric
         self._app = app
@@ -213,7 +216,8 @@ class Node:
             await delivery.send(FrameKind.DATA, sealed)
             await delivery.send(FrameKind.USAGE, receipt.encode())
             return "refused-inside"
-        await self._answer(delivery, opened, call, receipts)
+        with self._counts.counting(delivery.work.model, call.usage):
+            await self._answer(delivery, opened, call, receipts)
         return "answered"
 
     def _weigh(self, loop: asyncio.AbstractEventLoop, delivery: Delivery, sequences: int) -> None:

@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -41,6 +42,8 @@ def count_event(call: Call, seen: int) -> None:
     if seen > granted + SLACK:
         raise refusals.unusable("made more tokens than were granted")
     call.usage.completion_tokens = min(seen, granted)
+    if call.usage.first_output is None and seen:
+        call.usage.first_output = time.monotonic()
 
 
 def says_something(event: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from lacre_fabric.nats.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import (
     QUEUE_LIMIT,
+    Backlog,
     Capacity,
     DuplicateWork,
     FabricError,
@@ -47,6 +48,7 @@ from lacre_fabric.work.contract import (
 )
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
+from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import MAX_BYTES
 from lacre_fabric.work.revocations import Revocation, StoreMark
 
@@ -173,12 +175,18 @@ class NatsGateway:
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
         return {(pool, region): at for pool, side in self._sides.items() for region, at in side.roster.capacity().items()}
 
-    async def backlog(self, pool: str, region: str) -> int:
+    def counts(self) -> Mapping[tuple[str, str, str], ModelCounts]:
+        return {(pool, *at): counts for pool, side in self._sides.items() for at, counts in side.roster.counts().items()}
+
+    async def backlog(self, pool: str, region: str, models: Sequence[str] = ()) -> Backlog:
+        stream, every = subjects.work_stream(pool, region), subjects.works(pool, region) if models else None
         async with self.connection.mapped():
             try:
-                return (await self.connection.jetstream.stream_info(subjects.work_stream(pool, region))).state.messages
+                state = (await self.connection.jetstream.stream_info(stream, subjects_filter=every)).state
             except nats.js.errors.NotFoundError as exc:
                 raise NoQueue(f"pool {pool} has no queue: run `lacre keys tend`") from exc
+        waiting = state.subjects or {}
+        return Backlog(state.messages, {model: waiting.get(subjects.work(pool, region, model), 0) for model in models})
 
     def _side(self, pool: str) -> PoolSide:
         """The gateway's state for the pool. Raises FabricUnavailable if there are too many pools."""

@@ -70,6 +70,11 @@ def work(pool: str, region: str, model: str) -> str:
     return f"work.{pool}.{region}.{model_token(model)}"
 
 
+def works(pool: str, region: str) -> str:
+    """The subjects of all models."""
+    return f"work.{pool}.{region}.*"
+
+
 def consumer(model: str) -> str:
     """The durable consumer of a model's subject."""
     return f"model-{model_token(model)}"

@@ -35,7 +35,8 @@ from lacre_fabric.nats.roles import MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, Work
 from lacre_fabric.work.frames import Frame, FrameKind
-from lacre_fabric.work.presence import KEYS, ROOM, WRONG
+from lacre_fabric.work.model_counts import ModelCounts
+from lacre_fabric.work.presence import COUNTS, KEYS, MAX_BYTES, ROOM, WRONG
 from lacre_fabric.work.slots import Slots
 from lacre_fabric.work.worker_stream import Outbound
 
@@ -48,6 +49,8 @@ IN_PROGRESS: Final = 2.0  # seconds between in-progress acks of unacked work; we
 MAX_CREDIT_DIGITS: Final = 12  # of the byte count that a reader took: more than any answer has
 
 log = structlog.get_logger("lacre.fabric")
+
+Counts = Callable[[], Mapping[str, ModelCounts]]
 
 
 @dataclass(slots=True)
@@ -83,8 +86,10 @@ class NatsWorker:
         keys: Callable[[], Sequence[str]] = tuple,
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
+        counts: Counts = dict,
     ) -> None:
         self.connection = connection
+        self._counts = counts
         self._able = able
         self._keys = keys
         self._pool = pool
@@ -114,17 +119,20 @@ class NatsWorker:
         keys: Callable[[], Sequence[str]] = tuple,
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
+        counts: Counts = dict,
     ) -> Self:
         """Connects, binds the queues and starts to announce. Raises SettingsError or FabricUnavailable.
 
         - slots: at most `MAX_SLOTS`. each, sharing: as in `Slots`.
         - keys: returns the fingerprints of the pool keys held now, for presence.
-        - able: reports faults; None: none.
+        - able: reports faults; None: none. counts: returns the work so far by model, for presence.
         """
         if slots > MAX_SLOTS:
             raise SettingsError(f"slots: a worker has at most {MAX_SLOTS}, not {slots}: run more workers of the pool")
         room = Slots(slots, models, each, sharing)
-        worker = cls(await Connection.open(servers, credential), pool, node, room, keys=keys, able=able, region=region)
+        worker = cls(
+            await Connection.open(servers, credential), pool, node, room, keys=keys, able=able, region=region, counts=counts
+        )
         try:
             await worker._bind(models)
         except BaseException:
@@ -295,9 +303,13 @@ class NatsWorker:
         wrong = [] if self._able is None else self._able.kinds()
         said = {"models": models, "free": self._slots.total - busy, "busy": busy, ROOM: room}
         said |= {KEYS: list(self._keys()), WRONG: wrong}
+        counted = said | {COUNTS: {model: counts.encode() for model, counts in self._counts().items()}}
+        message = json.dumps(counted).encode()
+        if len(message) > MAX_BYTES:  # without counts, because the rest must arrive
+            message = json.dumps(said).encode()
         with suppress(nats.errors.Error):  # while NATS is down there is no listener
             subject = subjects.presence(self._pool, self._region, self._node)
-            await self.connection.client.publish(subject, json.dumps(said).encode())
+            await self.connection.client.publish(subject, message)
 
 
 class NatsDelivery:

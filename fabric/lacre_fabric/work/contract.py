@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from lacre.errors import LacreError
 from lacre_fabric.work.frames import Frame, FrameKind
+from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.revocations import Revocation, StoreMark
 
 # bytes of data that a worker may send before the gateway renews its credit: core NATS has no back-pressure
@@ -117,6 +118,14 @@ class Capacity:
     free: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Queued requests of a pool in one region; and of each model that was asked for."""
+
+    requests: int
+    models: Mapping[str, int] = field(default_factory=dict)
+
+
 class Dispatch(Protocol):
     """Dispatched work, as the gateway sees it."""
 
@@ -157,8 +166,14 @@ class GatewayFabric(Protocol):
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
         """By pool and region, for those that have live workers."""
 
-    async def backlog(self, pool: str, region: str) -> int:
-        """The number of queued requests that no worker has acked yet. Raises NoQueue or FabricUnavailable."""
+    def counts(self) -> Mapping[tuple[str, str, str], ModelCounts]:
+        """The workers' own counts, by pool, region and model."""
+
+    async def backlog(self, pool: str, region: str, models: Sequence[str] = ()) -> Backlog:
+        """The queued requests that no worker has acked yet. models: those to count one by one.
+
+        Raises NoQueue or FabricUnavailable.
+        """
 
     @property
     def connected(self) -> bool:

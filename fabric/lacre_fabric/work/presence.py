@@ -18,6 +18,7 @@ from typing import Final
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre_fabric.work.contract import PRESENT_FOR, Capacity
+from lacre_fabric.work.model_counts import ModelCounts, ModelSums, parse_counts
 
 MAX_BYTES: Final = 64 * 1024  # of one presence message: the names of a node's models and the fingerprints of its keys
 MAX_SLOTS: Final = 2**16  # of one worker, busy or free: no engine decodes so many streams at once
@@ -30,6 +31,7 @@ MAX_REGIONS: Final = 64  # of one pool
 MAX_REASONS: Final = 16  # that one worker may give for taking no work; about ten exist
 WRONG: Final = "wrong"  # member of a presence message: the kinds of faults that keep the worker from working
 ROOM: Final = "room"  # member of a presence message: its free slots by model; older workers omit it
+COUNTS: Final = "counts"  # member of a presence message: its work by model, for metrics; older workers omit it
 KEYS: Final = "keys"  # member of a presence message: the fingerprints of the keys that it holds
 
 
@@ -39,13 +41,14 @@ _KIND: Final = re.compile(r"[a-z_]{1,32}")  # they are shown in a terminal
 @dataclass(frozen=True, slots=True)
 class Presence:
     """A presence message. models: those it takes work for now. busy, free: its slots. room: free slots by model; `free` applies
-    to a model not in it.
+    to a model not in it. counts: its work, of models that have some.
     """
 
     models: frozenset[str]
     busy: int
     free: int
     room: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, ModelCounts] = field(default_factory=dict)
 
     def free_for(self, model: str) -> int:
         return min(self.free, self.room.get(model, self.free))
@@ -55,7 +58,8 @@ class Presence:
         """Raises InvalidMessage."""
         members = _members(data)
         models = _texts(members, "models", MAX_MODELS, MAX_MODEL)
-        return cls(models, _slots(members, "busy"), _slots(members, "free"), _room(members, models))
+        counts = parse_counts(members, COUNTS, MAX_MODEL)
+        return cls(models, _slots(members, "busy"), _slots(members, "free"), _room(members, models), counts)
 
 
 def keys_in(data: bytes) -> frozenset[str]:
@@ -104,6 +108,7 @@ class Roster:
         # By region and node, the most recent last. The time is when the presence expires, on the monotonic clock.
         self._nodes: dict[tuple[str, str], tuple[float, Presence]] = {}
         self._regions: Counter[str] = Counter()  # workers in each region
+        self._sums = ModelSums()
 
     def hear(self, region: str, node: str, presence: Presence) -> bool:
         """Records a worker's presence. False if the pool has too many workers or regions; the known ones stay."""
@@ -114,6 +119,7 @@ class Roster:
                 return False
             self._regions[region] += 1
         self._nodes[region, node] = time.monotonic() + PRESENT_FOR, presence
+        self._sums.hear(region, node, presence.counts)
         return True
 
     def live(self) -> Mapping[tuple[str, str], Presence]:
@@ -130,6 +136,11 @@ class Roster:
                 found[region] = Capacity(at.workers + 1, at.busy + said.busy, at.free + said.free)
         return found
 
+    def counts(self) -> dict[tuple[str, str], ModelCounts]:
+        """The workers' counts by region and model. Only `running` is of the live ones."""
+        self._forget()
+        return self._sums.total()
+
     def free(self, model: str) -> dict[str, int]:
         """Free slots of the workers that serve the model, by region. Regions without such a worker are omitted."""
         found: dict[str, int] = {}
@@ -142,6 +153,7 @@ class Roster:
         now = time.monotonic()
         while self._nodes and self._nodes[oldest := next(iter(self._nodes))][0] <= now:
             del self._nodes[oldest]
+            self._sums.forget(*oldest)
             self._regions[oldest[0]] -= 1
             if not self._regions[oldest[0]]:
                 del self._regions[oldest[0]]

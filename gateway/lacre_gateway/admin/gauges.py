@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from lacre.runtime import tasks
-from lacre_fabric.work.contract import Capacity, FabricError
+from lacre_fabric.work.contract import Backlog, Capacity, FabricError
+from lacre_gateway.admin import model_metrics
 from lacre_gateway.observe.metrics import Labelled, by_label, gauge
 
 if TYPE_CHECKING:
@@ -24,20 +25,21 @@ class Gauges:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._backlog: dict[tuple[str, str], int] = {}  # by pool and region
+        self._queues: dict[tuple[str, str], Backlog] = {}  # by pool and region
 
     async def refresh(self) -> None:
         """Reads the queues; if that fails, their gauges are omitted."""
         places = list(self._places())
         counts = await tasks.together(*(self._ask(*place) for place in places))
-        self._backlog = {place: count for place, count in zip(places, counts, strict=True) if count is not None}
+        self._queues = {place: count for place, count in zip(places, counts, strict=True) if count is not None}
 
-    async def _ask(self, pool: str, region: str) -> int | None:
-        fabric = self._gateway.fabric
-        if fabric is not None:
+    async def _ask(self, pool: str, region: str) -> Backlog | None:
+        fabric, feed = self._gateway.fabric, self._gateway.feed
+        served = feed.manifest.pools.get(pool) if feed.ready else None
+        if fabric is not None and served is not None:
             with suppress(FabricError, TimeoutError):
                 async with asyncio.timeout(_BACKLOG_LIMIT):
-                    return await fabric.backlog(pool, region)
+                    return await fabric.backlog(pool, region, tuple(served.models))
         return None
 
     def _places(self) -> dict[tuple[str, str], Capacity]:
@@ -87,12 +89,16 @@ class Gauges:
         """Each pool of the manifest, by region: its live workers, and how many requests wait, as of the last `refresh`."""
         found: dict[str, dict[str, tuple[Capacity, int | None]]] = {}
         for (pool, region), at in self._places().items():
-            found.setdefault(pool, {})[region] = at, self._backlog.get((pool, region))
+            found.setdefault(pool, {})[region] = at, self._waiting(pool, region)
         return found
+
+    def _waiting(self, pool: str, region: str) -> int | None:
+        queue = self._queues.get((pool, region))
+        return None if queue is None else queue.requests
 
     def _families(self) -> Iterator[Metric]:
         present = self._places()
-        backlog = {at: count for at, count in self._backlog.items() if at in present}
+        backlog = {at: queue.requests for at, queue in self._queues.items() if at in present}
         workers: Labelled = {at: seen.workers for at, seen in present.items()}
         slots: Labelled = {(*at, state): getattr(seen, state) for at, seen in present.items() for state in ("busy", "free")}
         queued: Labelled = {at: count for at, count in backlog.items()}  # noqa: C416  # a mapping's keys are invariant
@@ -107,3 +113,12 @@ class Gauges:
         yield by_label("lacre_worker_slots", "Their slots, by their presence.", (*labels, "state"), slots)
         yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", labels, queued)
         yield by_label("lacre_pool_demand", "Backlog and busy slots: what to scale workers by.", labels, demand)
+        yield from self._by_model(present)
+
+    def _by_model(self, present: Collection[tuple[str, str]]) -> Iterator[Metric]:
+        """Of the manifest's models alone: a worker chooses the names in its presence."""
+        pools = self._gateway.feed.manifest.pools if self._gateway.feed.ready else {}
+        said = {} if self._gateway.fabric is None else self._gateway.fabric.counts()
+        known = {at: counts for at, counts in said.items() if at[0] in pools and at[2] in pools[at[0]].models}
+        queues = {at: queue for at, queue in self._queues.items() if at in present}
+        yield from model_metrics.families(known, queues)

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
-from lacre_fabric.work.contract import FabricError, NoQueue
+from lacre_fabric.work.contract import Backlog, FabricError, NoQueue
 
 LOOK: Final = 2.0  # seconds between looks: one question to NATS for each pool
 REMEDY: Final = "run `lacre keys tend` where the state folder is: it recreates queues; with --stay it does so by itself"
@@ -23,7 +23,7 @@ REMEDY: Final = "run `lacre keys tend` where the state folder is: it recreates q
 class QueueSource(Protocol):
     """Where queues are counted: the fabric."""
 
-    async def backlog(self, pool: str, region: str) -> int:
+    async def backlog(self, pool: str, region: str) -> Backlog:
         """Raises NoQueue or FabricUnavailable."""
         ...
 

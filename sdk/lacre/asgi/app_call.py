@@ -55,7 +55,8 @@ class Disconnected(OSError):
 class Usage:
     """Tokens that a call used so far. The app writes it; the node reads it for receipts.
 
-    reasoning_tokens: those of the completion in which the model reasons.
+    reasoning_tokens: those of the completion in which the model reasons. first_output: when the first token was made, on the
+    monotonic clock; None: none yet, or the app cannot tell.
     """
 
     prompt_tokens: int = 0
@@ -63,6 +64,7 @@ class Usage:
     completion_tokens: int = 0
     model_digest: str = ""
     reasoning_tokens: int = 0
+    first_output: float | None = None
 
 
 def _weightless(_sequences: int) -> None:

@@ -20,6 +20,7 @@ import lacre
 from lacre import asgi
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node.node import Identity, Node
+from lacre_backend.node.work_counts import WorkCounts
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.connection import Connection
@@ -227,15 +228,17 @@ class LiveStage(Standing):
 @asynccontextmanager
 async def connected_node(site: Site, url: str, app: asgi.App, pool: str = POOL, *, slots: int) -> AsyncIterator[Node]:
     """A node that is connected, and does not run yet, with the keys of the site's own worker."""
-    keys = KeyRing(site.keys_folder(pool))
+    keys, counts, credential = KeyRing(site.keys_folder(pool)), WorkCounts(), site.credential(f"worker-{pool}-{NODE}")
+    models = tuple(site.pools[pool])
     fabric = await NatsWorker.connect(
-        url, site.credential(f"worker-{pool}-{NODE}"), pool, NODE, tuple(site.pools[pool]), slots=slots, keys=keys.fingerprints
-    )
+        url, credential, pool, NODE, models, slots=slots, keys=keys.fingerprints, counts=counts.now
+    )  # fmt: skip
     feed = ManifestFeed(fabric.connection.manifest, site.root)
     await feed.start()
     try:
         receipt_key = read_ed25519(site.receipt_file(pool))
-        yield Node(fabric, app, Identity(pool, lambda: keys.keys, receipt_key, lambda: feed.manifest))
+        identity = Identity(pool, lambda: keys.keys, receipt_key, lambda: feed.manifest)
+        yield Node(fabric, app, identity, counts=counts)
     finally:
         await feed.close()
         await fabric.close()
