@@ -309,3 +309,34 @@ def test_a_full_disk_leaves_neither_half_a_file_nor_half_a_folder(tmp_path: Path
             assert [path.name for path in disk.iterdir()] == ["ballast"]
         restore(found, disk / "state")
         shutil.rmtree(disk / "state")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # fifteen commands, each a Python of its own
+async def test_an_operator_restores_an_old_backup_and_loses_the_root(tmp_path: Path) -> None:
+    """By the commands alone, as docs/rotation.md has them."""
+    site, file, secret = site_in(tmp_path / "state"), tmp_path / "site.backup", passphrase_in(tmp_path)
+    old = tmp_path / "old"
+    async with serving(site, tmp_path / "nats"):
+        await lacre("manifest", "publish", "--state", site.folder)
+        await lacre("state", "backup", file, "--state", site.folder, "--passphrase-file", secret)
+        await lacre("signer", "rotate", "--state", site.folder)
+        await lacre("state", "restore", file, "--state", old, "--passphrase-file", secret)
+        for command in (("manifest", "publish"), ("keys", "tend"), ("signer", "rotate")):
+            told = await lacre(*command, "--state", old, ok=False)
+            assert "is behind" in told
+            assert "lacre state catch-up" in told
+        told = await lacre("state", "backup", tmp_path / "b", "--state", old, "--passphrase-file", secret, ok=False)
+        assert "is behind" in told
+        assert "wrong" in await lacre("fabric", "check", "--state", old, ok=False)
+        told = await lacre("state", "catch-up", "--state", old)
+        assert "version 2, 1 root statements added" in told
+        assert "put back signer.pem" in told
+        await lacre("signer", "rotate", "--state", old)
+        await lacre("manifest", "publish", "--state", old)
+        assert "behind" in await lacre("manifest", "publish", "--state", site.folder, ok=False)
+        (old / "root.pem").unlink()
+        before = Site.load(old).root
+        assert "old pins work until" in await lacre("root", "replace", "--state", old)
+        assert Site.load(old).root != before
+        await lacre("fabric", "check", "--state", old)
