@@ -162,7 +162,7 @@ async def one(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 async def test_kill_9_within_calls(pool: LiveStage, record_property: Any) -> None:
     chance, vocabulary = random.Random(21), Vocabulary()
     pauses, seams, calls_of, inside = [], [], [], 0
