@@ -15,7 +15,9 @@ from lacre_fabric.logs import make_log
 from lacre_gateway.auth.fetch import FetchFailed, fetch, make_client
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.jwks_remote import RemoteKeys, Timing
-from lacre_gateway.settings import Issuer
+from lacre_gateway.doctor.findings import Findings, State
+from lacre_gateway.doctor.trust import check_issuers
+from lacre_gateway.settings import Issuer, parse
 from parts.certificates import DAY, Ca
 from parts.stage import until
 from parts.tls_issuer import DISCOVERY, TlsIssuer, running
@@ -169,3 +171,24 @@ def test_a_file_that_the_gateway_may_not_read_ends_the_start(ca: Ca) -> None:
             trusted([found], make_log(io.StringIO()))
     finally:
         os.seteuid(me)
+
+
+async def test_the_doctor_says_which_setting_to_correct(ca: Ca, tmp_path: Path) -> None:
+    text = f"""
+        gateway = "g1"
+        public_url = "https://gateway.example"
+        trust = "{"A" * 43}"
+        signing_key = "grant.pem"
+        audit = "audit"
+        nats = {{url = "nats://127.0.0.1:4222", credentials = "gateway.json"}}
+        [[issuers]]
+        issuer = "https://issuer.example"
+        audience = "lacre"
+        algorithms = ["EdDSA"]
+        ca = "{damaged(ca, tmp_path, "half written")}"
+    """
+    findings = Findings()
+    await check_issuers(parse(text, tmp_path / "gateway.toml"), findings)
+    [found] = findings.found
+    assert (found.check, found.state, found.remedy) == ("issuers.0", State.FAILED, "correct issuers.0.ca")
+    assert "issuers.0.ca: cannot use" in found.detail

@@ -57,7 +57,7 @@ async def _issuer(issuer: Issuer, place: str, findings: Findings) -> None:
     try:
         [found] = trusted([issuer], make_log(log))
     except LacreError as exc:
-        findings.failed(place, str(exc), f"correct {place}.jwks")
+        findings.failed(place, str(exc), f"correct {place}.{'jwks' if issuer.ca is None else 'ca'}")
         return
     keys = found.keys
     if not isinstance(keys, RemoteKeys):
