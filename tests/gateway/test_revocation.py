@@ -22,7 +22,7 @@ from lacre.problems import Problem
 from lacre_fabric.logs import make_log
 from lacre_fabric.nats import subjects
 from lacre_fabric.work.contract import FabricUnavailable
-from lacre_fabric.work.revocations import Revocation, subject_key, token_key
+from lacre_fabric.work.revocations import Revocation, StoreMark, subject_key, token_key
 from lacre_gateway.auth import revocation as module
 from lacre_gateway.auth.revocation import MAX_AGE, RevocationList, revocation
 from lacre_gateway.settings import Issuer as IssuerSettings
@@ -127,6 +127,24 @@ async def test_a_gateway_that_does_not_know_serves_nobody(
     assert len(worker.opened) == 1
     monkeypatch.setattr(module, "MAX_AGE", MAX_AGE)
     assert (await stage.post(client, token)).status_code == 200
+
+
+async def test_a_gateway_whose_fabric_lost_its_stores_serves_nobody_until_it_is_settled(
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    token, hub = stage.issuer.token(), MemoryFabric()
+    for mark, status in (
+        (StoreMark(("budgets", "revocations")), 503),
+        (StoreMark((), time.time() - 3600), 200),
+        (StoreMark((), time.time() + 3600), 401),
+    ):
+        hub.store_mark = mark
+        await stage.gateway.revocations.refresh(hub.gateway())
+        assert (await stage.post(client, token)).status_code == status
+        if mark.lost:
+            assert stage.logged()[-1]["reason"] == "stores: NATS lost budgets, revocations: run `lacre state settle`"
+            assert (await client.get("/readyz")).json()["missing"].keys() == {"stores"}
+    assert len(worker.opened) == 1
 
 
 # What is asked for

@@ -74,6 +74,13 @@ class RevocationList:
         """The stores that NATS lost and nobody has settled: see `lacre_fabric.operate.stores`."""
         return self._mark.lost
 
+    @property
+    def fault(self) -> str:
+        """Why the copy is not `current`, for the log."""
+        if self.lost:
+            return f"stores: NATS lost {', '.join(self.lost)}: run `lacre state settle`"
+        return "revocations: the list is not current"
+
     def refuses(self, keys: Sequence[str], issued: float) -> bool:
         """keys: the token's own and its subject's. issued: when the token was issued, in seconds since the epoch."""
         if issued <= self._mark.tokens_from:

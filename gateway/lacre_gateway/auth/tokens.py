@@ -248,7 +248,7 @@ class Authenticator:
         """  # fmt: skip
         verdict = await self._judged(authorization, address)
         if not self._revocations.current:
-            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY, noted="revocations: the list is not current")
+            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY, noted=self._revocations.fault)
         self._check_revoked(verdict, _credentials(authorization)[0])
         if verdict.thumbprint is None:
             return verdict.access
