@@ -30,7 +30,7 @@ from lacre_fabric.nats.provisioning import provision, publish_manifest
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.budget.plans import PLANS_FILE
-from lacre_gateway.policy.rules import shipped
+from lacre_gateway.settings import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL, MODEL = "default", "smollm2-135m"

@@ -13,17 +13,23 @@ from fastapi.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lacre.jose.dpop import plain_url
 from lacre.wire.header import SEALED_PATH
+from lacre_fabric.work.contract import FabricError
+from lacre_gateway.budget.holds import BudgetRefused
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
 from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import answer_with_problems, described
-from lacre_gateway.http.exchange import FACTS
+from lacre_gateway.http.exchange import FACTS, KNOWN
+from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.public_api import PATHS, SECURITY
+from lacre_gateway.relay.failures import refusal_for
 from lacre_gateway.relay.pools import etag, require
 from lacre_gateway.relay.relay import SealedEndpoint
 
 _READ: Final = ["GET", "HEAD"]
+OWN_USAGE_PATH: Final = "/v1/me/usage"
 
 
 class GatewayApp(FastAPI):
@@ -53,6 +59,7 @@ def create_app(gateway: Gateway) -> GatewayApp:
     limit.install(app)
     limited = [Depends(limit.check)]
     app.add_api_route("/v1/manifest", serve_manifest, methods=_READ, include_in_schema=False, dependencies=limited)
+    app.add_api_route(OWN_USAGE_PATH, own_usage, methods=_READ, include_in_schema=False, dependencies=limited)
     for path, endpoint in (("/healthz", healthz), ("/readyz", readyz)):
         app.add_api_route(path, endpoint, methods=_READ, include_in_schema=False)
     app.openapi = partial(described, app, PATHS, SECURITY)  # type: ignore[method-assign]
@@ -69,6 +76,25 @@ async def serve_manifest(request: Request) -> Response:
     if headers["etag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)
     return Response(document, media_type="application/json", headers=headers)
+
+
+async def own_usage(request: Request) -> Response:
+    """What the caller has used of its own limits and its tenant's. A token bound to a key needs a proof for this URL."""
+    gateway: Gateway = request.app.state.gateway
+    scope, asked = request.scope, Fields.collect(request.scope["headers"])
+    url = plain_url(gateway.settings.public_url + OWN_USAGE_PATH)
+    access = await gateway.authenticator.authenticate(
+        asked.authorization(), address_of(scope), proof=asked.proof(), method=scope["method"], url=url
+    )
+    scope["state"][KNOWN] = True
+    plans = gateway.budgets.plans
+    try:
+        limits = [each.members() for each in await gateway.budgets.own_usage(access.principal)]
+    except (BudgetRefused, FabricError) as exc:
+        raise refusal_for(exc) from exc
+    plan = plans.plan_of(access.principal.tenant, access.principal.plan)
+    told = {"plan": None if plan is None else plan.name, "currency": plans.currency, "limits": limits}
+    return JSONResponse(told, headers={"cache-control": "no-store"})
 
 
 async def healthz() -> Response:

@@ -39,8 +39,7 @@ from lacre_gateway.observe.queues import REMEDY as QUEUES_REMEDY
 from lacre_gateway.observe.queues import Queues
 from lacre_gateway.observe.tracing import Tracer
 from lacre_gateway.policy.live import LiveRules, Status
-from lacre_gateway.policy.rules import shipped
-from lacre_gateway.settings import GatewaySettings
+from lacre_gateway.settings import GatewaySettings, shipped
 
 # Of an explanation: how often its prompt is computed, and how many states of layers are read. A state costs a prompt's token.
 _RUNS: Final = {Action.EXPLAIN: (MAX_PARTS + 1, 0), Action.LENS: (MAX_PARTS + 2, MAX_LENS_TOKENS * MAX_LENS_LAYERS)}

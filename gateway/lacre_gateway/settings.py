@@ -293,6 +293,13 @@ class GatewaySettings(Table):
         return b64u_decode(self.trust)
 
 
+def shipped() -> Path:
+    """The folder of the rules that ship with Lacre: inside the wheel, or at the top of a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "policies"
+    return packaged if packaged.is_dir() else package.parents[1] / "policies"
+
+
 def load(path: Path) -> GatewaySettings:
     """Raises SettingsError."""
     return files.load(GatewaySettings, path)

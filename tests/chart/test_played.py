@@ -17,7 +17,7 @@ from chart.preparing import MODEL, NATS, POOL, Prepared
 from chart.rendering import Pod
 from lacre_backend.models.gguf import find
 from lacre_fabric.operate.site import Site
-from lacre_gateway.policy.rules import shipped
+from lacre_gateway.settings import shipped
 from parts import tls_issuer
 from parts.certificates import Ca
 from parts.issuer import AUDIENCE

@@ -110,6 +110,36 @@ async def test_one_request_after_another_is_not_refused_for_the_last_ones_settle
         assert (await stage.post(client, authorization=token, lacre_max_tokens="3000")).status_code == 200
 
 
+async def test_a_caller_sees_its_own_usage(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    async def usage(plan: str, **claims: str) -> httpx2.Response:
+        return await client.get("/v1/me/usage", headers={"authorization": on(stage, plan, **claims)})
+
+    for number, plan in enumerate(("money", "free", "once"), 1):
+        assert (await stage.post(client, authorization=on(stage, plan))).status_code == 200
+        await stage.trail(number)
+    [requests] = (told := (await usage("free")).json())["limits"]
+    ends = requests.pop("resets_at")
+    assert (told["plan"], told["currency"]) == ("free", "USD")
+    assert requests == {
+        "limit": "requests_per_minute", "scope": "user", "unit": "requests", "ceiling": 3, "used": requests["used"],
+        "remaining": 3 - requests["used"],
+    }  # fmt: skip
+    assert ends % 60 == 0 and 0 < ends - stage.gateway.clock() <= 60
+    [money] = (await usage("money")).json()["limits"]
+    assert (money["limit"], money["scope"], money["unit"], money["ceiling"]) == (
+        "money_per_month",
+        "tenant-on-plan",
+        "micro-units",
+        5000,
+    )
+    assert (await usage("once")).json()["limits"] == []  # how far a whole plan is used is for the operator
+    refused = await usage("nobody-s")
+    assert_problem(refused, problems.UNKNOWN_PLAN)
+    stage.gateway.budgets.bucket = None
+    assert_problem(await usage("free"), problems.UNAVAILABLE)
+    assert_problem(await client.get("/v1/me/usage"), problems.INVALID_TOKEN)
+
+
 async def test_nothing_stays_unsettled(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     for _ in range(3):
         await stage.post(client)

@@ -14,7 +14,8 @@ from lacre_gateway.http.headers import Action
 from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question
-from lacre_gateway.policy.rules import MISSING, NO_CASES, SCHEMA_FILE, RuleSet, shipped
+from lacre_gateway.policy.rules import MISSING, NO_CASES, SCHEMA_FILE, RuleSet
+from lacre_gateway.settings import shipped
 from parts.policies import BROKEN, CHAT, FAMILY, RULES, SCHEMA, USAGE, asked, copied
 
 

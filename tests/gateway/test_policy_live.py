@@ -22,9 +22,10 @@ from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Event
 from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 from lacre_gateway.policy.live import LiveRules
-from lacre_gateway.policy.rules import NO_CASES, shipped
+from lacre_gateway.policy.rules import NO_CASES
 from lacre_gateway.policy.trial import try_out
 from lacre_gateway.serve import reloading
+from lacre_gateway.settings import shipped
 from parts.policies import BROKEN, asked
 from parts.stage import Stage
 from parts.waiting import until

@@ -23,7 +23,7 @@ import lacre
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.doctor import State, examine
-from lacre_gateway.policy.rules import shipped
+from lacre_gateway.settings import shipped
 from parts.chat_app import ChatApp
 from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.stage import GatewayProcess, LiveStage

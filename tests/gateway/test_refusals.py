@@ -294,7 +294,7 @@ WRONG_METHODS = [("GET", "/v1/sealed"), ("PUT", "/v1/sealed"), ("POST", "/v1/man
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_no_such_resource(path: str, method: str, client: httpx2.AsyncClient) -> None:
-    known = ("/healthz", "/readyz", "/v1/manifest", "/v1/sealed")
+    known = ("/healthz", "/readyz", "/v1/manifest", "/v1/me/usage", "/v1/sealed")
     assert_problem(await client.request(method, path), problems.NOT_FOUND, paths=known)
 
 

@@ -15,8 +15,7 @@ from lacre.errors import SettingsError
 from lacre_gateway.budget.plans import LimitKind, PlanLimits, Plans, Price, money
 from lacre_gateway.budget.plans import load as load_plans
 from lacre_gateway.budget.plans import parse as parse_plans
-from lacre_gateway.policy.rules import shipped
-from lacre_gateway.settings import GatewaySettings, load, parse
+from lacre_gateway.settings import GatewaySettings, load, parse, shipped
 
 TEXT = """
 gateway = "g1"

@@ -11,7 +11,8 @@ from typing import Any
 from lacre_gateway.policy.cases import CASE, written
 from lacre_gateway.policy.cedar import SYNTAX
 from lacre_gateway.policy.question import AnyQuestion
-from lacre_gateway.policy.rules import MISSING, PLANS, SCHEMA_FILE, UNREADABLE, RuleSet, shipped
+from lacre_gateway.policy.rules import MISSING, PLANS, SCHEMA_FILE, UNREADABLE, RuleSet
+from lacre_gateway.settings import shipped
 
 SCHEMA = (shipped() / SCHEMA_FILE).read_text()
 RULES = RuleSet.read(shipped())

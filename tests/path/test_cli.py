@@ -153,3 +153,15 @@ def test_the_doctor_of_workers_and_of_the_gateway(up: Up) -> None:
         told = json.loads(run("doctor", *options, "--json", "--state", str(up.state), up=up).stdout)
         found = {finding["check"]: finding["state"] for finding in told["findings"]}
         assert (told["ok"], found.get(check)) == (True, "ok"), told
+
+
+def test_budgets_name_their_limits_and_when_they_end(up: Up) -> None:
+    assert run("ask", "Say hello.", "--max-tokens", "2", up=up).returncode == 0
+
+    def shown() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in up.command("budget", "show", "--json").splitlines()]
+
+    wait_until(lambda: any(line["limit"] == "requests_per_minute" for line in shown()))
+    [requests, *_] = [line for line in shown() if line["limit"] == "requests_per_minute"]
+    assert (requests["ceiling"], requests["currency"], requests["resets_at"] % 60) == (600, None, 0)
+    assert ", limit 600, resets at 20" in up.command("budget", "show")

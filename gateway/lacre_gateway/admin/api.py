@@ -265,7 +265,8 @@ async def status(request: Request, asking: Asking) -> StatusReport:
 async def usage(asking: Asking, tenant: Annotated[str, Query(pattern=TENANT)]) -> UsageReport:
     """How much of their budgets a tenant and its users have used, by limit and window, as the fabric has it."""
     gateway = await asking.may(AdminAction.USAGE, tenant)
-    return UsageReport(tenant=tenant, budgets=[Used.of(line) for line in await gateway.budgets.usage(tenant)])
+    used = [Used.of(line) for line in await gateway.budgets.usage(tenant)]
+    return UsageReport(tenant=tenant, currency=gateway.budgets.plans.currency, budgets=used)
 
 
 @_routes.get("/v1/revocations")

@@ -61,7 +61,8 @@ class Used(Report):
     """One limit in one window. key: the budget's. kind: what it counts; money in micro-units. window: its number.
 
     used: settled, or by receipts of running requests. drawn: also includes what gateways hold in leases. forfeited: leases
-    whose gateway died; they count as used until the window ends.
+    whose gateway died; they count as used until the window ends. ceiling: the limit in force; None if the plans no longer have
+    it. resets_at: when the window ends, in seconds since the epoch; None for limits that do not count by time.
     """
 
     key: str
@@ -71,6 +72,8 @@ class Used(Report):
     used: int
     drawn: int
     forfeited: int
+    ceiling: int | None
+    resets_at: float | None
 
     @classmethod
     def of(cls, line: Line) -> Self:
@@ -82,11 +85,16 @@ class Used(Report):
             used=line.used,
             drawn=line.drawn,
             forfeited=line.forfeited,
+            ceiling=line.ceiling,
+            resets_at=line.resets_at,
         )
 
 
 class UsageReport(Report):
+    """currency: of money, three letters (ISO 4217)."""
+
     tenant: str
+    currency: str
     budgets: list[Used]
 
 

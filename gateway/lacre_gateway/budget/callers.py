@@ -90,6 +90,16 @@ def key_of(label: str, plan: str, tenant: str, issuer: str, subject: str) -> str
             return f"{PLAN}.{_digest(plan)}"
 
 
+def limits_of(plans: Plans, key: str, name: str) -> PlanLimits | None:
+    """The limits in force of a budget, for reports. key, name: of the budget. None if the plans no longer have it."""
+    label = key.partition(".")[0]
+    if label == TENANT:
+        own = plans.tenants.get(name)
+        return None if own is None else own.limits
+    plan = plans.plans.get(name.rpartition(" on ")[2])  # as `caller` names budgets
+    return None if plan is None else {USER: plan.user, TENANT_ON_PLAN: plan.tenant, PLAN: plan.everyone}.get(label)
+
+
 def users_of(tenant: str) -> str:
     """The common beginning of the keys of a tenant's users."""
     return f"{USER}.{_digest(tenant)}."

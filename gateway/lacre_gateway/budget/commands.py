@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from lacre_gateway.budget.plans import Plans
     from lacre_gateway.budget.report import Line
 
 budget = typer.Typer(no_args_is_help=True, help="How much of their limits callers have used and forfeited.")
@@ -33,9 +35,12 @@ def show(
     """Show every limit that was drawn from: used, leased and forfeited. Exit code 1 if the sums are wrong."""
     from lacre_fabric.operate.up import default_state
 
-    shown = asyncio.run(_shown(state or default_state(), audit))
+    folder = state or default_state()
+    plans = _plans(folder)
+    currency = None if plans is None else plans.currency
+    shown = asyncio.run(_shown(folder, audit, plans))
     for line in shown:
-        typer.echo(json.dumps(line.members()) if as_json else _text(line))
+        typer.echo(json.dumps(line.members(currency)) if as_json else _text(line, currency))
         for lease in () if as_json else line.leases:
             typer.echo(f"    {lease.holder}: {_amount(line, lease.drawn)} drawn, {_amount(line, lease.used)} used" + (
                 f", lost: {_amount(line, lease.forfeited)} forfeited" if lease.lost else ""
@@ -47,7 +52,21 @@ def show(
         raise typer.Exit(1)
 
 
-async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
+def _plans(state: Path) -> Plans | None:
+    """Those of the state folder's gateway; None if there is none here."""
+    from lacre_fabric.operate.site import Site
+    from lacre_gateway.budget.plans import PLANS_FILE, load
+    from lacre_gateway.settings import load as load_settings
+    from lacre_gateway.settings import shipped
+
+    settings = Site.load(state).gateway_settings
+    if not settings.exists():
+        return None
+    folder = load_settings(settings).policies or shipped()
+    return load(folder if (folder / PLANS_FILE).exists() else shipped())
+
+
+async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None) -> list[Line]:
     """Raises SettingsError, FabricUnavailable or InvalidMessage."""
     from lacre_fabric.nats import subjects
     from lacre_fabric.nats.connection import Connection
@@ -80,16 +99,20 @@ async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
     settled = None
     if audit:
         settled = settled_by(parse(entry) for folder in audit for entry in LogReader(folder).entries())
-    return list(lines(records, frozenset(alive), settled))
+    return list(lines(records, frozenset(alive), settled, plans))
 
 
-def _text(line: Line) -> str:
+def _text(line: Line, currency: str | None) -> str:
+    from lacre_gateway.budget.plans import LimitKind
     from lacre_gateway.budget.windows import label
 
     when = label(line.kind, line.window)
     forfeited = f", {_amount(line, line.forfeited)} forfeited" if line.forfeited else ""
     drawn = f"{_amount(line, line.drawn)} drawn, {_amount(line, line.used)} used{forfeited}"
-    return f"{line.name}: {line.kind.value}{f' of {when}' if when else ''}: {drawn}"
+    unit = f" {currency}" if currency and line.kind is LimitKind.MONEY_PER_MONTH else ""
+    limit = f", limit {_amount(line, line.ceiling)}{unit}" if line.ceiling is not None else ""
+    reset = f", resets at {datetime.fromtimestamp(line.resets_at, UTC):%Y-%m-%d %H:%M UTC}" if line.resets_at else ""
+    return f"{line.name}: {line.kind.value}{f' of {when}' if when else ''}: {drawn}{limit}{reset}"
 
 
 def _amount(line: Line, amount: int) -> str:

@@ -30,10 +30,10 @@ from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
 from lacre_gateway.budget.holds import NOTHING, SOON, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
-from lacre_gateway.budget.plans import Plans, Price
+from lacre_gateway.budget.plans import LimitKind, Plans, Price
 from lacre_gateway.budget.record import Record
-from lacre_gateway.budget.report import Line, lines
-from lacre_gateway.budget.windows import Calendar, windows_at
+from lacre_gateway.budget.report import Line, OwnLimit, lines
+from lacre_gateway.budget.windows import Calendar, ends, windows_at
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
 SETTLE_LIMIT: Final = 0.5  # seconds that a request waits for the settlement of ended ones; it takes some 30 ms
@@ -261,7 +261,34 @@ class Ledger:
             for at in kept.values()
             for name in at.shares
         }
-        return list(lines(records, frozenset(holders)))
+        return list(lines(records, frozenset(holders), plans=self.plans))
+
+    async def own_usage(self, who: Principal) -> list[OwnLimit]:
+        """A caller's own limits and those of its tenant, as the fabric has them. Raises UnknownPlan or FabricUnavailable."""
+        if self.bucket is None:
+            raise FabricUnavailable("not connected to NATS")
+        now, found = self.now(), list[OwnLimit]()
+        for scope in self._caller(self.plans, who).scopes:
+            if scope.label == callers.PLAN:  # how far a whole plan is used is for the operator
+                continue
+            entry = await self.bucket.read(scope.key)
+            records = {} if entry is None else {scope.key: self._record(entry, "").merged()}
+            known = {(line.kind, line.window): line for line in lines(records, frozenset())}
+            for kind, ceiling in scope.limits:
+                number = windows_at(now)[kind]
+                used = self._used(scope.key, kind, number, known.get((kind, number)))
+                found.append(OwnLimit(scope.label, kind, ceiling, used, ends(kind, number)))
+        return found
+
+    def _used(self, key: str, kind: LimitKind, window: int, line: Line | None) -> int:
+        """As the record has it, and what this process has settled since it last wrote."""
+        used = 0 if line is None else line.used
+        draw = self._draws.get(key)
+        counter = None if draw is None else draw.account.current.get(kind)
+        if counter is None or counter.window != window or kind is LimitKind.CONCURRENT_STREAMS:
+            return used
+        told = sum(lease.used for lease in line.leases if lease.holder == self.holder) if line is not None else 0
+        return used - told + counter.used
 
     # Draws, one at a time for each budget
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from lacre_gateway.budget.callers import TOKENS, key_of
-from lacre_gateway.budget.plans import LimitKind
+from lacre_gateway.budget.callers import TOKENS, key_of, limits_of
+from lacre_gateway.budget.fields import UNITS
+from lacre_gateway.budget.plans import LimitKind, Plans
 from lacre_gateway.budget.record import Record, Window
-from lacre_gateway.budget.windows import label
+from lacre_gateway.budget.windows import ends, label
 
 _LIMIT: Final = re.compile(r"([a-z-]+):(.*)/([a-z_]+)@([0-9]+)", re.DOTALL)
 
@@ -42,7 +43,10 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One limit in one window. settled: by holders that left properly. wrong: the part that does not add up."""
+    """One limit in one window. settled: by holders that left properly. wrong: the part that does not add up.
+
+    ceiling: in force now; None if it is not known, or the plans no longer have the limit.
+    """
 
     key: str
     name: str
@@ -51,6 +55,12 @@ class Line:
     settled: int
     leases: tuple[Lease, ...]
     wrong: str | None = None
+    ceiling: int | None = None
+
+    @property
+    def resets_at(self) -> float | None:
+        """When the window ends, in seconds since the epoch; None for limits that do not count by time."""
+        return ends(self.kind, self.window)
 
     @property
     def used(self) -> int:
@@ -64,8 +74,8 @@ class Line:
     def drawn(self) -> int:
         return self.settled + sum(lease.drawn for lease in self.leases)
 
-    def members(self) -> dict[str, Any]:
-        """As `lacre budget show --json` prints it."""
+    def members(self, currency: str | None) -> dict[str, Any]:
+        """As `lacre budget show --json` prints it. currency: of the plans; None if they are not known."""
         leases = [
             {"holder": each.holder, "drawn": each.drawn, "used": each.used, "lost": each.lost, "forfeited": each.forfeited}
             for each in self.leases
@@ -74,16 +84,44 @@ class Line:
             "key": self.key, "name": self.name, "limit": self.kind.value, "window": self.window,
             "begins": label(self.kind, self.window), "drawn": self.drawn, "used": self.used, "forfeited": self.forfeited,
             "settled": self.settled, "leases": leases, "wrong": self.wrong,
+            "ceiling": self.ceiling, "resets_at": self.resets_at,
+            "currency": currency if self.kind is LimitKind.MONEY_PER_MONTH else None,
         }  # fmt: skip
 
 
-def lines(records: Mapping[str, Record], alive: frozenset[str], settled: Settled | None = None) -> Iterator[Line]:
-    """alive: holders with a recent sign of life. settled: by audit logs of all gateways; None if there are none."""
+@dataclass(frozen=True, slots=True)
+class OwnLimit:
+    """A limit of a caller or of its tenant, in the present window. used: settled, or as last reported. resets_at: seconds since
+    the epoch; None for limits that do not count by time.
+    """
+
+    scope: str
+    kind: LimitKind
+    ceiling: int
+    used: int
+    resets_at: float | None
+
+    def members(self) -> dict[str, Any]:
+        """As `GET /v1/me/usage` has it."""
+        return {
+            "limit": self.kind.value, "scope": self.scope, "unit": UNITS[self.kind], "ceiling": self.ceiling,
+            "used": self.used, "remaining": max(0, self.ceiling - self.used), "resets_at": self.resets_at,
+        }  # fmt: skip
+
+
+def lines(
+    records: Mapping[str, Record], alive: frozenset[str], settled: Settled | None = None, plans: Plans | None = None
+) -> Iterator[Line]:
+    """alive: holders with a recent sign of life. settled: by audit logs of all gateways; None if there are none. plans: for the
+    ceilings in force.
+    """
     for key, record in sorted(records.items(), key=lambda pair: pair[1].name):
         for kind, windows in record.windows.items():
             for number, window in sorted(windows.items()):
                 by_holder = None if settled is None else settled.get((key, kind, number), {})
-                yield _line((key, kind, number), record.name, window, alive, by_holder)
+                line = _line((key, kind, number), record.name, window, alive, by_holder)
+                limits = None if plans is None else limits_of(plans, key, record.name)
+                yield line if limits is None else replace(line, ceiling=getattr(limits, kind.value))
 
 
 def _line(place: Place, name: str, window: Window, alive: frozenset[str], by_holder: Mapping[str, int] | None) -> Line:

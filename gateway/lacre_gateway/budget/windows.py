@@ -46,6 +46,12 @@ def bounds(kind: LimitKind, number: int) -> tuple[float, float]:
     return 0.0, math.inf
 
 
+def ends(kind: LimitKind, number: int) -> float | None:
+    """When the window ends, in seconds since the epoch; None for limits that do not count by time."""
+    end = bounds(kind, number)[1]
+    return end if math.isfinite(end) else None
+
+
 def label(kind: LimitKind, number: int) -> str:
     """When the window begins, for people: `2026-11`, `2026-11-25` or `2026-11-25T22:41`; empty for limits that do not count by
     time.

@@ -35,8 +35,8 @@ from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.denial import lowered
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
-from lacre_gateway.policy.rules import RuleSet, shipped
-from lacre_gateway.settings import GatewaySettings, Issuer
+from lacre_gateway.policy.rules import RuleSet
+from lacre_gateway.settings import GatewaySettings, Issuer, shipped
 
 _PARTS: Final = 3  # of a JWT in its compact form
 _STANDARD: Final = (("iss",), ("aud",), ("sub",), ("iat",), ("nbf",), ("exp",), ("jti",), ("cnf",))

@@ -16,9 +16,9 @@ from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.jwks_remote import RemoteKeys
 from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.policy.cedar import PolicyError
-from lacre_gateway.policy.rules import RuleSet, shipped
+from lacre_gateway.policy.rules import RuleSet
 from lacre_gateway.policy.trial import try_out
-from lacre_gateway.settings import GatewaySettings, Issuer
+from lacre_gateway.settings import GatewaySettings, Issuer, shipped
 
 _ISSUER_LIMIT: Final = 10.0  # seconds that an issuer has to answer
 

@@ -24,7 +24,7 @@ from lacre_gateway.http.refusal import Refusal
 _ADMIN: Final = frozenset(
     {"/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/revocations", "/v1/reload", "/v1/drain"}
 )
-_ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/healthz", "/readyz"}) | _ADMIN
+_ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/v1/me/usage", "/healthz", "/readyz"}) | _ADMIN
 _FAILED: Final = 400
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Probes arrive every few seconds, so only their failures are logged.

@@ -35,6 +35,18 @@ _READY: Final = _object(
     manifest={"anyOf": [_object(("version", "expires_at"), version={"type": "integer"}, expires_at=_NUMBER), {"type": "null"}]},
 )
 _NAME: Final = {"type": "string", "pattern": "^[!-~]{1,128}$"}
+_MAYBE: Final = {"anyOf": [_NUMBER, {"type": "null"}]}
+_LIMIT: Final = _object(
+    ("limit", "scope", "unit", "ceiling", "used", "remaining", "resets_at"),
+    limit=_TEXT,
+    scope={"enum": ["user", "tenant-on-plan", "tenant"]},
+    unit=_TEXT,
+    ceiling={"type": "integer"},
+    used={"type": "integer"},
+    remaining={"type": "integer"},
+    resets_at=_MAYBE,
+)
+_USAGE: Final = _object(("plan", "currency", "limits"), plan=_TEXT, currency=_TEXT, limits={"type": "array", "items": _LIMIT})
 # The refusals of a sealed request: the rows of `lacre.problems`.
 _REFUSALS: Final = ("400", "401", "403", "404", "408", "409", "413", "415", "422", "429", "502", "503")
 
@@ -70,6 +82,17 @@ PATHS: Final[dict[str, Any]] = {
                 "200": _json("As it was published.", {"type": "object"}),
                 "304": {"description": "It is the one that If-None-Match names."},
                 "503": PROBLEM,
+            },
+        }
+    },
+    "/v1/me/usage": {
+        "get": {
+            "operationId": "ownUsage",
+            "summary": "What the caller has used of its own limits and its tenant's. Money in micro-units.",
+            "security": [{"token": []}],
+            "responses": {
+                "200": _json("Each limit of the caller.", _USAGE),
+                **dict.fromkeys(("401", "403", "429", "503"), PROBLEM),
             },
         }
     },

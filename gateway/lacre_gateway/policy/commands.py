@@ -117,8 +117,9 @@ def _rules(folder: Path | None, *, cases_too: bool = False) -> RuleSet:
     """The set; first read in another process, which a hostile file may end. Raises PolicyError."""
     from lacre_gateway.policy.cases import CASE
     from lacre_gateway.policy.cedar import PolicyError
-    from lacre_gateway.policy.rules import RuleSet, shipped
+    from lacre_gateway.policy.rules import RuleSet
     from lacre_gateway.policy.trial import try_out
+    from lacre_gateway.settings import shipped
 
     folder = (folder or shipped()).resolve()
     try:

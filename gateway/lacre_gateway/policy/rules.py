@@ -31,6 +31,7 @@ from lacre_gateway.policy import cases as written
 from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
+from lacre_gateway.settings import shipped
 
 SCHEMA_FILE: Final = "lacre.cedarschema"
 NO_CASES: Final = "no-cases"
@@ -106,13 +107,6 @@ def _plans(folder: Path, text: str | None) -> Plans:
 def signature(folder: Path) -> Signature:
     """Changes when a file of the set does. Raises PolicyError."""
     return tuple(_stamp(folder, path) for path in _paths(folder))
-
-
-def shipped() -> Path:
-    """The folder of the rules that ship with Lacre: inside the wheel, or at the top of a checkout."""
-    package = Path(__file__).parents[1]
-    packaged = package / "policies"
-    return packaged if packaged.is_dir() else package.parents[1] / "policies"
 
 
 def _paths(folder: Path) -> list[Path]:

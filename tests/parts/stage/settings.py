@@ -11,7 +11,7 @@ from lacre.jose.jws import b64u
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.site import Site
 from lacre_gateway.budget.plans import PLANS_FILE
-from lacre_gateway.policy.rules import shipped
+from lacre_gateway.settings import shipped
 
 POOL = "default"
 
