@@ -18,10 +18,12 @@ import openai.types
 import pytest
 
 from backend.posting import Reply, post
+from lacre.asgi import App
 from lacre_backend.api.app import create_app
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.faces.responses import Responses
 from parts import scripts
+from parts.minilm import NAME
 from parts.scripted_engine import ScriptedEngine
 
 # By client and what it asked for: `path`, and `body`.
@@ -30,6 +32,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     for file in sorted((Path(__file__).parent / "recorded").glob("*.json"))
     for name, request in json.loads(file.read_text()).items()
 }
+EMBEDDINGS = "/v1/embeddings"
 CHANGES = 300  # of one body
 ODD: tuple[Any, ...] = (None, True, -1, 1.5, "", "odd", [], [None], {}, {"odd": 1})
 GONE, BESIDE = "(gone)", "(beside)"
@@ -84,6 +87,7 @@ def refused_as_anthropic_does(reply: Reply) -> None:
 REFUSED: dict[str, Callable[[Reply], None]] = {
     "/v1/chat/completions": refused_as_openai_does,
     "/v1/responses": refused_as_openai_does,
+    EMBEDDINGS: refused_as_openai_does,
     "/v1/messages": refused_as_anthropic_does,
 }
 LAST: dict[str, tuple[bytes, ...]] = {
@@ -93,31 +97,43 @@ LAST: dict[str, tuple[bytes, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", RECORDED)
-async def test_what_a_client_sends_is_taken(name: str) -> None:
-    path, body = RECORDED[name]["path"], RECORDED[name]["body"]
+@pytest.fixture
+def app(request: pytest.FixtureRequest, name: str) -> Iterator[App]:
+    if RECORDED[name]["path"] == EMBEDDINGS:
+        yield create_app([request.getfixturevalue("embedder")])
+        return
     with closing(ScriptedEngine(scripts.said, n_ctx=1 << 16)) as engine:
-        reply = await post(create_app([engine]), path, {**body, "model": "scripted"})
+        yield create_app([engine])
+
+
+def recorded(name: str) -> tuple[str, dict[str, Any]]:
+    """The path, and the body for a model that is there."""
+    path, body = RECORDED[name]["path"], RECORDED[name]["body"]
+    return path, {**body, "model": NAME if path == EMBEDDINGS else "scripted"}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+async def test_what_a_client_sends_is_taken(app: App, name: str) -> None:
+    path, body = recorded(name)
+    reply = await post(app, path, body)
     assert reply.status == 200, reply.body
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
-async def test_with_one_member_changed_it_is_taken_or_refused_in_the_form_of_its_api(name: str) -> None:
-    path, body = RECORDED[name]["path"], {**RECORDED[name]["body"], "model": "scripted"}
+async def test_with_one_member_changed_it_is_taken_or_refused_in_the_form_of_its_api(app: App, name: str) -> None:
+    path, body = recorded(name)
     every = [*changes(body)]
     tried = every if len(every) <= CHANGES else random.Random(name).sample(every, CHANGES)
     statuses: Counter[int] = Counter()
-    with closing(ScriptedEngine(scripts.said, n_ctx=1 << 16)) as engine:
-        app = create_app([engine])
-        for change, sent in tried:
-            reply = await post(app, path, sent)
-            statuses[reply.status] += 1
-            assert reply.status == 200 or 400 <= reply.status < 500, (change, reply.body)
-            if reply.status == 200:
-                assert whole(path, reply), (change, reply.body)
-            else:
-                REFUSED[path](reply)
+    for change, sent in tried:
+        reply = await post(app, path, sent)
+        statuses[reply.status] += 1
+        assert reply.status == 200 or 400 <= reply.status < 500, (change, reply.body)
+        if reply.status == 200:
+            assert whole(path, reply), (change, reply.body)
+        else:
+            REFUSED[path](reply)
     assert statuses[200] > 0 and statuses[400] > len(tried) // 20, statuses
 
 

@@ -44,7 +44,8 @@ def command(client: Client) -> tuple[list[str], Path]:
 def asking(client: Client, proxy: Proxy, model: str, *features: str) -> Iterator[dict[Feature, Any]]:
     """What the program tells of each feature. It lives until the body ends."""
     line, folder = command(client)
-    given = proxy.environment() | {"MODEL": model, "EMBEDDER": NAME, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(PROGRAMS)}
+    asked = {"MODEL": model, "EMBEDDER": SCRIPTED if model == SCRIPTED else NAME}
+    given = proxy.environment() | asked | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(PROGRAMS)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([*line, *features], cwd=folder, env=given, text=True, **pipes) as process:
         assert process.stdout is not None
@@ -103,6 +104,8 @@ async def with_a_scripted_engine(live: ScriptedStage, client: Client) -> None:
     features = [feature for feature in client.features if feature not in ("cancellation", "embeddings")]
     since = len(live.scripted.asked())
     told = await asyncio.to_thread(ask, client, live.proxy, SCRIPTED, *features)
+    if bodies.RECORDING and "embeddings" in client.features:  # it asks, and the worker has no embedder
+        await asyncio.to_thread(ask, client, live.proxy, SCRIPTED, "embeddings")
     bodies.keep(client, live, since)
     seen = {feature: right(feature, told[feature]) for feature in features}
     if "cancellation" in client.features:

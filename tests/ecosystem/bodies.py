@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,26 +17,34 @@ from ecosystem.clients import Client
 from parts.stage import ScriptedStage
 
 FOLDER: Final = Path(__file__).resolve().parents[1] / "backend/recorded"
+RECORDING: Final = "LACRE_RECORD" in os.environ
 _LONGEST: Final = 60  # characters of a text that is kept
 _SCRIPT: Final = re.compile(r"\[\[(\w+)[^]]*\]\]")
-_UNTRIED: Final = ("long", "slow")  # their answers take long, and nothing else is new in them
+_UNTRIED: Final = ("long", "slow", "")  # their answers take long, and nothing else is new in them
 _OF_THIS_RUN: Final = ((re.compile(r"/\S*/project"), "/project"), (re.compile(r"zq7-kittiwake-\w+"), "kittiwake"))
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def keep(client: Client, live: ScriptedStage, since: int) -> None:
     """Writes what the client sent after the first `since` requests, each under its script's name."""
-    if "LACRE_RECORD" not in os.environ:
+    if not RECORDING:
         return
     numbers: Counter[str] = Counter()
     kept: dict[str, Any] = {}
     for asked in live.scripted.asked()[since:]:
-        scripts = _SCRIPT.findall(json.dumps(asked["body"]))
-        if scripts and scripts[-1] not in _UNTRIED:
-            numbers[scripts[-1]] += 1
-            kept[f"{scripts[-1]}{numbers[scripts[-1]]}"] = {"path": asked["path"], "body": _trimmed(asked["body"])}
+        name = _name(asked)
+        if name not in _UNTRIED:
+            numbers[name] += 1
+            kept[f"{name}{numbers[name]}"] = {"path": asked["path"], "body": _trimmed(asked["body"])}
     lines = [f"{json.dumps(name)}: {json.dumps(asked)}" for name, asked in kept.items()]
     (FOLDER / f"{client.environment}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _name(asked: Mapping[str, Any]) -> str:
+    """That of its script. Embeddings have none."""
+    if asked["path"].endswith("/embeddings"):
+        return "embeddings"
+    return ["", *_SCRIPT.findall(json.dumps(asked["body"]))][-1]
 
 
 def _trimmed(value: Any) -> Any:
