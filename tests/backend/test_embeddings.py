@@ -17,7 +17,7 @@ from backend.posting import post
 from lacre.asgi import App, Call
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
-from lacre_backend.api.template.prompt import framed
+from lacre_backend.api.template.pieces import framed
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Embedding, EngineError, Event, Finish, PromptTooLong, Task, TaskKind, TaskRefused

@@ -29,7 +29,7 @@ values = st.recursive(
 
 
 def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]], bool]:
-    reader = GemmaReader(GEMMA, "seed")
+    reader = GemmaReader(GEMMA, ["f", "now"], "seed")
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)

@@ -29,7 +29,7 @@ ENDS = ("", "<|call|>")
 
 
 def read(pieces: list[str], *, calls: bool = True, speaking: bool = False) -> tuple[str, str, list[tuple[str, str]]]:
-    reader = HarmonyReader("seed", calls=calls, speaking=speaking)
+    reader = HarmonyReader(["get_tide"] if calls else [], "seed", speaking=speaking)
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)
@@ -91,7 +91,8 @@ def test_an_answer_that_goes_on_is_text() -> None:
 
 
 def test_the_format_is_found() -> None:
-    assert thought_format(f"x {ANALYSIS} y </think>") is HARMONY
+    assert thought_format(f"x {ANALYSIS} y </think>", f"{FINAL}Two") is HARMONY
+    assert thought_format(f"x {ANALYSIS} y", "assistant: Two") is None  # it only mentions the mark
     assert isinstance(AnswerForm(HERMES, HARMONY, Start.FRESH).reader(None, "seed"), HarmonyReader)
 
 

@@ -260,7 +260,13 @@ async def test_reasoning_in_the_history_reaches_the_template(name: str) -> None:
     assert "Yes because" in prompts[0]
 
 
-HARMONY: Final = CHAT_TEMPLATE + "{# <|channel|>analysis<|message|> #}"
+HARMONY: Final = (
+    CHAT_TEMPLATE.replace(
+        "{{ message.content }}",
+        "{% if message.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ message.content }}",
+    )
+    + "{# <|channel|>analysis<|message|> #}"
+)
 
 
 async def test_harmony_in_all_three_apis() -> None:

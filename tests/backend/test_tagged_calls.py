@@ -19,7 +19,7 @@ from lacre_backend.engine.generate import LlamaEngine
 from parts.bent import cut
 
 unhurried = settings(deadline=None)
-EACH = pytest.mark.parametrize("form", TAGGED, ids=["qwen coder", "seed", "glm"])
+EACH = pytest.mark.parametrize("form", TAGGED, ids=lambda form: f"{form.begin}{form.open}{form.middle}{form.key_close}"[:32])
 PROPERTIES = {"text": {"type": "string"}, "code": {"type": "string"}, "n": {"type": "integer"}, "any": {}}
 OFFERED = calling([tool("write", {"type": "object", "properties": PROPERTIES}), tool("now")], None, many=True)
 # A text may hold anything but what ends it.
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_wherever_it_is_cut(
     if form.marker is None or form.marker in speech:
         return
     calls = [(name, sent if name == "write" else {}) for name, sent in calls]
-    written = form.between.join(form.told(*call) for call in calls)
+    written = form.begin + form.between.join(form.told(*call) for call in calls) + form.end
     text, got, called = read(cut(f"{speech}\n{written}", places), form)
     assert (text, called) == (speech.rstrip(), True)
     assert [(name, json.loads(sent)) for name, sent in got] == calls
@@ -94,8 +94,8 @@ def test_a_grammar_holds_the_arguments(form: TaggedFormat, llama: LlamaEngine) -
         tide[:-3],
         "Hello",
     ]
-    assert [text for text in good if not admits(llama, source, text)] == []
-    assert [text for text in bad if admits(llama, source, text)] == []
+    assert [text for text in good if not admits(llama, source, form.begin + text + form.end)] == []
+    assert [text for text in bad if admits(llama, source, form.begin + text + form.end)] == []
 
 
 def test_a_limit_of_a_text_that_cannot_be_enforced_is_refused_if_strict() -> None:

@@ -19,7 +19,8 @@ from lacre.errors import SettingsError
 from lacre_backend.api.template import environment
 from lacre_backend.api.template.bounds import MAX_SOURCE, Bounds, TemplateTooLarge
 from lacre_backend.api.template.environment import Raised, template_environment
-from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused, any_of, chat_tokens, text_tokens
+from lacre_backend.api.template.pieces import any_of, chat_tokens, text_tokens
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import ControlToken
 from parts.echo_engine import END, START, EchoEngine

@@ -32,7 +32,7 @@ def read(
     pieces: list[str], form: ThoughtFormat | None = THINK, *, calls: bool = False, start: Start = Start.FRESH
 ) -> tuple[str, str, str]:
     """The reasoning, the text, and the calls as JSON."""
-    reader = AnswerReader(form, CallReader(HERMES, "seed") if calls else None, start)
+    reader = AnswerReader(form, CallReader(HERMES, ["now", "other"], "seed") if calls else None, start)
     parts: list[Part] = []
     for piece in pieces:
         parts += reader.push(piece)
@@ -120,8 +120,9 @@ def test_where_an_answer_begins(rendered: str, begun: str, start: Start) -> None
 
 
 def test_the_format_is_found_by_the_mark_that_ends_the_reasoning() -> None:
-    assert [thought_format(f"x {form.close} y") for form in THOUGHTS] == list(THOUGHTS)
-    assert thought_format("{{ messages }}") is None
+    assert [thought_format(f"x {form.close} y", "") for form in THOUGHTS] == list(THOUGHTS)
+    assert [thought_format("", f"x {form.close} y") for form in THOUGHTS] == list(THOUGHTS)
+    assert thought_format("{{ messages }}", "user: Hello") is None
 
 
 # What the grammar admits
@@ -170,11 +171,11 @@ def test_a_mark_that_is_a_control_token_is_text() -> None:
     with closing(load_llama()) as engine:
         mark = next(token.id for token in engine.model.control_tokens if token.text == "<|im_start|>")
         end = next(token.id for token in engine.model.control_tokens if engine._model.ends(token.id))
-        assert engine.released([mark]) == [""]
+        assert engine.released([mark]) == ""
         with pytest.raises(TaskRefused):
             check(Task("a", prompt=(1,), max_tokens=1, begun=(mark,)), engine.model)
         engine.speak([mark, end])
-        assert engine.released([mark, end]) == ["<|im_start|>", ""]
+        assert (engine.released([mark]), engine.released([end])) == ("<|im_start|>", "")
         check(Task("a", prompt=(1,), max_tokens=1, begun=(mark,)), engine.model)
         with pytest.raises(TaskRefused):
             check(Task("a", prompt=(1,), max_tokens=1, begun=(end,)), engine.model)

@@ -21,7 +21,8 @@ from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.schema.patterns import byte_tokenizer
 from lacre_backend.api.template.bounds import Bounds
 from lacre_backend.api.template.environment import template_environment
-from lacre_backend.api.template.prompt import ChatTemplate, Piece, TemplateRefused
+from lacre_backend.api.template.pieces import Piece
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.protocol import ControlToken
 from parts.echo_engine import EchoEngine
 

@@ -22,7 +22,7 @@ from lacre_backend.api.prompts import embedding_inputs
 from lacre_backend.api.registry import ServedModel, Serving, whose_turn
 from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding
 from lacre_backend.api.run import fresh_id
-from lacre_backend.api.template.prompt import framed
+from lacre_backend.api.template.pieces import framed
 from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, ModelInfo, Task, TaskKind, TaskRefused
 
 

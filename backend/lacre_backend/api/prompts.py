@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -25,9 +25,8 @@ from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
 from lacre_backend.api.messages import Message, check_media
 from lacre_backend.api.parsed import check_size
 from lacre_backend.api.registry import ServedModel
-from lacre_backend.api.template.prompt import (
-    ChatTemplate,
-    TemplateRefused,
+from lacre_backend.api.template.pieces import (
+    Piece,
     answer_tokens,
     begun,
     chat_tokens,
@@ -36,6 +35,7 @@ from lacre_backend.api.template.prompt import (
     pair_tokens,
     text_tokens,
 )
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.api.template.texts import TextLost, as_text
 from lacre_backend.api.template.wishes import NO_WISHES, Wishes
 from lacre_backend.api.tools.format import HERMES, CallFormat
@@ -45,6 +45,7 @@ from lacre_backend.api.tools.thoughts import Start, ThoughtFormat
 from lacre_backend.engine.protocol import EngineClosed, TaskKind, TextRefused
 
 _Written = dict[str, Any]
+_Pieces = tuple[Piece, ...]
 _TAIL: Final = 8  # pieces of a prompt in which a template may open the reasoning
 
 
@@ -84,9 +85,11 @@ async def chat_start(
         raise RequestRefused(f"The model's chat template does not take these messages: {said}.", param="messages") from None
     thoughts = template.thoughts
     said = "".join(piece if isinstance(piece, str) else piece.text for piece in pieces[-_TAIL:])
-    start = Start.SPEAKING if thoughts is None else thoughts.start(said, beginning)
+    spoken = Start.SPEAKING if beginning else Start.FRESH
+    start = spoken if thoughts is None else thoughts.start(said, beginning)
     if beginning:
-        pieces = (*pieces, *(template.pieces(thoughts.answer) if thoughts is not None else ()), beginning)
+        answer = thoughts.answer if thoughts is not None else template.calls.answer if template.calls is not None else ""
+        pieces = (*pieces, *template.pieces(answer), beginning)
     ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
     with _named("messages"):
         return Prompt(await chat_tokens(served.engine, joined(pieces), template.control), start)
@@ -196,41 +199,59 @@ def _named(param: str) -> Iterator[None]:
         raise shutting_down() from None
 
 
-def _with_systems(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> tuple[Any, ...]:
+def _with_systems(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> _Pieces:
     """Rendered as it is, or with one system message if the template takes no later one. Raises `TemplateRefused`."""
     try:
         return _rendered(template, written, told, wishes)
-    except TemplateRefused:
+    except TemplateRefused as refusal:
         systems = [message for message in written if message["role"] == "system"]
-        if systems in ([], written[:1]):
-            raise
         text = "\n\n".join(as_text(message["content"]) for message in systems)
         others = [message for message in written if message["role"] != "system"]
-        return _rendered(template, [{**systems[0], "content": text}, *others], told, wishes)
+        if systems not in ([], written[:1]):
+            return _rendered(template, [{**systems[0], "content": text}, *others], told, wishes)
+        if not systems or not isinstance(refusal, TextLost):
+            raise
+        # Some write the system message with the last user's, and lose it behind a result.
+        return _rendered(template, _begun(others, text), told, wishes)
 
 
-def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> tuple[Any, ...]:
-    render = partial(template.render, wishes=wishes)
-    if template.calls is not None:
-        written = _with_short_ids(written) if template.calls.short_ids else written
-        try:
-            return render(written, told or None)
-        except TextLost:
-            apart = list(_apart(written))
-            if len(apart) == len(written):
-                raise
-            return render(apart, told or None)
-    spoken = _spoken(template, written)
-    if not told:
-        return render(spoken)
-    instructions = _instructions(template, told)
-    first = spoken[0]
-    if first["role"] == "system":
-        return render([{**first, "content": f"{as_text(first['content'])}\n\n{instructions}"}, *spoken[1:]])
+def _begun(written: Sequence[_Written], text: str) -> list[_Written]:
+    """With a text before that of the last user."""
+    at = max((i for i, message in enumerate(written) if message["role"] == "user"), default=-1)
+    return [
+        {**message, "content": f"{text}\n\n{as_text(message['content'])}"} if i == at else message
+        for i, message in enumerate(written)
+    ]
+
+
+def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written], wishes: Wishes) -> _Pieces:
+    render, form = partial(template.render, wishes=wishes), template.calls
+    if form is None:
+        spoken = _spoken(template, written)
+        return _told(render, spoken, _instructions(template, told, HERMES)) if told else render(spoken)
+    written = _with_short_ids(written) if form.short_ids else written
+    if told and template.manner.listed:
+        render = partial(render, tools=told)
+    elif told:
+        render = partial(_told, render, instructions=_instructions(template, told, form))
     try:
-        return render([{"role": "system", "content": instructions}, *spoken])
+        return render(written)
+    except TextLost:
+        apart = list(_apart(written))
+        if len(apart) == len(written):
+            raise
+        return render(apart)
+
+
+def _told(render: Callable[[Sequence[_Written]], _Pieces], written: Sequence[_Written], instructions: str) -> _Pieces:
+    """With the tools in the system message, or before the first message if the template takes none."""
+    first = written[0]
+    if first["role"] == "system":
+        return render([{**first, "content": f"{as_text(first['content'])}\n\n{instructions}"}, *written[1:]])
+    try:
+        return render([{"role": "system", "content": instructions}, *written])
     except TemplateRefused:  # some support no system message
-        return render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
+        return render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *written[1:]])
 
 
 def _with_short_ids(written: Sequence[_Written]) -> list[_Written]:
@@ -288,16 +309,17 @@ def _without_calls(template: ChatTemplate, message: _Written) -> _Written:
 _BEFORE_TOOLS: Final = (
     "You can call functions. Each line between <tools> and </tools> describes one, with a JSON schema.\n<tools>\n"
 )
-_AFTER_TOOLS: Final = f"""
-</tools>
-To call a function, write its name and its arguments as JSON, in this form:
-{HERMES.written("NAME", "{ARGUMENTS}")}
-Its result comes between <tool_response> and </tool_response>. Answer in plain words where no function helps."""
+_AFTER_TOOLS: Final = "\n</tools>\nTo call a function, write its name and its arguments as JSON, in this form:\n"
+_RESULTS: Final = "\nIts result comes between <tool_response> and </tool_response>. "
+_IN_WORDS: Final = "Answer in plain words where no function helps."
 
 
-def _instructions(template: ChatTemplate, told: Sequence[_Written]) -> str:
+def _instructions(template: ChatTemplate, told: Sequence[_Written], form: CallFormat) -> str:
+    """form: in which the model shall call; the fallback's is taught with its results."""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in told)
-    return template.constant(_BEFORE_TOOLS) + listed + template.constant(_AFTER_TOOLS)
+    shape = form.begin + form.written("NAME", "{ARGUMENTS}") + form.end
+    results = _RESULTS if template.calls is None else "\n"
+    return template.constant(_BEFORE_TOOLS) + listed + template.constant(_AFTER_TOOLS + shape + results + _IN_WORDS)
 
 
 def _call(template: ChatTemplate, call: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ from lacre.asgi import Call, Scope
 from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.http import header
-from lacre_backend.api.template.prompt import ChatTemplate, markers_of
+from lacre_backend.api.template.pieces import markers_of
+from lacre_backend.api.template.prompt import ChatTemplate
 from lacre_backend.api.tools.format import HERMES
 from lacre_backend.api.tools.thoughts import ThoughtFormat
 from lacre_backend.engine.protocol import Engine, TaskKind

@@ -261,13 +261,13 @@ class ChatCompletionRequest(Generate):
 
     def grammar(self, form: AnswerForm, grammars: Grammars) -> str | None:
         may_call, thinks = self.calling(), form.thinks
-        alone = may_call is None and not thinks
+        alone = may_call is None and not thinks and not form.said("")
         speech = None if self.response_format is None else self.response_format.rule(grammars, alone=alone)
-        rule = "answer" if thinks else "start"
+        place = form.place
         if may_call is not None:
-            rules = form.calls.grammar(grammars, may_call, speech, rule=rule)
+            rules = form.calls.grammar(grammars, may_call, speech, place)
         elif speech is not None:
-            rules = f"{rule}: {form.said(speech)}\n"
+            rules = f"{place.rule}: {form.said(speech)}\n"
         else:
             return None
         return grammars.text(f"start: thought answer\n{form.thought_rules()}{rules}" if thinks else rules)

@@ -28,19 +28,20 @@ The template comes with the model. It runs in Jinja's sandbox, so it can neither
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
+import contextlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
 
 from lacre.errors import SettingsError
+from lacre_backend.api.template.calls import TOOL, UNDESCRIBED, USED, USUAL, described, learned
 from lacre_backend.api.template.environment import Raised, given, template_environment
+from lacre_backend.api.template.pieces import Piece, any_of, joined
 from lacre_backend.api.template.texts import (
     Form,
     Message,
@@ -53,45 +54,20 @@ from lacre_backend.api.template.texts import (
     shaped,
 )
 from lacre_backend.api.template.wishes import NO_WISHES, Wishes, efforts_of
-from lacre_backend.api.tools.format import FORMATS, CallFormat
-from lacre_backend.api.tools.gemma import GEMMA
-from lacre_backend.api.tools.harmony import HARMONY_CALLS
-from lacre_backend.api.tools.tagged import TAGGED
+from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.api.tools.thoughts import thought_format
-from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo, PairPart
+from lacre_backend.engine.protocol import ControlToken, ModelInfo
 
 __all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
 
 _GIVEN: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
-KNOWN_CALLS: Final = (*FORMATS, *TAGGED, GEMMA, HARMONY_CALLS)
-Piece = str | ControlToken  # str: plain text, in which no control token is recognized
-
-_NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
-_TOOL: Final[Mapping[str, Any]] = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "The tide now",
-        "parameters": {"type": "object", "properties": {"port": {"type": "string"}}},
-    },
-}
-_UNDESCRIBED: Final[Mapping[str, Any]] = {
-    "type": "function",
-    "function": {name: value for name, value in _TOOL["function"].items() if name != "description"},
-}
-_CALL: Final = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
-_USED: Final[tuple[Message, ...]] = (
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-    {"role": "tool", "content": _RESULT, "tool_call_id": "call00001", "name": _NAME},
-)
-_SPEAKING_OF_A_TOOL: Final[tuple[tuple[Message, ...], Tools]] = (({"role": "user", "content": "Hello"},), (_TOOL,))
+_SPEAKING_OF_A_TOOL: Final[tuple[tuple[Message, ...], Tools]] = (({"role": "user", "content": "Hello"},), (TOOL,))
 _SAMPLES: Final[tuple[tuple[tuple[Message, ...], Tools], ...]] = (
     (({"role": "user", "content": "Hello"},), None),
     (({"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}), None),
     (({"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three"}), None),
     _SPEAKING_OF_A_TOOL,
-    (_USED, (_TOOL,)),
+    (USED, (TOOL,)),
 )
 
 
@@ -103,15 +79,15 @@ _SPEAKING: Final[Mapping[str, tuple[tuple[Message, ...], Tools]]] = {
     "user": ((_USER,), None),
     "system": ((_SYSTEM, _USER), None),
     "assistant": ((_USER, _ANSWER, _USER), None),
-    "tool": (_USED, (_TOOL,)),
+    "tool": (USED, (TOOL,)),
 }
 
 
 class ChatTemplate:
     """A model's loaded chat template. Raises `SettingsError` if it does not compile or omits text of messages.
 
-    calls: the model's format of calls, if the template supports tools in a known format. thoughts: its format of reasoning,
-    if the template knows one. variables: what it reads beside the messages.
+    calls: the model's format of calls, if the template shows calls in a known format. manner: how it takes them.
+    thoughts: its format of reasoning, if the template knows one. variables: what it reads beside the messages.
     """
 
     def __init__(self, model: ModelInfo, markers: Sequence[ControlToken] = ()) -> None:
@@ -141,12 +117,13 @@ class ChatTemplate:
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = any_of(composed)
-        self.thoughts = thought_format(model.chat_template)
+        self.thoughts = thought_format(model.chat_template, "".join(self._outcome(self._template, *each) for each in _SAMPLES))
         self.variables = self._read_variables(model.chat_template)
         self._efforts = efforts_of(model.chat_template, self._takes)
         self._wants_description = self._fails_without_description()
-        self._describes = _TOOL["function"]["description"] in self._outcome(self._template, *_SPEAKING_OF_A_TOOL)
-        self.calls = self._known_calls()
+        self._describes = TOOL["function"]["description"] in self._outcome(self._template, *_SPEAKING_OF_A_TOOL)
+        self.manner = USUAL
+        self.calls = self._learn_calls(plain)
         self._check_whole()
 
     def render(
@@ -166,9 +143,10 @@ class ChatTemplate:
             return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt, beside=beside)
 
         if tools is not None and self._wants_description:
-            tools = [_described(tool) for tool in tools]
+            tools = [described(tool) for tool in tools]
+        taken = self.manner.applied([*map(given, messages)])
         try:
-            swapped, told = self._swapped(shaped([*map(given, messages)], self._forms)), self._swapped(tools)
+            swapped, told = self._swapped(shaped(taken, self._forms)), self._swapped(tools)
             beside = self._swapped(wishes.values(self.variables, self._efforts))
         except RecursionError:
             raise TemplateRefused("they nest too deeply") from None
@@ -310,16 +288,27 @@ class ChatTemplate:
         raise self._unusable(f"does not take a single message ({said})")
 
     def _check_whole(self) -> None:
-        """Checks all supported roles in one conversation, and tools if they are supported."""
+        """Checks all supported roles in one conversation. If one with a call loses a text, the template takes no calls."""
         spoken = [message for message in (_SYSTEM, _USER, _ANSWER, _USER) if message["role"] in self._forms]
-        used = [*spoken[:1], *_USED] if spoken[0] is _SYSTEM else _USED
-        for messages, tools in ((spoken, None), *(((used, (_TOOL,)),) if self.calls else ())):
-            try:
-                self.render(messages, tools)
-            except TextLost as lost:
-                raise self._unusable(f"omits {lost.what}") from None
-            except TemplateRefused:
-                continue  # each request that uses it gets the reason
+        try:
+            self._check(spoken, None)
+        except TextLost as lost:
+            raise self._unusable(f"omits {lost.what}") from None
+        if self.calls is None:
+            return
+        try:
+            self._check(USED, (TOOL,) if self.manner.listed else None)
+        except TextLost:
+            self.calls, self.manner = None, USUAL
+
+    def _check(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Raises `TextLost`. If the template refuses it, each request that uses it gets the reason."""
+        try:
+            self.render(messages, tools)
+        except TextLost:
+            raise
+        except TemplateRefused:
+            return
 
     def _unusable(self, why: str) -> SettingsError:
         return SettingsError(f"The chat template of {self._model.name} {why}. Convert the model again, with another template.")
@@ -337,16 +326,22 @@ class ChatTemplate:
                 return False
             return True
 
-        return not taken(_UNDESCRIBED) and taken(_described(_UNDESCRIBED))
+        return not taken(UNDESCRIBED) and taken(described(UNDESCRIBED))
 
-    def _known_calls(self) -> CallFormat | None:
-        """The template supports tools if it shows the tool, a call and its result. The way it writes the call shows the
-        format.
-        """
-        told, used = (self._outcome(self._template, *sample) for sample in _SAMPLES[-2:])
-        if _NAME not in told or _RESULT not in used:
+    def _learn_calls(self, plain: jinja2.Template) -> CallFormat | None:
+        found = learned(partial(self._outcome, self._template))
+        if found is None:
             return None
-        return next((form for form in KNOWN_CALLS if form.shows(_NAME, json.dumps(_ARGUMENTS), used)), None)
+        form, self.manner = found
+        if self.manner != USUAL:  # the sample with which the form of results was to be learned was not as it takes calls
+
+            def run(messages: Sequence[Message], tools: Tools) -> str:
+                return self._run(plain, shaped(messages, self._forms), tools)
+
+            with contextlib.suppress(TextLost):
+                result = form_of("tool", self.manner.applied(USED), (TOOL,) if self.manner.listed else None, run)
+                self._forms |= {} if result is None else {"tool": result}
+        return form
 
     def _composed_literals(self) -> dict[str, ControlToken]:
         found: dict[str, ControlToken] = {}
@@ -359,141 +354,3 @@ class ChatTemplate:
                 if isinstance(piece, str):
                     found |= {literal: self._control[literal] for literal in self._literal.findall(piece)}
         return found
-
-
-def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """With a description, at least an empty one. It stands behind the name, as templates write the members in order."""
-    function = tool["function"]
-    return {**tool, "function": {"name": function["name"], "description": "", **function}}
-
-
-def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
-    """Tokens that mark calls and their results, if llama.cpp also recognizes them in plain text."""
-    found = []
-    for literal in {literal for form in KNOWN_CALLS for literal in form.markers}:
-        ids = engine.tokenize(literal)
-        if len(ids) == 1:
-            found.append(ControlToken(ids[0], literal))
-    return tuple(found)
-
-
-async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
-    """The prompt's ids. Adds the beginning of sequence if the model needs it and the template wrote none.
-
-    control: tokens that plain text must not become; default: the model's own. Raises as `Engine.tokens`.
-    """
-    texts = {i: _bare(pieces, i, piece) for i, piece in enumerate(pieces) if isinstance(piece, str)}
-    found = iter(await _plain(engine, list(texts.values()), control or engine.model.control_tokens))
-    ids: list[int] = []
-    for piece in pieces:
-        ids += [piece.id] if isinstance(piece, ControlToken) else next(found)
-    return begun(engine.model, ids)
-
-
-def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
-    """Removes white space that some tokenizers drop beside some control tokens."""
-    before = pieces[i - 1] if i > 0 else None
-    after = pieces[i + 1] if i + 1 < len(pieces) else None
-    text = text.lstrip() if isinstance(before, ControlToken) and before.rstrip else text
-    return text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
-
-
-async def answer_tokens(engine: Engine, text: str, control: Sequence[ControlToken]) -> list[int]:
-    """The ids of an answer, as they follow a prompt. control: as in `chat_tokens`. Raises as `Engine.tokens`."""
-    (ids,) = await _plain(engine, [text], control)
-    return ids
-
-
-async def text_tokens(engine: Engine, text: str) -> list[int]:
-    """The ids of a text prompt. It contains no control token except the beginning of sequence, if the model needs it.
-
-    Raises as `Engine.tokens`.
-    """
-    (ids,) = await _plain(engine, [text], engine.model.control_tokens)
-    return begun(engine.model, ids)
-
-
-async def embedding_tokens(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts to embed, including the tokens that the tokenizer adds around each. No control token is recognized in
-    them. Text that no token covers may become the vocabulary's unknown token. Raises as `Engine.tokens`.
-    """
-    return [framed(engine.model, ids) for ids in await engine.tokens(texts)]
-
-
-async def pair_tokens(engine: Engine, query: str, documents: Sequence[str]) -> list[list[int]]:
-    """The ids of a query with each document, in the form that a reranker reads. As in `embedding_tokens`, no control token is
-    recognized in the texts. Raises as `Engine.tokens`.
-    """
-    read, *each = await engine.tokens([query, *documents])
-    pairs = []
-    for document in each:
-        texts = {PairPart.QUERY: read, PairPart.DOCUMENT: document}
-        pieces = [texts[part] if isinstance(part, PairPart) else part for part in engine.model.pair]
-        pairs.append(list(itertools.chain.from_iterable(pieces)))
-    return pairs
-
-
-def framed(model: ModelInfo, ids: Sequence[int]) -> list[int]:
-    before, after = model.frame
-    return [*before, *ids, *after]
-
-
-def begun(model: ModelInfo, ids: list[int]) -> list[int]:
-    """With the beginning of sequence, if the model needs it."""
-    if model.add_bos and model.bos is not None and ids[:1] != [model.bos.id]:
-        return [model.bos.id, *ids]
-    return ids
-
-
-async def _plain(engine: Engine, texts: Sequence[str], steering: Sequence[ControlToken]) -> list[list[int]]:
-    """The ids of plain texts, none of them a control token's.
-
-    llama.cpp recognizes "user defined" tokens in plain text too, and a file may wrongly give this type to a token that ends
-    generation. Then the literal is cut after its first character, so that it is no longer recognized.
-    """
-    control = {token.id for token in steering}
-    found = await engine.tokens(texts)
-    recognised = [i for i, ids in enumerate(found) if not control.isdisjoint(ids)]
-    if not recognised:
-        return found
-    literal = any_of({token.text: token for token in steering if token.text})
-    for i in recognised:
-        cuts = [0, *(match.start() + 1 for match in literal.finditer(texts[i])), len(texts[i])]
-        parts = await engine.tokens([texts[i][a:b] for a, b in itertools.pairwise(cuts)])
-        found[i] = list(itertools.chain.from_iterable(parts))
-        if not control.isdisjoint(found[i]):
-            raise EngineError("The tokenizer makes control tokens out of plain text.")
-    return found
-
-
-def joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Merges adjacent plain pieces, so that they are tokenized as one. Drops empty ones."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += piece
-        elif piece != "":
-            joined.append(piece)
-    return joined
-
-
-def any_of(literals: Mapping[str, ControlToken]) -> re.Pattern[str]:
-    """A pattern that tries the longest literal first, as llama.cpp does. Without literals it never matches.
-
-    It is a tree of common prefixes: a vocabulary has thousands of literals that begin alike, and a text may repeat that
-    beginning. Tried one by one, 6,000 cost 84 µs per character.
-    """
-    return re.compile(_branches(sorted(filter(None, literals))) or r"(?!)")
-
-
-def _branches(literals: Sequence[str]) -> str:
-    """literals: sorted. Literals with a common prefix become one branch, whose greedy rest has the longest first."""
-    branches = []
-    for _, group in itertools.groupby(literals, lambda literal: literal[0]):
-        alike = list(group)
-        begin = os.path.commonprefix(alike)  # noqa: RUF071 - they are not paths
-        rests = [literal[len(begin) :] for literal in alike]
-        optional = "?" if rests[0] == "" else ""
-        rest = _branches([each for each in rests if each])
-        branches.append(re.escape(begin) + (rest and f"(?:{rest}){optional}"))
-    return "|".join(branches)

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import pydantic_core
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import Grammars, literal
-from lacre_backend.api.tools.format import CallFormat, in_pattern
+from lacre_backend.api.tools.format import START, CallFormat, Place, in_pattern
 from lacre_backend.api.tools.parts import Argued, Part
 from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Calling, Function
-from lacre_backend.api.tools.tagged import choices, is_text, properties, unenforced
+from lacre_backend.api.tools.tagged import choices, is_text, listed, properties, unenforced
 
 QUOTE: Final = '<|"|>'
 MAX_DEPTH: Final = 64  # of arguments; deeper ones stay as the model wrote them
@@ -38,15 +38,15 @@ gemma_items: "[" (gemma_any ("," gemma_any)*)? "]"
 class GemmaCalls(CallFormat):
     """A call's arguments are no JSON until they are read."""
 
-    def shows(self, name: str, arguments: str, text: str) -> bool:
-        return self.told(name, json.loads(arguments)) in text
+    def shows(self, name: str, arguments: Mapping[str, Any], text: str) -> bool:
+        return self.told(name, arguments) in text
 
     def told(self, name: str, arguments: Mapping[str, Any]) -> str:
         """A call as the model writes it."""
         return f"{self.open}{name}{_told(arguments)}{self.close.removeprefix('}')}"
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, *, rule: str = "start") -> str:
-        return CallFormat.grammar(self, grammars, calling, speech, rule=rule) + _FREE
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+        return CallFormat.grammar(self, grammars, calling, speech, at) + _FREE
 
     def _call_of(self, grammars: Grammars, i: int, function: Function) -> str:
         schema, strict = function.arguments(), bool(function.strict)
@@ -58,25 +58,13 @@ class GemmaCalls(CallFormat):
             )
             for key, each in sorted(properties(schema).items(), key=lambda item: item[0].lower())
         ]
-        return f"({literal(function.name + self.middle)} ({_listed(members)}))"
-
-
-def _listed(members: Sequence[tuple[str, bool]]) -> str:
-    """Members with commas between those that are there. members: terms, and whether they must be there."""
-    ways = []
-    for k, (first, must) in enumerate(members):
-        ways.append(" ".join([first, *(f'"," {term}' if needed else f'("," {term})?' for term, needed in members[k + 1 :])]))
-        if must:
-            break
-    else:
-        ways.append('""')
-    return " | ".join(ways)
+        return f"({literal(function.name + self.middle)} ({listed(members, ',')}))"
 
 
 def _value_of(grammars: Grammars, schema: Any, param: str, *, strict: bool) -> str:
     if is_text(schema):
-        if listed := choices(schema):
-            return f"({' | '.join(literal(f'{QUOTE}{each}{QUOTE}') for each in listed)})"
+        if among := choices(schema):
+            return f"({' | '.join(literal(f'{QUOTE}{each}{QUOTE}') for each in among)})"
         unenforced(schema, param, strict=strict)
         return f"{literal(QUOTE)} gemma_text"
     if isinstance(schema, dict) and schema.get("type") in _SCALARS:

@@ -5,23 +5,26 @@ Source: OpenAI's description of the Harmony response format. A message is a head
 ends it. The header names the channel and, for a call, the recipient, before or behind the channel.
 
 Rules:
-- A message to a function is a call only if the request offers functions. Otherwise it is text.
+- A message to a function is a call only if the request offers that function. Otherwise it is text.
 - `<|call|>` and `<|return|>` end the answer, so an answer has one call.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
 from lacre_backend.api.schema.grammar import Grammars, literal
-from lacre_backend.api.tools.format import CallFormat
+from lacre_backend.api.tools.format import START, CallFormat, Place, in_pattern
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought, call_id
 from lacre_backend.api.tools.request import Calling
 
 MAX_HEADER: Final = 512  # characters before `<|message|>`; a name has at most 128
 FINAL: Final = "<|channel|>final<|message|>"
 ANALYSIS: Final = "<|channel|>analysis<|message|>"
+PREAMBLE: Final = "<|channel|>commentary<|message|>"  # a text before a call
 END: Final = "<|end|>"
 NEXT: Final = "<|start|>assistant"
 _MESSAGE: Final = "<|message|>"
@@ -34,15 +37,23 @@ _RECIPIENT: Final = re.compile(r"to=functions\.([a-zA-Z0-9_-]{1,128})")
 class HarmonyCalls(CallFormat):
     """Its calls end the answer."""
 
-    def shows(self, name: str, arguments: str, text: str) -> bool:
-        return f"to=functions.{name}" in text and f"{_MESSAGE}{arguments}" in text
+    def shows(self, name: str, arguments: Mapping[str, Any], text: str) -> bool:
+        return f"to=functions.{name}" in text and f"{_MESSAGE}{json.dumps(arguments)}" in text
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, *, rule: str = "start") -> str:
-        body = " | ".join(self._call_of(grammars, i, function) for i, function in calling.callable)
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
         call = f"{literal(self.open)} body"
-        said = f"{literal(FINAL)} {speech or 'TEXT'} | "
-        text = "" if speech is not None or calling.required else "TEXT: /(?s:.*)/\n"
-        return f"{rule}: {'' if calling.required else said}{call}\nbody: {body}\n{text}"
+        rules = [
+            f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}",
+            f"closed_text[lazy]: /(?s:.*){in_pattern(END)}/",
+        ]
+        preamble = f"{'' if at.speaking else literal(PREAMBLE)} closed_text {literal(NEXT)} {call}"
+        said = f"{'' if at.speaking else literal(FINAL)} {speech or 'TEXT'}"
+        ways = [preamble] if at.speaking else [call, preamble]
+        if not calling.required:
+            ways = [said] if at.speaking else [said, *ways]
+            rules += [] if speech is not None else ["TEXT: /(?s:.*)/"]
+        rules.append(f"{at.rule}: {' | '.join(ways)}")
+        return "\n".join(rules) + "\n"
 
 
 HARMONY_CALLS: Final = HarmonyCalls(
@@ -53,12 +64,12 @@ HARMONY_CALLS: Final = HarmonyCalls(
 class HarmonyReader:
     """Parses one answer."""
 
-    def __init__(self, seed: str, *, calls: bool, speaking: bool) -> None:
-        """seed: of the ids of calls. calls: whether the request offers functions. speaking: whether the answer goes on inside
+    def __init__(self, names: Collection[str], seed: str, *, speaking: bool) -> None:
+        """names: the functions that the model may call. seed: of the ids of calls. speaking: whether the answer goes on inside
         its text.
         """
         self._seed = seed
-        self._calls = calls
+        self._names = frozenset(names)
         self._held = ""
         self._header = not speaking
         self._kind: type[Thought | Speech | Argued] = Speech
@@ -106,7 +117,7 @@ class HarmonyReader:
             return []
         header, self._held = said[:end], said[end + len(_MESSAGE) :]
         channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
-        if recipient is not None and self._calls:
+        if recipient is not None and recipient[1] in self._names:
             self._begin(Argued)
             self._index += 1
             return [Called(self._index, call_id(self._seed, self._index), recipient[1])]

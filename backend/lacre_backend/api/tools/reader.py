@@ -2,34 +2,41 @@
 
 Rules:
 - Parsing is pure. Parts come out once, in order, independent of token boundaries.
+- Only an offered function can be called. Anything else that looks like a call is text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, call_id
 
-MAX_NAME: Final = 128
 MAX_TAG: Final = 64  # of a call's number or id
+_IN_NAME: Final = re.compile(r"[a-zA-Z0-9_-]")
 
 
 class CallReader:
     """Parses one answer."""
 
-    def __init__(self, form: CallFormat, seed: str) -> None:
-        """seed: of the ids of calls."""
+    def __init__(self, form: CallFormat, names: Collection[str], seed: str, *, speaking: bool = False) -> None:
+        """names: the functions that the model may call. seed: of the ids of calls. speaking: whether the answer goes on inside
+        its text.
+        """
         self._format = form
         self._seed = seed
+        self._names = sorted(names, key=len, reverse=True)
         self._held = ""
-        self._state: Callable[[], Iterator[Part]] = self._text if form.marker is not None else self._first
+        self._state: Callable[[], Iterator[Part]] = (
+            self._text if form.marker is not None else self._speech if speaking else self._first
+        )
         self._index = -1
         self._name = ""  # of the function that the last call calls
         self._inside = False  # a list of calls
-        self._tag = re.compile(f"(?:{form.tag})\\Z" if form.tag else r"(?!)")
+        self._lead = re.compile(f"{form.lead}{re.escape(form.named)}")
+        self._tag = re.compile(f"(?:{form.tag})?")
         self._depth = 0
         self._quoted = self._escaped = False
 
@@ -57,7 +64,8 @@ class CallReader:
                 return
 
     def _first(self) -> Iterator[Part]:
-        self._state = self._opening if self._held[0] == self._format.open[0] else self._speech
+        first = (self._format.begin + self._format.open)[0]
+        self._state = self._opening if self._held[0] == first else self._speech
         yield from ()
 
     def _speech(self) -> Iterator[Part]:
@@ -85,16 +93,38 @@ class CallReader:
         if not self._held.startswith(opening[: len(self._held)]):
             self._state, self._inside = self._speech, False
             return
-        end = self._held.find(form.middle, len(opening))
-        if end >= 0:
-            head, self._held = self._held[len(opening) : end], self._held[end + len(form.middle) :]
-            self._index += 1
-            self._depth, self._quoted, self._escaped = 0, False, False
-            self._state, self._inside = self._arguments, True
-            self._name = self._tag.sub("", head)
+        named = self._named(self._held[len(opening) :]) if len(self._held) >= len(opening) else ""
+        if named is None:
+            self._state, self._inside = self._speech, False
+        elif named:
+            self._begin(named)
             yield Called(self._index, call_id(self._seed, self._index, short=form.short_ids), self._name)
-        elif len(self._held) > len(opening) + MAX_NAME + MAX_TAG + len(form.middle):
-            self._state = self._speech
+
+    def _begin(self, name: str) -> None:
+        """The arguments of a call of this function begin."""
+        self._index += 1
+        self._depth, self._quoted, self._escaped = 0, False, False
+        self._state, self._inside, self._name = self._arguments, True, name
+
+    def _named(self, said: str) -> str | None:
+        """The function that is named, once the arguments' beginning is held. None: no offered one; "": not yet known."""
+        found = self._lead.match(said)
+        if found is None:
+            return "" if len(said) <= MAX_TAG else None
+        said, middle = said[found.end() :], self._format.middle
+        possible = False
+        for name in self._names:
+            if not said.startswith(name):
+                possible = possible or name.startswith(said)
+                continue
+            rest = said[len(name) :]
+            tag = self._tag.match(rest)
+            after = rest[tag.end() :] if tag is not None else rest
+            if after.startswith(middle) and (middle or (after and not _IN_NAME.match(after))):
+                self._held = after.removeprefix(middle)
+                return name
+            possible = possible or middle.startswith(after) or (bool(self._format.tag) and len(rest) <= MAX_TAG)
+        return "" if possible else None
 
     def _arguments(self) -> Iterator[Part]:
         for i, character in enumerate(self._held):
@@ -129,18 +159,25 @@ class CallReader:
             whole = len(self._held) >= len(form.close)
         if whole:
             self._held = self._held.removeprefix(form.close)
-            self._state = self._speech if form.marker is None else self._following if form.begin else self._text
+            self._state = self._following if form.begin else self._between
         yield from ()
 
     def _following(self) -> Iterator[Part]:
         """Another call of the same list, or its end."""
         form, held = self._format, self._held.lstrip()
-        between = form.between.strip()
+        between, end = form.between.strip(), form.end.strip()
         rest = held.removeprefix(between).lstrip()
-        if form.end and held.startswith(form.end):
-            self._held, self._state, self._inside = held.removeprefix(form.end), self._text, False
-        elif rest.startswith(form.open):
+        if end and held.startswith(end):
+            self._held, self._state, self._inside = held.removeprefix(end), self._between, False
+        elif end.startswith(held):
+            return
+        elif rest and rest.startswith(form.open):
             self._held, self._state = rest, self._opening
-        elif not (form.end.startswith(held) or form.open.startswith(rest) or between.startswith(held)):
-            self._state, self._inside = self._text, False
+        elif not (form.open.startswith(rest) or between.startswith(held)):
+            self._state, self._inside = self._between, False
+        yield from ()
+
+    def _between(self) -> Iterator[Part]:
+        """Behind calls that are whole."""
+        self._state = self._speech if self._format.marker is None else self._text
         yield from ()

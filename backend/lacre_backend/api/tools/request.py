@@ -21,7 +21,8 @@ MAX_TOOLS: Final = 128  # OpenAI's
 MAX_CALLS: Final = 64  # in one message
 MAX_ID: Final = 256
 
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+MAX_NAME: Final = 128
+ToolName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME}}}$")]
 # Members that clients add to a function or a call. No prompt depends on them.
 _BOOKKEEPING: Final = frozenset(
     {"index", "parsed_arguments", "provider_specific_fields", "extra_content", "thought_signature", "cache_control"}

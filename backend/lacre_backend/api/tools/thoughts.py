@@ -14,13 +14,13 @@ from enum import Enum
 from typing import Final, Protocol
 
 from lacre_backend.api.schema.grammar import literal
-from lacre_backend.api.tools.format import CallFormat, in_pattern
-from lacre_backend.api.tools.gemma import GemmaCalls, GemmaReader
+from lacre_backend.api.tools.format import CallFormat, Place, in_pattern
 from lacre_backend.api.tools.harmony import ANALYSIS, END, FINAL, NEXT, HarmonyReader
+from lacre_backend.api.tools.known import call_reader
 from lacre_backend.api.tools.parts import Part, Speech, Thought
 from lacre_backend.api.tools.reader import CallReader
+from lacre_backend.api.tools.recipients import FUNCTIONARY_3_2, RecipientReader
 from lacre_backend.api.tools.request import Calling
-from lacre_backend.api.tools.tagged import TaggedFormat, TaggedReader, texts_of
 
 MAX_GAP: Final = 8  # white space that a grammar allows between reasoning and answer
 
@@ -56,16 +56,21 @@ class ThoughtFormat:
     def rules(self, start: Start) -> str:
         """The grammar rule `thought`: what may come before an answer that another rule holds."""
         text = in_pattern(self.close)
-        lines = [f"closed[lazy]: /(?s:.*){text}/", f"gap: /\\s{{0,{MAX_GAP}}}/"]
+        lines = [f"closed[lazy]: /(?s:.*){text}/", f"gap: /\\s{{0,{MAX_GAP}}}/", f"opened: /{self.opened}/"]
         match start:
             case Start.THINKING:
                 lines.append(f"thought: closed {literal(self.goes_on) if self.goes_on else 'gap'}")
             case Start.FRESH:
                 after = literal(self.goes_on) if self.goes_on else "gap"
-                lines.append(f"thought: (gap {literal(self.open)} closed {after})?")
+                lines.append(f"thought: (opened closed {after})?")
             case Start.SPEAKING:
                 lines = ['thought: ""']
         return "\n".join(lines) + "\n"
+
+    @property
+    def opened(self) -> str:
+        """The pattern of what begins reasoning in an answer. One pattern, because a text may begin with white space too."""
+        return f"\\s{{0,{MAX_GAP}}}{in_pattern(self.open)}"
 
     @property
     def cut(self) -> str:
@@ -79,6 +84,7 @@ THOUGHTS: Final = (
     ThoughtFormat("<think>", "</think>"),  # DeepSeek, Qwen, GLM, MiniMax, Nemotron, Granite, SmolLM3, Kimi
     ThoughtFormat("<seed:think>", "</seed:think>"),  # Seed-OSS
     ThoughtFormat("<mm:think>", "</mm:think>"),  # MiniMax M3
+    ThoughtFormat("<think:opensource>", "</think:opensource>"),  # Hunyuan 3
     ThoughtFormat("[THINK]", "[/THINK]"),  # Mistral
     ThoughtFormat("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
     ThoughtFormat("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
@@ -87,11 +93,15 @@ THOUGHTS: Final = (
 )
 
 
-def thought_format(template: str) -> ThoughtFormat | None:
-    """The format of a model's reasoning. template: the source of its chat template."""
-    if ANALYSIS in template:
+def thought_format(template: str, rendered: str) -> ThoughtFormat | None:
+    """The format of a model's reasoning. template: the source of its chat template. rendered: samples of what it writes.
+
+    A mark between tags may stand anywhere: it has no effect until the model itself begins with it. Harmony is another form of
+    the whole answer, so a template must write answers in it.
+    """
+    if FINAL in rendered and ANALYSIS in template + rendered:
         return HARMONY
-    return next((form for form in THOUGHTS if form.close in template), None)
+    return next((form for form in THOUGHTS if form.close in template or form.close in rendered), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +119,33 @@ class AnswerForm:
 
     def said(self, speech: str) -> str:
         """The terms of an answer that another rule holds. speech: that rule."""
-        return f"{literal(self.thoughts.answer)} {speech}" if self.thinks and self.thoughts and self.thoughts.answer else speech
+        begin = self.thoughts.answer if self.thoughts is not None and self.thinks else self.calls.answer * self.fresh
+        return f"{literal(begin)} {speech}" if begin else speech
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the model has written nothing of its answer."""
+        return self.start is Start.FRESH
+
+    @property
+    def place(self) -> Place:
+        """Of the rules of the answer behind its reasoning."""
+        opened = "" if self.thoughts is None or not self.fresh else self.thoughts.opened
+        return Place("answer" if self.thinks else "start", self.start is Start.SPEAKING, opened)
 
     def thought_rules(self) -> str:
         return "" if self.thoughts is None else self.thoughts.rules(self.start)
 
     def reader(self, calling: Calling | None, seed: str) -> Reader | None:
         """calling: what the request offers. seed: of the ids of calls. None if an answer is text alone."""
+        names = [] if calling is None else [function.name for _, function in calling.callable]
         if self.thoughts is HARMONY:
-            return HarmonyReader(seed, calls=calling is not None, speaking=self.start is Start.SPEAKING)
+            return HarmonyReader(names, seed, speaking=not self.fresh)
+        if self.calls is FUNCTIONARY_3_2:
+            return AnswerReader(self.thoughts, RecipientReader(names, seed, speaking=not self.fresh), self.start)
         if calling is None:
             return AnswerReader(self.thoughts, None, self.start) if self.thinks else None
-        return AnswerReader(self.thoughts, self._call_reader(calling, seed), self.start)
-
-    def _call_reader(self, calling: Calling, seed: str) -> CallReader:
-        if isinstance(self.calls, TaggedFormat):
-            return TaggedReader(self.calls, seed, texts_of(calling))
-        return GemmaReader(self.calls, seed) if isinstance(self.calls, GemmaCalls) else CallReader(self.calls, seed)
+        return AnswerReader(self.thoughts, call_reader(self.calls, calling, seed, speaking=self.start is Start.SPEAKING), self.start)
 
 
 class Reader(Protocol):
