@@ -91,8 +91,8 @@ def test_an_answer_that_goes_on_is_text() -> None:
 
 
 def test_the_format_is_found() -> None:
-    assert thought_format(f"x {ANALYSIS} y </think>", f"{FINAL}Two") is HARMONY
-    assert thought_format(f"x {ANALYSIS} y", "assistant: Two") is None  # it only mentions the mark
+    assert thought_format(f"x {ANALYSIS} y </think>", f"{FINAL}Two", "Two") is HARMONY
+    assert thought_format(f"x {ANALYSIS} y", f"assistant: Two {FINAL}", "Two") is None  # it only mentions the mark
     assert isinstance(AnswerForm(HERMES, HARMONY, Start.FRESH).reader(None, "seed"), HarmonyReader)
 
 

@@ -120,9 +120,9 @@ def test_where_an_answer_begins(rendered: str, begun: str, start: Start) -> None
 
 
 def test_the_format_is_found_by_the_mark_that_ends_the_reasoning() -> None:
-    assert [thought_format(f"x {form.close} y", "") for form in THOUGHTS] == list(THOUGHTS)
-    assert [thought_format("", f"x {form.close} y") for form in THOUGHTS] == list(THOUGHTS)
-    assert thought_format("{{ messages }}", "user: Hello") is None
+    assert [thought_format(f"x {form.close} y", "", "Two") for form in THOUGHTS] == list(THOUGHTS)
+    assert [thought_format("", f"x {form.close} y", "Two") for form in THOUGHTS] == list(THOUGHTS)
+    assert thought_format("{{ messages }}", "user: Hello", "Two") is None
 
 
 # What the grammar admits

@@ -1,57 +1,82 @@
-"""How models write calls and reasoning, as their own templates show it."""
+"""How models write calls and reasoning, as their own templates show it: the table of docs/call-formats.md."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Final
 
 import pytest
 
+from heavy.conftest import ROOT
 from heavy.templates.test_rendered import CONTROL
+from lacre.errors import SettingsError
 from lacre_backend.api.template.prompt import ChatTemplate
-from lacre_backend.api.tools.format import (
-    FUNCTIONARY,
-    HERMES,
-    LLAMA,
-    MISTRAL,
-    CallFormat,
-)
+from lacre_backend.api.tools import format as plain
+from lacre_backend.api.tools import tagged
+from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.api.tools.gemma import GEMMA
 from lacre_backend.api.tools.harmony import HARMONY_CALLS
-from lacre_backend.api.tools.tagged import GLM, QWEN_CODER, SEED
+from lacre_backend.api.tools.known import KNOWN_CALLS
+from lacre_backend.api.tools.pythonic import LFM, PYTHONIC
+from lacre_backend.api.tools.recipients import FUNCTIONARY_3_2
 from lacre_backend.engine.protocol import ControlToken
 from parts.echo_engine import EchoEngine
 
-CALLS: dict[str, CallFormat] = {
-    "Qwen-Qwen2.5-7B-Instruct": HERMES,
-    "Qwen-Qwen3-0.6B": HERMES,
-    "Qwen-QwQ-32B": HERMES,
-    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": HERMES,
-    "meta-llama-Llama-3.1-8B-Instruct": LLAMA,
-    "meta-llama-Llama-3.3-70B-Instruct": LLAMA,
-    "Mistral-Small-3.2-24B-Instruct-2506": MISTRAL,
-    "unsloth-mistral-Devstral-Small-2507": MISTRAL,
-    "mistralai-Ministral-3-14B-Reasoning-2512": MISTRAL,
-    "meetkai-functionary-medium-v3.1": FUNCTIONARY,
-    "Qwen3-Coder": QWEN_CODER,
-    "Qwen3.5-4B": QWEN_CODER,
-    "ByteDance-Seed-OSS": SEED,
-    "GLM-4.6": GLM,
-    "google-gemma-4-31B-it": GEMMA,
-    "openai-gpt-oss-120b": HARMONY_CALLS,
+DOCUMENT: Final = ROOT / "docs/call-formats.md"
+HEAD: Final = "| template | reasoning ends with | calls |\n|---|---|---|\n"
+NAMES: Final[dict[str, CallFormat]] = {
+    "Hermes": plain.HERMES,
+    "Llama 3": plain.LLAMA,
+    "Mistral": plain.MISTRAL,
+    "Mistral's list": plain.MISTRAL_LIST,
+    "Mistral's list, spaced": plain.MISTRAL_SPACED,
+    "DeepSeek V3 and R1": plain.DEEPSEEK,
+    "DeepSeek V3.1": plain.DEEPSEEK_V3_1,
+    "DeepSeek V3.2": tagged.DEEPSEEK_V3_2,
+    "DeepSeek V4": tagged.DEEPSEEK_V4,
+    "Kimi K2": plain.KIMI,
+    "Functionary 3.1": plain.FUNCTIONARY,
+    "Functionary 3.2": FUNCTIONARY_3_2,
+    "Apertus": plain.APERTUS,
+    "Apriel": plain.APRIEL,
+    "MiniMax M1": plain.MINIMAX_M1,
+    "MiniMax M2": tagged.MINIMAX,
+    "Nemotron Nano 2": plain.NEMOTRON,
+    "GigaChat 3.1": plain.GIGACHAT,
+    "Command R7B": plain.COMMAND,
+    "Qwen3-Coder": tagged.QWEN_CODER,
+    "Seed-OSS": tagged.SEED,
+    "GLM 4.5 and 4.6": tagged.GLM,
+    "GLM 4.7": tagged.GLM_CLOSE,
+    "Hunyuan 3": tagged.HY,
+    "Gemma 4": GEMMA,
+    "Harmony": HARMONY_CALLS,
+    "LFM2.5": LFM,
+    "Python": PYTHONIC,
 }
-THOUGHTS = {
-    "Qwen-Qwen3-0.6B": "</think>",
-    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": "</think>",
-    "ByteDance-Seed-OSS": "</seed:think>",
-    "MiniMax-M3": "</mm:think>",
-    "mistralai-Ministral-3-14B-Reasoning-2512": "[/THINK]",
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|END_THINKING|>",
-    "Apertus-8B-Instruct": "<|inner_suffix|>",
-    "google-gemma-4-31B-it": "<channel|>",
-    "openai-gpt-oss-120b": "<|end|>",
-    "Apriel-1.6-15b-Thinker-fixed": "[BEGIN FINAL RESPONSE]",
-    "meta-llama-Llama-3.1-8B-Instruct": None,
-    "microsoft-Phi-3.5-mini-instruct": None,
+# Why tools and calls are text, in the form of Hermes.
+NO_TOOLS: Final = "as text: the template takes no tools"
+NO_CALLS: Final = "as text: the template shows no calls"
+FAILS: Final = "as text: the template fails on calls, in transformers too"
+OWN: Final = "as text: a format of its own"
+AS_TEXT: Final = {
+    "CohereForAI-c4ai-command-r-plus-tool_use": FAILS,
+    "GigaChat3-10B-A1.8B": OWN,
+    "HuggingFaceTB-SmolLM3-3B": "as text: the template takes tools under another name",
+    "Kimi-K2-Instruct": FAILS,
+    "Kimi-K2-Thinking": FAILS,
+    "Kimi-K3": OWN,
+    "LFM2-8B-A1B": NO_CALLS,
+    "LFM2.5-Instruct": NO_CALLS,
+    "MiniMax-M3": OWN,
+    "google-gemma-2-2b-it": NO_TOOLS,
+    "ibm-granite-granite-3.3-2B-Instruct": NO_CALLS,
+    "llama-cpp-rwkv-world": NO_TOOLS,
+    "microsoft-Phi-3.5-mini-instruct": NO_TOOLS,
+    "muse-glimmer": OWN,
+    "openbmb-MiniCPM5-1B": OWN,
+    "upstage-Solar-Open-100B": OWN,
 }
 
 
@@ -61,12 +86,35 @@ def loaded(source: str) -> ChatTemplate:
     return ChatTemplate(dataclasses.replace(EchoEngine().model, chat_template=source, control_tokens=control))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_format_of_calls(name: str, templates: dict[str, str]) -> None:
-    assert loaded(templates[name]).calls == CALLS[name]
+def rows(templates: dict[str, str]) -> Iterator[str]:
+    for name, source in templates.items():
+        try:
+            template = loaded(source)
+        except SettingsError:
+            yield f"| {name} | | the worker does not start: it takes no message |"
+            continue
+        calls = next((said for said, form in NAMES.items() if form is template.calls), AS_TEXT.get(name, "?"))
+        told = calls if template.calls is None or template.manner.listed else f"{calls}; tools in the system message"
+        thoughts = "" if template.thoughts is None else f"`{template.thoughts.close}`".replace("|", "\\|")
+        yield f"| {name} | {thoughts} | {told} |"
 
 
-@pytest.mark.parametrize("name", THOUGHTS)
-def test_the_format_of_reasoning(name: str, templates: dict[str, str]) -> None:
-    thoughts = loaded(templates[name]).thoughts
-    assert (None if thoughts is None else thoughts.close) == THOUGHTS[name]
+def test_the_table_of_each_template_is_what_its_loading_finds(templates: dict[str, str]) -> None:
+    found = "\n".join(rows(templates)) + "\n"
+    table = DOCUMENT.read_text(encoding="utf-8").partition(HEAD)[2]
+    assert table.partition("\n\n")[0].strip() == found.strip()
+    assert "?" not in found and len(templates) >= 70
+    assert all(name in templates for name in AS_TEXT)
+
+
+def test_each_known_format_has_a_name() -> None:
+    assert sorted(map(repr, NAMES.values())) == sorted(map(repr, KNOWN_CALLS))
+
+
+@pytest.mark.parametrize("name", ["Qwen3-Coder", "GLM-4.6", "openai-gpt-oss-120b", "meetkai-functionary-medium-v3.2"])
+def test_a_template_that_only_mentions_its_marks_has_no_format(name: str, templates: dict[str, str]) -> None:
+    """The fallback's instructions, and no reasoning apart: the model's answers are text."""
+    words = templates[name].replace("{", "(").replace("}", ")").replace("</think>", "")
+    mentions = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}}\n{{% endfor %}}{words}"
+    template = loaded(mentions)
+    assert (template.calls, template.thoughts) == (None, None)

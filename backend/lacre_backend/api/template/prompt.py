@@ -117,7 +117,8 @@ class ChatTemplate:
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = any_of(composed)
-        self.thoughts = thought_format(model.chat_template, "".join(self._outcome(self._template, *each) for each in _SAMPLES))
+        written = "".join(self._outcome(self._template, *each) for each in _SAMPLES)
+        self.thoughts = thought_format(model.chat_template, written, _ANSWER["content"])
         self.variables = self._read_variables(model.chat_template)
         self._efforts = efforts_of(model.chat_template, self._takes)
         self._wants_description = self._fails_without_description()

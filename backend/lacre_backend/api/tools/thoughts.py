@@ -93,13 +93,14 @@ THOUGHTS: Final = (
 )
 
 
-def thought_format(template: str, rendered: str) -> ThoughtFormat | None:
+def thought_format(template: str, rendered: str, answer: str) -> ThoughtFormat | None:
     """The format of a model's reasoning. template: the source of its chat template. rendered: samples of what it writes.
+    answer: the assistant's, in one of them.
 
     A mark between tags may stand anywhere: it has no effect until the model itself begins with it. Harmony is another form of
     the whole answer, so a template must write answers in it.
     """
-    if FINAL in rendered and ANALYSIS in template + rendered:
+    if FINAL + answer in rendered and ANALYSIS in template + rendered:
         return HARMONY
     return next((form for form in THOUGHTS if form.close in template or form.close in rendered), None)
 
