@@ -121,7 +121,7 @@ def test_as_tools(name: str) -> None:
         return
     for each in (plain,) if name in REFUSED_AS_TOOLS else (tool, plain):
         for answer in answers(grammar(tools=[each], tool_choice={"type": "function", "function": {"name": "answer"}})):
-            reader = CallReader(HERMES, "seed")
+            reader = CallReader(HERMES, ["answer"], "seed")
             parts = [*reader.push(answer), *reader.finish()]
             check(name, "".join(part.text for part in parts if isinstance(part, Argued)))
 

@@ -63,7 +63,7 @@ def ways(model: dict[str, Any]) -> list[dict[str, Any]]:
 def answer(text: str, fields: dict[str, Any]) -> str:
     if "tools" not in fields:
         return text
-    reader = CallReader(HERMES, "seed")
+    reader = CallReader(HERMES, ["answer"], "seed")
     return "".join(part.text for part in [*reader.push(text), *reader.finish()] if isinstance(part, Argued))
 
 

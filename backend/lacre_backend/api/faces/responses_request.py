@@ -22,7 +22,7 @@ from lacre_backend.api import media
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, MediaPart, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
-from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest, Effort, check_named
+from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest, Effort
 from lacre_backend.api.tools.request import MAX_ID, MAX_NAME, MAX_TOOLS, ToolName
 
 _STATELESS: Final = "Nothing is stored here: send the whole history as 'input'."

@@ -23,7 +23,7 @@ MAX_CALLS: Final = 16  # in one answer: a small model may not stop by itself
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AnswerPlace:
     """Where an answer's rules stand in a grammar.
 
     rule: the name of the rule for the whole. speaking: whether the answer goes on inside its text. opened: the pattern of what
@@ -40,7 +40,7 @@ class Place:
         return f" & ~/{self.opened}(?s:.*)/" if self.opened else ""
 
 
-START: Final = Place()
+START: Final = AnswerPlace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class CallFormat:
         """The texts in which this format's marks are."""
         return (self.begin, self.open, self.named, self.middle, self.close, self.between, self.end, *self.markers)
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: AnswerPlace = START) -> str:
         """The rules of an answer. speech: the rule of one without a call; None for any text. Raises `RequestRefused`."""
         rule = at.rule
         lines = [f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}"]

@@ -17,7 +17,7 @@ import pydantic_core
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import Grammars, literal
-from lacre_backend.api.tools.format import START, CallFormat, Place, in_pattern
+from lacre_backend.api.tools.format import START, AnswerPlace, CallFormat, in_pattern
 from lacre_backend.api.tools.parts import Argued, Part
 from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Calling, Function
@@ -45,7 +45,7 @@ class GemmaCalls(CallFormat):
         """A call as the model writes it."""
         return f"{self.open}{name}{_told(arguments)}{self.close.removeprefix('}')}"
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: AnswerPlace = START) -> str:
         return CallFormat.grammar(self, grammars, calling, speech, at) + _FREE
 
     def _call_of(self, grammars: Grammars, i: int, function: Function) -> str:

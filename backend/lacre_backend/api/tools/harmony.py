@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from lacre_backend.api.schema.grammar import Grammars, literal
-from lacre_backend.api.tools.format import START, CallFormat, Place, in_pattern
+from lacre_backend.api.tools.format import START, AnswerPlace, CallFormat, in_pattern
 from lacre_backend.api.tools.parts import Argued, Called, Part, Speech, Thought, call_id
 from lacre_backend.api.tools.request import Calling
 
@@ -40,7 +40,7 @@ class HarmonyCalls(CallFormat):
     def shows(self, name: str, arguments: Mapping[str, Any], text: str) -> bool:
         return f"to=functions.{name}" in text and f"{_MESSAGE}{json.dumps(arguments)}" in text
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: AnswerPlace = START) -> str:
         call = f"{literal(self.open)} body"
         rules = [
             f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}",

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pydantic_core
 
 from lacre_backend.api.schema.grammar import Grammars, literal
-from lacre_backend.api.tools.format import START, CallFormat, Place
+from lacre_backend.api.tools.format import START, AnswerPlace, CallFormat
 from lacre_backend.api.tools.parts import Argued, Part
 from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Calling, Function
@@ -51,7 +51,7 @@ class PythonicCalls(CallFormat):
     def _told(self, name: str, arguments: Mapping[str, Any], way: Any) -> str:
         return f"{name}({', '.join(f'{key}={way(value)}' for key, value in arguments.items())})"
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: AnswerPlace = START) -> str:
         rules = CallFormat.grammar(self, grammars, calling, speech, at)
         return rules + _QUOTED if "py_quoted" in rules else rules
 

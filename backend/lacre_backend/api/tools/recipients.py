@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from lacre_backend.api.schema.grammar import NOTHING, Grammars, literal
-from lacre_backend.api.tools.format import START, CallFormat, Place, in_pattern
+from lacre_backend.api.tools.format import START, AnswerPlace, CallFormat, in_pattern
 from lacre_backend.api.tools.parts import Part
 from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Calling
@@ -23,7 +23,7 @@ _USER: Final = "all"
 class RecipientCalls(CallFormat):
     """A call is a message to a function."""
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: AnswerPlace = START) -> str:
         calls = f"body {self.more(calling, f'{literal(self.open)} body')}"
         lines = [f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}"]
         begin = NOTHING if at.speaking else literal(self.answer)

@@ -17,7 +17,7 @@ import pydantic_core
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import Grammars, literal
-from lacre_backend.api.tools.format import START, CallFormat, Place, in_pattern
+from lacre_backend.api.tools.format import START, AnswerPlace, CallFormat, in_pattern
 from lacre_backend.api.tools.parts import Argued, Part
 from lacre_backend.api.tools.reader import CallReader
 from lacre_backend.api.tools.request import Calling, Function
@@ -78,7 +78,7 @@ class TaggedFormat(CallFormat):
         unenforced(schema, param, strict=strict)
         return "plain_value"
 
-    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: Place = START) -> str:
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None, at: AnswerPlace = START) -> str:
         rules = CallFormat.grammar(self, grammars, calling, speech, at)
         return f"{rules}plain_value[lazy]: /(?s:.*){in_pattern(self.value_close)}/\n" if "plain_value" in rules else rules
 

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from lacre_backend.api.schema.grammar import literal
-from lacre_backend.api.tools.format import CallFormat, Place, in_pattern
+from lacre_backend.api.tools.format import AnswerPlace, CallFormat, in_pattern
 from lacre_backend.api.tools.harmony import ANALYSIS, END, FINAL, NEXT, HarmonyReader
 from lacre_backend.api.tools.known import call_reader
 from lacre_backend.api.tools.parts import Part, Speech, Thought
@@ -129,10 +129,10 @@ class AnswerForm:
         return self.start is Start.FRESH
 
     @property
-    def place(self) -> Place:
+    def place(self) -> AnswerPlace:
         """Of the rules of the answer behind its reasoning."""
         opened = "" if self.thoughts is None or not self.fresh else self.thoughts.opened
-        return Place("answer" if self.thinks else "start", self.start is Start.SPEAKING, opened)
+        return AnswerPlace("answer" if self.thinks else "start", self.start is Start.SPEAKING, opened)
 
     def thought_rules(self) -> str:
         return "" if self.thoughts is None else self.thoughts.rules(self.start)
@@ -146,7 +146,9 @@ class AnswerForm:
             return AnswerReader(self.thoughts, RecipientReader(names, seed, speaking=not self.fresh), self.start)
         if calling is None:
             return AnswerReader(self.thoughts, None, self.start) if self.thinks else None
-        return AnswerReader(self.thoughts, call_reader(self.calls, calling, seed, speaking=self.start is Start.SPEAKING), self.start)
+        return AnswerReader(
+            self.thoughts, call_reader(self.calls, calling, seed, speaking=self.start is Start.SPEAKING), self.start
+        )
 
 
 class Reader(Protocol):
