@@ -86,6 +86,13 @@ def test_answers_that_break_off(text: str, thought: str, said: str) -> None:
         assert read(pieces) == (thought, said, [])
 
 
+@pytest.mark.parametrize("mark", ["<|start|>", "<|channel|>", "to="])
+def test_a_header_without_an_end_is_text(mark: str) -> None:
+    long = f"{mark}{'x' * 2000}<|start|>{'y' * 2000}"
+    for pieces in ([long], list(long)):
+        assert read(pieces) == ("", long, [])
+
+
 def test_an_answer_that_goes_on_is_text() -> None:
     assert read(["It ", "rains."], speaking=True) == ("", "It rains.", [])
 

@@ -131,7 +131,7 @@ class Vocabulary:
             )
 
     def calls(self, tokens: list[int]) -> list[tuple[str, str]]:
-        reader = CallReader(HERMES, "seed")
+        reader = CallReader(HERMES, ["chart"], "seed")
         parts = [part for text in self._model.released(tokens, ()) for part in reader.push(text)]
         named = [part.name for part in parts if isinstance(part, Called)]
         return [

@@ -22,7 +22,7 @@ from lacre_backend.api import media
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_MESSAGES, MAX_PARTS, MediaPart, check_turns
 from lacre_backend.api.parsed import Echoed, Parsed, bare, json_object, missing, validated
-from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest, Effort
+from lacre_backend.api.requests import MAX_TOP_LOGPROBS, ChatCompletionRequest, Effort, check_named
 from lacre_backend.api.tools.request import MAX_ID, MAX_NAME, MAX_TOOLS, ToolName
 
 _STATELESS: Final = "Nothing is stored here: send the whole history as 'input'."
@@ -49,7 +49,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "service_tier": ("auto", "default"),
     "truncation": ("disabled",),
 }
-_SAME: Final = ("model", "stream", "temperature", "top_p", "parallel_tool_calls")
+_SAME: Final = ("model", "stream", "temperature", "top_p", "parallel_tool_calls", "resume")
 _LOGPROBS: Final = "message.output_text.logprobs"
 _INCLUDED: Final = frozenset({_LOGPROBS, "reasoning.encrypted_content"})
 _TOLD: Final = ("instructions", "metadata", "tools", "tool_choice", "text", "reasoning")
@@ -223,6 +223,11 @@ class ResponsesRequest(ChatCompletionRequest):
     names: ToolNames
     told: dict[str, Any]
 
+    @property
+    def resumable(self) -> bool:
+        """False with log probabilities: the last event repeats all of them, and another worker has none of the first."""
+        return super().resumable and not self.logprobs
+
     def output_limit(self) -> tuple[str, int | None]:
         return "max_output_tokens", self.max_tokens
 
@@ -268,6 +273,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
         },
     )
     check_turns(request.messages)
+    check_named(request)
     return request
 
 

@@ -109,10 +109,13 @@ class HarmonyReader:
 
     def _read_header(self) -> list[Part]:
         said = self._held.lstrip()
-        if not any(said.startswith(each[: len(said)]) for each in _BEGINNINGS) or len(said) > MAX_HEADER:
+        longest = MAX_HEADER + len(_MESSAGE)
+        end = said.find(_MESSAGE, 0, longest)
+        if not any(said.startswith(each[: len(said)]) for each in _BEGINNINGS) or (end < 0 and len(said) >= longest):
             self._begin(Speech)  # the model does not keep to its format
-            return []
-        end = said.find(_MESSAGE)
+            mark = next((each for each in _BEGINNINGS if said.startswith(each)), "")
+            self._held = said[len(mark) :] if mark else self._held
+            return self._said(mark)
         if end < 0:
             return []
         header, self._held = said[:end], said[end + len(_MESSAGE) :]

@@ -84,12 +84,12 @@ THOUGHTS: Final = (
     ThoughtFormat("<think>", "</think>"),  # DeepSeek, Qwen, GLM, MiniMax, Nemotron, Granite, SmolLM3, Kimi
     ThoughtFormat("<seed:think>", "</seed:think>"),  # Seed-OSS
     ThoughtFormat("<mm:think>", "</mm:think>"),  # MiniMax M3
-    ThoughtFormat("<think:opensource>", "</think:opensource>"),  # Hunyuan 3
     ThoughtFormat("[THINK]", "[/THINK]"),  # Mistral
     ThoughtFormat("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
     ThoughtFormat("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ThoughtFormat("<|channel>thought", "<channel|>"),  # Gemma 4
     ThoughtFormat("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+    ThoughtFormat("<think:opensource>", "</think:opensource>"),  # Hunyuan 3
 )
 
 
