@@ -37,6 +37,7 @@ LONGEST: Final = (
     "tests/docs/test_examples.py",
     "tests/path/test_processes.py",
     "tests/backend/test_batching.py",
+    "tests/backend/test_gemma.py",
     "tests/hostile/test_credentials.py",
     "tests/sdk/test_surroundings.py",
 )

@@ -27,7 +27,7 @@ from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.tokenizer import Tokenizer
 from parts.gemma import NAME, WINDOW, gemma
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a real model, on a machine that may be shared
 SETTINGS = LlamaSettings(n_ctx=2048, threads=1, slots=4)
 UNIFIED = dataclasses.replace(SETTINGS, unified=True, cells=4 * 1700)
 SENTENCE = "On day {} the harbour master counted {} ships, and wrote down what each of them had carried to the town. "
@@ -121,6 +121,7 @@ class Alone:
         self.model = Model(path, name="alone", digest="", n_ctx=2048, gpu=Gpu(layers=0), tokenizer=self.tokenizer)
         params = L.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = 2048
+        params.n_outputs_max = 64  # of a vocabulary this large: room for all 2,048 would take 2 GiB
         params.n_threads = params.n_threads_batch = 2
         params.swa_full = False
         params.no_perf = True
