@@ -207,7 +207,7 @@ SPEAKS: dict[str, dict[str, list[Any]]] = {
 # What has an effect that can be seen.
 EFFECTS: dict[str, list[tuple[str, dict[str, Any], Check]]] = {
     "chat": [
-        ("messages", {"messages": HISTORY, "tools": [TIDE]}, says_something),
+        ("messages", {"messages": HISTORY, "tools": [TIDE], "tool_choice": "none", "logit_bias": NO_END}, says_something),
         ("logit_bias", {"logit_bias": NO_END}, ends_at(8)),
         ("logprobs", {"logprobs": True}, listed(0)),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 3}, listed(3)),

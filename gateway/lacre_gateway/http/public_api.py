@@ -27,12 +27,14 @@ def _header(name: str, **schema: Any) -> dict[str, Any]:
 _TEXT: Final = {"type": "string"}
 _NUMBER: Final = {"type": "number"}
 _READY: Final = _object(
-    ("status", "missing", "away", "rules", "manifest"),
+    ("status", "missing", "away", "queues_lost", "rules", "manifest", "manifests_ignored"),
     status={"enum": ["ready", "not ready"]},
     missing={"type": "object", "additionalProperties": _TEXT},
     away={"type": "array", "items": _TEXT},
+    queues_lost={"type": "array", "items": _TEXT},
     rules={"type": "object"},
     manifest={"anyOf": [_object(("version", "expires_at"), version={"type": "integer"}, expires_at=_NUMBER), {"type": "null"}]},
+    manifests_ignored={"type": "integer"},
 )
 _NAME: Final = {"type": "string", "pattern": "^[!-~]{1,128}$"}
 _MAYBE: Final = {"anyOf": [_NUMBER, {"type": "null"}]}
