@@ -6,9 +6,9 @@ answer, and the answer's own in another. It also gives events the SSE field `id`
     id: PROMPT.CACHED.COUNT:TOKEN,TOKEN
 
 COUNT tokens of the answer to this request were sampled so far; the tokens after the colon are new since the last mark. All
-events up to a mark hold the reasoning, text and calls of the tokens up to it, except what those tokens hold back: half a code
-point, the beginning of a stop string or of a call. A later event has it, from the same worker or another. Of the events that
-one token makes, the last has the mark. `docs/wire.md` section 11.2 is the specification.
+events up to a mark hold the reasoning, text and calls of the tokens up to it. Tokens can hold back half a code point, or the
+beginning of a stop string or of a call: a later event has it, from the same worker or another. Of the events that one token
+makes, the last has the mark. `docs/wire.md` section 11.2 is the specification.
 """
 
 from __future__ import annotations
