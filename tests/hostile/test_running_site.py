@@ -50,7 +50,9 @@ class TwoPools(EchoStage):
 
 @dataclass
 class Asking:
-    """Asks pool b again and again. times: seconds each took."""
+    """Asks pool b again and again, as any client does: a 503 in the first moment of a flood is asked again. times: seconds each
+    took.
+    """
 
     site: TwoPools
     times: list[float] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Asking:
         url = self.site.site.connection_string(self.site.base_url)
         token = self.site.token("asker")
         async with lacre.AsyncClient(
-            url, token=token, memory=lacre.VersionMemory(), transport=Kept(), shape="none", pool="b", retries=0, resume=0
+            url, token=token, memory=lacre.VersionMemory(), transport=Kept(), shape="none", pool="b", resume=0
         ) as client:
             while True:
                 began = time.monotonic()
