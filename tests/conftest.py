@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+
+try:
+    import structlog
+except ModuleNotFoundError:  # an environment of the SDK alone
+    structlog = None
 
 try:
     from sharing import Sharing
@@ -20,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     odd = [item.nodeid for item in items if " object at 0x" in item.nodeid]
     if odd:
         raise pytest.UsageError(f"give these cases ids of their own: {odd[:3]}")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command that a test runs in this process may set up the logs of all."""
+    before = None if structlog is None else structlog.get_config()
+    yield
+    if before is not None:
+        structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

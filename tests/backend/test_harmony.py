@@ -62,7 +62,7 @@ def test_reasoning_and_answer(thought: str, text: str, places: list[int]) -> Non
 @given(thought=words, preamble=words, arguments=sent, places=places, end=st.sampled_from(ENDS))
 def test_calls(header: str, calls: bool, thought: str, preamble: str, arguments: str, places: list[int], end: str) -> None:
     before = f"{ANALYSIS}{thought}{END}{NEXT}<|channel|>commentary<|message|>{preamble}{END}{NEXT}"
-    if any(mark in arguments for mark in ("<|end|>", "<|start|>", "<|channel|>", "<|call|>")):
+    if any(mark in text for mark in ("<|end|>", "<|start|>", "<|channel|>", "<|call|>") for text in (preamble, arguments)):
         return
     got = read(cut(f"{before}{header}{arguments}{end}", places), calls=calls)
     assert got == ((thought, preamble, [("get_tide", arguments)]) if calls else (thought, preamble + arguments, []))
