@@ -27,7 +27,7 @@ class Chat(ConversationFace[ChatCompletionRequest]):
     def parse(self, body: bytes) -> ChatCompletionRequest:
         return parse_chat(body)
 
-    def writer(self, request: ChatCompletionRequest, reply: ResponseInfo) -> ChatWriter:  # noqa: ARG002 - for other faces
+    def writer(self, request: ChatCompletionRequest, reply: ResponseInfo) -> ChatWriter:
         return ChatWriter(reply)
 
 
@@ -102,7 +102,7 @@ class ChatWriter:
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         return {**self._whole, "choices": list(choices), "usage": usage(spent)}
 
-    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - for other faces
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:
         yield self._delta(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:

@@ -43,7 +43,7 @@ class Completion(Face[CompletionRequest]):
             ]
         return [Prompt(tokens) for tokens in found]
 
-    def writer(self, request: CompletionRequest, reply: ResponseInfo) -> CompletionWriter:  # noqa: ARG002 - for other faces
+    def writer(self, request: CompletionRequest, reply: ResponseInfo) -> CompletionWriter:
         return CompletionWriter(reply)
 
 
@@ -86,7 +86,7 @@ class CompletionWriter:
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         return {**self._head, "choices": list(choices), "usage": usage(spent)}
 
-    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - for other faces
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:
         """Text completions begin without a chunk of their own."""
         yield from ()
 

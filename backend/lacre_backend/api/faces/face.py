@@ -89,7 +89,7 @@ class Face(ABC, Generic[Asked]):
     @abstractmethod
     def writer(self, request: Asked, reply: ResponseInfo) -> AnswerWriter: ...
 
-    def reader(self, request: Asked, form: AnswerForm, seed: str) -> Reader | None:  # noqa: ARG002 - for chats
+    def reader(self, request: Asked, form: AnswerForm, seed: str) -> Reader | None:
         """A parser of a choice's text, if it may contain more than the answer's text. seed: of the ids of calls."""
         return None
 

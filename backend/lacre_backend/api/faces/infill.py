@@ -93,7 +93,7 @@ class Infill(Face[InfillRequest]):
         before, after, begun = request.input_prefix, request.input_suffix, request.prompt
         return Prompt(await infill_prompt(served, before, after, "input_prefix", files=files, begun_with=begun))
 
-    def writer(self, request: InfillRequest, reply: ResponseInfo) -> InfillWriter:  # noqa: ARG002 - for other faces
+    def writer(self, request: InfillRequest, reply: ResponseInfo) -> InfillWriter:
         return InfillWriter(reply)
 
 
@@ -106,20 +106,20 @@ class InfillWriter:
         self._model = reply.model.name
         self._ending: Ending | None = None
 
-    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:  # noqa: ARG002
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:
         self._ending = ending
         return {"index": index, "content": spoken(parts)}
 
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         return {**choices[0], **self._end(spent)}
 
-    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - for other faces
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:
         yield from ()
 
-    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:  # noqa: ARG002
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:
         yield ServerEvent({"index": index, "content": spoken([part]), "stop": False})
 
-    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:  # noqa: ARG002
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:
         self._ending = ending
         yield from ()
 

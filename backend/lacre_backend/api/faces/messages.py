@@ -36,7 +36,7 @@ class Messages(ConversationFace[MessagesRequest]):
     def parse(self, body: bytes) -> MessagesRequest:
         return parse_messages(body)
 
-    def writer(self, request: MessagesRequest, reply: ResponseInfo) -> MessageWriter:  # noqa: ARG002 - for other faces
+    def writer(self, request: MessagesRequest, reply: ResponseInfo) -> MessageWriter:
         return MessageWriter(reply)
 
     def refused(self, refusal: RequestRefused) -> dict[str, Any]:
@@ -104,14 +104,14 @@ class MessageWriter:
         self._open: str | None = None  # the kind of the open block
         self._ending = Ending("stop")
 
-    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:  # noqa: ARG002
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> dict[str, Any]:
         return {"content": _blocks(parts), **_reason(ending)}
 
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         [choice] = choices
         return {**self._head, **choice, "usage": _usage(spent)}
 
-    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:
         message: dict[str, Any] = {
             **self._head,
             "content": [],
@@ -121,7 +121,7 @@ class MessageWriter:
         }
         yield _event("message_start", message=message)
 
-    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:  # noqa: ARG002 - no logprobs
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:
         match part:
             case Speech():
                 if self._open != "text":
@@ -136,7 +136,7 @@ class MessageWriter:
             case Argued():
                 yield self._delta({"type": "input_json_delta", "partial_json": part.text})
 
-    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:
         self._ending = ending
         yield from self._close()
 

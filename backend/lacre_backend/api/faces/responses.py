@@ -106,20 +106,20 @@ class ResponseWriter:
             "reasoning": {"effort": None, "summary": None, **(request.told["reasoning"] or {})},
         }
 
-    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> None:  # noqa: ARG002
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], ending: Ending) -> None:
         for i, part in enumerate(parts):
             self._take(part, tokens if i == 0 else ())
         self._ending = ending
 
-    def whole(self, choices: Sequence[None], spent: Usage) -> dict[str, Any]:  # noqa: ARG002 - there is one choice
+    def whole(self, choices: Sequence[None], spent: Usage) -> dict[str, Any]:
         return self._response(spent)
 
-    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+    def first(self, index: int, spent: Usage) -> Iterator[ServerEvent]:
         begun = {**self._head, "status": "in_progress", "output": [], "incomplete_details": None, "usage": None}
         yield self._event("response.created", response=begun)
         yield self._event("response.in_progress", response=begun)
 
-    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:  # noqa: ARG002
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> Iterator[ServerEvent]:
         before = self._items[-1] if self._items else None
         item, added = self._take(part, tokens)
         if item is not before:
@@ -137,7 +137,7 @@ class ResponseWriter:
         elif item.part.name not in self._names.custom:  # a custom tool's text is known when its JSON is whole
             yield self._event("response.function_call_arguments.delta", **at, delta=added)
 
-    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:  # noqa: ARG002 - there is one choice
+    def last(self, index: int, ending: Ending) -> Iterator[ServerEvent]:
         self._ending = ending
         if self._items:
             yield from self._done(self._items[-1])
