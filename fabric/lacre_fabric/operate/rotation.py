@@ -31,7 +31,7 @@ from lacre_fabric.keys.root_and_signer import DAY
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.key_holders import await_gone, await_holders
 from lacre_fabric.nats.provisioning import publish_manifest
-from lacre_fabric.operate import behind
+from lacre_fabric.operate import behind, known_pools
 from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site
 from lacre_fabric.operate.stores import provision_site
 
@@ -115,7 +115,7 @@ async def publish(site: Site, connection: Connection, *, new_root: bool = False)
 
 async def _publish(site: Site, connection: Connection, *, new_root: bool = False) -> None:
     await behind.check(site, connection, new_root=new_root)
-    now = time.time()
+    now, site = time.time(), known_pools.current(site)
     await publish_manifest(connection, site.sign_manifest(now))
     site.published(now)
 
@@ -284,7 +284,7 @@ async def upkeep(
     provisioning: also recreates missing queues, for a NATS server that does not restart together with this process.
     """
     while True:
-        failures = Failures()
+        failures, site = Failures(), known_pools.current(site)
         if provisioning:
             with failures.kept():
                 await behind.check(site, connection)
