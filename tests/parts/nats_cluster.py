@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from parts.waiting import until
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nats" / "node.conf"
 REGIONAL = EXAMPLE.with_name("region.conf")
 START = 30.0  # seconds
+_TLS_BLOCK = re.compile(r"^( *)tls \{\n(?:.*\n)*?\1\}\n", re.MULTILINE)
 
 
 class Node:
@@ -84,13 +86,23 @@ class NatsCluster:
     """Its nodes, whose certificates one CA has signed, and how clients reach them."""
 
     def __init__(
-        self, folder: Path, roles: Sequence[Role], pools: Mapping[str, Sequence[str]], conf: str | None = None, size: int = 3
+        self,
+        folder: Path,
+        roles: Sequence[Role],
+        pools: Mapping[str, Sequence[str]],
+        conf: str | None = None,
+        size: int = 3,
+        plain: bool = False,
     ) -> None:
+        """plain: without TLS, for a test that is not about it: handshakes cost most of a small machine's time."""
         self.ca = Ca(folder)
         self.pools = pools
         text = EXAMPLE.read_text() if conf is None else conf
+        text = _TLS_BLOCK.sub("", text) if plain else text
         self.nodes = [Node(folder / f"n{number}", f"n{number}", self.ca, roles, text) for number in range(1, size + 1)]
-        self.servers = Servers(tuple(node.url for node in self.nodes), ca=self.ca.file)
+        for node in self.nodes if plain else ():
+            node.url = f"nats://127.0.0.1:{node.port}"
+        self.servers = Servers(tuple(node.url for node in self.nodes), ca=None if plain else self.ca.file)
 
     def start(self) -> None:
         for node in self.nodes:

@@ -15,7 +15,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -71,9 +71,11 @@ class AccountLimits:
     max_payload: int
 
 
-def accounts(roles: Sequence[Role]) -> Entry:
+def accounts(roles: Sequence[Role], unheard: Collection[str] = ()) -> Entry:
     """The `accounts` block of nats-server's configuration, for every pool and region of the roles. It is the same for the
     servers of all regions. Raises SettingsError.
+
+    unheard: pools to whose workers no other account listens yet (see `operate.pools`).
     """
     names = [role.credential.name for role in roles]
     if len(set(names)) != len(names):
@@ -81,8 +83,8 @@ def accounts(roles: Sequence[Role]) -> Entry:
     pools = sorted({pool for role in roles for pool in role.pools})
     regions = sorted({region for role in roles for region in role.regions})
     gateways = _gateways_of(roles)
-    found = {FABRIC: _fabric(pools, regions, gateways)}
-    found |= {account: _gateway(served, regions) for account, served in gateways.items()}
+    found = {FABRIC: _fabric(pools, regions, gateways, unheard)}
+    found |= {account: _gateway(served, regions, unheard) for account, served in gateways.items()}
     found |= {workers_account(pool): _workers(pool, regions, _serving(pool, gateways)) for pool in pools}
     asking = {name: asked for name, asked in _ASKING.items() if any(role.account == name for role in roles)}
     if asking:
@@ -141,7 +143,9 @@ def _asking(asked: Sequence[str]) -> Entry:
     return {"imports": [{"service": {"account": SYSTEM, "subject": subject}} for subject in asked]}
 
 
-def _fabric(pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str, Sequence[str]]) -> Entry:
+def _fabric(
+    pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str, Sequence[str]], unheard: Collection[str]
+) -> Entry:
     every = [*gateways, *map(workers_account, pools)]
     services = [_service(READ_MANIFEST, every), *(_service(subject, [*gateways]) for subject in (*REVOCATIONS, *BUDGETS))]
     for pool in pools:
@@ -151,12 +155,13 @@ def _fabric(pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str,
         "jetstream": "enabled",
         "mappings": {f"{subjects.API}.>": f"{_OWN_API}.>"},  # so that the provisioner finds it at the usual subject
         "exports": [*services, {"stream": MAX_DELIVERIES, "accounts": [*gateways]}],
-        "imports": [_heard(workers_account(pool), f"presence.{pool}.*.*") for pool in pools],
+        "imports": [_heard(workers_account(pool), f"presence.{pool}.*.*") for pool in pools if pool not in unheard],
     }
 
 
-def _gateway(pools: Sequence[str], regions: Sequence[str]) -> Entry:
+def _gateway(pools: Sequence[str], regions: Sequence[str], unheard: Collection[str]) -> Entry:
     asked = (service for pool in pools for service in _of_gateways(pool, regions))
+    heard = [pool for pool in pools if pool not in unheard]
     return {
         "exports": [
             {"stream": f"{kind}.{pool}.*", "accounts": [workers_account(pool)]} for pool in pools for kind in TOLD_TO_WORKERS
@@ -164,7 +169,7 @@ def _gateway(pools: Sequence[str], regions: Sequence[str]) -> Entry:
         "imports": [
             *_asked([READ_MANIFEST, *REVOCATIONS, *BUDGETS, *asked]),
             _heard(FABRIC, MAX_DELIVERIES),
-            *(_heard(workers_account(pool), f"{kind}.{pool}.*.*") for pool in pools for kind in TOLD_BY_WORKERS),
+            *(_heard(workers_account(pool), f"{kind}.{pool}.*.*") for pool in heard for kind in TOLD_BY_WORKERS),
         ],
     }
 

@@ -8,8 +8,8 @@ Rules:
 - A gateway reads all budgets, and writes only its own part: what its leases hold.
 - The inspector asks the servers three questions about themselves and nothing else. It has its own account: in the system
   account, an answer could be sent to a subject that servers obey.
-- The warden asks the servers how much each client sends, and makes them close connections. Only the site's operator holds it,
-  because it can close any connection. It also has its own account.
+- The warden asks the servers how much each client sends, and makes them close connections or read their own configuration
+  again. Only the site's operator holds it, because it can close any connection. It also has its own account.
 - A worker asks JetStream's shared API nothing: all pools share its queue of questions, which drops them all when full.
 - A gateway reads only its own replies. A worker uses only its own pool, and only the queue of its own region.
 - Permissions alone do not enforce this (see `accounts`): each role also has an account with no more than it needs.
@@ -42,7 +42,8 @@ INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ"
 CONNECTIONS: Final = INSPECT[2]
 WARDEN: Final = "WARDEN"
 KICK: Final = subjects.kick("*")
-GUARD: Final = (CONNECTIONS, KICK)  # the warden's questions and orders to servers
+RELOAD: Final = subjects.reload("*")
+GUARD: Final = (CONNECTIONS, KICK, RELOAD)  # the warden's questions and orders to servers
 MAX_PROCESSES: Final = 16  # of one gateway; beyond it, give another gateway its own credential
 MAX_SLOTS: Final = 500  # parallel requests of one worker, whose connection has two subscriptions for each
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
@@ -110,7 +111,7 @@ def inspector(credential: Credential) -> Role:
 
 
 def warden(credential: Credential) -> Role:
-    """Finds and closes connections that flood, for `lacre up` and `keys tend --stay`."""
+    """Finds and closes connections that flood, for `lacre up` and `keys tend --stay`. Has servers reload, for `lacre pool`."""
     return Role(credential, WARDEN, (), (), GUARD, (_own_inbox(credential),))
 
 

@@ -105,6 +105,13 @@ def kick(server: str) -> str:
     return f"$SYS.REQ.SERVER.{server}.KICK"
 
 
+def reload(server: str) -> str:
+    """The subject on which a nats-server (2.10 or later) accepts the order to read its own configuration again. server: its id,
+    or `*` for all.
+    """
+    return f"$SYS.REQ.SERVER.{server}.RELOAD"
+
+
 def credit(pool: str, request: str) -> str:
     return f"credit.{pool}.{request}"
 

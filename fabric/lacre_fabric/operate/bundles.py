@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -58,7 +58,7 @@ class Bundles:
     """
 
     site: Site
-    nats_url: str
+    nats_url: str | Sequence[str]
     public_url: str
 
     def write(self) -> None:
@@ -68,21 +68,30 @@ class Bundles:
 
     def _write(self) -> None:
         self.site.create()
-        self._write_nats()
+        self.write_nats()
         self.site.save(self.nats_url, self.public_url)
         for region in self.site.regions:
             self._write_gateway(region)
-            for pool in self.site.pools:
-                self._write_worker(pool, region)
+        for pool in self.site.pools:
+            self.write_workers(pool)
         for name in ("nats", *(_in("gateway", region) for region in self.site.regions)):
             (self.site.folder / "data" / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def folder(self, name: str) -> Path:
         return self.site.folder / "bundles" / name
 
-    def _write_nats(self) -> None:
+    def write_workers(self, pool: str) -> None:
+        """The pool's bundle in each region. Raises SettingsError."""
+        for region in self.site.regions:
+            self._write_worker(pool, region)
+
+    def worker_folders(self, pool: str) -> list[Path]:
+        return [self.folder(_in(f"worker-{pool}", region)) for region in self.site.regions]
+
+    def write_nats(self, unheard: Collection[str] = ()) -> None:
+        """unheard: as `accounts` takes it. Raises SettingsError."""
         folder = self.folder("nats")
-        ours = configuration(EVERYWHERE, NATS_PORT, "/data", self.site.replicated_roles())
+        ours = configuration(EVERYWHERE, NATS_PORT, "/data", self.site.replicated_roles(), unheard)
         own = _persons_own(folder / "nats.conf", ours)
         write_secret(folder / "lacre.conf", nats_conf.encode(ours))
         if own is not None:
@@ -131,7 +140,7 @@ class Bundles:
             derived=lambda one: dict(one) == _table(str(one.get("name"))),
         )
 
-    def _nats(self, region: str) -> dict[str, str]:
+    def _nats(self, region: str) -> dict[str, object]:
         own = {} if region == subjects.DEFAULT_REGION else {"region": region}
         return {"url": self.nats_url, "credentials": "credential.json", **own}
 
@@ -165,7 +174,7 @@ def _persons_own(path: Path, ours: Mapping[str, object]) -> bytes | None:
         ) from None
 
 
-def check_addresses(nats_url: str, public_url: str) -> None:
+def check_addresses(nats_url: str | Sequence[str], public_url: str) -> None:
     """Checks the addresses for the other processes before anything is made. Raises SettingsError."""
     validated(NatsServers, {"url": nats_url}, Path("--nats"))
     if urlsplit(public_url).scheme not in ("http", "https"):

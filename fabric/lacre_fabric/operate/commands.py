@@ -21,6 +21,7 @@ import typer
 from lacre.cli import manifest_app
 from lacre.cli.output import AsJson, say_table, waiting
 from lacre.runtime import tasks
+from lacre_fabric.operate.pool_commands import pool_app
 from lacre_fabric.operate.start_commands import RotateHours, State, demo, up
 from lacre_fabric.operate.state_commands import provisioner, site_of, state_app
 
@@ -50,7 +51,7 @@ def register(app: typer.Typer) -> None:
     if find_spec("nats") is None or find_spec("pydantic") is None:
         return
     app.add_typer(token_app)
-    for group in (keys_app, signer_app, root_app, fabric_app, state_app):
+    for group in (keys_app, signer_app, root_app, fabric_app, pool_app, state_app):
         app.add_typer(group)
     manifest_app.command("publish")(manifest_publish)
     if find_spec("fastapi") is not None and find_spec("llama_cpp") is not None:
@@ -402,7 +403,7 @@ def fabric_bundles(
     """Write a folder for each process of a distributed deployment, with its settings and only its own secrets.
 
     Creates missing keys, and prints the connection string that applications pin. A later run adds its pool and models, and
-    removes nothing. To remove one, edit `site.json`.
+    removes nothing. To remove a pool, use `lacre pool remove`.
     """
     from lacre_fabric.nats import subjects
     from lacre_fabric.operate.bundles import Bundles

@@ -96,7 +96,9 @@ async def inspect(
         return found
     try:
         async with _connected(servers, credentials["inspector"]) as inspector:
-            found += _servers(await _said(inspector), layout.streams(tuple(pools), replicas, regions), regions, time.time())
+            found += _servers(
+                await server_reports(inspector), layout.streams(tuple(pools), replicas, regions), regions, time.time()
+            )
     except LacreError as exc:
         found.append(FabricFinding("servers", Severity.WRONG, str(exc), _ACCOUNTS))
     for role, credential in credentials.items():
@@ -232,7 +234,7 @@ async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[Co
     return found
 
 
-async def _said(inspector: Connection) -> list[dict[str, Any]]:
+async def server_reports(inspector: Connection) -> list[dict[str, Any]]:
     """Each server's answer about its configuration (VARZ). Raises FabricError."""
     said: list[dict[str, Any]] = []
 

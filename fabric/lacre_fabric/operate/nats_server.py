@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,9 +51,9 @@ def free_port() -> int:
         return port
 
 
-def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> dict[str, Any]:
-    """The configuration of a nats-server for Lacre, including passwords. store: the folder for its buckets. Raises
-    SettingsError.
+def configuration(host: str, port: int, store: str, roles: Sequence[Role], unheard: Collection[str] = ()) -> dict[str, Any]:
+    """The configuration of a nats-server for Lacre, including passwords. store: the folder for its buckets. unheard: as
+    `accounts` takes it. Raises SettingsError.
     """
     return {
         "host": host,
@@ -68,7 +68,7 @@ def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> di
             "max_buffered_size": MAX_BUFFERED_BYTES,
             "sync_interval": "always",  # a power cut must not lose a granted claim
         },
-        "accounts": accounts(roles),
+        "accounts": accounts(roles, unheard),
     }
 
 
@@ -125,6 +125,6 @@ class NatsServer:
     def reload(process: subprocess.Popen[bytes]) -> None:
         """Makes a running server read its configuration without dropping connections.
 
-        A new pool needs two reloads: nats-server resolves an account's imports before the new exports of the others exist.
+        A new pool needs two reloads (see `operate.pools`).
         """
         process.send_signal(signal.SIGHUP)

@@ -120,7 +120,7 @@ class Site:
         """The gateway's current or last URL."""
         return str(_member(self.folder / "site.json", "gateway"))
 
-    def save(self, nats_url: str, base_url: str) -> None:
+    def save(self, nats_url: str | Sequence[str], base_url: str) -> None:
         """Saves the addresses. Other members stay, above all those for the NATS servers' TLS. Raises SettingsError."""
         path = self.folder / "site.json"
         before = _read_json(path) if path.exists() else {}

@@ -30,7 +30,7 @@ MUTATIONS: Final = Mutation.of(
     ("credentials: cut_off", "a connection that floods is cut off", "lacre_fabric.operate.floods:_Watcher.run",
      "await self._cut_off(connection, rates)", ""),
     ("credentials: cut_off", "the warden's credential may end a connection", "lacre_fabric.nats.roles",
-     "GUARD: Final = (CONNECTIONS, KICK)", "GUARD: Final = (CONNECTIONS,)"),
+     "GUARD: Final = (CONNECTIONS, KICK, RELOAD)", "GUARD: Final = (CONNECTIONS, RELOAD)"),
     # the fabric's formats
     ("grants: late", "a grant expires", "lacre_fabric.work.grants:Grant.verify",
      "if now >= grant.exp or grant.iat > now + MAX_SKEW:", "if grant.iat > now + MAX_SKEW:"),
