@@ -27,6 +27,7 @@ from lacre.runtime.forks import PerProcess
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
+from lacre.trust.routes import ModelRoute
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import PrivateKey
@@ -40,7 +41,10 @@ Respond = Callable[[httpx2.Request], httpx2.Response | None]
 
 @dataclass
 class Relay:
-    """app: the ASGI app behind the seal. `requests` keeps every outer request, `bodies` every sealed one."""
+    """app: the ASGI app behind the seal. `requests` keeps every outer request, `bodies` every sealed one.
+
+    beside: other pools of this gateway, by name; what they have of their own is the worker's.
+    """
 
     app: asgi.App
     kem: Kem = Kem.XWING
@@ -62,10 +66,14 @@ class Relay:
     audit: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
     respond: Respond = lambda _request: None
     fault: httpx2.TransportError | None = None
+    beside: Mapping[str, Relay] = field(default_factory=dict)
+    routes: Mapping[str, ModelRoute] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._documents: dict[int, bytes] = {}
         self.key = PrivateKey.generate(1, self.kem)
+        for each in self.beside.values():
+            each.gateway_key = self.gateway_key
 
     @property
     def url(self) -> str:
@@ -83,9 +91,12 @@ class Relay:
 
     def manifest(self) -> Manifest:
         now = self.clock()
+        pools = {"default": self.pool(now), **{name: each.pool(now) for name, each in self.beside.items()}}
+        return Manifest("test", self.version, now, now + self.lifetime, raw_public_key(self.gateway_key), pools, self.routes)
+
+    def pool(self, now: float) -> Pool:
         receipt_key = raw_public_key(self.receipt_key)
-        pool = Pool({self.model: self.entry}, (PoolKey(self.key.config, now + self.lifetime),), receipt_key, self.shapes)
-        return Manifest("test", self.version, now, now + self.lifetime, raw_public_key(self.gateway_key), {"default": pool})
+        return Pool({self.model: self.entry}, (PoolKey(self.key.config, now + self.lifetime),), receipt_key, self.shapes)
 
     def document(self) -> bytes:
         """What `GET /v1/manifest` serves; the same bytes for as long as the version stays the same."""
@@ -98,6 +109,8 @@ class Relay:
         return Document((sign_statement(statement, self.root),), sign_manifest(self.manifest(), self.signer)).encode()
 
     async def answer(self, request: httpx2.Request) -> httpx2.Response:
+        if (other := self.beside.get(request.headers.get("lacre-pool", ""))) is not None:
+            return await other.answer(request)
         self.requests.append(request)
         bent = self.respond(request)
         if bent is not None:

@@ -225,7 +225,7 @@ class TestEveryClient:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            ("token", b"t"), ("token", 0), ("token", False), ("token", ()), ("url", 3), ("url", b"lacre://x"), ("pool", None),
+            ("token", b"t"), ("token", 0), ("token", False), ("token", ()), ("url", 3), ("url", b"lacre://x"), ("pool", 3),
             ("memory", 0), ("memory", ""), ("memory", lacre.VersionMemory), ("dpop", ""), ("dpop", "key.pem"), ("kem", ()),
             ("kem", ""), ("kem", None), ("retries", -1), ("retries", True), ("retries", "2"), ("resume", None), ("resume", 1.5),
             ("verify", None), ("verify", 0), ("transport", ""), ("transport", 0), ("transport", object()),

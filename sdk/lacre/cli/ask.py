@@ -19,7 +19,7 @@ from lacre.errors import SettingsError
 def ask(
     prompt: Annotated[str | None, typer.Argument(help="The question or instruction; text piped to stdin is added.")] = None,
     url: Url = None,
-    pool: PoolName = "default",
+    pool: PoolName = None,
     pin_model: PinModel = None,
     model: Model = None,
     system: System = None,

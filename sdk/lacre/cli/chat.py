@@ -26,7 +26,7 @@ Turn = dict[str, str]
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="The question; without one, a conversation.")] = None,
     url: Url = None,
-    pool: PoolName = "default",
+    pool: PoolName = None,
     pin_model: PinModel = None,
     model: Model = None,
     system: System = None,

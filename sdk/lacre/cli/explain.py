@@ -46,7 +46,7 @@ def explain(
     files: Annotated[list[Path] | None, typer.Argument(help="A part each; without files, each paragraph on stdin.")] = None,
     answer: Annotated[str | None, typer.Option(help="The answer to explain; by default the model answers first.")] = None,
     url: Url = None,
-    pool: PoolName = "default",
+    pool: PoolName = None,
     pin_model: PinModel = None,
     model: Model = None,
     system: System = None,

@@ -25,7 +25,12 @@ from rich.table import Table
 from lacre import errors
 
 Url = Annotated[str | None, typer.Option(help="The connection string.", envvar="LACRE_URL", show_envvar=True)]
-PoolName = Annotated[str, typer.Option("--pool", help="The pool of workers.")]
+PoolName = Annotated[
+    str | None,
+    typer.Option(
+        "--pool", help="The pool of workers. Default: as the manifest routes the model, or `default`.", metavar="POOL"
+    ),
+]
 PinModel = Annotated[
     list[str] | None,
     typer.Option(

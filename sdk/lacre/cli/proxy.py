@@ -31,7 +31,7 @@ GRACE: Final = 5  # seconds that running answers have when the proxy ends
 
 def proxy(
     url: Url = None,
-    pool: PoolName = "default",
+    pool: PoolName = None,
     pin_model: PinModel = None,
     port: Annotated[int, typer.Option(help="The port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
@@ -109,7 +109,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    url: str | None, pool: str, pinned: dict[str, str] | None, door: ProxyAccess, listener: socket.socket, told: str
+    url: str | None, pool: str | None, pinned: dict[str, str] | None, door: ProxyAccess, listener: socket.socket, told: str
 ) -> None:
     import uvicorn
 

@@ -18,7 +18,7 @@ QUESTION = "Say yes."
 
 def status(
     url: Url = None,
-    pool: PoolName = "default",
+    pool: PoolName = None,
     pin_model: PinModel = None,
     ask: Annotated[bool, typer.Option(help="Also seal a question of one token, to check receipt and audit.")] = True,
     as_json: AsJson = False,

@@ -36,7 +36,6 @@ from lacre.client.settings import (
     EventHooks,
     at_once_of,
     memory_of,
-    models_of,
     overrides_of,
     pin_models_of,
     proof_key_of,
@@ -45,6 +44,7 @@ from lacre.evidence.exchange_info import documented
 from lacre.evidence.prices import Prices, prices_of
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import DEFAULT_KEMS, Sealing
+from lacre.exchange.routing import models_of
 from lacre.exchange.stream_state import StreamState, checked_key
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
@@ -67,20 +67,20 @@ class AsyncClient(AsyncSealingClient):
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` if None. token: the access token, a callable that
     returns one for each request, or OAuth2 `ClientCredentials`; `LACRE_TOKEN` if None. An empty one is refused and never
     replaced by the environment's. Async clients accept async callables. dpop: the key that the token is bound to, if it is
-    bound (RFC 9449); the one in the file `LACRE_DPOP_KEY` if None. pool: the pool of workers to seal to. kem: the accepted key
-    encapsulation, or several, the preferred first. shape: `pad` pads requests and answers to lengths that reveal little; an
-    answer that is not an event stream then arrives in pieces of 16 KiB. `none` does not pad. keep_identifying_fields: also seal
-    `user`, `metadata`, `safety_identifier` and `prompt_cache_key`, instead of dropping them. pin_models: the digest of a
-    model's file, `sha256:…`, by the model's name: a manifest or receipt that names another raises WrongModel; if None,
-    `LACRE_PIN_MODELS` has `NAME=sha256:…`, with commas between several. retries: how often to send a request again, freshly
-    sealed, if none of its answer arrived, or if the gateway asks to come back within 10
-    s; `attempts` counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an
-    answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests
-    may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An
-    async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix cache of
-    their own; no worker can tell who it is. prices: of models, like the table `prices` of a gateway's plans.toml; `reply.cost`
-    is then known. memory: where to remember the newest manifest seen; default: a file under
-    `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.AsyncClient`.
+    bound (RFC 9449); the one in the file `LACRE_DPOP_KEY` if None. pool: the pool of workers to seal to; None: as the manifest
+    routes the model, or the pool `default`. kem: the accepted key encapsulation, or several, the preferred first. shape: `pad`
+    pads requests and answers to lengths that reveal little; an answer that is not an event stream then arrives in pieces of 16
+    KiB. `none` does not pad. keep_identifying_fields: also seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key`,
+    instead of dropping them. pin_models: the digest of a model's file, `sha256:…`, by the model's name: a manifest or receipt
+    that names another raises WrongModel; if None, `LACRE_PIN_MODELS` has `NAME=sha256:…`, with commas between several. retries:
+    how often to send a request again, freshly sealed, if none of its answer arrived, or if the gateway asks to come back within
+    10 s; `attempts` counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume
+    an answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many
+    requests may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no
+    limit. An async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix
+    cache of their own; no worker can tell who it is. prices: of models, like the table `prices` of a gateway's plans.toml;
+    `reply.cost` is then known. memory: where to remember the newest manifest seen; default: a file under `$XDG_STATE_HOME`.
+    verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.AsyncClient`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
     and exceptions for `chat`, `chat_stream` and `explain`.
@@ -92,7 +92,7 @@ class AsyncClient(AsyncSealingClient):
         *,
         token: AsyncToken | None = None,
         dpop: ProofKey | None = None,
-        pool: str = "default",
+        pool: str | None = None,
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
@@ -115,7 +115,7 @@ class AsyncClient(AsyncSealingClient):
         sealing = Sealing(
             where.root,
             memory_of(memory),
-            pool=arguments.text(pool, "pool"),
+            pool=None if pool is None else arguments.text(pool, "pool"),
             kems=arguments.one_or_more(kem, Kem, "kem"),
             shape=shape,
             keep_identifying_fields=arguments.flag(keep_identifying_fields, "keep_identifying_fields"),
@@ -328,6 +328,5 @@ class AsyncClient(AsyncSealingClient):
         return self._sealed.verification
 
     async def models(self) -> tuple[str, ...]:
-        """The models that the pool serves, as the verified manifest names them."""
-        manifest = await self._sealed.manifest()
-        return models_of(manifest.pools, self._pool_name)
+        """The models that a request may name, the default first: those of the pool, and the routes of the verified manifest."""
+        return models_of(await self._sealed.manifest(), self._pool_name)

@@ -15,7 +15,7 @@ from lacre.exchange.call import ORIGIN
 from lacre.exchange.request import Overrides
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
-from lacre.trust.manifest import Pool, is_digest
+from lacre.trust.manifest import is_digest
 from lacre.trust.manifest_store import Memory, VersionFile
 
 BASE_URL: Final = f"{ORIGIN}/v1"
@@ -95,9 +95,3 @@ def pins_from(texts: Iterable[str], source: str) -> dict[str, str]:
         if pins.setdefault(name, digest) != digest:
             raise SettingsError(f"{source} pins two files for the model {name!r}: give one")
     return pins
-
-
-def models_of(pools: Mapping[str, Pool], pool: str) -> tuple[str, ...]:
-    if pool not in pools:
-        raise SettingsError(f"the manifest has no pool {pool!r}: it has {', '.join(sorted(pools)) or 'none'}")
-    return tuple(pools[pool].models)

@@ -35,11 +35,11 @@ class Facts:
 
     attempts: how many sealed requests were sent for it. lost: workers that were, or may have been, lost while they had it.
     parts: the usage of requests whose answers broke off. request_id: the gateway's name for the newest request; nobody signed
-    it. action, model: as the request named them to the gateway; empty without a gateway. tokens: ids of the answer's tokens, if
-    the worker of a stream sends them. checked: the checks before anything was sent; `verification` adds the later ones. audit:
-    the gateway's verified proof that it recorded this request; None on a refusal without a proof. receipt, trailers: present
-    once the answer has ended; the receipt is verified. None until then, and on a refusal. price: the model's, if the client
-    knows it.
+    it. action, pool, model: as the request named them to the gateway; empty without a gateway. tokens: ids of the answer's
+    tokens, if the worker of a stream sends them. checked: the checks before anything was sent; `verification` adds the later
+    ones. audit: the gateway's verified proof that it recorded this request; None on a refusal without a proof. receipt,
+    trailers: present once the answer has ended; the receipt is verified. None until then, and on a refusal. price: the model's,
+    if the client knows it.
     """
 
     kem: str
@@ -55,6 +55,7 @@ class Facts:
     lost: int = 0
     request_id: str | None = None
     action: str = ""
+    pool: str = ""
     model: str = ""
     price: TokenPrice | None = None
 

@@ -46,6 +46,7 @@ from lacre.exchange.first_use import first_use
 from lacre.exchange.model_paths import misdirected
 from lacre.exchange.request import Plain, Prepared, is_repeatable, prepare
 from lacre.exchange.retry import ENDURANCE, Retries, delay
+from lacre.exchange.routing import CallRoute, pin_of
 from lacre.exchange.scope import Scope
 from lacre.exchange.sealed_answer import (
     MAX_PROBLEM,
@@ -63,7 +64,7 @@ from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, P
 from lacre.runtime import forks
 from lacre.trust.chain import Trusted
 from lacre.trust.manifest import MAX_DOCUMENT, Manifest, ModelEntry, Pool, PoolKey
-from lacre.trust.manifest_store import Memory, accept
+from lacre.trust.manifest_store import Memory, accept, sticky_key
 from lacre.wire import bhttp, outer
 from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, SEALED_PATH, Kem
 from lacre.wire.ohttp import seal_request
@@ -90,6 +91,7 @@ class CallState:
     plain: Plain
     retries: Retries
     scope: Scope
+    route: CallRoute
     attempts: int = 0
     mended: set[Problem] = field(default_factory=set)
     trusted: Trusted | None = None
@@ -108,11 +110,11 @@ class Sealing:
 
     What belongs to one call is in its `CallState`. A forked child has a scope of its own.
 
-    kems, shape: what the caller accepts; if a manifest does not offer it, the call fails: there is no fallback. pin_models: a
-    digest of a file, `sha256:…`, by the model's name: if the manifest names others, nothing is sent. retries: how often a
-    request is sent again before any of its answer was delivered; None: as `lacre.exchange.retry` decides. resume: how often an
-    answer that broke off later is resumed (`lacre.exchange.resume`), while it may have cost one worker at most. clock: seconds
-    since the epoch.
+    pool: the caller's choice; None: by the manifest's routes. kems, shape: what the caller accepts; if a manifest does not
+    offer it, the call fails: there is no fallback. pin_models: a digest of a file, `sha256:…`, by the model's name: if the
+    manifest names others, nothing is sent. retries: how often a request is sent again before any of its answer was delivered;
+    None: as `lacre.exchange.retry` decides. resume: how often an answer that broke off later is resumed
+    (`lacre.exchange.resume`), while it may have cost one worker at most. clock: seconds since the epoch.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class Sealing:
         root: bytes,
         memory: Memory,
         *,
-        pool: str = "default",
+        pool: str | None = None,
         kems: Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
@@ -147,6 +149,7 @@ class Sealing:
         self._missed_at = float("-inf")  # time of the last failed refresh
         self._fetches = 0
         self._doubted = False
+        self._sticky = b""  # the key for routes; empty before the first manifest that has some
         self._scope = Scope(float("-inf"))
         self._last: Facts | None = None
         forks.watch(self)
@@ -184,7 +187,7 @@ class Sealing:
         asked = plain.overrides.retries
         tries = self._retries if isinstance(asked, EllipsisType) else asked
         retries = Retries.of(tries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
-        call = CallState(plain, retries, self._scope_now())
+        call = CallState(plain, retries, self._scope_now(), CallRoute.of(plain, self._pool))
         try:
             return (yield from self._exchange(call))
         except LacreError as exc:
@@ -211,6 +214,8 @@ class Sealing:
                 if DATE in call.mended or not self._correct_clock(opening, call.scope):
                     return opening
                 call.mended.add(DATE)
+            elif call.route.moves_on(refusal.problem):
+                continue
             elif refusal.problem in call.mended or not (yield from self._mended(call, refusal.problem)):
                 if (seconds := retries.after_refusal(refusal.problem, refusal.retry_after)) is None:
                     opening.facts.lost = retries.lost
@@ -307,7 +312,9 @@ class Sealing:
     def _accept(self, document: bytes) -> None:
         now = self._clock()
         trusted = accept(document, self.root, self._memory, now)
+        key = self._sticky or sticky_key(self._memory) if trusted.manifest.routes else b""
         with self._lock:
+            self._sticky = self._sticky or key  # threads may overtake
             if self._trusted is None or trusted.manifest.version >= self._trusted.manifest.version:  # threads may overtake
                 self._trusted, self._fetched_at, self._doubted = trusted, now, False
             self._fetches += 1
@@ -364,16 +371,14 @@ class Sealing:
     def _seal(self, call: CallState) -> tuple[Send, Opening, Mapping[str, object]]:
         """What to send, what opens the answer, and what the gateway's audit entry must say of the request."""
         manifest = call.manifest
-        name = call.plain.overrides.pool or self._pool
-        pool = manifest.pools.get(name)
-        if pool is None:
-            raise UsageError(f"the manifest has no pool {name!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
+        (name, routed), pool = call.route.found(manifest, self._sticky)
         key = self._choose(name, [key for key in pool.keys if key.not_after > self._clock()])
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {name!r} does not accept the shape {self._shape!r}: choose one of {taken}")
-        prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
-        verify = self._verifier(pool, prepared)
+        kept = self._keep_identifying_fields
+        prepared = prepare(call.plain, pool.models, keep_identifying_fields=kept, routed=routed)
+        verify = self._verifier(pool, prepared, pin_of(self._pin_models, call.route.asked(manifest), prepared.model))
         said = (
             (outer.POOL, name),
             (outer.MODEL, prepared.model),
@@ -392,7 +397,8 @@ class Sealing:
         call.attempts += 1
         checked = self._checked(call.trusted, SealedTo.of(name, key))
         facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, checked)
-        facts.action, facts.model, facts.price = prepared.action, prepared.model, price_of(self._prices, prepared.model)
+        facts.action, facts.pool, facts.model = prepared.action, name, prepared.model
+        facts.price = price_of(self._prices, prepared.model)
         call.facts = self._last = facts
 
         sent = {
@@ -412,15 +418,13 @@ class Sealing:
             sent,
         )
 
-    def _verifier(self, pool: Pool, asked: Prepared) -> Callable[[bytes, AnswerHead, Trailers], Receipt]:
+    def _verifier(self, pool: Pool, asked: Prepared, pin: str | None) -> Callable[[bytes, AnswerHead, Trailers], Receipt]:
         """Makes the receipt of a whole answer, from the digest of the sealed request and what the answer said. It raises
         InvalidReceipt or WrongModel.
 
         Raises WrongModel if the manifest contradicts the caller's pin.
         """
-        digests = receipts.digests_of(
-            asked.model, pool.models.get(asked.model, ModelEntry()), self._pin_models.get(asked.model)
-        )
+        digests = receipts.digests_of(asked.model, pool.models.get(asked.model, ModelEntry()), pin)
 
         def verify(digest: bytes, head: AnswerHead, trailers: Trailers) -> Receipt:
             receipt = receipts.of_answer(trailers, pool.receipt_key, digest, asked.max_tokens)

@@ -105,13 +105,17 @@ NO_OVERRIDES: Final = Overrides()
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """An application's request before sealing. `path` includes the query; header names are in lower case."""
+    """An application's request before sealing. `path` includes the query; header names are in lower case.
+
+    stays: the pool and the model of the answer that the request continues, if it does.
+    """
 
     method: str
     path: str
     headers: Sequence[tuple[str, str]] = field(repr=False)
     content: bytes = field(repr=False)
     overrides: Overrides = NO_OVERRIDES
+    stays: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +137,27 @@ def is_repeatable(plain: Plain) -> bool:
     return plain.method in ("GET", "HEAD") or action_of(plain.method, plain.path.partition("?")[0]) != "http"
 
 
-def prepare(plain: Plain, models: Mapping[str, ModelEntry], *, keep_identifying_fields: bool) -> Prepared:
+def asked_model(plain: Plain, models: Mapping[str, ModelEntry]) -> str | None:
+    """The model that the caller names, or the default for a request that runs one; None if the request needs none.
+
+    models: those of the caller's pool.
+    """
+    action, headers = action_of(plain.method, plain.path.partition("?")[0]), dict(plain.headers)
+    body = None if action == "http" else object_in(plain.content)
+    named = None if body is None else body.get("model")
+    if named is None:
+        named = headers.get(outer.MODEL) or plain.overrides.model
+    if named is None and action in _RUNS.values():
+        named = _default_model(models, action)
+    return named if isinstance(named, str) else None
+
+
+def prepare(
+    plain: Plain, models: Mapping[str, ModelEntry], *, keep_identifying_fields: bool, routed: str | None = None
+) -> Prepared:
     """models: those of the pool; see `_default_model` for a request whose body, `lacre-model` header and client's options name
-    none. The header `lacre-max-tokens` sets the ceiling of an action `http`.
+    none. routed: takes the place of the name that the caller gave. The header `lacre-max-tokens` sets the ceiling of an action
+    `http`.
 
     Raises MessageTooLarge or UsageError. A body that is not JSON passes unchanged: the model's server refuses it.
     """
@@ -146,7 +168,7 @@ def prepare(plain: Plain, models: Mapping[str, ModelEntry], *, keep_identifying_
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
     # Headers for a request whose body cannot say it: the model, and how much the answer may hold.
-    default_model = headers.get(outer.MODEL) or plain.overrides.model or _default_model(models, action)
+    default_model = routed or headers.get(outer.MODEL) or plain.overrides.model or _default_model(models, action)
     if body is None:
         ceiling = NO_OUTPUT if action == "inspect" else OTHER_CEILING
         ceiling = _asked(headers.get(outer.CEILING)) if action == "http" else ceiling
@@ -157,7 +179,7 @@ def prepare(plain: Plain, models: Mapping[str, ModelEntry], *, keep_identifying_
         return Prepared(
             _with_body(allowed, body, sealed_body), action, _named(default_model), _asked(headers.get(outer.CEILING))
         )
-    if sealed_body.get("model") is None:
+    if routed is not None or sealed_body.get("model") is None:
         sealed_body["model"] = default_model
     elif not isinstance(sealed_body["model"], str):
         raise UsageError(

@@ -1,6 +1,7 @@
 """Makes one answer for the caller out of one or more sealed requests. It does no I/O: see `lacre.exchange.call`.
 
 Rules:
+- An answer stays with its pool and its model, even if its route changes meanwhile.
 - Text that the caller has is never taken back and never repeated: see `lacre.exchange.sse_join`.
 - A new request resumes at exactly the tokens received, on the same model file, or not at all.
 - An answer of which the caller has nothing starts again, if asking again does no harm.
@@ -42,7 +43,7 @@ class ResumableAnswer:
     def __init__(self, sealing: Sealing, plain: Plain, opening: Opening, begun: StreamState | None = None) -> None:
         """begun: the part that another process received. Raises StreamBroken if the worker has another model file."""
         self._sealing = sealing
-        self._plain = plain
+        self._plain = replace(plain, stays=(opening.facts.pool, opening.facts.model)) if opening.facts.pool else plain
         self._opening = opening
         self._made = 0  # further requests so far
         self._rest = ENDURANCE_RESUMING  # seconds left for them
@@ -83,9 +84,9 @@ class ResumableAnswer:
         if splice.said.partly:
             raise UsageError("another process cannot be told of this answer: it has log probabilities")
         body = json.loads(self._plain.content)
-        content = json.dumps(body | {"model": body.get("model") or self.facts.model}).encode()  # not the other client's default
+        content = json.dumps(body | {"model": self.facts.model}).encode()  # of the pool: not a route, nor another's default
         until = self._sealing.now() + LIFETIME
-        return StreamState(content, self._member(splice), splice.said.delta, splice.head, until)
+        return StreamState(content, self._member(splice), splice.said.delta, splice.head, until, self.facts.pool)
 
     def take(self) -> list[bytes]:
         """The bytes that the caller may have now."""

@@ -39,7 +39,7 @@ _WRONG: Final = "state: not made with this key, for another gateway, or altered:
 class StreamState:
     """content: the request's body. resume: the member of a body that makes a worker continue the answer (docs/wire.md section
     11.2). said: the answer so far, as one delta of a chat. head: members that all of its events have in common. until: seconds
-    since the epoch.
+    since the epoch. pool: where the answer began; empty in a token of a version that did not say.
     """
 
     content: bytes = field(repr=False)
@@ -47,11 +47,13 @@ class StreamState:
     said: Mapping[str, Any] = field(repr=False)
     head: Mapping[str, Any] = field(repr=False)
     until: float
+    pool: str = ""
 
     def seal(self, key: bytes, root: bytes) -> str:
         """root: of the client, which only such clients open it for."""
         members = {
-            "content": self.content.decode(), "resume": self.resume, "said": self.said, "head": self.head, "until": self.until
+            "content": self.content.decode(), "resume": self.resume, "said": self.said, "head": self.head, "until": self.until,
+            "pool": self.pool,
         }  # fmt: skip
         salt = secrets.token_bytes(_SALT)
         return b64u(salt + _cipher(key, salt).encrypt(_NONCE, json.dumps(members).encode(), root))
@@ -64,7 +66,9 @@ class StreamState:
         try:
             raw = b64u_decode(token)
             told = object_in(_cipher(key, raw[:_SALT]).decrypt(_NONCE, raw[_SALT:], root)) or {}
-            state = cls(told["content"].encode(), told["resume"], told["said"], told["head"], told["until"])
+            state = cls(
+                told["content"].encode(), told["resume"], told["said"], told["head"], told["until"], told.get("pool", "")
+            )
         except (InvalidMessage, InvalidTag, LookupError, TypeError, ValueError, AttributeError) as exc:
             raise UsageError(_WRONG) from exc
         if now >= state.until:
@@ -75,6 +79,11 @@ class StreamState:
     def digest(self) -> str:
         """Of the model's file."""
         return str(self.resume["digest"])
+
+    @property
+    def stays(self) -> tuple[str, str] | None:
+        """The answer's pool and model."""
+        return (self.pool, json.loads(self.content)["model"]) if self.pool else None
 
     @property
     def tokens(self) -> Sequence[int]:

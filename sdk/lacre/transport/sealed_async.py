@@ -59,7 +59,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         plain = plain_request(request, content, self._overrides)
         begun: StreamState | None = request.extensions.get(BEGUN)
         plain = asking(plain) if self._sealing.resume or begun else plain
-        sent = plain if begun is None else replace(plain, content=begun.sent)
+        sent = plain if begun is None else replace(plain, content=begun.sent, stays=begun.stays)
         slot = Slot() if self._turns is None else await self._turns.get().take()
         log = CallLog()
         try:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from lacre.errors import InvalidMessage, MessageTooLarge, UnsupportedSuite
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u
 from lacre.runtime.json_objects import parse_object
+from lacre.trust.routes import ModelRoute, routes_of
 from lacre.wire.header import KeyConfig
 
 ROOT_TYP: Final = "lacre-root+jwt"
@@ -221,7 +222,8 @@ def _parse_key(members: Members) -> PoolKey | None:
 class Manifest:
     """The signed description of every pool. Times are seconds since the epoch.
 
-    gateway_key verifies grants and audit checkpoints, and certifies nothing else.
+    gateway_key verifies grants and audit checkpoints, and certifies nothing else. routes: by the name that an application asks
+    for; clients without routes ignore them.
     """
 
     issuer: str
@@ -230,8 +232,10 @@ class Manifest:
     expires_at: float
     gateway_key: bytes
     pools: Mapping[str, Pool]
+    routes: Mapping[str, ModelRoute] = field(default_factory=dict)
 
     def members(self) -> dict[str, Any]:
+        routes = {name: route.members() for name, route in self.routes.items()}
         return {
             "iss": self.issuer,
             "ver": self.version,
@@ -239,6 +243,7 @@ class Manifest:
             "exp": self.expires_at,
             "gateway_key": b64u(self.gateway_key),
             "pools": {name: pool.members() for name, pool in self.pools.items()},
+            **({"routes": routes} if routes else {}),
         }
 
     @classmethod
@@ -250,6 +255,7 @@ class Manifest:
             expires_at=members.time("exp"),
             gateway_key=members.octets("gateway_key", KEY_BYTES),
             pools={name: Pool.parse(pool) for name, pool in members.named_objects("pools").items()},
+            routes=routes_of(members.named_objects("routes")) if "routes" in members else {},
         )
 
 

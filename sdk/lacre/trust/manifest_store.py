@@ -11,8 +11,10 @@ Rules:
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -24,6 +26,7 @@ from lacre.trust.rollback import Seen, newest, remember
 
 LOCK_WAIT: Final = 10.0  # seconds to wait for others that hold the store; each needs some milliseconds
 MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: documents of the largest size for some fifty lineages
+KEY_BYTES: Final = 32  # of `sticky_key`
 _TAKEN: Final = "another process or thread has locked the stored manifests for too long: find it and end it"
 
 Decide = Callable[[Sequence[Seen]], tuple[Trusted, tuple[Seen, ...]]]
@@ -103,6 +106,25 @@ class VersionFile:
         except OSError as exc:
             raise SettingsError(f"cannot read {path}: {exc.strerror}") from exc
 
+    def sticky_key(self) -> bytes:
+        """The key that keeps this user with one pool of a route: the same for all programs of one folder. Raises SettingsError,
+        also if others can read it.
+        """
+        path = self._folder / "route.key"
+        try:
+            if not path.exists():
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with suppress(FileExistsError):
+                    private_files.create(path, secrets.token_bytes(KEY_BYTES))
+            private_files.check(path, path.stat().st_mode)
+            with path.open("rb") as file:
+                key = file.read(KEY_BYTES + 1)
+        except OSError as exc:
+            raise SettingsError(f"cannot use {path} ({exc.strerror}): make it a file of this user, or remove it") from exc
+        if len(key) != KEY_BYTES:
+            raise SettingsError(f"{path} is damaged: remove it; the next request of each route draws its pool again")
+        return key
+
     def update(self, decide: Decide) -> Trusted:
         path = self._folder / "seen.json"
         try:
@@ -119,6 +141,11 @@ class VersionFile:
                 "space, or pass memory=lacre.VersionMemory()"
             ) from exc
         return trusted
+
+
+def sticky_key(memory: Memory) -> bytes:
+    """Of the folder; without one, of this process. Raises SettingsError."""
+    return memory.sticky_key() if isinstance(memory, VersionFile) else secrets.token_bytes(KEY_BYTES)
 
 
 def _read(path: Path) -> tuple[Seen, ...]:

@@ -1,0 +1,113 @@
+"""Where a call goes: the pool that the caller chose, the one that an answer began in, or the ones that a signed route names.
+
+Rules:
+- Only a route of the verified manifest leads to another pool. Nobody signs a refusal, so it chooses only among those.
+- The next pool is asked only if the request certainly did not run, because its pool has no worker.
+- A denial is an answer: no other pool is asked in its place.
+- A call asks the pools once each without a pause, and then goes on among them at the pace of its retries.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from lacre.errors import SettingsError, UsageError, WrongModel
+from lacre.exchange.request import Plain, asked_model
+from lacre.problems import NO_WORKER, Problem
+from lacre.trust.manifest import Manifest, Pool
+from lacre.trust.routes import SEED, ModelRoute, sticky_seed
+
+DEFAULT_POOL: Final = "default"  # of a caller who chose none, for a model without a route
+
+
+class Destination(NamedTuple):
+    """model: in place of the name that the caller gave; None: that name."""
+
+    pool: str
+    model: str | None
+
+
+@dataclass(slots=True)
+class CallRoute:
+    """The way of one call. pool: the caller's choice, if any. drawn: the seed of a route that is not sticky. passed: how many
+    pools had no worker. ways: so many pools had the route of the newest attempt.
+    """
+
+    plain: Plain
+    pool: str | None
+    drawn: bytes = field(default_factory=lambda: secrets.token_bytes(SEED), repr=False)
+    passed: int = 0
+    ways: int = 1
+
+    @classmethod
+    def of(cls, plain: Plain, pool: str | None) -> CallRoute:
+        return cls(plain, plain.overrides.pool or pool)
+
+    def asked(self, manifest: Manifest) -> str | None:
+        """The name of the model that the caller asks for; None if there are no routes, where it makes no difference."""
+        if not manifest.routes:
+            return None
+        pool = manifest.pools.get(self.pool or DEFAULT_POOL)
+        return asked_model(self.plain, {} if pool is None else pool.models)
+
+    def found(self, manifest: Manifest, key: bytes) -> tuple[Destination, Pool]:
+        """Where the next attempt goes. key: see `sticky_seed`. Raises UsageError or SettingsError."""
+        ways = self._ways(manifest, key)
+        self.ways = len(ways)
+        way = ways[self.passed % len(ways)]
+        pool = manifest.pools.get(way.pool)
+        if pool is None:
+            raise UsageError(f"the manifest has no pool {way.pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
+        return way, pool
+
+    def moves_on(self, problem: Problem) -> bool:
+        """Whether another pool may be asked at once, after this refusal."""
+        if problem is not NO_WORKER:
+            return False
+        self.passed += 1
+        return self.passed < self.ways
+
+    def _ways(self, manifest: Manifest, key: bytes) -> tuple[Destination, ...]:
+        if self.plain.stays is not None:
+            return (Destination(*self.plain.stays),)
+        asked = self.asked(manifest)
+        route = None if asked is None else manifest.routes.get(asked)
+        if asked is None or route is None:
+            return (Destination(self.pool or DEFAULT_POOL, None),)
+        if self.pool is not None:
+            return (Destination(self.pool, _in_pool(manifest, route, asked, self.pool)),)
+        seed = sticky_seed(key, asked, self.plain.overrides.cache_scope) if route.sticky else self.drawn
+        ways = tuple(Destination(target.pool, target.model) for target in route.ordered(seed) if target.pool in manifest.pools)
+        if not ways:
+            raise SettingsError(f"no pool of the route {asked!r} is in the manifest: tell the operator, or name a pool")
+        return ways
+
+
+def _in_pool(manifest: Manifest, route: ModelRoute, asked: str, pool: str) -> str | None:
+    """What the name means in the caller's own pool: the pool's model of that name, or else the one that the route has there."""
+    if pool in manifest.pools and asked in manifest.pools[pool].models:
+        return None
+    return next((target.model for target in route.targets if target.pool == pool), None)
+
+
+def models_of(manifest: Manifest, pool: str | None) -> tuple[str, ...]:
+    """What a caller may ask for, the default first. pool: the caller's choice, if any. Raises SettingsError."""
+    name = pool or DEFAULT_POOL
+    routes = [route for route, each in manifest.routes.items() if pool is None or pool in {to.pool for to in each.targets}]
+    if name not in manifest.pools and (pool is not None or not routes):
+        raise SettingsError(f"the manifest has no pool {name!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
+    models = manifest.pools[name].models if name in manifest.pools else ()
+    return tuple(dict.fromkeys([*models, *routes]))
+
+
+def pin_of(pins: Mapping[str, str], asked: str | None, model: str) -> str | None:
+    """The digest that the caller pinned, for the name that it asked for or for the pool's. Raises WrongModel if they differ."""
+    pinned = {pins[name] for name in (asked, model) if name is not None and name in pins}
+    if len(pinned) > 1:
+        raise WrongModel(
+            f"pin_models has one file for {asked!r} and another for {model!r}, to which the route leads; nothing was sent"
+        )
+    return next(iter(pinned), None)
