@@ -339,6 +339,9 @@ def manifest_publish(
         ),
     ] = None,
     pool: Annotated[str, typer.Option(help="The pool that serves them.")] = "default",
+    routes: Annotated[
+        Path | None, typer.Option(help="A file with all routes of models to pools (docs/routes.md). Default: those so far.")
+    ] = None,
     new_root: Annotated[
         bool, typer.Option("--new-root", help="Also replace the manifest of another root: its applications stop working.")
     ] = False,
@@ -348,12 +351,13 @@ def manifest_publish(
     It refuses if the fabric has a newer manifest than this state folder signed, for example after a restore. With --model,
     clients refuse answers by other files of that model, from now on and in later manifests.
     """
-    from lacre_fabric.operate import behind, model_digests
+    from lacre_fabric.operate import behind, model_digests, model_routes
     from lacre_fabric.operate.rotation import publish
     from lacre_fabric.operate.stores import provision_site
 
     site = site_of(state)
     named = model_digests.named(model or (), site.pools.get(pool, ()))
+    routed = None if routes is None else model_routes.read(routes, site.pools)
 
     async def run() -> None:
         async with provisioner(site) as connection:
@@ -361,6 +365,8 @@ def manifest_publish(
                 await behind.check(site, connection, new_root=new_root)
                 before = model_digests.recorded(site.models_file).get(pool, {})
                 model_digests.record(site.models_file, pool, model_digests.merged(before, named))
+                if routed is not None:
+                    model_routes.record(site.folder, routed)
             await provision_site(site, connection)
             await publish(site, connection, new_root=new_root)
 

@@ -6,7 +6,7 @@
     pools/NAME/                the pool's keys, the state of their generations, and its receipt key
     workers/NAME/              worker.toml, a copy for each of several workers, and settings of models not served now
     trust/                     the chain of root statements, the published manifest, the digests of the models in it
-                               (models.json), and the lock for changing any of them
+                               (models.json), the routes (routes.json), and the lock for changing any of them
     kms                        the address of the key that wraps the pools' keys, if they are wrapped
     nats/ logs/                nats-server's state; one log per process
     site.json                  the pools, their models, the regions, the addresses of gateway and nats-server
@@ -50,7 +50,7 @@ from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.streams import REPLICAS
-from lacre_fabric.operate import dev_issuer, model_digests, served_models, settings_files
+from lacre_fabric.operate import dev_issuer, model_digests, model_routes, served_models, settings_files
 from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.work.model_names import DEFAULT_MODEL
 
@@ -359,7 +359,8 @@ class Site:
     def _manifest(self, version: int, now: float) -> Manifest:
         pools = {name: self._pool_or_last(name, models, now) for name, models in self.pools.items()}
         gateway_key = raw_public_key(self._key("gateway/grant"))
-        return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools)
+        routes = model_routes.signed(self.folder, self.pools, self.authority.chain().roots[0], now)
+        return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools, routes)
 
     def _pool_or_last(self, name: str, models: Sequence[str], now: float) -> Pool:
         """The pool. If its files are damaged, its entry in the last manifest, so that the other pools get their next one in

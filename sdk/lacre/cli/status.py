@@ -9,6 +9,7 @@ import typer
 
 from lacre.chat.reply import Reply
 from lacre.cli import lock
+from lacre.cli.chat import Model
 from lacre.cli.output import AsJson, PinModel, PoolName, Url, error_members, exit_code, pins, say_json, tell, waiting
 from lacre.client import Client
 from lacre.errors import LacreError
@@ -20,6 +21,7 @@ def status(
     url: Url = None,
     pool: PoolName = None,
     pin_model: PinModel = None,
+    model: Model = None,
     ask: Annotated[bool, typer.Option(help="Also seal a question of one token, to check receipt and audit.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -34,7 +36,7 @@ def status(
                 models = client.models()
             if ask:
                 with waiting("asking a sealed question of one token"):
-                    reply = client.chat(QUESTION, max_tokens=1)
+                    reply = client.with_options(model=model).chat(QUESTION, max_tokens=1)
         except LacreError as exc:
             error = exc
         seconds = time.monotonic() - began
