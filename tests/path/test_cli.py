@@ -54,6 +54,26 @@ def test_manifest_publish_raises_the_version(up: Up) -> None:
     wait_until(lambda: manifest(up)["ver"] > before)
 
 
+@pytest.mark.slow
+def test_routes_are_published_kept_and_removed(own: Up, tmp_path: Path) -> None:
+    (routes := tmp_path / "routes.toml").write_text(
+        '[routes.assistant]\npools = [{ pool = "default", model = "smollm2-135m" }]\n'
+    )
+    own.command("manifest", "publish", "--routes", str(routes))
+    wait_until(lambda: "routes" in manifest(own))
+    version = manifest(own)["ver"]
+    own.command("manifest", "publish")
+    wait_until(lambda: manifest(own)["ver"] > version)
+    done = run("ask", "Hi.", "--model", "assistant", "--max-tokens", "2", "--json", up=own)
+    assert json.loads(done.stdout)["model"] == "smollm2-135m", done.stderr
+    routes.write_text("[routes.assistant]\npools = []")
+    refused = run("manifest", "publish", "--routes", str(routes), "--state", str(own.state), up=own)
+    assert refused.returncode == 1 and str(routes) in refused.stderr.replace("\n", "")
+    routes.write_text("")
+    own.command("manifest", "publish", "--routes", str(routes))
+    wait_until(lambda: "routes" not in manifest(own))
+
+
 def test_a_manifest_that_names_another_file(own: Up, tmp_path: Path) -> None:
     """The worker does not serve until the publisher takes that back."""
     (report := tmp_path / "other.json").write_text(json.dumps({"digest": "sha256:" + "0" * 64}))
