@@ -378,7 +378,7 @@ class Sealing:
             raise SettingsError(f"pool {name!r} does not accept the shape {self._shape!r}: choose one of {taken}")
         kept = self._keep_identifying_fields
         prepared = prepare(call.plain, pool.models, keep_identifying_fields=kept, routed=routed)
-        verify = self._verifier(pool, prepared, pin_of(self._pin_models, call.route.asked(manifest), prepared.model))
+        verify = self._verifier(pool, prepared, pin_of(self._pin_models, call.route.asked, prepared.model))
         said = (
             (outer.POOL, name),
             (outer.MODEL, prepared.model),

@@ -33,7 +33,8 @@ class Destination(NamedTuple):
 @dataclass(slots=True)
 class CallRoute:
     """The way of one call. pool: the caller's choice, if any. drawn: the seed of a route that is not sticky. passed: how many
-    pools had no worker. ways: so many pools had the route of the newest attempt.
+    pools had no worker. ways: so many pools had the route of the newest attempt. asked: the model that the caller asks for;
+    None before a manifest with routes, where it makes no difference.
     """
 
     plain: Plain
@@ -41,20 +42,17 @@ class CallRoute:
     drawn: bytes = field(default_factory=lambda: secrets.token_bytes(SEED), repr=False)
     passed: int = 0
     ways: int = 1
+    asked: str | None = None
 
     @classmethod
     def of(cls, plain: Plain, pool: str | None) -> CallRoute:
         return cls(plain, plain.overrides.pool or pool)
 
-    def asked(self, manifest: Manifest) -> str | None:
-        """The name of the model that the caller asks for; None if there are no routes, where it makes no difference."""
-        if not manifest.routes:
-            return None
-        pool = manifest.pools.get(self.pool or DEFAULT_POOL)
-        return asked_model(self.plain, {} if pool is None else pool.models)
-
     def found(self, manifest: Manifest, key: bytes) -> tuple[Destination, Pool]:
         """Where the next attempt goes. key: see `sticky_seed`. Raises UsageError or SettingsError."""
+        if manifest.routes and self.asked is None:  # reading a large body takes a while
+            mine = manifest.pools.get(self.pool or DEFAULT_POOL)
+            self.asked = asked_model(self.plain, {} if mine is None else mine.models)
         ways = self._ways(manifest, key)
         self.ways = len(ways)
         way = ways[self.passed % len(ways)]
@@ -73,7 +71,7 @@ class CallRoute:
     def _ways(self, manifest: Manifest, key: bytes) -> tuple[Destination, ...]:
         if self.plain.stays is not None:
             return (Destination(*self.plain.stays),)
-        asked = self.asked(manifest)
+        asked = self.asked
         route = None if asked is None else manifest.routes.get(asked)
         if asked is None or route is None:
             return (Destination(self.pool or DEFAULT_POOL, None),)
