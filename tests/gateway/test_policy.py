@@ -62,6 +62,8 @@ OF_CALLERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ('context.scopes.contains("a")', {"principal": {"scopes": ["a", "b"]}}, {"principal": {"scopes": ["ab"]}}),
     ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
     ("context.hour >= 8 && context.hour < 18", {"hour": 8}, {"hour": 18}),
+    ('context.zone == "UTC" && context.weekday <= 5', {"time": "2026-11-27T12:00:00Z"}, {"time": "2026-11-28T12:00:00Z"}),
+    ("context.local_hour < 8", {"time": "2026-11-27T07:59:59Z"}, {"time": "2026-11-27T08:00:00Z"}),
     ('context.address.isInRange(ip("192.0.2.0/24"))', {}, {"address": "198.51.100.1"}),
     ('context.address.isInRange(ip("192.0.2.0/24"))', {"address": "::ffff:192.0.2.9"}, {"address": "::1"}),
     ('context.address.isInRange(ip("fe80::/10"))', {"address": "fe80::1%eth0"}, {"address": "nonsense"}),
@@ -73,6 +75,7 @@ OF_ADMINISTRATORS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ('context.scopes.contains("lacre:admin")', {}, {"principal": {"scopes": []}}),
     ("context.address.isLoopback()", {"address": "127.0.0.1"}, {}),
     ("context.hour == 3", {"hour": 3}, {}),
+    ("context.weekday == 7 && context.local_minute == 5", {"time": "2026-11-29T00:05:00Z"}, {"time": "2026-11-29T00:06:00Z"}),
     ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
 ]
 ADMIN = 'principal, action in Action::"admin", resource'

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from lacre.errors import SettingsError
 from lacre.wire.header import Kem
@@ -26,6 +28,36 @@ CASE: Final = "case"  # the fault of a case that does not hold, or cannot be rea
 KEMS: Final = {kem.label: kem for kem in Kem}
 
 Hour = Annotated[int, Field(ge=0, le=23)]
+_NOON: Final = 12
+
+
+def _instant(value: object) -> object:
+    """RFC 3339, with its offset: a time without one would be another on each machine."""
+    try:
+        found = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        raise PydanticCustomError("time", "write a time with its offset, such as 2026-11-28T23:30:00Z")
+    return found.timestamp()
+
+
+class _Timed(Table):
+    """hour: of the day, UTC, of a Thursday; default: noon. time: instead, a moment as in RFC 3339."""
+
+    hour: Hour | None = None
+    time: Annotated[float, BeforeValidator(_instant)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.hour is not None and self.time is not None:
+            raise PydanticCustomError("time", "write either `hour` or `time`")
+        return self
+
+    @property
+    def moment(self) -> float:
+        """Seconds since the epoch."""
+        return 3600.0 * (_NOON if self.hour is None else self.hour) if self.time is None else self.time
 
 
 class Who(Table):
@@ -58,8 +90,8 @@ class WrittenRequest(Protocol):
     def question(self) -> AnyQuestion: ...
 
 
-class SealedRequest(Table):
-    """A request to a model. hour: of the day, UTC."""
+class SealedRequest(_Timed):
+    """A request to a model."""
 
     principal: Who
     action: Action
@@ -70,7 +102,6 @@ class SealedRequest(Table):
     kem: Literal["MLKEM768-X25519", "X25519"]
     shape: Shape
     address: str = "192.0.2.1"
-    hour: Hour = 12
     decided_by: tuple[str, ...] | None = None
 
     def question(self) -> Question:
@@ -84,22 +115,21 @@ class SealedRequest(Table):
             kem=KEMS[self.kem],
             shape=self.shape,
             address=self.address,
-            time=3600.0 * self.hour,
+            time=self.moment,
         )
 
 
-class AdminRequest(Table):
+class AdminRequest(_Timed):
     """A request to a gateway itself."""
 
     principal: Who
     action: AdminAction
     gateway: str = "g1"
     address: str = "192.0.2.1"
-    hour: Hour = 12
     decided_by: tuple[str, ...] | None = None
 
     def question(self) -> AdminQuestion:
-        return AdminQuestion(self.principal.principal(), self.action, self.gateway, self.address, 3600.0 * self.hour)
+        return AdminQuestion(self.principal.principal(), self.action, self.gateway, self.address, self.moment)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from typing import Final, Generic, Self, TypeVar
 import cedarpy
 
 from lacre.errors import SettingsError
+from lacre_gateway.policy.local_time import UTC_ZONE, TimeZone
 from lacre_gateway.policy.question import AnyQuestion
 
 # Each holds names from a token (at most 16 KiB), which the verdicts of `auth` hold as well.
@@ -70,19 +71,22 @@ class PolicySet:
     """A validated, parsed set of policies.
 
     digest: hex SHA-256 of the schema's text, a zero byte, and the policies' text. names: each policy's `@id`, by Cedar's own
-    name.
+    name. zone: in which it knows weekdays and local times.
     """
 
-    def __init__(self, schema: cedarpy.Schema, policies: cedarpy.PolicySet, names: Mapping[str, str], digest: str) -> None:
+    def __init__(
+        self, schema: cedarpy.Schema, policies: cedarpy.PolicySet, names: Mapping[str, str], digest: str, zone: TimeZone
+    ) -> None:
         self.schema = schema
         self.policies = policies
         self.names = names
         self.digest = digest
+        self.zone = zone
         self._decisions = _Remembered[Decision](MAX_DECISIONS)
         self._parties = _Remembered[_Parties](_MAX_PARTIES)
 
     def decide(self, question: AnyQuestion) -> Decision:
-        return self._decisions.get(question.key, lambda: self._decide(question))
+        return self._decisions.get(question.key(self.zone), lambda: self._decide(question))
 
     def would_allow(self, question: AnyQuestion) -> bool:
         """A decision that is neither remembered nor recorded: no caller has asked this question."""
@@ -92,7 +96,7 @@ class PolicySet:
         parties = self._parties.get(question.entities_key, lambda: self._parsed(question))
         if parties.entities is None:
             return Decision(False, (), self.digest, parties.digest)
-        result = cedarpy.is_authorized(question.request(), self.policies, parties.entities, self.schema)
+        result = cedarpy.is_authorized(question.request(self.zone), self.policies, parties.entities, self.schema)
         diagnostics = result.diagnostics
         # A policy that could not be evaluated may be the one that forbids.
         failed = {name for error in diagnostics.errors for name in _POLICY.findall(error)}
@@ -115,11 +119,11 @@ class PolicySet:
             entities = cedarpy.Entities.from_json_str(_json(question.entities()), self.schema)
         except ValueError as exc:
             return str(exc)
-        result = cedarpy.is_authorized(question.request(), self.policies, entities, self.schema)
+        result = cedarpy.is_authorized(question.request(self.zone), self.policies, entities, self.schema)
         return "; ".join(result.diagnostics.errors) if result.decision is cedarpy.Decision.NoDecision else None
 
     @classmethod
-    def parse(cls, schema_text: str, texts: Mapping[str, str]) -> Self:
+    def parse(cls, schema_text: str, texts: Mapping[str, str], zone: TimeZone = UTC_ZONE) -> Self:
         """texts: the policies, by the names of their files. Raises PolicyError."""
         try:
             schema = cedarpy.Schema.from_str(schema_text)
@@ -130,7 +134,7 @@ class PolicySet:
         whole = "\n".join(texts.values())
         policies = cedarpy.PolicySet.from_str(whole)
         digest = hashlib.sha256(f"{schema_text}\0{whole}".encode()).hexdigest()
-        return cls(schema, policies, _names(policies), digest)
+        return cls(schema, policies, _names(policies), digest, zone)
 
 
 def _json(value: object) -> str:

@@ -21,6 +21,8 @@ from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion
 from lacre_gateway.policy.replay import question_of
 
+# A case names the time by its `hour` or its `time`.
+_TIMES: Final = frozenset({"hour", "weekday", "local_hour", "local_minute"})
 # The members of the file that a request may leave open, each with a placeholder for the evaluation.
 _OPEN: Final[Mapping[str, tuple[frozenset[str], object]]] = {
     "max_tokens": (frozenset({"max_tokens"}), 1),
@@ -28,7 +30,7 @@ _OPEN: Final[Mapping[str, tuple[frozenset[str], object]]] = {
     "kem": (frozenset({"kem", "post_quantum"}), "X25519"),
     "shape": (frozenset({"shape"}), "none"),
     "address": (frozenset({"address"}), "192.0.2.1"),
-    "hour": (frozenset({"hour"}), 0),
+    "hour": (_TIMES, 0),
 }
 _OPEN_OF_PRINCIPAL: Final = ("scopes", "plan")
 _WHOLE: Final = "*"  # a policy that reads the context as one value
@@ -96,6 +98,8 @@ def requested(values: Any) -> tuple[AnyQuestion, frozenset[str]]:
         admin = values.get("action") in set(AdminAction)
         values = dict(values)
         for name, (open_names, stand_in) in _OPEN.items():
+            if name == "hour" and values.get("time") is not None:
+                continue
             if name not in values and (not admin or name in _OF_ADMIN):
                 values[name] = stand_in
                 missing |= open_names
@@ -123,7 +127,7 @@ def _voice(policies: PolicySet, template: pst.Template, question: AnyQuestion, m
 def _applies(policies: PolicySet, template: pst.Template, question: AnyQuestion) -> tuple[bool, bool]:
     """Whether it applies, and whether it failed."""
     alone = _alone(dataclasses.replace(template, effect="permit"))
-    result = cedarpy.is_authorized(question.request(), alone, question.entities(), policies.schema)
+    result = cedarpy.is_authorized(question.request(policies.zone), alone, question.entities(), policies.schema)
     return result.allowed, bool(result.diagnostics.errors)
 
 

@@ -6,7 +6,8 @@ users of another.
 
 Rules:
 - Everything that a decision may depend on is in `key` and in the audit log. So a decision can be remembered and repeated.
-- Time enters as the hour (UTC) of the millisecond that the audit log records.
+- Time enters as the hour (UTC) of the millisecond that the audit log records, and as the weekday and minute in the time zone of
+  the set that decides (`policy.local_time`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Final
 from lacre.wire.header import Kem
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.http.headers import Action, Shape
+from lacre_gateway.policy.local_time import TimeZone
 
 _POST_QUANTUM: Final = frozenset({Kem.XWING})
 _HOUR: Final = 3600
@@ -52,18 +54,17 @@ class Question:
     address: str
     time: float
 
-    @property
-    def key(self) -> Hashable:
-        asked = (self.max_tokens, self.sealed_bytes, self.kem, self.shape, self.address, hour(self.time))
+    def key(self, zone: TimeZone) -> Hashable:
+        asked = (self.max_tokens, self.sealed_bytes, self.kem, self.shape, self.address, hour(self.time), zone.at(self.time))
         return (self.entities_key, self.principal.scopes, self.principal.plan, self.action, *asked)
 
     @property
     def entities_key(self) -> Hashable:
         return (*_identity(self.principal), self.pool, self.model)
 
-    def request(self) -> dict[str, Any]:
+    def request(self, zone: TimeZone) -> dict[str, Any]:
         context = {
-            **_circumstances(self.principal, self.address, self.time),
+            **_circumstances(self.principal, self.address, self.time, zone),
             "max_tokens": self.max_tokens,
             "sealed_bytes": self.sealed_bytes,
             "kem": self.kem.label,
@@ -88,17 +89,17 @@ class AdminQuestion:
     address: str
     time: float
 
-    @property
-    def key(self) -> Hashable:
+    def key(self, zone: TimeZone) -> Hashable:
         who = self.principal
-        return (self.entities_key, who.scopes, who.plan, self.action, self.address, hour(self.time))
+        when = hour(self.time), zone.at(self.time)
+        return (self.entities_key, who.scopes, who.plan, self.action, self.address, *when)
 
     @property
     def entities_key(self) -> Hashable:
         return (*_identity(self.principal), self.gateway)
 
-    def request(self) -> dict[str, Any]:
-        context = _circumstances(self.principal, self.address, self.time)
+    def request(self, zone: TimeZone) -> dict[str, Any]:
+        context = _circumstances(self.principal, self.address, self.time, zone)
         return _request(self.principal, self.action, {"type": "Gateway", "id": self.gateway}, context)
 
     def entities(self) -> list[Entity]:
@@ -127,9 +128,11 @@ def _request(who: Principal, action: StrEnum, resource: Entity, context: dict[st
     }
 
 
-def _circumstances(who: Principal, address: str, time: float) -> dict[str, Any]:
+def _circumstances(who: Principal, address: str, time: float, zone: TimeZone) -> dict[str, Any]:
     plan = {} if who.plan is None else {"plan": who.plan}
-    return {"scopes": list(who.scopes), "address": _ip(address), "hour": hour(time), **plan}
+    local = zone.at(time)
+    there = {"weekday": local.weekday, "local_hour": local.hour, "local_minute": local.minute, "zone": zone.name}
+    return {"scopes": list(who.scopes), "address": _ip(address), "hour": hour(time), **there, **plan}
 
 
 def _ip(address: str) -> str:

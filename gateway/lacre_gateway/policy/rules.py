@@ -4,6 +4,7 @@
     *.cedar                 the rules
     cases/ALLOW|DENY/*.json requests that must be allowed, and denied
     plans.toml              who may use how much; default: the one that ships with Lacre
+    time.toml               the time zone for weekdays and local times; default: UTC
     no-cases                an empty file: the set has no cases on purpose
 
 Rules:
@@ -30,6 +31,8 @@ from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy import cases as written
 from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet
+from lacre_gateway.policy.local_time import TIME_FILE, UTC_ZONE, TimeZone
+from lacre_gateway.policy.local_time import parse as parse_zone
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
 from lacre_gateway.settings import shipped
 
@@ -38,8 +41,9 @@ NO_CASES: Final = "no-cases"
 MISSING: Final = "missing"
 UNREADABLE: Final = "unreadable"
 PLANS: Final = "plans"
+TIME: Final = "time"
 _CASES: Final = tuple(f"{written.FOLDER}/{verdict}/*.json" for verdict in ("ALLOW", "DENY"))
-_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", PLANS_FILE, NO_CASES, *_CASES)
+_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", PLANS_FILE, TIME_FILE, NO_CASES, *_CASES)
 _MAX_FILE: Final = 1 << 20  # bytes; people read these files
 _MAX_FILES: Final = 10_000
 _TRIES: Final = 5
@@ -82,10 +86,11 @@ class RuleSet:
         if SCHEMA_FILE not in texts:
             raise PolicyError(MISSING, SCHEMA_FILE, f"missing in {folder}: copy the one that ships with Lacre")
         schema, plans = texts.pop(SCHEMA_FILE), _plans(folder, texts.pop(PLANS_FILE, None))
+        zone = _zone(folder, texts.pop(TIME_FILE, None))
         untested = texts.pop(NO_CASES, None) is not None
         if not texts:
             raise PolicyError(MISSING, "*.cedar", f"none in {folder}, so nothing would be allowed: write one")
-        policies = PolicySet.parse(schema, texts)
+        policies = PolicySet.parse(schema, texts, zone)
         _check_questions(policies)
         cases = tuple(PolicyCase.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
         return cls(policies, cases, _digest(files), plans, signature, untested)
@@ -102,6 +107,14 @@ def _plans(folder: Path, text: str | None) -> Plans:
         return load_plans(shipped()) if text is None else parse_plans(text, folder / PLANS_FILE)
     except SettingsError as exc:
         raise PolicyError(PLANS, PLANS_FILE, str(exc)) from exc
+
+
+def _zone(folder: Path, text: str | None) -> TimeZone:
+    """Raises PolicyError."""
+    try:
+        return UTC_ZONE if text is None else parse_zone(text, folder / TIME_FILE)
+    except SettingsError as exc:
+        raise PolicyError(TIME, TIME_FILE, str(exc)) from exc
 
 
 def signature(folder: Path) -> Signature:
