@@ -92,7 +92,8 @@ async def own_usage(request: Request) -> Response:
         limits = [each.members() for each in await gateway.budgets.own_usage(access.principal)]
     except (BudgetRefused, FabricError) as exc:
         raise refusal_for(exc) from exc
-    plan = plans.plan_of(access.principal.tenant, access.principal.plan)
+    who = access.principal
+    plan = plans.plan_of(who.tenant, who.plan, who.subject, who.groups)
     told = {"plan": None if plan is None else plan.name, "currency": plans.currency, "limits": limits}
     return JSONResponse(told, headers={"cache-control": "no-store"})
 

@@ -245,6 +245,59 @@ def test_whose_plan(tenant: str, named: str | None, plan: str | None) -> None:
     assert (found and found.name) == plan
 
 
+MAPPED = """
+[users]
+"acme/alice" = "gold"
+"acme/a/b" = "silver"
+
+[groups]
+"acme/leads" = "silver"
+"acme/engineers" = "paid"
+"else/engineers" = "gold"
+
+[plans.gold]
+[plans.silver]
+"""
+
+
+@pytest.mark.parametrize(
+    ("tenant", "subject", "groups", "named", "plan"),
+    [
+        ("acme", "alice", ("engineers",), None, "gold"),
+        ("acme", "alice", (), "free", "free"),  # the token's comes first
+        ("else", "alice", (), None, "free"),  # another tenant's user of that name
+        ("acme", "a/b", (), None, "silver"),
+        ("acme", "bob", ("engineers", "leads"), None, "silver"),  # the first of the file, not of the token
+        ("acme", "bob", ("engineers",), None, "paid"),
+        ("else", "bob", ("engineers", "leads"), None, "gold"),
+        ("acme", "bob", ("sales",), None, "paid"),  # the tenant's
+        ("other", "bob", ("engineers",), None, "free"),  # the default
+        ("acme", "alice", ("leads",), "none-such", None),
+    ],
+)
+def test_plans_by_user_and_group(
+    tenant: str, subject: str, groups: tuple[str, ...], named: str | None, plan: str | None
+) -> None:
+    found = plans(PLANS + MAPPED).plan_of(tenant, named, subject, groups)
+    assert (found and found.name) == plan
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('[users]\n"alice" = "free"', "write the tenant before the name"),
+        ('[users]\n"acme/" = "free"', "write the tenant before the name"),
+        ('[groups]\n"a b/c" = "free"', "write the tenant before the name"),
+        ('[users]\n"acme/alice" = "gold"', "users.acme/alice: no such plan"),
+        ('[groups]\n"acme/leads" = "gold"', "groups.acme/leads: no such plan"),
+        ('[groups]\nacme.leads = "free"', "groups"),
+    ],
+)
+def test_mistakes_in_maps_of_plans(table: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        plans(f"{PLANS}\n{table}\n")
+
+
 @given(prices=st.tuples(COUNTS, COUNTS, COUNTS), fresh=COUNTS, cached=COUNTS, completion=COUNTS)
 def test_a_price_is_exact_and_rounded_up_once(prices: tuple[int, int, int], fresh: int, cached: int, completion: int) -> None:
     exact = Fraction(fresh * prices[0] + cached * prices[1] + completion * prices[2], 10**6)

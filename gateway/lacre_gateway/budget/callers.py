@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,9 +59,11 @@ class Amounts:
 TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
 
 
-def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | None) -> Caller | None:
+def caller(  # noqa: PLR0917 - who it is, as the ledger remembers callers
+    plans: Plans, issuer: str, tenant: str, subject: str, named: str | None, groups: Collection[str] = ()
+) -> Caller | None:
     """None if the token names an unknown plan."""
-    plan = plans.plan_of(tenant, named)
+    plan = plans.plan_of(tenant, named, subject, groups)
     if plan is None:
         return None
     own = plans.tenants.get(tenant)

@@ -88,7 +88,7 @@ class Ledger:
         self._offset = 0.0
         self._draws: dict[str, _Draw] = {}
         self._lender = Lender(self.holder)
-        self._callers: dict[tuple[str, str, str, str | None], Caller | None] = {}
+        self._callers: dict[tuple[str, str, str, str | None, tuple[str, ...]], Caller | None] = {}
         self._calendar = Calendar()
         self._tending: tasks.Background | None = None
         self._announced = float("-inf")
@@ -183,11 +183,11 @@ class Ledger:
         return fitting.lowered(asked, price, ((counter.kind, counter.remaining) for _, (counter, _) in charges))
 
     def _caller(self, plans: Plans, who: Principal) -> Caller:
-        key = (who.issuer, who.tenant, who.subject, who.plan)
+        key = (who.issuer, who.tenant, who.subject, who.plan, who.groups if plans.groups else ())
         if key not in self._callers:
             if len(self._callers) >= _MAX_CALLERS:
                 self._callers.clear()
-            self._callers[key] = callers.caller(plans, who.issuer, who.tenant, who.subject, who.plan)
+            self._callers[key] = callers.caller(plans, *key)
         found = self._callers[key]
         if found is None:
             raise UnknownPlan

@@ -12,14 +12,14 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Final
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lacre_fabric import settings as files
@@ -30,7 +30,8 @@ ANY_MODEL: Final = "*"  # the price of every model without its own
 MICRO: Final = 10**6
 _MILLION_TOKENS: Final = 10**6
 _MONEY: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))?")
-_MAX_COUNT: Final = 2**53  # every JSON reader holds it exactly
+_MEMBER: Final = re.compile(r"[A-Za-z0-9._-]{1,64}/.+", re.DOTALL)  # of a tenant, as policies name users and groups
+MAX_AMOUNT: Final = 2**53  # every JSON reader holds it exactly
 
 
 class LimitKind(StrEnum):
@@ -101,18 +102,33 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The whole file. currency: of every amount, three letters (ISO 4217)."""
+    """The whole file. currency: of every amount, three letters (ISO 4217). users, groups: plans by `tenant/name`, in the order
+    of the file.
+    """
 
     currency: str
     default: str
     plans: Mapping[str, Plan]
     tenants: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
     prices: Mapping[str, Price] = field(default_factory=lambda: MappingProxyType({}))
+    users: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    groups: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
-    def plan_of(self, tenant: str, named: str | None) -> Plan | None:
-        """named: by the token; None: the tenant's, or else the default. Returns None for an unknown plan."""
+    def plan_of(self, tenant: str, named: str | None, subject: str = "", groups: Collection[str] = ()) -> Plan | None:
+        """The plan of a user. Returns None for an unknown plan.
+
+        The first of these that there is: `named`, which is the token's; the user's; that of the first of its groups in the
+        file; the tenant's; the default.
+        """
         own = self.tenants.get(tenant)
-        return self.plans.get(named or (own and own.plan) or self.default)
+        mapped = self.users.get(f"{tenant}/{subject}") or self._of_groups(tenant, groups)
+        return self.plans.get(named or mapped or (own and own.plan) or self.default)
+
+    def _of_groups(self, tenant: str, groups: Collection[str]) -> str | None:
+        if not self.groups or not groups:
+            return None
+        names = {f"{tenant}/{group}" for group in groups}
+        return next((plan for name, plan in self.groups.items() if name in names), None)
 
     def price_of(self, model: str) -> Price | None:
         """None if neither the model nor `*` has one; then no money limit is set."""
@@ -135,7 +151,7 @@ def money(amount: int) -> str:
     return f"{sign}{digits[:-6]}.{digits[-6:]}"
 
 
-def _micro_units(value: object) -> object:
+def micro_units(value: object) -> object:
     """Decimal text in micro-units. A bare number would already be binary here."""
     found = _MONEY.fullmatch(value) if isinstance(value, str) else None
     if found is None:
@@ -144,8 +160,8 @@ def _micro_units(value: object) -> object:
     return int(whole) * MICRO + int(decimals.ljust(6, "0"))
 
 
-_Count = Annotated[int, Field(ge=0, le=_MAX_COUNT, strict=True)]
-_Money = Annotated[int, BeforeValidator(_micro_units)]
+_Count = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
+_Money = Annotated[int, BeforeValidator(micro_units)]
 
 
 class _Limits(Table):
@@ -172,17 +188,30 @@ class _Price(Table):
     completion: _Money
 
 
+def _member(name: str) -> str:
+    if _MEMBER.fullmatch(name) is None:
+        raise PydanticCustomError("member", 'write the tenant before the name, such as "acme/alice"')
+    return name
+
+
+_Member = Annotated[str, AfterValidator(_member)]
+
+
 class _File(Table):
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
     default_plan: str
     plans: Annotated[dict[str, _Plan], Field(min_length=1)]
     tenants: dict[str, _Tenant] = Field(default_factory=dict)
     prices: dict[str, _Price] = Field(default_factory=dict)
+    users: dict[_Member, str] = Field(default_factory=dict)
+    groups: dict[_Member, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> _File:
         named = {"default_plan": self.default_plan}
         named |= {f"tenants.{name}.plan": tenant.plan for name, tenant in self.tenants.items() if tenant.plan is not None}
+        named |= {f"users.{name}": plan for name, plan in self.users.items()}
+        named |= {f"groups.{name}": plan for name, plan in self.groups.items()}
         for key, plan in named.items():
             if plan not in self.plans:
                 raise PydanticCustomError("plan", "{key}: no such plan; write one of {known}", {
@@ -214,6 +243,8 @@ def _frozen(file: _File) -> Plans:
         prices=MappingProxyType(
             {name: Price(price.prompt, price.cached, price.completion) for name, price in file.prices.items()}
         ),
+        users=MappingProxyType(dict(file.users)),
+        groups=MappingProxyType(dict(file.groups)),
     )
 
 

@@ -238,7 +238,7 @@ def _accepted(
 
 def _plan(plans: Plans, who: Principal) -> tuple[str | None, dict[str, dict[str, int]]]:
     """None for a plan that plans.toml does not have: each request is then refused."""
-    plan = plans.plan_of(who.tenant, who.plan)
+    plan = plans.plan_of(who.tenant, who.plan, who.subject, who.groups)
     if plan is None:
         return None, {}
     each = (("user", plan.user), ("tenant on this plan", plan.tenant), ("all on this plan", plan.everyone))
