@@ -10,6 +10,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lacre.errors import UsageError
 from lacre.evidence.receipts import units
 from lacre.jose.dpop import plain_url
 from lacre.jose.jws import raw_public_key
@@ -21,16 +22,19 @@ from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.work.contract import FabricUnavailable, GatewayFabric
 from lacre_fabric.work.revocations import Revocation
-from lacre_gateway.audit.entries import REVOKED, UNRECORDED, Event
+from lacre_gateway.audit.entries import RESET, REVOKED, TOPPED_UP, UNRECORDED, Event
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.pseudonyms import Pseudonyms
 from lacre_gateway.auth.revocation import RevocationList, revocation
 from lacre_gateway.auth.throttle import FailureThrottle, RefusalThrottle
 from lacre_gateway.auth.tokens import Authenticator
+from lacre_gateway.budget.additions import MAX_ADDITIONS, Approver
+from lacre_gateway.budget.callers import BudgetScope
 from lacre_gateway.budget.fitting import LEAST_OUTPUT
 from lacre_gateway.budget.in_flight import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.budget.ledger import Ledger
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.settlement import Settlement
 from lacre_gateway.http.headers import Action, OuterHeaders
 from lacre_gateway.http.line_limit import LineLimit
@@ -132,6 +136,21 @@ class Gateway:
         self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, actor=actor, target=revoked.key))
         return revoked
 
+    async def change_budget(
+        self, scope: BudgetScope, kind: LimitKind, amount: int | None, number: str, actor: str
+    ) -> tuple[int, int]:
+        """Raises a limit for the rest of its window, as `Ledger.change`. Returns by how much, and the window.
+
+        actor: `<tenant>/<subject>` of the caller, for the audit log. Raises UsageError or FabricUnavailable.
+        """
+        added, window = await self.budgets.change(scope, kind, amount, number)
+        if added is None:
+            raise UsageError(f"this limit was already raised {MAX_ADDITIONS} times in its window: change plans.toml")
+        event = RESET if amount is None else TOPPED_UP
+        target = f"{scope.name}/{kind.value}@{window}"
+        self.audit.append(Event(time=round(self.clock(), 3), event=event, actor=actor, target=target, count=added))
+        return added, window
+
     def tell_revoked(self, keys: Sequence[str]) -> None:
         """Records revocations that others made, as this gateway learns of them. keys: digests of tokens or subjects."""
         if len(keys) > MAX_REVOKED:
@@ -232,7 +251,14 @@ def build(
         bodies=BodyBytes(total=limits.body_bytes, each=limits.body_bytes_per_subject),
         lines=LineLimit(log, clock),
         refusals=RefusalThrottle(limits.refused_per_minute, limits.refused_per_address, clock),
-        budgets=Ledger(lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, clock=clock),
+        budgets=Ledger(
+            lambda: rules.current.plans,
+            settings.instance,
+            log,
+            longest=limits.longest_stream,
+            approver=Approver(key),
+            clock=clock,
+        ),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
         pseudonyms=Pseudonyms(key),

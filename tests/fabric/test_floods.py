@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.runtime import tasks
 from lacre_fabric import logs
@@ -28,6 +29,7 @@ from lacre_fabric.operate.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES
 from lacre_fabric.operate.nats_server import MAX_BUFFERED
 from lacre_fabric.operate.site import Site
 from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.budget.additions import Approver
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.plans import parse
@@ -240,7 +242,8 @@ async def test_work(tmp_path: Path) -> None:
 async def test_a_budget(tmp_path: Path) -> None:
     async with flooded(tmp_path, f"$KV.{subjects.BUDGETS_BUCKET}.gateway-g2.x") as (parties, flooding):
         plans = parse(PLANS, Path("plans.toml"))
-        ledger = Ledger(lambda: plans, "g1", structlog.get_logger(), longest=60.0)
+        approver = Approver(Ed25519PrivateKey.generate())
+        ledger = Ledger(lambda: plans, "g1", structlog.get_logger(), longest=60.0, approver=approver)
         ledger.bucket = NatsBucket(await parties.connect("gateway-g1"), subjects.BUDGETS_BUCKET)
         drawn = 0
         while not flooding.done():

@@ -2,6 +2,7 @@
 
 What is asserted after every step, whatever came before it:
 - Overshoot is 0: what all gateways, dead ones too, have used and reserved of a window never exceeds its ceiling.
+- An administrator's additions raise a ceiling once each, for all gateways, and none is lost, doubled or forged.
 - Waste is bounded: a crash forfeits no more than was reserved, than was released since its last write, and a lease's spare
   (an eighth of the ceiling at most), beside what its last write asked for, and those before it that nobody knows whether they
   happened.
@@ -10,17 +11,22 @@ And at the end, when everybody has come to rest: what the record says is drawn i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from lacre_gateway.budget import lease
+from lacre_gateway.budget.additions import MAX_ADDITIONS, Addition, Approver
+from lacre_gateway.budget.draws import CeilingChange, Draw, answer
 from lacre_gateway.budget.lease import COVER, IDLE, MOST_SPARE, Account, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
@@ -44,6 +50,10 @@ LIES = [RIGHT, RIGHT, RIGHT, b"not a record", b"[" * 100_000, b'{"v":2}', NO_KIN
 AMOUNTS = st.sampled_from([0, -(10**6), 1, 10**6, 10**30])
 WHO, TOKENS, MONEY = st.integers(0, GATEWAYS - 1), st.integers(1, 1500), st.integers(0, 30_000)
 WHEN = st.sampled_from(["now", "later", "never"])
+COUNTED = st.sampled_from([kind for kind in LimitKind if kind is not STREAMS])
+APPROVER, FORGER = (Approver(Ed25519PrivateKey.from_private_bytes(bytes([number] * 32))) for number in (1, 2))
+GENUINE = APPROVER.check("key")
+LOOP = asyncio.new_event_loop()  # for futures that nobody awaits
 
 
 @dataclass
@@ -91,6 +101,10 @@ class Budgets(RuleBasedStateMachine):
         self.reserved: dict[At, int] = defaultdict(int)
         self.streams: list[float] = []  # of dead gateways: when the stream ends
         self.forfeited: dict[At, dict[str, int]] = defaultdict(dict)  # the most that it may be, by holder
+        self.raised: dict[At, dict[str, int]] = defaultdict(dict)  # by the writes that happened
+
+    def ceiling(self, kind: LimitKind, number: int) -> int:
+        return CEILINGS[kind] + sum(self.raised[kind, number].values())
 
     def gateway(self) -> Gateway:
         self.born += 1
@@ -156,16 +170,25 @@ class Budgets(RuleBasedStateMachine):
         return self.record
 
     @rule(who=WHO, needs=st.lists(st.tuples(TOKENS, MONEY), max_size=4))
-    def send(self, who: int, needs: list[tuple[int, int]]) -> None:
+    def send(self, who: int, needs: list[tuple[int, int]], changes: Sequence[CeilingChange] = ()) -> None:
         """Decides on what it read, however old that is."""
         gateway = self.live[who]
         if gateway.writing is None and gateway.read is not None:
             record, revision = gateway.read
+            record, _ = Draw(gateway.account, record, changes=list(changes)).changed(APPROVER)
             now = self.time(gateway)
             wanted = [Need({kind: (amount, CEILINGS[kind]) for kind, amount in self.amounts(*each).items()}) for each in needs]
             proposal = gateway.account.propose(record, gateway.calendar.at(now), wanted, now)
             gateway.account.send(proposal)
             gateway.writing, gateway.read = Writing(proposal, revision, who, dict(gateway.released)), None
+
+    @rule(who=WHO, kind=COUNTED, amount=st.none() | st.integers(1, 5000), number=st.sampled_from("abc"), money=MONEY)
+    def raise_ceiling(self, who: int, kind: LimitKind, amount: int | None, number: str, money: int) -> None:
+        """A top-up, or a reset, while a request waits. The same may be asked of several gateways."""
+        gateway = self.live[who]
+        change = CeilingChange(kind, gateway.calendar.at(self.time(gateway))[kind], number, amount, LOOP.create_future())
+        self.read(who)
+        self.send(who, [(1, money)], [change])
 
     @rule(who=WHO)
     def arrive(self, who: int) -> None:
@@ -228,12 +251,18 @@ class Budgets(RuleBasedStateMachine):
         if writing.revision != self.revision:
             return False
         self.revision += 1
+        for at, kept in writing.proposal.record.raised.items():
+            for number, amount in kept.items():
+                assert self.raised[at].setdefault(number, amount) == amount, "it counts once"
         self.keep(writing)
         return True
 
     def keep(self, writing: Writing) -> None:
         """Over the wire and back: what is not in the bytes is not in the record."""
-        self.record = Record.parse(writing.proposal.record.encode())
+        self.record = self.parsed(writing.proposal.record.encode())
+
+    def parsed(self, part: bytes) -> Record:
+        return Record.parse(part).with_others((), windows_at(self.now), GENUINE)
 
     # What happens to them
 
@@ -246,7 +275,7 @@ class Budgets(RuleBasedStateMachine):
             self.ghosts.append(gateway.writing)
         for counter in (*gateway.account.past, *gateway.account.current.values()):
             at = counter.kind, counter.window
-            most = counter.reserved + gateway.released[at] + gateway.asked[at] + CEILINGS[counter.kind] // MOST_SPARE
+            most = counter.reserved + gateway.released[at] + gateway.asked[at] + self.ceiling(*at) // MOST_SPARE
             self.forfeited[at][gateway.account.holder] = most
         self.streams += [request.ends for request in gateway.requests]
         for request in gateway.requests:
@@ -276,7 +305,15 @@ class Budgets(RuleBasedStateMachine):
     @invariant()
     def never_more_than_the_ceiling(self) -> None:
         for (kind, number), used in self.used.items():
-            assert used + self.reserved[kind, number] <= CEILINGS[kind], (kind, number)
+            assert used + self.reserved[kind, number] <= self.ceiling(kind, number), (kind, number)
+
+    @invariant()
+    def no_addition_is_lost_or_forged(self) -> None:
+        open_now = windows_at(self.now)
+        for who in range(GATEWAYS):
+            record = self.shown(who) or Record("name")
+            for kind, number in open_now.items():
+                assert record.raised.get((kind, number), {}) == self.raised.get((kind, number), {}), (kind, number)
 
     @invariant()
     def never_more_streams(self) -> None:
@@ -351,11 +388,11 @@ class Parts(Budgets):
 
     def shown(self, who: int) -> Record:
         others = [part for writer, part in self.parts.items() if writer != who]
-        return self.own(who).with_others([*others, *self.stolen], windows_at(self.now))
+        return self.own(who).with_others([*others, *self.stolen], windows_at(self.now), GENUINE)
 
     def keep(self, writing: Writing) -> None:
         self.parts[writing.writer] = writing.proposal.record.encode()
-        self.record = Record("name").with_others(self.parts.values(), windows_at(self.now)).merged()
+        self.record = Record("name").with_others(self.parts.values(), windows_at(self.now), GENUINE).merged()
 
     @rule(who=WHO, lie=st.sampled_from(LIES), ahead=st.integers(-2, 10**9), amount=AMOUNTS)
     def lies(self, who: int, lie: bytes, ahead: int, amount: int) -> None:
@@ -363,8 +400,21 @@ class Parts(Budgets):
         at = {kind: str(number + ahead if number else 0) for kind, number in windows_at(self.now).items()}
         shares = {"stolen": [amount, amount], self.live[who].account.holder: [amount, 0, "closed"]}
         kinds = {kind.value: {number: {"settled": amount, "shares": shares}} for kind, number in at.items()}
-        self.stolen = [lie or json.dumps({"v": 1, "name": "lie", "kinds": kinds}).encode()]
+        told = {"v": 1, "name": "lie", "kinds": kinds, "added": self.forged(amount)}
+        self.stolen = [lie or json.dumps(told).encode()]
         self.revision += 1
+
+    def forged(self, amount: int) -> dict[str, dict[str, dict[str, list[object]]]]:
+        """Genuine additions once more and in other windows and limits, and some by another key."""
+        found: dict[str, dict[str, dict[str, list[object]]]] = {kind.value: {} for kind in LimitKind}
+        parts = [Record.parse(part).added for part in self.parts.values()]
+        known = [pair for added in parts for kept in added.values() for pair in kept.items()]
+        for kind, now in windows_at(self.now).items():
+            for at in (now - 1, now, now + 1):
+                forgery = FORGER.sign("key", (kind, at), "f", max(1, amount))
+                every = [*known, ("f", forgery)]
+                found[kind.value][str(at)] = {name: [each.amount, each.signature] for name, each in every}
+        return found
 
     def teardown(self) -> None:
         self.stolen = []
@@ -460,3 +510,52 @@ def test_a_lease_covers_what_is_used_in_some_seconds(every: float) -> None:
         now += every
     assert min(held) > COVER / 2 - 2 * every  # seconds of what it uses
     assert max(held) < 2 * COVER + 600 / lease.LEAST_SPARE * every
+
+
+def raised(account: Account, record: Record | None, amount: int | None, number: str) -> tuple[Record, int | None]:
+    """One change, as a gateway writes it."""
+    kind, draw = LimitKind.TOKENS_PER_DAY, Draw(account, record)
+    draw.changes.append(change := CeilingChange(kind, 1, number, amount, LOOP.create_future()))
+    record, results = draw.changed(APPROVER)
+    answer(results)
+    return (record or Record("name")).with_others((), {kind: 1}, GENUINE), change.done.result()
+
+
+def test_a_reset_leaves_the_whole_ceiling_of_the_plan() -> None:
+    """Also after a top-up, and once more: it gives back what was used beyond what was added."""
+    kind, account = LimitKind.TOKENS_PER_DAY, Account("key", "name", "g1", LONGEST, touched=START)
+    record, added = raised(account, None, 100, "top-up")
+    assert (added, record.added_to(kind, 1)) == (100, 100)
+    proposal = account.propose(record, {kind: 1}, [Need({kind: (1000, 1000)})], START)
+    account.send(proposal)
+    account.confirm(proposal, START)
+    counter = account.counter(kind, 1, 1000)
+    commit([(counter, 900)])
+    counter.settle(900, 700)
+    record, added = raised(account, proposal.record, None, "reset")
+    assert (added, record.added_to(kind, 1)) == (600, 700)
+    for number in ("reset", "once more"):
+        record, added = raised(account, record, None, number)
+        assert (added, record.added_to(kind, 1)) == ({"reset": 600, "once more": 0}[number], 700)
+    assert raised(account, record, 5000, "top-up")[1] == 100, "a number counts once"
+
+
+def test_additions_are_bounded_and_forgotten() -> None:
+    account, record = Account("key", "name", "g1", LONGEST), None
+    for number in range(MAX_ADDITIONS):
+        record, added = raised(account, record, 1, str(number))
+        assert added == 1
+    assert raised(account, record, 1, "one more") == (record, None)
+    kind = LimitKind.TOKENS_PER_DAY
+    assert record is not None and record.added_to(kind, 1) == MAX_ADDITIONS
+    later = record.raised_by((kind, 3), "x", APPROVER.sign("key", (kind, 3), "x", 1))
+    assert set(later.added) == {(kind, 3)}
+
+
+@pytest.mark.parametrize("amount", ["1", -1, 0, 1.5, 2**70, None, True])
+def test_an_addition_that_cannot_be_read_spoils_its_part_alone(amount: object) -> None:
+    kind = LimitKind.TOKENS_PER_DAY
+    record, _ = raised(Account("key", "name", "g1", LONGEST), None, 10, "a")
+    bad = json.dumps({"v": 1, "name": "x", "kinds": {}, "added": {kind.value: {"1": {"b": [amount, "x"]}}}}).encode()
+    assert record.with_others([bad], {kind: 1}, GENUINE).added_to(kind, 1) == 10
+    assert not GENUINE((kind, 1), "b", Addition(1, "not base64url!"))

@@ -384,3 +384,88 @@ async def test_a_bucket_that_takes_no_writes_is_said(stage: Stage) -> None:
     assert "lacre fabric check" in stage.gateway.missing()["budgets"]
     ledger.start()  # with the next sign of life it is good again
     await until(lambda: "budgets" not in stage.gateway.missing())
+
+
+def admin_headers(stage: Stage, scope: str = "lacre:admin") -> dict[str, str]:
+    return {"authorization": f"Bearer {stage.issuer.token(scope=scope, sub='root')}"}
+
+
+OF_ALICE = {"scope": "user", "tenant": "acme", "sub": "alice"}
+
+
+async def test_a_top_up_serves_more_until_the_window_ends(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """Repeated under its id, it adds nothing. Caller and operator see it, and the audit log has who did it."""
+    for _ in range(3):
+        assert (await stage.post(client)).status_code == 200
+    assert (await stage.post(client)).status_code == 429
+    asked = {**OF_ALICE, "plan": "free", "limit": "requests_per_minute", "amount": 2, "id": "ticket-7"}
+    async with stage.http(app=stage.admin) as admin:
+        denied = await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage, ""))
+        assert denied.status_code == 403
+        for _ in range(2):
+            done = await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage))
+            assert (done.status_code, done.json()["added"], done.json()["id"]) == (200, 2, "ticket-7")
+        assert [(await stage.post(client)).status_code for _ in range(3)] == [200, 200, 429]
+        own = (await client.get("/v1/me/usage", headers={"authorization": on(stage, "free")})).json()["limits"]
+        assert [(each["ceiling"], each["remaining"]) for each in own] == [(5, 0)]
+        told = await admin.get("/v1/usage", params={"tenant": "acme"}, headers=admin_headers(stage))
+        assert [(each["ceiling"], each["raised"]) for each in told.json()["budgets"]] == [(5, 2)]
+    events = [entry for entry in stage.entries() if entry["kind"] == "event" and entry["event"] == "budget-topped-up"]
+    target = f"alice of acme on free/requests_per_minute@{done.json()['window']}"
+    assert [(each["actor"], each["target"], each["count"]) for each in events] == [("acme/root", target, 2)] * 2
+
+
+async def test_a_reset_gives_back_what_was_used(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script = Script(usage={"completion_tokens": 90})
+    assert (await stage.post(client, authorization=on(stage, "daily"))).status_code == 200
+    await stage.trail(1)
+    asked = {"scope": "tenant-on-plan", "tenant": "acme", "plan": "daily", "limit": "tokens_per_day"}
+    async with stage.http(app=stage.admin) as admin:
+        added = [
+            (await admin.post("/v1/budgets/reset", json=asked, headers=admin_headers(stage))).json()["added"] for _ in range(2)
+        ]
+    assert added == [102, 0]
+    [limit] = (await client.get("/v1/me/usage", headers={"authorization": on(stage, "daily")})).json()["limits"]
+    assert (limit["ceiling"], limit["used"], limit["remaining"]) == (6102, 102, 6000)
+
+
+async def test_a_request_above_the_plans_limit_fits_after_a_top_up(
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    """A gateway that knows nothing of it reads the budget before it refuses such a request for good."""
+    token = on(stage, "small")
+    assert_problem(await stage.post(client, authorization=token), problems.ABOVE_LIMIT, ceiling=100)
+    asked = {**OF_ALICE, "plan": "small", "limit": "tokens_per_day", "amount": 50_000}
+    async with stage.http(app=stage.admin) as admin:
+        assert (await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage))).status_code == 200
+    stage.gateway.budgets._draws.clear()  # as another gateway
+    assert (await stage.post(client, authorization=token)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"amount": 0}, {"amount": -1}, {"amount": "2"}, {"amount": 2.5}, {"amount": True}, {"amount": 2**60}, {"plan": None},
+        {"plan": "gold"}, {"limit": "tokens_per_day"}, {"limit": "concurrent_streams"}, {"scope": "tenant"}, {"sub": None},
+        {"id": "a b"}, {"id": ""}, {"colour": "red"}, {"issuer": "https://nobody.example"}, {"tenant": "a/b"},
+        {"limit": "money_per_month", "amount": 5}, {"limit": "money_per_month", "amount": "0.0000001"},
+    ],
+)  # fmt: skip
+async def test_a_change_that_says_nothing_changes_nothing(stage: Stage, change: dict[str, object]) -> None:
+    asked = {**OF_ALICE, "plan": "free", "limit": "requests_per_minute", "amount": 2, **change}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    async with stage.http(app=stage.admin) as admin:
+        done = await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage))
+    assert done.status_code == 422
+    assert stage.budgets.entries == {}
+
+
+async def test_a_change_without_the_bucket(stage: Stage) -> None:
+    """Whether it happened is unknown after a failure; the same id makes it safe to ask again."""
+    bucket, stage.gateway.budgets.bucket = stage.gateway.budgets.bucket, Unavailable()
+    asked = {"scope": "plan", "plan": "once", "limit": "tokens_per_day", "amount": 1000, "id": "x"}
+    async with stage.http(app=stage.admin) as admin:
+        assert (await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage))).status_code == 503
+        stage.gateway.budgets.bucket = bucket
+        done = await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage))
+    assert done.json()["added"] == 1000

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -31,19 +32,26 @@ from lacre.errors import LacreError, UsageError
 from lacre_gateway.admin.gauges import Gauges
 from lacre_gateway.admin.reports import (
     TENANT,
+    BudgetChanged,
+    BudgetNamed,
     Draining,
     PoolReport,
     Reloaded,
+    Reset,
     Revocations,
     Revoke,
     Revoked,
     Rules,
     StatusReport,
+    TopUp,
     UsageReport,
     Used,
 )
 from lacre_gateway.audit.entries import AdminIntent
+from lacre_gateway.auth.revocation import issuer_named
 from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.budget.callers import named_scope
+from lacre_gateway.budget.windows import ends
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
 from lacre_gateway.http.address_limit import AddressLimit
@@ -267,6 +275,36 @@ async def usage(asking: Asking, tenant: Annotated[str, Query(pattern=TENANT)]) -
     gateway = await asking.may(AdminAction.USAGE, tenant)
     used = [Used.of(line) for line in await gateway.budgets.usage(tenant)]
     return UsageReport(tenant=tenant, currency=gateway.budgets.plans.currency, budgets=used)
+
+
+@_routes.post("/v1/budgets/top-up")
+async def top_up(asking: Asking, asked: TopUp) -> BudgetChanged:
+    """Raises a limit until its window ends, at all gateways. The audit log has the caller and the amount."""
+    return await _changed(asking, asked, asked.amount)
+
+
+@_routes.post("/v1/budgets/reset")
+async def reset(asking: Asking, asked: Reset) -> BudgetChanged:
+    """Gives back the used amount of a limit in its window, at all gateways. The audit log has the caller and the amount."""
+    return await _changed(asking, asked, None)
+
+
+async def _changed(asking: AdminCaller, asked: BudgetNamed, amount: int | None) -> BudgetChanged:
+    """Raises Refusal, UsageError or FabricUnavailable."""
+    gateway = await asking.may(AdminAction.BUDGET, asked.target)
+    issuer = "" if asked.sub is None else issuer_named(gateway.settings.issuers, asked.issuer).issuer
+    scope = named_scope(
+        gateway.budgets.plans, asked.scope, asked.limit, plan=asked.plan or "", tenant=asked.tenant or "", issuer=issuer,
+        subject=asked.sub or "",
+    )  # fmt: skip
+    if scope is None:
+        raise UsageError("the plans have no such limit")
+    number = asked.id or secrets.token_hex(8)
+    added, window = await gateway.change_budget(scope, asked.limit, amount, number, asking.actor)
+    return BudgetChanged(
+        id=number, key=scope.key, name=scope.name, limit=asked.limit.value, window=window, added=added,
+        resets_at=ends(asked.limit, window),
+    )  # fmt: skip
 
 
 @_routes.get("/v1/revocations")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Self
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lacre_fabric.work.contract import Capacity
 from lacre_fabric.work.revocations import Revocation
 from lacre_gateway.auth.claims import MAX_NAME, is_name
+from lacre_gateway.budget.callers import PLAN, TENANT_ON_PLAN, USER
+from lacre_gateway.budget.callers import TENANT as OF_TENANT
+from lacre_gateway.budget.plans import MAX_AMOUNT, LimitKind, micro_units
 from lacre_gateway.budget.report import Line
 
 TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # the form that `auth` accepts in a token
+
+_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    USER: ("tenant", "sub", "plan"), TENANT_ON_PLAN: ("tenant", "plan"), OF_TENANT: ("tenant",), PLAN: ("plan",),
+}  # fmt: skip
 
 
 class Report(BaseModel):
@@ -62,7 +70,8 @@ class Used(Report):
 
     used: settled, or by receipts of running requests. drawn: also includes what gateways hold in leases. forfeited: leases
     whose gateway died; they count as used until the window ends. ceiling: the limit in force; None if the plans no longer have
-    it. resets_at: when the window ends, in seconds since the epoch; None for limits that do not count by time.
+    it. raised: the part of it that administrators added. resets_at: when the window ends, in seconds since the epoch; None for
+    limits that do not count by time.
     """
 
     key: str
@@ -73,6 +82,7 @@ class Used(Report):
     drawn: int
     forfeited: int
     ceiling: int | None
+    raised: int
     resets_at: float | None
 
     @classmethod
@@ -86,6 +96,7 @@ class Used(Report):
             drawn=line.drawn,
             forfeited=line.forfeited,
             ceiling=line.ceiling,
+            raised=line.raised,
             resets_at=line.resets_at,
         )
 
@@ -96,6 +107,71 @@ class UsageReport(Report):
     tenant: str
     currency: str
     budgets: list[Used]
+
+
+class BudgetNamed(Report):
+    """Which limit of which budget, in the window of now.
+
+    scope: `user` (names tenant, sub and plan), `tenant-on-plan` (tenant and plan), `tenant`, or `plan`. issuer: of the user;
+    may be omitted if there is only one. plan: the one that the user is on. id: the caller's number for this change, so that a
+    repeated call changes nothing; default: a new one.
+    """
+
+    scope: Literal["user", "tenant-on-plan", "tenant", "plan"]
+    tenant: Annotated[str, Field(pattern=TENANT)] | None = None
+    sub: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    issuer: str | None = None
+    plan: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    limit: LimitKind
+    id: Annotated[str, Field(pattern=r"^[!-~]{1,64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        for name, value in (("tenant", self.tenant), ("sub", self.sub), ("plan", self.plan)):
+            if (value is not None) != (name in _NAMES[self.scope]):
+                raise ValueError(f"a budget of this scope has these names: {', '.join(_NAMES[self.scope])}")
+        if self.issuer is not None and self.scope != USER:
+            raise ValueError("only users have an issuer")
+        if self.limit is LimitKind.CONCURRENT_STREAMS:
+            raise ValueError("streams count in no window: change plans.toml")
+        return self
+
+    @property
+    def target(self) -> str:
+        """For the audit log."""
+        names = (self.scope, self.tenant, self.sub, self.plan, self.limit.value)
+        return "/".join(name for name in names if name is not None)
+
+
+class TopUp(BudgetNamed):
+    """amount: by which the ceiling rises until the window ends: a whole number, or decimal text for money."""
+
+    amount: Annotated[int, Field(gt=0, le=MAX_AMOUNT)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _money(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("limit") == LimitKind.MONEY_PER_MONTH.value:
+            return {**values, "amount": micro_units(values.get("amount"))}
+        if isinstance(values, dict) and type(values.get("amount")) is not int:
+            raise ValueError("the amount must be a whole number")
+        return values
+
+
+class Reset(BudgetNamed):
+    """As much is added as was used, so that all of the plan's ceiling remains."""
+
+
+class BudgetChanged(Report):
+    """key, name: of the budget. added: by this call, or by an earlier one of the same id; money in micro-units."""
+
+    id: str
+    key: str
+    name: str
+    limit: str
+    window: int
+    added: int
+    resets_at: float | None
 
 
 class Reloaded(Report):

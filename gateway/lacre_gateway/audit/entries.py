@@ -170,6 +170,10 @@ STOPPED: Final = "stopped"
 # Without an actor, another gateway or `lacre revoke` made it.
 REVOKED: Final = "revoked"
 RELOADED: Final = "reloaded"
+# target: the budget's name, the limit and the window, as `alice of acme on free/tokens_per_day@20782`; count: by how much the
+# ceiling was raised, money in micro-units.
+TOPPED_UP: Final = "budget-topped-up"
+RESET: Final = "budget-reset"
 RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the named set is the one that stays
 # count: requests of one minute that were refused after their callers had used up their limits of refusals
 UNRECORDED: Final = "unrecorded"

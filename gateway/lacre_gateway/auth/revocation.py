@@ -165,7 +165,7 @@ def revocation(
     issuer: may be omitted if there is only one. until: when the last such token expires; default: the maximum token lifetime of
     this issuer from now on, which is always enough. Times in seconds since the epoch.
     """
-    trusted = _issuer(issuers, issuer)
+    trusted = issuer_named(issuers, issuer)
     # An issuer's clock may be ahead by the leeway, and the gateway accepts a token for that much longer than it says.
     longest = now + trusted.token_lifetime + 2 * trusted.leeway
     until = longest if until is None else min(until + trusted.leeway, longest)
@@ -180,7 +180,8 @@ def revocation(
     raise UsageError("pass either --jti for one token, or --sub for all tokens of a subject")
 
 
-def _issuer(issuers: Sequence[Issuer], name: str | None) -> Issuer:
+def issuer_named(issuers: Sequence[Issuer], name: str | None) -> Issuer:
+    """The issuer of this name; None: the only one. Raises UsageError."""
     named = [issuer for issuer in issuers if name in (None, issuer.issuer)]
     if len(named) != 1:
         raise UsageError(f"name the token's issuer with --issuer, one of: {', '.join(issuer.issuer for issuer in issuers)}")

@@ -103,6 +103,24 @@ def limits_of(plans: Plans, key: str, name: str) -> PlanLimits | None:
     return None if plan is None else {USER: plan.user, TENANT_ON_PLAN: plan.tenant, PLAN: plan.everyone}.get(label)
 
 
+def named_scope(
+    plans: Plans, label: str, kind: LimitKind, *, plan: str = "", tenant: str = "", issuer: str = "", subject: str = ""
+) -> BudgetScope | None:
+    """The budget of these names, with one of its limits. None if the plans have no such limit."""
+    own, on = plans.tenants.get(tenant), plans.plans.get(plan)
+    named: dict[str, tuple[str, PlanLimits | None]] = {
+        USER: (f"{subject} of {tenant} on {plan}", None if on is None else on.user),
+        TENANT_ON_PLAN: (f"{tenant} on {plan}", None if on is None else on.tenant),
+        TENANT: (tenant, None if own is None else own.limits),
+        PLAN: (f"all on {plan}", None if on is None else on.everyone),
+    }
+    name, limits = named[label]
+    ceiling = None if limits is None else dict(limits.each()).get(kind)
+    if ceiling is None:
+        return None
+    return BudgetScope(label, key_of(label, plan, tenant, issuer, subject), name, ((kind, ceiling),))
+
+
 def users_of(tenant: str) -> str:
     """The common beginning of the keys of a tenant's users."""
     return f"{USER}.{_digest(tenant)}."

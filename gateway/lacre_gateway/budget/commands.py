@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from lacre_gateway.budget.additions import Approver
     from lacre_gateway.budget.plans import Plans
     from lacre_gateway.budget.report import Line
 
@@ -38,7 +39,7 @@ def show(
     folder = state or default_state()
     plans = _plans(folder)
     currency = None if plans is None else plans.currency
-    shown = asyncio.run(_shown(folder, audit, plans))
+    shown = asyncio.run(_shown(folder, audit, plans, _approver(folder)))
     for line in shown:
         typer.echo(json.dumps(line.members(currency)) if as_json else _text(line, currency))
         for lease in () if as_json else line.leases:
@@ -66,7 +67,21 @@ def _plans(state: Path) -> Plans | None:
     return load(folder if (folder / PLANS_FILE).exists() else shipped())
 
 
-async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None) -> list[Line]:
+def _approver(state: Path) -> Approver | None:
+    """Checks additions by the key of the state folder's gateway; None without one: limits are then shown without additions."""
+    from lacre.errors import SettingsError
+    from lacre_fabric.keys.secret_files import read_ed25519
+    from lacre_fabric.operate.site import Site
+    from lacre_gateway.budget.additions import Approver
+    from lacre_gateway.settings import load as load_settings
+
+    try:
+        return Approver(read_ed25519(load_settings(Site.load(state).gateway_settings).signing_key))
+    except SettingsError:
+        return None
+
+
+async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, approver: Approver | None) -> list[Line]:
     """Raises SettingsError, FabricUnavailable or InvalidMessage."""
     from lacre_fabric.nats import subjects
     from lacre_fabric.nats.connection import Connection
@@ -74,6 +89,7 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None) -> 
     from lacre_fabric.operate.site import Site
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.budget.additions import nothing_counts
     from lacre_gateway.budget.callers import SCOPES
     from lacre_gateway.budget.ledger import ALIVE, GONE_AFTER
     from lacre_gateway.budget.record import Record
@@ -95,7 +111,12 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None) -> 
             alive.add(entry.value.decode("utf-8", "replace"))
         elif key.startswith(SCOPES):
             parts.setdefault(key, []).append(entry.value)
-    records = {key: Record("").with_others(values, windows_at(now)).merged() for key, values in parts.items()}
+    records = {
+        key: Record("")
+        .with_others(values, windows_at(now), nothing_counts if approver is None else approver.check(key))
+        .merged()
+        for key, values in parts.items()
+    }
     settled = None
     if audit:
         settled = settled_by(parse(entry) for folder in audit for entry in LogReader(folder).entries())
@@ -110,7 +131,8 @@ def _text(line: Line, currency: str | None) -> str:
     forfeited = f", {_amount(line, line.forfeited)} forfeited" if line.forfeited else ""
     drawn = f"{_amount(line, line.drawn)} drawn, {_amount(line, line.used)} used{forfeited}"
     unit = f" {currency}" if currency and line.kind is LimitKind.MONEY_PER_MONTH else ""
-    limit = f", limit {_amount(line, line.ceiling)}{unit}" if line.ceiling is not None else ""
+    raised = f" ({_amount(line, line.raised)} of it added)" if line.raised else ""
+    limit = f", limit {_amount(line, line.ceiling)}{unit}{raised}" if line.ceiling is not None else ""
     reset = f", resets at {datetime.fromtimestamp(line.resets_at, UTC):%Y-%m-%d %H:%M UTC}" if line.resets_at else ""
     return f"{line.name}: {line.kind.value}{f' of {when}' if when else ''}: {drawn}{limit}{reset}"
 

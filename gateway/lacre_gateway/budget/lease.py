@@ -7,6 +7,7 @@ Rules:
   is sent, and rises only when a write that raises it is confirmed. A write in doubt leaves it at the smaller value.
 - A reservation stays in the window that it was made in, and is settled there, at no more than was reserved.
 - A lease holds as much as was lately used in `COVER` seconds, so that steady callers are served while nothing can be drawn.
+- The ceiling is the plan's and the additions of the last seen record. Those of a write that is not confirmed raise no capacity.
 - No stream begins under a lease that would be void before the longest stream ends.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
+from lacre_gateway.budget.additions import Limit
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Lot, Record, Want
 
@@ -134,24 +136,32 @@ class Account:
     current: dict[LimitKind, Counter] = field(default_factory=dict)
     past: list[Counter] = field(default_factory=list)
     floors: dict[LimitKind, int] = field(default_factory=dict)
+    raised: Mapping[Limit, Mapping[str, int]] = field(default_factory=dict)
     touched: float = 0.0
     written: float = -math.inf
 
     def counter(self, kind: LimitKind, window: int, ceiling: int) -> Counter:
-        """The counter of the kind, in that window or in the oldest that is still open, if that is later."""
+        """The counter of the kind, in that window or in the oldest that is still open, if that is later. ceiling: the
+        plan's.
+        """
         window = max(window, self.floors.get(kind, 0))
         found = self.current.get(kind)
         if found is None or found.window < window:
             if found is not None:
                 self.past.append(found)
             found = self.current[kind] = Counter.after(found, kind, window)
-        found.ceiling = ceiling
+        found.ceiling = self.ceiling(kind, found.window, ceiling)
         return found
+
+    def ceiling(self, kind: LimitKind, window: int, ceiling: int) -> int:
+        """The plan's ceiling as it was raised in that window."""
+        return ceiling + sum(self.raised.get((kind, window), {}).values()) if self.raised else ceiling
 
     def propose(self, record: Record | None, windows: Mapping[LimitKind, int], needs: Sequence[Need], now: float) -> Proposal:
         """The next record in place of `record`: reports usage, gives back, and draws for the needs, in order, that fit."""
         idle = not needs and now - self.touched >= IDLE
         before, record = record, record or Record(self.name)
+        self.raised = record.raised
         for kind, (_, ceiling) in ((kind, pair) for need in needs for kind, pair in need.amounts.items()):
             self.counter(kind, windows[kind], ceiling)
         until = now + STREAMS_TERM
@@ -232,6 +242,7 @@ class Account:
 
     def see(self, record: Record) -> None:
         """Takes note of a record that was read."""
+        self.raised = record.raised
         for counter in (*self.past, *self.current.values()):
             self._see(counter, record)
 

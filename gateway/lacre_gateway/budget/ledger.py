@@ -16,7 +16,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from lacre.errors import InvalidMessage
@@ -26,8 +26,10 @@ from lacre_fabric.nats.kv import Bucket, Conflict, Entry
 from lacre_fabric.work.contract import FabricBusy, FabricError, FabricUnavailable
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget import callers, fitting
+from lacre_gateway.budget.additions import Approver
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
-from lacre_gateway.budget.holds import NOTHING, SOON, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
+from lacre_gateway.budget.draws import CeilingChange, Draw, Waiter, answer
+from lacre_gateway.budget.holds import NOTHING, SOON, AboveLimit, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.plans import LimitKind, Plans, Price
@@ -43,6 +45,7 @@ _SMALLER: Final = 3  # times that a smaller prompt reservation is tried, as draw
 _BUSY: Final = 0.02  # seconds, if it has too much to write: a flood leaves room now and then
 _BACK_OFF: Final = 0.004  # seconds at most after a lost race, times the number of the try
 _TICK: Final = 1.0
+_LOOK: Final = 2.0  # seconds between two reads for additions alone
 _AT_ONCE: Final = 16  # running writes for which no request waits
 _ANNOUNCE: Final = 10.0  # seconds between signs of life, which also tell the server's time
 _MAX_CALLERS: Final = 16_384
@@ -51,42 +54,32 @@ GONE_AFTER: Final = 3 * _ANNOUNCE  # seconds without one, after which people tak
 ALIVE: Final = "alive"  # the first part of the keys of the signs of life
 
 
-@dataclass(slots=True)
-class _Waiter:
-    need: Need
-    met: asyncio.Future[bool]
-
-
-@dataclass(slots=True)
-class _Draw:
-    """An account, the known state of its record, and the requests that wait for it."""
-
-    account: Account
-    record: Record | None = None
-    revision: int = 0
-    known: bool = False
-    task: asyncio.Task[object] | None = None
-    waiting: list[_Waiter] | None = None
-
-
 class Ledger:
     """Used on one event loop. bucket: set once there is one, and again after each new connection. `start` it, and `close` it.
 
     plans: returns those in force. longest: seconds that a stream may take at most. holder: the name of this process's leases; a
-    new one after each start, because it is unknown how much the last one had spent.
+    new one after each start, because it is unknown how much the last one had spent. approver: signs and checks additions.
     """
 
     def __init__(
-        self, plans: Callable[[], Plans], gateway: str, log: Log, *, longest: float, clock: Callable[[], float] = time.time
+        self,
+        plans: Callable[[], Plans],
+        gateway: str,
+        log: Log,
+        *,
+        longest: float,
+        approver: Approver,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.bucket: Bucket | None = None
         self.holder = f"{gateway}.{secrets.token_hex(4)}"
         self._gateway = gateway
         self._log = log
         self._longest = longest
+        self._approver = approver
         self._clock = clock
         self._offset = 0.0
-        self._draws: dict[str, _Draw] = {}
+        self._draws: dict[str, Draw] = {}
         self._lender = Lender(self.holder)
         self._callers: dict[tuple[str, str, str, str | None, tuple[str, ...]], Caller | None] = {}
         self._calendar = Calendar()
@@ -138,8 +131,11 @@ class Ledger:
         """Raises as `reserve`."""
         plans = self.plans
         caller, price = self._caller(plans, who), plans.price_of(model)
-        whole = fitting.lowered(ceilings, price, fitting.at_ceilings(caller))
-        most = fitting.most(caller, price, whole)
+        try:
+            whole, most = self._most(caller, price, ceilings)
+        except AboveLimit:
+            await self._look(caller)
+            whole, most = self._most(caller, price, ceilings)
         deadline = asyncio.get_running_loop().time() + DRAW_LIMIT
         least = fitting.least(whole, most)
         asked, prompt = self._lowered(caller, price, whole), most
@@ -156,6 +152,39 @@ class Ledger:
                 asked, prompt = fewer, left
         smallest = replace(asked, max_tokens=asked.floor, max_prompt_tokens=least)
         return await self._hold(caller, price, smallest, deadline)
+
+    def _most(self, caller: Caller, price: Price | None, ceilings: Reservation) -> tuple[Reservation, int]:
+        """What may be reserved at all, by the ceilings as they were raised. Raises AboveLimit."""
+        raised = self._raised(caller)
+        whole = fitting.lowered(ceilings, price, fitting.at_ceilings(raised))
+        return whole, fitting.most(raised, price, whole)
+
+    def _raised(self, caller: Caller) -> Caller:
+        """With the ceilings as they were raised, as far as this gateway knows."""
+        raised = {scope.key: draw.account for scope in caller.scopes if (draw := self._draws.get(scope.key)) is not None}
+        if not any(account.raised for account in raised.values()):
+            return caller
+        windows = self._calendar.at(self.now())
+        scopes = []
+        for scope in caller.scopes:
+            account = raised.get(scope.key)
+            if account is not None:
+                limits = tuple((kind, account.ceiling(kind, windows[kind], ceiling)) for kind, ceiling in scope.limits)
+                scope = replace(scope, limits=limits)  # noqa: PLW2901 - the same scope
+            scopes.append(scope)
+        return replace(caller, scopes=tuple(scopes))
+
+    async def _look(self, caller: Caller) -> None:
+        """Reads the caller's budgets for additions, if that was not done lately: a request above its limits draws nothing."""
+        now, bucket = self.now(), self.bucket
+        for scope in caller.scopes:
+            draw = self._draw(scope)
+            if bucket is None or abs(now - draw.looked) < _LOOK:
+                continue
+            draw.looked = draw.account.touched = now
+            with contextlib.suppress(FabricError):
+                if (entry := await bucket.read(scope.key)) is not None:
+                    draw.account.see(self._record(scope.key, entry, scope.name))
 
     async def _hold(self, caller: Caller, price: Price | None, ceilings: Reservation, deadline: float) -> Hold:
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
@@ -203,11 +232,11 @@ class Ledger:
                 charges.append((scope, (account.counter(kind, windows[kind], ceiling), amounts.of(kind))))
         return charges
 
-    def _draw(self, scope: BudgetScope) -> _Draw:
+    def _draw(self, scope: BudgetScope) -> Draw:
         found = self._draws.get(scope.key)
         if found is None:
             account = Account(scope.key, scope.name, self.holder, self._longest)
-            found = self._draws[scope.key] = _Draw(account)
+            found = self._draws[scope.key] = Draw(account)
         return found
 
     def _draw_ahead(self, charges: Sequence[tuple[BudgetScope, Charge]]) -> None:
@@ -230,7 +259,7 @@ class Ledger:
         waiters = []
         for scope in wanting.values():
             need = Need({kind: (amounts.of(kind), ceiling) for kind, ceiling in scope.limits})
-            waiter = _Waiter(need, asyncio.get_running_loop().create_future())
+            waiter = Waiter(need, asyncio.get_running_loop().create_future())
             draw = self._draw(scope)
             draw.waiting = [*(draw.waiting or ()), waiter]
             self._wake(draw)
@@ -253,7 +282,7 @@ class Ledger:
         keys = [*callers.shared_of(self.plans, tenant)]
         keys += [key for key in self._draws if key.startswith(callers.users_of(tenant))][:_MAX_USERS]
         entries = [(key, await self.bucket.read(key)) for key in keys]
-        records = {key: self._record(entry, "").merged() for key, entry in entries if entry is not None}
+        records = {key: self._record(key, entry, "").merged() for key, entry in entries if entry is not None}
         holders = {
             name
             for record in records.values()
@@ -272,31 +301,39 @@ class Ledger:
             if scope.label == callers.PLAN:  # how far a whole plan is used is for the operator
                 continue
             entry = await self.bucket.read(scope.key)
-            records = {} if entry is None else {scope.key: self._record(entry, "").merged()}
-            known = {(line.kind, line.window): line for line in lines(records, frozenset())}
+            record = None if entry is None else self._record(scope.key, entry, "")
+            draw = self._draw(scope)
             for kind, ceiling in scope.limits:
                 number = windows_at(now)[kind]
-                used = self._used(scope.key, kind, number, known.get((kind, number)))
-                found.append(OwnLimit(scope.label, kind, ceiling, used, ends(kind, number)))
+                extra = 0 if record is None else record.added_to(kind, number)
+                found.append(OwnLimit(scope.label, kind, ceiling + extra, draw.used(kind, number, record), ends(kind, number)))
         return found
 
-    def _used(self, key: str, kind: LimitKind, window: int, line: Line | None) -> int:
-        """As the record has it, and what this process has settled since it last wrote."""
-        used = 0 if line is None else line.used
-        draw = self._draws.get(key)
-        counter = None if draw is None else draw.account.current.get(kind)
-        if counter is None or counter.window != window or kind is LimitKind.CONCURRENT_STREAMS:
-            return used
-        told = sum(lease.used for lease in line.leases if lease.holder == self.holder) if line is not None else 0
-        return used - told + counter.used
+    async def change(self, scope: BudgetScope, kind: LimitKind, amount: int | None, number: str) -> tuple[int | None, int]:
+        """Raises a ceiling for the rest of its window: by an amount, or so far that all of the plan's ceiling remains.
+
+        number: of the addition; the second of the same number changes nothing. Returns by how much it was raised, as
+        `CeilingChange.done`, and the number of the window. Raises FabricUnavailable: then it may have been raised, or may not.
+        """
+        draw, now = self._draw(scope), self.now()
+        draw.account.touched = now
+        change = CeilingChange(kind, windows_at(now)[kind], number, amount, asyncio.get_running_loop().create_future())
+        draw.changes.append(change)
+        self._wake(draw)
+        try:
+            return await asyncio.wait_for(change.done, DRAW_LIMIT), change.window
+        except TimeoutError as exc:
+            raise FabricUnavailable("the budget could not be changed in time: repeat it with the same id") from exc
+        finally:
+            change.done.cancel()
 
     # Draws, one at a time for each budget
 
-    def _wake(self, draw: _Draw) -> None:
+    def _wake(self, draw: Draw) -> None:
         if draw.task is None or draw.task.done():
             draw.task = tasks.detach("budget draw", self._run(draw))
 
-    async def _run(self, draw: _Draw) -> None:
+    async def _run(self, draw: Draw) -> None:
         """Writes until no request waits."""
         while True:
             waiters = [waiter for waiter in draw.waiting or () if not waiter.met.done()]
@@ -305,17 +342,17 @@ class Ledger:
                 met = await self._write(draw, [waiter.need for waiter in waiters])
             except FabricError as exc:
                 draw.waiting = [waiter for waiter in (*waiters, *(draw.waiting or ())) if not waiter.met.done()]
-                if not draw.waiting:
+                if not draw.waiting and not draw.changing:
                     return
                 await asyncio.sleep(_BUSY if isinstance(exc, FabricBusy) else _AGAIN)
                 continue
             for waiter, each in zip(waiters, met, strict=True):
                 if not waiter.met.done():
                     waiter.met.set_result(each)
-            if not draw.waiting:
+            if not draw.waiting and not draw.changing:
                 return
 
-    async def _write(self, draw: _Draw, needs: Sequence[Need], *, leave: bool = False) -> tuple[bool, ...]:
+    async def _write(self, draw: Draw, needs: Sequence[Need], *, leave: bool = False) -> tuple[bool, ...]:
         """Makes one successful write. Raises FabricError."""
         if self.bucket is None:
             raise FabricUnavailable("not connected to NATS")
@@ -324,9 +361,8 @@ class Ledger:
             if not draw.known:
                 await self._read(draw)
             now = self.now()
-            proposal = (
-                account.leave(draw.record, now) if leave else account.propose(draw.record, self._calendar.at(now), needs, now)
-            )
+            record, results = draw.changed(self._approver)
+            proposal = account.leave(record, now) if leave else account.propose(record, self._calendar.at(now), needs, now)
             account.send(proposal)
             try:
                 await self._put(draw, proposal)
@@ -335,23 +371,25 @@ class Ledger:
                 await asyncio.sleep(random.uniform(0, _BACK_OFF * number))  # noqa: S311 - the order of waiting is no secret
             else:
                 account.confirm(proposal, now)
+                answer(results)
                 return proposal.met
         raise FabricUnavailable("too many gateways change this budget at once")
 
-    async def _read(self, draw: _Draw) -> None:
+    async def _read(self, draw: Draw) -> None:
         assert self.bucket is not None  # noqa: S101 - `_write` has checked
         entry = await self.bucket.read(draw.account.key)
-        draw.record = None if entry is None else self._record(entry, draw.account.name)
+        draw.record = None if entry is None else self._record(draw.account.key, entry, draw.account.name)
         draw.revision = 0 if entry is None else entry.revision
         draw.known = True
         if draw.record is not None:
             draw.account.see(draw.record)
 
-    def _record(self, entry: Entry, name: str) -> Record:
+    def _record(self, key: str, entry: Entry, name: str) -> Record:
         own = _parsed(entry.value) if entry.value else Record(name)
-        return own.with_others(entry.others, windows_at(max(self.now(), entry.time)))  # its time is the server's
+        current = windows_at(max(self.now(), entry.time))  # its time is the server's
+        return own.with_others(entry.others, current, self._approver.check(key))
 
-    async def _put(self, draw: _Draw, proposal: Proposal) -> None:
+    async def _put(self, draw: Draw, proposal: Proposal) -> None:
         """After any result but success, the record is read again before the next try."""
         assert self.bucket is not None  # noqa: S101 - `_write` has checked
         draw.known = False
@@ -418,7 +456,7 @@ class Ledger:
                 del self._draws[key]
         gate = asyncio.Semaphore(_AT_ONCE)
 
-        async def write(draw: _Draw) -> None:
+        async def write(draw: Draw) -> None:
             async with gate:
                 self._wake(draw)
                 if draw.task is not None:
@@ -433,7 +471,7 @@ class Ledger:
         await tasks.settle(*(draw.task for draw in self._draws.values() if draw.task is not None), limit=2 * DRAW_LIMIT)
         gate = asyncio.Semaphore(_AT_ONCE)
 
-        async def leave(draw: _Draw) -> bool:
+        async def leave(draw: Draw) -> bool:
             async with gate:
                 try:
                     await self._write(draw, (), leave=True)

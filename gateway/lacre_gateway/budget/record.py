@@ -12,6 +12,8 @@ Rules:
 - Each gateway's credential writes its own part, and draws by the sum of all parts. Other parts are trusted only as far as they
   are plausible. An unreadable one counts as nothing drawn, and windows that have not begun count for nothing. A lying gateway
   can claim that its leases hold a whole budget. It cannot give away or take back what others drew.
+- An administrator's additions stand in the part of the gateway that was asked, and raise the ceiling for all. Each is signed:
+  see `additions`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage
+from lacre_gateway.budget import additions
+from lacre_gateway.budget.additions import MAX_ADDITIONS, Addition, Additions, Check, Limit, nothing_counts
 from lacre_gateway.budget.plans import LimitKind
 
 VERSION: Final = 1
@@ -105,15 +109,20 @@ Windows = Mapping[LimitKind, Mapping[int, Window]]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """name: of the budget's owner, for people. windows: of the own part. others: of the parts of other credentials."""
+    """name: of the budget's owner, for people. windows: of the own part. others: of the parts of other credentials.
+
+    added: the own part's additions. raised: the amounts of all parts' genuine additions, by number.
+    """
 
     name: str
     windows: Windows = field(default_factory=dict)
     others: tuple[Windows, ...] = ()
+    added: Additions = field(default_factory=dict)
+    raised: Mapping[Limit, Mapping[str, int]] = field(default_factory=dict)
 
-    def with_others(self, parts: Iterable[bytes], current: Mapping[LimitKind, int]) -> Record:
-        """current: the open windows. One more may have begun, by another clock."""
-        found, name = [], self.name
+    def with_others(self, parts: Iterable[bytes], current: Mapping[LimitKind, int], genuine: Check = nothing_counts) -> Record:
+        """current: the open windows. One more may have begun, by another clock. genuine: which additions count."""
+        found, name, added = [], self.name, [self.added]
         for part in parts:
             try:
                 said = Record.parse(part)
@@ -123,7 +132,24 @@ class Record:
                 {kind: {at: kept[at] for at in kept if at <= current[kind] + 1} for kind, kept in said.windows.items()}
             )
             name = name or said.name
-        return Record(name, self.windows, tuple(found))
+            added.append(said.added)
+        return Record(name, self.windows, tuple(found), self.added, _genuine(added, current, genuine))
+
+    def added_to(self, kind: LimitKind, window: int) -> int:
+        """By how much the ceiling was raised."""
+        return sum(self.raised.get((kind, window), {}).values())
+
+    def used(self, kind: LimitKind, window: int) -> int:
+        """What certainly was used, by all reports."""
+        return sum(part.get(kind, {}).get(window, Window()).used() for part in (self.windows, *self.others))
+
+    def raised_by(self, limit: Limit, number: str, addition: Addition) -> Record:
+        """With one more addition in the own part, which forgets those of windows that are long over."""
+        kind, window = limit
+        kept = {at: each for at, each in self.added.items() if at[0] != kind or at[1] > window - KEPT_WINDOWS}
+        added = {**kept, limit: {**kept.get(limit, {}), number: addition}}
+        raised = {**self.raised, limit: {**self.raised.get(limit, {}), number: addition.amount}}
+        return replace(self, added=added, raised=raised)
 
     def merged(self) -> Record:
         """All parts as one, for people, without windows that are over. If two holders have the same name, the second gets a
@@ -139,7 +165,7 @@ class Record:
                         shares[holder if holder not in shares else f"{holder} ({len(shares)})"] = share
                     found[kind][at] = Window(shares, before.settled + window.settled)
         newest = {kind: dict(sorted(kept.items())[-KEPT_WINDOWS:]) for kind, kept in found.items()}
-        return Record(self.name, newest)
+        return Record(self.name, newest, added=self.added, raised=self.raised)
 
     def floor(self, kind: LimitKind) -> int:
         """Earlier windows are over for good."""
@@ -187,7 +213,10 @@ class Record:
             kind.value: {str(number): _encode_window(window) for number, window in windows.items()}
             for kind, windows in self.windows.items()
         }
-        return json.dumps({"v": VERSION, "name": self.name, "kinds": kinds}, separators=(",", ":")).encode()
+        members: dict[str, Any] = {"v": VERSION, "name": self.name, "kinds": kinds}
+        if self.added:
+            members["added"] = additions.encode(self.added)
+        return json.dumps(members, separators=(",", ":")).encode()
 
     @classmethod
     def parse(cls, data: bytes) -> Record:
@@ -200,9 +229,22 @@ class Record:
                 LimitKind(kind): {int(number): _parse_window(window) for number, window in kept.items()}
                 for kind, kept in found["kinds"].items()
             }
-            return cls(str(found["name"]), windows)
+            return cls(str(found["name"]), windows, added=additions.parse(found.get("added", {})))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise InvalidMessage("the budget record is malformed") from exc
+
+
+def _genuine(parts: Iterable[Additions], current: Mapping[LimitKind, int], genuine: Check) -> Mapping[Limit, Mapping[str, int]]:
+    """A number counts once, and in an open window or beside one: a lying gateway cannot have more of them checked."""
+    found: dict[Limit, dict[str, int]] = {}
+    for part in parts:
+        for limit, kept in part.items():
+            if abs(limit[1] - current[limit[0]]) > 1 or len(kept) > MAX_ADDITIONS:
+                continue
+            for number, addition in kept.items():
+                if genuine(limit, number, addition):
+                    found.setdefault(limit, {}).setdefault(number, addition.amount)
+    return found
 
 
 def _divide(want: Want, others: int, holders: int) -> tuple[int, tuple[bool, ...]]:

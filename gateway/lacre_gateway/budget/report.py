@@ -45,7 +45,8 @@ class Lease:
 class Line:
     """One limit in one window. settled: by holders that left properly. wrong: the part that does not add up.
 
-    ceiling: in force now; None if it is not known, or the plans no longer have the limit.
+    ceiling: in force now; None if it is not known, or the plans no longer have the limit. raised: so much of it was added by
+    administrators.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Line:
     leases: tuple[Lease, ...]
     wrong: str | None = None
     ceiling: int | None = None
+    raised: int = 0
 
     @property
     def resets_at(self) -> float | None:
@@ -84,7 +86,7 @@ class Line:
             "key": self.key, "name": self.name, "limit": self.kind.value, "window": self.window,
             "begins": label(self.kind, self.window), "drawn": self.drawn, "used": self.used, "forfeited": self.forfeited,
             "settled": self.settled, "leases": leases, "wrong": self.wrong,
-            "ceiling": self.ceiling, "resets_at": self.resets_at,
+            "ceiling": self.ceiling, "raised": self.raised, "resets_at": self.resets_at,
             "currency": currency if self.kind is LimitKind.MONEY_PER_MONTH else None,
         }  # fmt: skip
 
@@ -121,7 +123,9 @@ def lines(
                 by_holder = None if settled is None else settled.get((key, kind, number), {})
                 line = _line((key, kind, number), record.name, window, alive, by_holder)
                 limits = None if plans is None else limits_of(plans, key, record.name)
-                yield line if limits is None else replace(line, ceiling=getattr(limits, kind.value))
+                ceiling = None if limits is None else getattr(limits, kind.value)
+                raised = record.added_to(kind, number)
+                yield line if ceiling is None else replace(line, ceiling=ceiling + raised, raised=raised)
 
 
 def _line(place: Place, name: str, window: Window, alive: frozenset[str], by_holder: Mapping[str, int] | None) -> Line:

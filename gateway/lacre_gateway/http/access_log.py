@@ -22,8 +22,11 @@ from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.http.refusal import Refusal
 
 _ADMIN: Final = frozenset(
-    {"/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/revocations", "/v1/reload", "/v1/drain"}
-)
+    {
+        "/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/tenants", "/v1/revocations", "/v1/reload", "/v1/drain",
+        "/v1/budgets/top-up", "/v1/budgets/reset",
+    }
+)  # fmt: skip
 _ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/v1/me/usage", "/healthz", "/readyz"}) | _ADMIN
 _FAILED: Final = 400
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

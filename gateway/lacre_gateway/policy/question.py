@@ -37,6 +37,7 @@ class AdminAction(StrEnum):
     REVOKE = "admin:revoke"
     RELOAD = "admin:reload"
     DRAIN = "admin:drain"
+    BUDGET = "admin:budget"
 
 
 @dataclass(frozen=True, slots=True)

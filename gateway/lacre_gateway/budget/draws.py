@@ -1,0 +1,92 @@
+"""A budget as one process draws from it: its leases, the known state of its record, and who waits for the next write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lacre_gateway.budget.additions import MAX_ADDITIONS, Approver
+from lacre_gateway.budget.lease import Account, Need
+from lacre_gateway.budget.plans import LimitKind
+from lacre_gateway.budget.record import Record
+
+
+@dataclass(slots=True)
+class Waiter:
+    """A request. met: whether its need was."""
+
+    need: Need
+    met: asyncio.Future[bool]
+
+
+@dataclass(slots=True)
+class CeilingChange:
+    """An administrator's addition that waits to be written. amount: None: so much that the whole ceiling of the plan remains.
+
+    done: by how much the ceiling was raised, by this addition or before by one of the same number; None if it has too many.
+    """
+
+    kind: LimitKind
+    window: int
+    number: str
+    amount: int | None
+    done: asyncio.Future[int | None]
+
+
+@dataclass(slots=True)
+class Draw:
+    """An account, the known state of its record, and the requests that wait for it. looked: when its record was last read only
+    to learn of additions.
+    """
+
+    account: Account
+    record: Record | None = None
+    revision: int = 0
+    known: bool = False
+    task: asyncio.Task[object] | None = None
+    waiting: list[Waiter] | None = None
+    changes: list[CeilingChange] = field(default_factory=list)
+    looked: float = float("-inf")
+
+    @property
+    def changing(self) -> list[CeilingChange]:
+        """The changes that somebody still waits for."""
+        self.changes = [change for change in self.changes if not change.done.done()]
+        return self.changes
+
+    def used(self, kind: LimitKind, window: int, record: Record | None) -> int:
+        """By the record, and what this process has settled since it last wrote."""
+        used = 0 if record is None else record.used(kind, window)
+        counter = self.account.current.get(kind)
+        if counter is None or counter.window != window:
+            return used
+        share = None if record is None else record.share(kind, window, self.account.holder)
+        return used - (0 if share is None else share.used) + counter.used
+
+    def changed(self, approver: Approver) -> tuple[Record | None, list[tuple[CeilingChange, int | None]]]:
+        """The record with the changes that wait, and the result of each once the record is written."""
+        record, results = self.record, list[tuple[CeilingChange, int | None]]()
+        for change in self.changing:
+            record = record or Record(self.account.name)
+            limit = change.kind, change.window
+            before = record.raised.get(limit, {})
+            if change.number in before:
+                results.append((change, before[change.number]))
+                continue
+            amount = change.amount
+            if amount is None:
+                amount = max(0, self.used(change.kind, change.window, record) - sum(before.values()))
+            full = len(record.added.get(limit, {})) >= MAX_ADDITIONS
+            results.append((change, None if full and amount else amount))
+            if amount and not full:
+                addition = approver.sign(self.account.key, limit, change.number, amount)
+                record = record.raised_by(limit, change.number, addition)
+        return record, results
+
+
+def answer(results: Sequence[tuple[CeilingChange, int | None]]) -> None:
+    """Tells those who wait."""
+    for change, result in results:
+        if not change.done.done():
+            change.done.set_result(result)
