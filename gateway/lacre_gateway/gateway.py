@@ -30,12 +30,14 @@ from lacre_gateway.auth.revocation import RevocationList, revocation
 from lacre_gateway.auth.throttle import FailureThrottle, RefusalThrottle
 from lacre_gateway.auth.tokens import Authenticator
 from lacre_gateway.budget.additions import MAX_ADDITIONS, Approver
+from lacre_gateway.budget.alerts import BudgetAlerts
 from lacre_gateway.budget.callers import BudgetScope
 from lacre_gateway.budget.fitting import LEAST_OUTPUT
 from lacre_gateway.budget.in_flight import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.settlement import Settlement
+from lacre_gateway.budget.webhook import WebhookSender
 from lacre_gateway.http.headers import Action, OuterHeaders
 from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.observe.metrics import Metrics
@@ -75,6 +77,7 @@ class Gateway:
     settlement: Settlement
     metrics: Metrics
     tracer: Tracer | None
+    webhook: WebhookSender | None
     log: Log
     clock: Callable[[], float]
     sealed_url: str
@@ -109,6 +112,8 @@ class Gateway:
         await self.settlement.close()
         await self.budgets.close()
         await self.audit.close()
+        if self.webhook is not None:
+            await self.webhook.close()
         if self.tracer is not None:
             await self.tracer.close()
 
@@ -241,6 +246,7 @@ def build(
     revocations = RevocationList(log, clock)
     rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
     metrics = Metrics()
+    webhook = None if settings.alerts is None else WebhookSender(settings.alerts, log, clock)
     requests = RequestLimits(in_flight=limits.requests_in_flight, concurrent=limits.concurrent_per_subject)
     gateway = Gateway(
         settings=settings,
@@ -267,6 +273,7 @@ def build(
         tracer=None if settings.tracing is None else Tracer(settings.tracing, settings.instance),
         log=log,
         clock=clock,
+        webhook=webhook,
         sealed_url=plain_url(settings.public_url + SEALED_PATH),
         # Last: nothing after it can fail and leave its threads running.
         audit=AuditLog(
@@ -281,4 +288,7 @@ def build(
         ),
     )
     gateway.refusals.report = gateway.tell_unrecorded
+    if webhook is not None and settings.alerts is not None:
+        kinds = [LimitKind(name) for name in settings.alerts.limits]
+        gateway.budgets.alerts = BudgetAlerts(webhook.send, kinds, settings.instance, lambda: rules.current.plans.currency)
     return gateway

@@ -128,6 +128,28 @@ class Tracing(Table):
     sample: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
+def _webhook_address(value: str) -> str:
+    if not fetchable(value, plain=True):
+        raise PydanticCustomError("webhook", "write the https address of a webhook (http on loopback only)")
+    return value
+
+
+AlertLimit = Literal["requests_per_minute", "tokens_per_minute", "tokens_per_day", "money_per_month"]
+
+
+class Webhook(Table):
+    """Where alerts go to when 80 % of a limit are used, and when it is used up.
+
+    url: gets a POST for each alert. secret: a private file with the secret that signs them, of Standard Webhooks (`whsec_…`).
+    ca: the PEM file of the CA for its address; default: the system's CAs. limits: which are watched.
+    """
+
+    url: Annotated[str, AfterValidator(_webhook_address)]
+    secret: FilePath
+    ca: FilePath | None = None
+    limits: tuple[AlertLimit, ...] = ("tokens_per_day", "money_per_month")
+
+
 class Claims(Table):
     """The issuer's names for further claims. scopes: default: `scope` or `scp`."""
 
@@ -222,6 +244,7 @@ class GatewaySettings(Table):
     listen: Listen = Listen()
     admin: Admin | None = None
     tracing: Tracing | None = None
+    alerts: Webhook | None = None
     processes: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1
     nats: Nats
     issuers: Annotated[tuple[Issuer, ...], Field(min_length=1)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from lacre.errors import InvalidMessage
+from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.budget.additions import MAX_ADDITIONS, Approver
+from lacre_gateway.budget.callers import BudgetScope, Caller
 from lacre_gateway.budget.lease import Account, Need
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
@@ -90,3 +93,26 @@ def answer(results: Sequence[tuple[CeilingChange, int | None]]) -> None:
     for change, result in results:
         if not change.done.done():
             change.done.set_result(result)
+
+
+def with_additions(caller: Caller, draws: Mapping[str, Draw], windows: Mapping[LimitKind, int]) -> Caller:
+    """With the ceilings as they were raised, as far as these draws know. windows: of now."""
+    known = {scope.key: draws[scope.key].account for scope in caller.scopes if scope.key in draws}
+    if not any(account.raised for account in known.values()):
+        return caller
+    return replace(caller, scopes=tuple(_with_additions(scope, known.get(scope.key), windows) for scope in caller.scopes))
+
+
+def _with_additions(scope: BudgetScope, account: Account | None, windows: Mapping[LimitKind, int]) -> BudgetScope:
+    if account is None:
+        return scope
+    limits = tuple((kind, account.ceiling(kind, windows[kind], ceiling)) for kind, ceiling in scope.limits)
+    return replace(scope, limits=limits)
+
+
+def parsed(value: bytes) -> Record:
+    """Raises FabricUnavailable."""
+    try:
+        return Record.parse(value)
+    except InvalidMessage as exc:
+        raise FabricUnavailable("a budget in the bucket cannot be read: it has another version, or is damaged") from exc

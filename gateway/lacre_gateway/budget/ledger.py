@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from lacre.errors import InvalidMessage
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_fabric.nats.kv import Bucket, Conflict, Entry
@@ -27,8 +26,9 @@ from lacre_fabric.work.contract import FabricBusy, FabricError, FabricUnavailabl
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget import callers, fitting
 from lacre_gateway.budget.additions import Approver
+from lacre_gateway.budget.alerts import BudgetAlerts
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
-from lacre_gateway.budget.draws import CeilingChange, Draw, Waiter, answer
+from lacre_gateway.budget.draws import CeilingChange, Draw, Waiter, answer, parsed, with_additions
 from lacre_gateway.budget.holds import NOTHING, SOON, AboveLimit, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
@@ -72,6 +72,7 @@ class Ledger:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.bucket: Bucket | None = None
+        self.alerts: BudgetAlerts | None = None
         self.holder = f"{gateway}.{secrets.token_hex(4)}"
         self._gateway = gateway
         self._log = log
@@ -155,24 +156,9 @@ class Ledger:
 
     def _most(self, caller: Caller, price: Price | None, ceilings: Reservation) -> tuple[Reservation, int]:
         """What may be reserved at all, by the ceilings as they were raised. Raises AboveLimit."""
-        raised = self._raised(caller)
+        raised = with_additions(caller, self._draws, self._calendar.at(self.now()))
         whole = fitting.lowered(ceilings, price, fitting.at_ceilings(raised))
         return whole, fitting.most(raised, price, whole)
-
-    def _raised(self, caller: Caller) -> Caller:
-        """With the ceilings as they were raised, as far as this gateway knows."""
-        raised = {scope.key: draw.account for scope in caller.scopes if (draw := self._draws.get(scope.key)) is not None}
-        if not any(account.raised for account in raised.values()):
-            return caller
-        windows = self._calendar.at(self.now())
-        scopes = []
-        for scope in caller.scopes:
-            account = raised.get(scope.key)
-            if account is not None:
-                limits = tuple((kind, account.ceiling(kind, windows[kind], ceiling)) for kind, ceiling in scope.limits)
-                scope = replace(scope, limits=limits)  # noqa: PLW2901 - the same scope
-            scopes.append(scope)
-        return replace(caller, scopes=tuple(scopes))
 
     async def _look(self, caller: Caller) -> None:
         """Reads the caller's budgets for additions, if that was not done lately: a request above its limits draws nothing."""
@@ -273,7 +259,11 @@ class Ledger:
             for waiter in waiters:
                 waiter.met.cancel()
         if not all(met):
-            raise Exhausted.of(caller.plan, self._charges(caller, amounts, self.now()), self.now())
+            now = self.now()
+            charges = self._charges(caller, amounts, now)
+            if self.alerts is not None:
+                self.alerts.refused(((self._draw(scope).account, *charge) for scope, charge in charges), now)
+            raise Exhausted.of(caller.plan, charges, now)
 
     async def usage(self, tenant: str) -> list[Line]:
         """The budgets of a tenant, and those of its users that this gateway has served lately. Raises FabricUnavailable."""
@@ -372,6 +362,8 @@ class Ledger:
             else:
                 account.confirm(proposal, now)
                 answer(results)
+                if self.alerts is not None:
+                    self.alerts.wrote(account, proposal, now)
                 return proposal.met
         raise FabricUnavailable("too many gateways change this budget at once")
 
@@ -385,7 +377,7 @@ class Ledger:
             draw.account.see(draw.record)
 
     def _record(self, key: str, entry: Entry, name: str) -> Record:
-        own = _parsed(entry.value) if entry.value else Record(name)
+        own = parsed(entry.value) if entry.value else Record(name)
         current = windows_at(max(self.now(), entry.time))  # its time is the server's
         return own.with_others(entry.others, current, self._approver.check(key))
 
@@ -489,11 +481,3 @@ class Ledger:
             left = False
         if not left:
             self._log.warning("budgets not given back", remedy="they are void when their window ends")
-
-
-def _parsed(value: bytes) -> Record:
-    """Raises FabricUnavailable."""
-    try:
-        return Record.parse(value)
-    except InvalidMessage as exc:
-        raise FabricUnavailable("a budget in the bucket cannot be read: it has another version, or is damaged") from exc

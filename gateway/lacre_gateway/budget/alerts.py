@@ -1,0 +1,74 @@
+"""Alerts when 80 % of a limit are used, and when it is used up.
+
+Rules:
+- A gateway looks at a limit whenever it writes to the budget, at least every 15 seconds of use, and when it refuses a request.
+- An alert goes out once for each budget, limit, window, ceiling and level. A gateway that starts again, and each other gateway,
+  may send it once more, with the same id.
+- A top-up makes another ceiling, and so new alerts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Final
+
+from lacre_gateway.budget.fields import UNITS
+from lacre_gateway.budget.lease import Account, Counter, Proposal
+from lacre_gateway.budget.plans import LimitKind
+from lacre_gateway.budget.webhook import WebhookEvent
+from lacre_gateway.budget.windows import ends
+
+LEVELS: Final = (80, 100)  # percent
+TYPE: Final = "budget.threshold"
+_MAX_TOLD: Final = 65_536  # limits whose level is remembered; far more than one gateway serves in a day
+_WHOLE: Final = 100
+
+
+class BudgetAlerts:
+    """send: takes an event at once. kinds: the limits that are watched. currency: in force now."""
+
+    def __init__(
+        self, send: Callable[[WebhookEvent], None], kinds: Collection[LimitKind], gateway: str, currency: Callable[[], str]
+    ) -> None:
+        self._send = send
+        self._kinds = frozenset(kinds)
+        self._gateway = gateway
+        self._currency = currency
+        self._told: dict[tuple[str, LimitKind, int, int], int] = {}
+
+    def wrote(self, account: Account, proposal: Proposal, now: float) -> None:
+        """After a write to a budget, which tells what others have used."""
+        for counter, _, _ in proposal.lots:
+            self._saw(account, counter, now)
+
+    def refused(self, charges: Iterable[tuple[Account, Counter, int]], now: float) -> None:
+        """A request was refused: of these limits, some have too little left for the amount."""
+        for account, counter, amount in charges:
+            if counter.firm + counter.used + amount > counter.ceiling:
+                self._saw(account, counter, now, full=True)
+
+    def _saw(self, account: Account, counter: Counter, now: float, *, full: bool = False) -> None:
+        if counter.kind not in self._kinds or not counter.ceiling:
+            return
+        used = counter.firm + counter.used
+        percent = max(_WHOLE * used // counter.ceiling, _WHOLE if full else 0)
+        level = max((each for each in LEVELS if percent >= each), default=0)
+        limit = account.key, counter.kind, counter.window, counter.ceiling
+        if level <= self._told.get(limit, 0):
+            return
+        if len(self._told) >= _MAX_TOLD:
+            self._told.clear()
+        self._told[limit] = level
+        self._send(self._event(account, counter, level, used, now))
+
+    def _event(self, account: Account, counter: Counter, level: int, used: int, now: float) -> WebhookEvent:
+        named = f"{account.key}/{counter.kind}@{counter.window}/{counter.ceiling}/{level}"
+        money = counter.kind is LimitKind.MONEY_PER_MONTH
+        data: dict[str, Any] = {
+            "level": level, "budget": account.name, "key": account.key, "limit": counter.kind.value, "window": counter.window,
+            "used": used, "ceiling": counter.ceiling, "unit": UNITS[counter.kind],
+            "currency": self._currency() if money else None, "resets_at": ends(counter.kind, counter.window),
+            "gateway": self._gateway,
+        }  # fmt: skip
+        return WebhookEvent(f"msg_{hashlib.sha256(named.encode()).hexdigest()[:32]}", TYPE, now, data)

@@ -1,0 +1,176 @@
+"""Sends events to an operator's webhook, signed as Standard Webhooks 1.0 says, in the background.
+
+Rules:
+- `send` returns at once. At most `MAX_WAITING` events wait; further ones are dropped, and the log says so.
+- One event is sent at a time, and one try takes `TIME_LIMIT` at most. A failed event waits for its next try while others go on,
+  and is given up after the last of `TRIES`.
+- An event keeps its id over all tries, and also when several gateways report it: receivers count an id once.
+- The log names neither the address nor anything of the answer: an address may hold a secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import heapq
+import hmac
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import httpx2
+
+from lacre.errors import SettingsError
+from lacre.runtime import tasks
+from lacre.runtime.authorities import trusting
+from lacre.transport.fault_words import fault_in_words
+from lacre_fabric.keys.secret_files import read_secret
+from lacre_fabric.logs import Log
+from lacre_gateway.auth.fetch import FetchFailed, make_client
+from lacre_gateway.settings import Webhook
+
+MAX_WAITING: Final = 256  # events of 1 KiB
+TIME_LIMIT: Final = 10.0  # seconds for one try
+TRIES: Final = (0.0, 5.0, 30.0, 120.0, 600.0)  # seconds before each try: a receiver may be restarted meanwhile
+_LOOK: Final = 0.25  # seconds between two looks for events that are due
+_PREFIX: Final = "whsec_"
+_SECRET_BYTES: Final = range(24, 65)  # of the specification
+_MAX_SECRETS: Final = 2  # the new one and, while receivers change, the old one
+_REMEDY: Final = "Make one: printf 'whsec_%s' \"$(openssl rand -base64 32)\" > FILE; chmod 600 FILE"
+_GONE: Final = 410  # the receiver wants no more of it
+_IDS: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no full stop, which separates the signed parts
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookEvent:
+    """id: the same for the same event, from any gateway. time: when it happened, in seconds since the epoch."""
+
+    id: str
+    type: str
+    time: float
+    data: dict[str, Any]
+
+    def body(self) -> bytes:
+        at = datetime.fromtimestamp(self.time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return json.dumps({"type": self.type, "timestamp": at, "data": self.data}, separators=(",", ":")).encode()
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """The secrets of a private file, one a line, the newest first. Raises SettingsError."""
+    lines = read_secret(path, _REMEDY).decode("ascii", "replace").split()
+    if not 1 <= len(lines) <= _MAX_SECRETS:
+        raise SettingsError(f"alerts.secret: {path} must have one secret, or two while you change it. {_REMEDY}")
+    return tuple(_key(line, path) for line in lines)
+
+
+def _key(line: str, path: Path) -> bytes:
+    try:
+        key = base64.b64decode(line.removeprefix(_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if not line.startswith(_PREFIX) or len(key) not in _SECRET_BYTES:
+        raise SettingsError(f"alerts.secret: {path} must hold `whsec_` and base64 of 24 to 64 bytes. {_REMEDY}")
+    return key
+
+
+def signed(keys: Sequence[bytes], event_id: str, timestamp: int, body: bytes) -> dict[str, str]:
+    """The header fields of one try."""
+    content = f"{event_id}.{timestamp}.".encode() + body
+    signatures = (base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode() for key in keys)
+    return {
+        "content-type": "application/json",
+        "webhook-id": event_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": " ".join(f"v1,{signature}" for signature in signatures),
+    }
+
+
+@dataclass(order=True, slots=True)
+class _Waiting:
+    """due: on the monotonic clock. tried: how often."""
+
+    due: float
+    number: int
+    event: WebhookEvent = field(compare=False)
+    tried: int = field(default=0, compare=False)
+
+
+class WebhookSender:
+    """Used on one event loop. Ends with `close`, which forgets what still waits.
+
+    Raises SettingsError: a mistake ends the start, and not each try.
+    """
+
+    def __init__(
+        self, settings: Webhook, log: Log, clock: Callable[[], float] = time.time, tries: Sequence[float] = TRIES
+    ) -> None:
+        self._url = settings.url
+        self._keys = read_keys(settings.secret)
+        self._log = log
+        self._clock = clock
+        self._tries = tries
+        context = None if settings.ca is None else trusting(settings.ca, "alerts.ca")
+        try:
+            self._client = make_client(self._url, context)
+        except FetchFailed as exc:
+            raise SettingsError(f"alerts: {exc}") from exc
+        self._waiting: list[_Waiting] = []
+        self._numbers = itertools.count()
+        self._task: asyncio.Task[object] | None = None
+        self._full = False
+
+    def send(self, event: WebhookEvent) -> None:
+        """Returns at once."""
+        assert _IDS.fullmatch(event.id)  # noqa: S101 - a mistake of the program
+        if len(self._waiting) >= MAX_WAITING:
+            if not self._full:
+                self._log.error("alerts dropped", remedy="check the webhook of [alerts]: too many alerts wait for it")
+            self._full = True
+            return
+        self._full = False
+        heapq.heappush(self._waiting, _Waiting(time.monotonic() + self._tries[0], next(self._numbers), event))
+        if self._task is None or self._task.done():
+            self._task = tasks.detach("alerts", self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await tasks.end(self._task)
+        await self._client.aclose()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            if (left := self._waiting[0].due - time.monotonic()) > 0:
+                await asyncio.sleep(min(left, _LOOK))
+                continue
+            waiting = heapq.heappop(self._waiting)
+            fault = await self._try(waiting.event)
+            if fault is None:
+                continue
+            waiting.tried += 1
+            if waiting.tried < len(self._tries) and fault != str(_GONE):
+                self._log.warning("alert not delivered", reason=fault, number=waiting.tried)
+                waiting.due = time.monotonic() + self._tries[waiting.tried]
+                heapq.heappush(self._waiting, waiting)
+            else:
+                self._log.error("alert given up", reason=fault, number=waiting.tried, remedy="check the webhook of [alerts]")
+
+    async def _try(self, event: WebhookEvent) -> str | None:
+        """The fault, in our own words; None: it was delivered. The answer's body is not read."""
+        body = event.body()
+        headers = signed(self._keys, event.id, int(self._clock()), body)
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
+                    return None if response.is_success else str(response.status_code)
+        except (TimeoutError, httpx2.TimeoutException):
+            return "it took too long"
+        except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
+            return fault_in_words(exc, "`ca` of [alerts]")

@@ -1,0 +1,216 @@
+"""Alerts of budgets: when they go out, how they are signed, and what a receiver that fails or hangs costs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import structlog
+
+from lacre.errors import SettingsError
+from lacre_gateway.budget.alerts import BudgetAlerts
+from lacre_gateway.budget.lease import Account, Need
+from lacre_gateway.budget.plans import LimitKind
+from lacre_gateway.budget.webhook import MAX_WAITING, WebhookEvent, WebhookSender, read_keys, signed
+from lacre_gateway.settings import Webhook
+from parts.fake_worker import Script
+from parts.waiting import until
+
+from .conftest import PutUp
+
+KEY, OLD = bytes(range(32)), bytes(24)
+DAY = LimitKind.TOKENS_PER_DAY
+
+
+def written(folder: Path, *keys: bytes, mode: int = 0o600) -> Path:
+    path = folder / "webhook-secret"
+    path.write_text("".join(f"whsec_{base64.b64encode(key).decode()}\n" for key in keys))
+    path.chmod(mode)
+    return path
+
+
+@dataclass
+class Receiver:
+    """An HTTP server that answers with these statuses in turn, and then with the last one; 0: it never answers."""
+
+    statuses: list[int]
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    port: int = 0
+    open: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open.append(writer)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
+        fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in head)}
+        body = await reader.readexactly(int(fields["content-length"]))
+        self.got.append((fields, body))
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        if status:
+            told = "location: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close"
+            writer.write(f"HTTP/1.1 {status} x\r\n{told}\r\n\r\n".encode())
+            await writer.drain()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook"
+
+
+@asynccontextmanager
+async def receiver(*statuses: int) -> AsyncIterator[Receiver]:
+    made = Receiver(list(statuses))
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    made.port = server.sockets[0].getsockname()[1]
+    try:
+        yield made
+    finally:
+        server.close()
+        for writer in made.open:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+
+@asynccontextmanager
+async def sender(folder: Path, url: str, tries: tuple[float, ...] = (0.0, 0.0, 0.0)) -> AsyncIterator[WebhookSender]:
+    settings = Webhook(url=url, secret=written(folder, KEY, OLD))
+    made = WebhookSender(settings, structlog.get_logger(), lambda: 1_800_000_000.5, tries)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def event(number: int = 1) -> WebhookEvent:
+    return WebhookEvent(f"msg_{number}", "budget.threshold", 1_800_000_000.25, {"level": 80})
+
+
+async def test_an_event_is_signed_as_the_specification_says(tmp_path: Path) -> None:
+    """Computed here as a receiver does it: from the fields and the bytes that came, with each secret."""
+    async with receiver(204) as hook, sender(tmp_path, hook.url) as sending:
+        sending.send(event())
+        await until(lambda: len(hook.got) == 1)
+    [(fields, body)] = hook.got
+    assert json.loads(body) == {"type": "budget.threshold", "timestamp": "2027-01-15T08:00:00.250Z", "data": {"level": 80}}
+    assert (fields["webhook-id"], fields["webhook-timestamp"]) == ("msg_1", "1800000000")
+    content = f"{fields['webhook-id']}.{fields['webhook-timestamp']}.".encode() + body
+    due = [base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode() for key in (KEY, OLD)]
+    assert fields["webhook-signature"].split(" ") == [f"v1,{each}" for each in due]
+
+
+def test_a_known_signature() -> None:
+    """The example that the specification's libraries test themselves with."""
+    key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    body = b'{"test": 2432232314}'
+    told = signed([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, body)
+    assert told["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize(("statuses", "tries"), [((500, 200), 2), ((302, 200), 2), ((404,), 3), ((503,), 3), ((410,), 1)])
+async def test_a_failed_event_is_tried_again_and_given_up(tmp_path: Path, statuses: tuple[int, ...], tries: int) -> None:
+    """No redirect is followed. A receiver that says 410 wants no more of it."""
+    async with receiver(*statuses) as hook, sender(tmp_path, hook.url) as sending:
+        sending.send(event())
+        await until(lambda: sending._task is not None and sending._task.done())
+    assert [fields["webhook-id"] for fields, _ in hook.got] == ["msg_1"] * tries
+
+
+async def test_a_failed_event_delays_no_other(tmp_path: Path) -> None:
+    async with receiver(500, 200) as hook, sender(tmp_path, hook.url, (0.0, 3600.0)) as sending:
+        sending.send(event(1))
+        sending.send(event(2))
+        await until(lambda: len(hook.got) == 2)
+    assert [fields["webhook-id"] for fields, _ in hook.got] == ["msg_1", "msg_2"]
+
+
+async def test_what_waits_for_a_receiver_that_hangs_is_bounded(tmp_path: Path) -> None:
+    async with receiver(0) as hook, sender(tmp_path, hook.url) as sending:
+        for number in range(3 * MAX_WAITING):
+            sending.send(event(number))
+        await until(lambda: len(hook.got) == 1)
+        assert len(sending._waiting) <= MAX_WAITING
+
+
+@pytest.mark.parametrize(
+    "content", ["", "x", "whsec_", "whsec_!!!!", f"whsec_{base64.b64encode(bytes(23)).decode()}", "whsec_é"]
+)
+def test_a_secret_that_is_none(tmp_path: Path, content: str) -> None:
+    path = written(tmp_path, KEY)
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=r"alerts\.secret: .*openssl rand"):
+        read_keys(path)
+
+
+def test_a_secret_that_others_can_read_and_one_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"0?644"):
+        read_keys(written(tmp_path, KEY, mode=0o644))
+    with pytest.raises(SettingsError, match=r"cannot read .*openssl rand"):
+        read_keys(tmp_path / "none")
+    with pytest.raises(SettingsError, match="one secret, or two"):
+        read_keys(written(tmp_path, KEY, OLD, KEY))
+
+
+@pytest.mark.parametrize("url", ["http://hooks.example.com/x", "ftp://x", "https://u:p@hooks.example.com/", "nonsense"])
+def test_an_address_that_would_not_keep_a_secret(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ValueError, match="https address of a webhook"):
+        Webhook(url=url, secret=tmp_path / "x")
+
+
+def told() -> tuple[list[WebhookEvent], BudgetAlerts]:
+    sent: list[WebhookEvent] = []
+    return sent, BudgetAlerts(sent.append, [DAY], "g1", lambda: "EUR")
+
+
+def test_levels() -> None:
+    """Each once, also when it is passed in one step; and again once the ceiling was raised."""
+    sent, alerts = told()
+    account = Account("user.x.y", "alice", "g1", 60.0)
+    proposal = account.propose(None, {DAY: 1}, [Need({DAY: (100, 100)})], 0.0)
+    counter = account.counter(DAY, 1, 100)
+    for used in (0, 79, 80, 81, 99, 100, 100):
+        counter.used = used
+        alerts.wrote(account, proposal, 5.0)
+    assert [(each.data["level"], each.data["used"]) for each in sent] == [(80, 80), (100, 100)]
+    counter.ceiling = 120
+    alerts.wrote(account, proposal, 5.0)
+    assert [each.data["level"] for each in sent] == [80, 100, 80]
+    alerts.refused([(account, counter, 10), (account, counter, 21)], 5.0)
+    assert [each.data["level"] for each in sent] == [80, 100, 80, 100]
+    assert len({each.id for each in sent}) == 4
+    again, others = told()
+    others.wrote(account, proposal, 9.0)
+    assert [each.id for each in again] == [sent[2].id], "another gateway's alert has the same id"
+    assert sent[0].data == {
+        "level": 80, "budget": "alice", "key": "user.x.y", "limit": "tokens_per_day", "window": 1, "used": 80, "ceiling": 100,
+        "unit": "tokens", "currency": None, "resets_at": 2 * 86400.0, "gateway": "g1",
+    }  # fmt: skip
+
+
+def test_other_limits_and_limits_of_zero_alert_nobody() -> None:
+    sent, alerts = told()
+    account = Account("k", "n", "g1", 60.0)
+    counter = account.counter(LimitKind.REQUESTS_PER_MINUTE, 1, 1)
+    counter.used = 1
+    alerts.refused([(account, counter, 1), (account, account.counter(DAY, 1, 0), 1)], 0.0)
+    assert sent == []
+
+
+async def test_a_gateway_alerts_while_it_serves(put_up: PutUp, tmp_path: Path) -> None:
+    """The receiver hangs, and no request waits for it."""
+    plans = 'default_plan = "p"\n[plans.p.user]\ntokens_per_day = 5000\n'
+    stage = await put_up(plans=plans)
+    async with receiver(0) as hook, sender(tmp_path, hook.url) as sending:
+        stage.gateway.budgets.alerts = BudgetAlerts(sending.send, [DAY], "g1", lambda: "USD")
+        async with stage.fake_worker() as worker, stage.http() as client:
+            worker.script = Script(usage={"completion_tokens": 250})
+            answers = [(await stage.post(client)).status_code for _ in range(30)]
+        await until(lambda: len(hook.got) == 1)
+    assert answers[0] == 200 and answers[-1] == 429
+    assert json.loads(hook.got[0][1])["data"]["budget"] == "alice of acme on p"
