@@ -59,6 +59,21 @@ async def test_a_write_on_another_revision_does_not_happen(bucket: Bucket, key: 
     assert (await held(bucket, key)).value == b"two"
 
 
+async def test_a_scan_lists_all_parts_of_the_keys_that_begin_so(bucket: Bucket, key: str) -> None:
+    for number in range(3):
+        await bucket.write(f"{key}.{number}.x", b"old", 0)
+    await bucket.write(f"{key}.1.x", b"new", (await held(bucket, f"{key}.1.x")).revision)
+    await bucket.write(f"{key}0.1.x", b"another", 0)
+    found, whole = await bucket.scan(f"{key}.", 100)
+    assert (dict(sorted(found.items())), whole) == (
+        {f"{key}.0.x": [b"old"], f"{key}.1.x": [b"new"], f"{key}.2.x": [b"old"]},
+        True,
+    )
+    found, whole = await bucket.scan(f"{key}.", 2)
+    assert (len(found), whole) == (2, False)
+    assert await bucket.scan("none.", 100) == ({}, True)
+
+
 async def test_one_of_many_racing_writes_happens(bucket: Bucket, key: str) -> None:
     async def add() -> int:
         conflicts = 0

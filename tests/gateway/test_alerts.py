@@ -214,3 +214,21 @@ async def test_a_gateway_alerts_while_it_serves(put_up: PutUp, tmp_path: Path) -
         await until(lambda: len(hook.got) == 1)
     assert answers[0] == 200 and answers[-1] == 429
     assert json.loads(hook.got[0][1])["data"]["budget"] == "alice of acme on p"
+
+
+async def test_a_gateway_reads_where_to_alert_from_its_settings(put_up: PutUp, tmp_path: Path) -> None:
+    """A file that others can read ends the start."""
+    plans = 'default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 1\n'
+    written(tmp_path, KEY)
+    async with receiver(200) as hook:
+        table = f'alerts = {{ url = "{hook.url}", secret = "webhook-secret", limits = ["requests_per_minute"] }}'
+        stage = await put_up(plans=plans, settings=table)
+        async with stage.fake_worker(), stage.http() as client:
+            assert (await stage.post(client)).status_code == 200
+            assert (await stage.post(client)).status_code == 429
+        await until(lambda: len(hook.got) == 1)
+        data = json.loads(hook.got[0][1])["data"]
+        assert (data["level"], data["limit"], data["ceiling"]) == (100, "requests_per_minute", 1)
+        (tmp_path / "webhook-secret").chmod(0o640)
+        with pytest.raises(SettingsError, match=r"640"):
+            await put_up(settings=table)

@@ -469,3 +469,29 @@ async def test_a_change_without_the_bucket(stage: Stage) -> None:
         stage.gateway.budgets.bucket = bucket
         done = await admin.post("/v1/budgets/top-up", json=asked, headers=admin_headers(stage))
     assert done.json()["added"] == 1000
+
+
+async def test_all_tenants_in_one_call(put_up: PutUp) -> None:
+    """Those of the plans file, and those that have used something: also if a user's name looks like another tenant's."""
+    tables = '[tenants.idle]\nplan = "big"\n[users]\n"mapped/x" = "big"\n[plans.big.tenant]\ntokens_per_day = 9000\n'
+    stage = await put_up(plans=f'default_plan = "free"\n[plans.free.user]\ntokens_per_day = 5000\n{tables}')
+    async with stage.fake_worker(), stage.http() as client, stage.http(app=stage.admin) as admin:
+        for number, (subject, tenant, plan) in enumerate(
+            [("alice", "acme", "free"), ("evil of acme on free", "other", "free"), ("bob", "acme", "big")], 1
+        ):
+            token = f"Bearer {stage.issuer.token(sub=subject, tenant=tenant, plan=plan)}"
+            assert (await stage.post(client, authorization=token)).status_code == 200
+            await stage.trail(number)
+        await stage.gateway.budgets.close()
+        assert (await admin.get("/v1/tenants", headers=admin_headers(stage, ""))).status_code == 403
+        told = (await admin.get("/v1/tenants", headers=admin_headers(stage))).json()
+        stage.gateway.budgets.bucket = None
+        assert (await admin.get("/v1/tenants", headers=admin_headers(stage))).status_code == 503
+    assert (told["currency"], told["complete"]) == ("USD", True)
+    listed = {each["tenant"]: (each["plan"], each["users"], each["used"]) for each in told["tenants"]}
+    assert listed == {
+        "acme": ("free", 1, {"tokens_per_day": 19}), "idle": ("big", 0, {}), "mapped": ("free", 0, {}),
+        "other": ("free", 1, {"tokens_per_day": 19}),
+    }  # fmt: skip
+    [shared] = told["tenants"][0]["budgets"]
+    assert (shared["name"], shared["used"], shared["ceiling"]) == ("acme on big", 19, 9000)

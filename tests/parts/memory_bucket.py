@@ -21,6 +21,11 @@ class MemoryBucket:
         await asyncio.sleep(0)
         return self.entries.get(key)
 
+    async def scan(self, begin: str, most: int) -> tuple[dict[str, list[bytes]], bool]:
+        await asyncio.sleep(0)
+        found = {key: [entry.value, *entry.others] for key, entry in self.entries.items() if key.startswith(begin)}
+        return dict(list(found.items())[:most]), len(found) < most
+
     async def write(self, key: str, value: bytes, revision: int) -> int:
         await asyncio.sleep(0)
         current = self.entries.get(key)

@@ -59,6 +59,12 @@ class Bucket(Protocol):
         Raises Conflict or FabricBusy; on any other FabricUnavailable the write may still have happened.
         """
 
+    async def scan(self, begin: str, most: int) -> tuple[dict[str, list[bytes]], bool]:
+        """All parts of the keys that begin with these tokens, at most `most` parts, and whether these are all.
+
+        Raises FabricUnavailable.
+        """
+
 
 @dataclass(slots=True)
 class _Known:
@@ -141,6 +147,17 @@ class NatsBucket:
                     raise Conflict("the key was changed meanwhile") from exc
                 raise
         return ack.seq
+
+    async def scan(self, begin: str, most: int) -> tuple[dict[str, list[bytes]], bool]:
+        self._check_connected()
+        wanted, found, at = f"{self._subject}.*.{begin}>", dict[str, dict[str, bytes]](), 0
+        async with self._connection.mapped():
+            for _ in range(most):
+                part = await self._get(seq=at + 1, next_by_subj=wanted)
+                if part is None:
+                    return {key: list(parts.values()) for key, parts in found.items()}, True
+                found.setdefault(part.subject.split(".", 3)[3], {})[_writer(part)], at = part.value, part.sequence
+        return {key: list(parts.values()) for key, parts in found.items()}, False
 
     def _check_connected(self) -> None:
         """The client would buffer a message until it reconnects, long after its caller gave up."""

@@ -43,6 +43,8 @@ from lacre_gateway.admin.reports import (
     Revoked,
     Rules,
     StatusReport,
+    TenantReport,
+    TenantsReport,
     TopUp,
     UsageReport,
     Used,
@@ -275,6 +277,15 @@ async def usage(asking: Asking, tenant: Annotated[str, Query(pattern=TENANT)]) -
     gateway = await asking.may(AdminAction.USAGE, tenant)
     used = [Used.of(line) for line in await gateway.budgets.usage(tenant)]
     return UsageReport(tenant=tenant, currency=gateway.budgets.plans.currency, budgets=used)
+
+
+@_routes.get("/v1/tenants")
+async def tenants(asking: Asking) -> TenantsReport:
+    """Every tenant that plans.toml names or that has used something lately, with its plan and usage, as the fabric has it."""
+    gateway = await asking.may(AdminAction.USAGE)
+    found, complete = await gateway.budgets.tenants()
+    listed = [TenantReport.of(name, use) for name, use in found.items()]
+    return TenantsReport(currency=gateway.budgets.plans.currency, complete=complete, tenants=listed)
 
 
 @_routes.post("/v1/budgets/top-up")

@@ -14,6 +14,7 @@ from lacre_gateway.budget.callers import PLAN, TENANT_ON_PLAN, USER
 from lacre_gateway.budget.callers import TENANT as OF_TENANT
 from lacre_gateway.budget.plans import MAX_AMOUNT, LimitKind, micro_units
 from lacre_gateway.budget.report import Line
+from lacre_gateway.budget.tenants import TenantUse
 
 TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # the form that `auth` accepts in a token
 
@@ -107,6 +108,32 @@ class UsageReport(Report):
     tenant: str
     currency: str
     budgets: list[Used]
+
+
+class TenantReport(Report):
+    """plan: of its users whose tokens name none, and whom plans.toml does not map. users: with budgets of their own.
+
+    used: what these have used together in the present windows, by limit. budgets: those that the tenant's users share.
+    """
+
+    tenant: str
+    plan: str | None
+    users: int
+    used: dict[str, int]
+    budgets: list[Used]
+
+    @classmethod
+    def of(cls, tenant: str, use: TenantUse) -> Self:
+        used = {kind.value: amount for kind, amount in use.used.items()}
+        return cls(tenant=tenant, plan=use.plan, users=use.users, used=used, budgets=[Used.of(line) for line in use.budgets])
+
+
+class TenantsReport(Report):
+    """complete: whether these are all tenants; the list is cut after 5000 parts of budgets."""
+
+    currency: str
+    complete: bool
+    tenants: list[TenantReport]
 
 
 class BudgetNamed(Report):

@@ -121,6 +121,11 @@ def named_scope(
     return BudgetScope(label, key_of(label, plan, tenant, issuer, subject), name, ((kind, ceiling),))
 
 
+def digest_of(tenant: str) -> str:
+    """The second part of the keys of a tenant's budgets."""
+    return _digest(tenant)
+
+
 def users_of(tenant: str) -> str:
     """The common beginning of the keys of a tenant's users."""
     return f"{USER}.{_digest(tenant)}."

@@ -35,6 +35,7 @@ from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal,
 from lacre_gateway.budget.plans import LimitKind, Plans, Price
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.report import Line, OwnLimit, lines
+from lacre_gateway.budget.tenants import TenantUse, tenants
 from lacre_gateway.budget.windows import Calendar, ends, windows_at
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
@@ -281,6 +282,12 @@ class Ledger:
             for name in at.shares
         }
         return list(lines(records, frozenset(holders), plans=self.plans))
+
+    async def tenants(self) -> tuple[dict[str, TenantUse], bool]:
+        """Every tenant, as `tenants.tenants`. Raises FabricUnavailable."""
+        if self.bucket is None:
+            raise FabricUnavailable("not connected to NATS")
+        return await tenants(self.bucket, self.plans, self._approver, self.now())
 
     async def own_usage(self, who: Principal) -> list[OwnLimit]:
         """A caller's own limits and those of its tenant, as the fabric has them. Raises UnknownPlan or FabricUnavailable."""
