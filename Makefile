@@ -13,7 +13,7 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready tested environments chart-test container-test sbom dist
+.PHONY: help demo pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready projector tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test-all: tested environments  ## Run the slow tests too. JOBS: how many process
 # Each suite's environment is made when it first runs.
 test-heavy: tested  ## Run the suites that need large environments. SUITES: some of tests/heavy's folders.
 	$(PYTEST) $(or $(SUITES:%=tests/heavy/%),tests/heavy)
+
+projector: ready  ## Install what a worker needs for models that read images.
+	@$(PYTHON) tools/bootstrap.py projector
 
 environments:  ## Install other people's programs and other Pythons, for the tests.
 	@$(PYTHON) tools/environments.py > /dev/null

@@ -4,6 +4,7 @@ It runs on the standard library of any Python >= 3.11, and is silent and quick i
 
 - A name after it, such as `fuzz`, also installs the packages of `requirements/NAME.lock`, which only some Makefile targets
   need.
+- `projector` also installs llama-cpp-python with mtmd, for workers whose models read images.
 - Packages that conflict with the rest (`APART`) get an environment of their own, `build/NAME`.
 - The compiled llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache
   ignores the CMake flags. The name of its folder covers everything that the binary depends on.
@@ -35,8 +36,10 @@ MAIN_LOCKS = ("base.lock", "build.lock", "model.lock", "native.lock")
 PROJECTS = ("pyproject.toml", "sdk/pyproject.toml", "sdk/hatch_build.py", "sdk/lacre/_version.py")
 APART = frozenset({"container", "contract"})
 
-# No multimodal build: it would nearly double the compile time for files that nothing here loads.
+# No multimodal build: it takes longer, and only a worker with a projector loads it.
 CMAKE_ARGS = os.environ.get("LACRE_CMAKE_ARGS", "-DLLAVA_BUILD=OFF")
+# Without videos, which mtmd would read through a program that it starts.
+MTMD_ARGS = f"{CMAKE_ARGS} -DLLAVA_BUILD=ON -DMTMD_VIDEO=OFF"
 
 
 def cpu() -> str:
@@ -130,6 +133,13 @@ def add(name: str) -> None:
     stamp.write_text(wanted)
 
 
+def add_projector() -> None:
+    """Pillow, and llama-cpp-python with mtmd in place of the one without."""
+    add("projector")
+    if next(VENV.glob("lib/*/site-packages/llama_cpp/lib/libmtmd.*"), None) is None:
+        pip("install", "--no-deps", "--force-reinstall", built_wheel(MTMD_ARGS, cpu(), minutes=8))
+
+
 def main() -> None:
     prepare()
     for name in sys.argv[1:]:
@@ -138,6 +148,8 @@ def main() -> None:
                 print(native_wheel())
             case "--portable-wheel":
                 print(built_wheel(portable_flags(), "any", minutes=9))
+            case "projector":
+                add_projector()
             case _:
                 add(name)
 

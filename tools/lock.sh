@@ -18,6 +18,7 @@ compile requirements/embedding.in --no-deps -o requirements/embedding.lock
 compile requirements/gemma.in -o requirements/gemma.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
 compile requirements/base.in --no-emit-package llama-cpp-python -o requirements/base.lock
+compile requirements/projector.in -o requirements/projector.lock
 compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
 # The images' packages, at the tested versions. The message server has an image of its own. PKCS#11 needs a library of the

@@ -25,6 +25,7 @@ from lacre_backend.engine.draft_model import DraftFile
 from lacre_backend.engine.embed import LlamaEmbedder, LlamaReranker
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, ModelMetadata
+from lacre_backend.engine.projector import ProjectorFile, projected_digest
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.speculation import Speculation
 from lacre_backend.engine.tokenizer import Tokenizer
@@ -227,7 +228,7 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
     `open_model` raises.
     """
     opened = open_model(model.path, model.name, model.conditions(kms))
-    adapters, draft = open_adapters(model, kms), open_draft(model, kms)
+    adapters, draft, projector = open_adapters(model, kms), open_draft(model, kms), open_projector(model, kms)
     file = opened.file
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
@@ -236,11 +237,13 @@ def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEm
         embeds = facts.kind is TaskKind.EMBED
         if embeds and adapters:
             raise SettingsError(f"{file.name} embeds, and adapters are for models that generate: remove `adapters`.")
-        engine = reads if embeds else partial(LlamaEngine, adapters=adapters, draft=draft)
+        if embeds and projector is not None:
+            raise SettingsError(f"{file.name} embeds, and projectors are for models that generate: remove `projector`.")
+        engine = reads if embeds else partial(LlamaEngine, adapters=adapters, draft=draft, projector=projector)
         return engine(
             file.path,
             name=file.name,
-            digest=file.digest,
+            digest=projected_digest(file.digest, None if projector is None else projector.digest),
             settings=options(model),
             tokenizer=tokenizer,
             weights=opened.weights,
@@ -262,6 +265,14 @@ def open_draft(model: ModelSettings, kms: str) -> DraftFile | None:
         return None
     opened = open_model(model.draft_model, None, model.conditions(kms))
     return DraftFile(opened.file.path, model.draft_model.name, opened.weights)
+
+
+def open_projector(model: ModelSettings, kms: str) -> ProjectorFile | None:
+    """The projector, if the model has one. It must meet what the model must. Raises as `open_model`."""
+    if model.projector is None:
+        return None
+    opened = open_model(model.projector, None, model.conditions(kms))
+    return ProjectorFile(opened.file.path, opened.file.digest, model.projector, opened.weights)
 
 
 def options(model: ModelSettings) -> LlamaSettings:

@@ -38,6 +38,7 @@ class ModelSettings(Table):
     unified: bool = False  # one cache for all slots instead of one each
     speculation: Literal["off", "lookup", "draft"] = "off"  # where guesses of next tokens come from; `tune` measures the gain
     draft_model: FilePath | None = None  # a small GGUF file with the same vocabulary
+    projector: FilePath | None = None  # a GGUF file with which the model reads images
     gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers on a GPU; -1: all
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0

@@ -9,7 +9,7 @@ from lacre_backend.api import ceilings
 from lacre_backend.api.errors import RequestRefused, engine_failed
 from lacre_backend.api.faces.face import Asked, Face
 from lacre_backend.api.http import read_body, send_json
-from lacre_backend.api.prompts import chat_prompt, plain_tokens
+from lacre_backend.api.prompts import chat_start, plain_tokens
 from lacre_backend.api.registry import Serving
 from lacre_backend.api.requests import MAX_BODY, parse_tokenize
 from lacre_backend.engine.protocol import EngineError, TaskKind
@@ -27,7 +27,7 @@ class Tokenize:
             ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "inspect")
             served = self._serving.named(request.model)
             if request.messages is not None:
-                tokens = await chat_prompt(served, request.messages, request.tools, goes_on=False)
+                tokens = (await chat_start(served, request.messages, request.tools, goes_on=False)).tokens
             else:
                 tokens = await plain_tokens(served, request.prompt or "")
             answer = {"count": len(tokens), "max_model_len": served.engine.model.n_ctx, "tokens": tokens}

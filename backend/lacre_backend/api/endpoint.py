@@ -82,7 +82,10 @@ class Endpoint(Generic[Asked]):
         named = None if request.resume is None else request.resume.answer
         name = AnswerName.new() if named is None else AnswerName.parse(named)
         reply = ResponseInfo(face.prefix + name.id, name.created, model, request.include_usage)
-        each = [replace(task, id=f"{task.id}.{i}", prompt=tuple(prompt.tokens)) for i, prompt in enumerate(prompts)]
+        each = [
+            replace(task, id=f"{task.id}.{i}", prompt=tuple(prompt.tokens), images=prompt.images)
+            for i, prompt in enumerate(prompts)
+        ]
         generation = GenerationRuns(
             served.engine,
             each,

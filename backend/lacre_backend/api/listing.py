@@ -57,6 +57,7 @@ def described(served: ServedModel) -> dict[str, Any]:
     kind = next(iter(info.kinds))
     most = info.n_ctx if kind is TaskKind.GENERATE else None
     output = _OUTPUTS[kind]
+    inputs = ["text"] if info.images is None else ["text", "image"]
     numbers = {"n_ctx": info.n_ctx, "n_vocab": info.n_vocab} | ({"n_embd": info.n_embd} if kind is TaskKind.EMBED else {})
     return {
         **named(info.name, info.created),
@@ -66,7 +67,11 @@ def described(served: ServedModel) -> dict[str, Any]:
         "max_input_tokens": info.n_ctx,
         "max_tokens": most,
         "context_length": info.n_ctx,
-        "architecture": {"modality": f"text->{output}", "input_modalities": ["text"], "output_modalities": [output]},
+        "architecture": {
+            "modality": f"{'+'.join(inputs)}->{output}",
+            "input_modalities": inputs,
+            "output_modalities": [output],
+        },
         "top_provider": {"context_length": info.n_ctx, "max_completion_tokens": most, "is_moderated": False},
         "supported_parameters": sorted(_parameters(served)),
         "meta": numbers,

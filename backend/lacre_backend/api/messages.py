@@ -10,7 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -110,10 +110,14 @@ class Message(Echoed):
     ] = None
     tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """`developer` is OpenAI's newer name for `system`; templates know the old one. A single part becomes a text."""
+    def for_template(self, mark: Callable[[media.Media], str] = lambda _: "") -> dict[str, Any]:
+        """`developer` is OpenAI's newer name for `system`; templates know the old one. A single part becomes a text.
+
+        mark: the text that stands for an image.
+        """
         role = "system" if self.role == "developer" else self.role
-        texts = [part.text for part in self.content or () if part.text]
+        parts = self.content or ()
+        texts = [text for part in parts if (text := mark(part.held) if isinstance(part, MediaPart) else part.text)]
         if self.refusal:
             texts.append(self.refusal)
         content = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
@@ -164,8 +168,8 @@ def _with_media(part: Any, message: dict[str, Any], at: str) -> Any:
     return MediaPart.of(found)
 
 
-def check_media(messages: Sequence[Message], model: str) -> None:
-    """Every prompt of messages passes here. No model of this server reads anything but text. Raises `RequestRefused`."""
+def check_media(messages: Sequence[Message], model: str, *, images: bool = False) -> None:
+    """Every prompt of messages passes here. images: whether the model reads them; none hears. Raises `RequestRefused`."""
     found = [part.held for message in messages for part in message.content or () if isinstance(part, MediaPart)]
     if len(found) > media.MAX_MEDIA:
         raise RequestRefused(
@@ -174,7 +178,8 @@ def check_media(messages: Sequence[Message], model: str) -> None:
             param=found[media.MAX_MEDIA].at,
         )
     for each in found:
-        raise media.not_taken(model, each)
+        if each.kind != "image" or not images:
+            raise media.not_taken(model, each)
 
 
 def check_turns(messages: Sequence[Message]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from lacre_backend.api import ceilings
 from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
+from lacre_backend.api.image_marks import ImageMarks
 from lacre_backend.api.messages import Message, check_media
 from lacre_backend.api.parsed import check_size
 from lacre_backend.api.registry import ServedModel
@@ -29,10 +30,10 @@ from lacre_backend.api.template.pieces import (
     Piece,
     answer_tokens,
     begun,
-    chat_tokens,
     embedding_tokens,
     joined,
     pair_tokens,
+    shown_tokens,
     text_tokens,
 )
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
@@ -42,7 +43,7 @@ from lacre_backend.api.tools.format import HERMES, CallFormat
 from lacre_backend.api.tools.parts import SHORT_ID
 from lacre_backend.api.tools.request import Tool
 from lacre_backend.api.tools.thoughts import Start, ThoughtFormat
-from lacre_backend.engine.protocol import EngineClosed, TaskKind, TextRefused
+from lacre_backend.engine.protocol import EngineClosed, PlacedImage, TaskKind, TextRefused
 
 _Written = dict[str, Any]
 _Pieces = tuple[Piece, ...]
@@ -51,14 +52,16 @@ _TAIL: Final = 8  # pieces of a prompt in which a template may open the reasonin
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's tokens, and where in an answer the model's text begins."""
+    """A prompt's tokens, its images, and where in an answer the model's text begins."""
 
     tokens: list[int] = field(repr=False)
     start: Start = Start.SPEAKING
+    images: tuple[PlacedImage, ...] = field(default=(), repr=False)
 
 
 async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool) -> list[int]:
-    """The tokens of `chat_start` without wishes."""
+    """The tokens of `chat_start` without wishes, of texts alone."""
+    check_media(messages, served.engine.model.name)
     return (await chat_start(served, messages, tools, goes_on=goes_on)).tokens
 
 
@@ -69,8 +72,9 @@ async def chat_start(
     template, model = served.template, served.engine.model
     if template is None:
         raise RequestRefused(f"The model `{model.name}` has no chat template. Use /v1/completions.", param="model")
-    check_media(messages, model.name)
-    written = [message.for_template() for message in messages]
+    check_media(messages, model.name, images=model.images is not None)
+    marks = ImageMarks()
+    written = [message.for_template(marks.of) for message in messages]
     told = [tool.for_template() for tool in tools]
     check_size(written)  # with the arguments of calls, which the body contains as text
     for name in wishes.unknown(template.variables):
@@ -92,7 +96,9 @@ async def chat_start(
         pieces = (*pieces, *template.pieces(answer), beginning)
     ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
     with _named("messages"):
-        return Prompt(await chat_tokens(served.engine, joined(pieces), template.control), start)
+        shown = await marks.shown(model, joined(pieces))
+        tokens, images = await shown_tokens(served.engine, shown, template.control)
+        return Prompt(tokens, start, images)
 
 
 async def text_prompt(served: ServedModel, text: str) -> list[int]:

@@ -16,11 +16,13 @@ from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
 from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
 from lacre_backend.engine.draft_model import check_draft
+from lacre_backend.engine.projector import check as check_projector
+from lacre_backend.engine.projector import mtmd, projected_digest
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
-from lacre_backend.serve import open_adapters, open_draft
+from lacre_backend.serve import open_adapters, open_draft, open_projector
 from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
@@ -78,9 +80,13 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
                 check(adapter.path, opened.path, adapter.source)
             if (draft := open_draft(model, settings.kms)) is not None:
                 check_draft(draft, opened.path)
-            digests[opened.name] = opened.digest
+            if (projector := open_projector(model, settings.kms)) is not None:
+                check_projector(projector, opened.path)
+                mtmd()
+            digest = projected_digest(opened.digest, None if projector is None else projector.digest)
+            digests[opened.name] = digest
             for adapter in adapters:
-                digests[adapted_name(opened.name, adapter.name)] = adapted_digest(opened.digest, adapter.digest)
+                digests[adapted_name(opened.name, adapter.name)] = adapted_digest(digest, adapter.digest)
     with _noted(found, "keys"), keeping(settings.kms, settings.pool) as kept:
         ring = KeyRing(settings.keys, kept)
         keys = frozenset(ring.fingerprints())

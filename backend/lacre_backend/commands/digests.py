@@ -13,6 +13,8 @@ from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
 from lacre_backend.engine.embed import DEFAULT_CONTEXT
 from lacre_backend.engine.gguf_header import Malformed, read
 from lacre_backend.engine.model import DEFAULT_N_CTX
+from lacre_backend.engine.projector import ProjectorFile, projected_digest
+from lacre_backend.engine.projector import check as check_projector
 from lacre_backend.models.opening import open_model
 from lacre_backend.settings import ModelSettings, WorkerSettings, with_default
 from lacre_fabric.keys.kms import PLAIN
@@ -21,7 +23,8 @@ from lacre_fabric.settings import FilePath, KmsAddress, Table, validated
 _RANK: Final = 4  # llama.cpp's LLAMA_POOLING_TYPE_RANK, as files say it
 _POOLED: Final = {_RANK: ModelKind.RERANK}  # all other poolings embed
 _HERMES: Final = "<tool_call>"  # begins a call in the form of Hermes and Qwen
-_TEXT: Final = ("text",)  # what this engine reads
+_TEXT: Final = ("text",)  # what this engine reads without a projector
+_WITH_IMAGES: Final = ("text", "image")
 
 
 class PlannedModels(Table):
@@ -48,12 +51,18 @@ def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEnt
         conditions = replace(model.conditions(settings.kms), whole=True)
         base = open_model(model.path, model.name, conditions)
         described = description(base.file.path, model)
-        found[base.file.name] = _entry(base.file.digest, base.signer).described_as(described)
+        projector = None if model.projector is None else open_model(model.projector, None, conditions)
+        if projector is not None and model.projector is not None:
+            file = ProjectorFile(projector.file.path, projector.file.digest, model.projector)
+            check_projector(file, base.file.path)
+        digest = projected_digest(base.file.digest, None if projector is None else projector.file.digest)
+        signers = (base.signer, None if projector is None else projector.signer)
+        found[base.file.name] = _entry(digest, *signers).described_as(described)
         for name, path in model.adapters.items():
             adapter = open_model(path, name, conditions)
             check(adapter.file.path, base.file.path, path)
-            both = adapted_digest(base.file.digest, adapter.file.digest)
-            found[adapted_name(base.file.name, name)] = _entry(both, base.signer, adapter.signer).described_as(described)
+            both = adapted_digest(digest, adapter.file.digest)
+            found[adapted_name(base.file.name, name)] = _entry(both, *signers, adapter.signer).described_as(described)
     return found
 
 
@@ -77,8 +86,9 @@ def description(path: Path, settings: ModelSettings) -> ModelEntry:
     context = settings.context or min(header.number(f"{architecture}.context_length") or usual, usual)
     if kind is not ModelKind.GENERATE:
         return ModelEntry(kind=kind, context=context, modalities=_TEXT)
+    reads = _TEXT if settings.projector is None else _WITH_IMAGES
     calls = _calls(header.text("tokenizer.chat_template"))
-    said = ModelEntry(kind=kind, context=context, max_output=settings.max_output, modalities=_TEXT, tools=calls)
+    said = ModelEntry(kind=kind, context=context, max_output=settings.max_output, modalities=reads, tools=calls)
     return replace(said, max_output=said.output)
 
 

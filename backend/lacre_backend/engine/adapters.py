@@ -12,7 +12,7 @@ import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import llama_cpp as L
 
@@ -58,9 +58,16 @@ def adapted_name(model: str, adapter: str) -> str:
     return f"{model}:{adapter}"
 
 
-def size(adapters: Iterable[AdapterFile]) -> int:
-    """Bytes of their files."""
-    return sum(adapter.path.stat().st_size for adapter in adapters)
+class LoadedBeside(Protocol):
+    """A file that is loaded beside a model."""
+
+    @property
+    def path(self) -> Path: ...
+
+
+def size(files: Iterable[LoadedBeside]) -> int:
+    """Bytes of them all."""
+    return sum(file.path.stat().st_size for file in files)
 
 
 def load(model: Model, base: Path, adapters: Sequence[AdapterFile]) -> dict[str, Any]:

@@ -23,15 +23,17 @@ import numpy as np
 
 from lacre.runtime import tasks
 from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile, adapted_name, load, size
+from lacre_backend.engine.beside import Beside
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox
 from lacre_backend.engine.draft_model import DraftFile
 from lacre_backend.engine.job import EngineJob, begin
-from lacre_backend.engine.lens import PIECE, Lenses, LensTask
+from lacre_backend.engine.lens import LensTask
 from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.plan import Segment, StepPlan
+from lacre_backend.engine.projector import Projector, ProjectorFile
 from lacre_backend.engine.protocol import (
     DIED,
     EngineError,
@@ -74,22 +76,26 @@ class LlamaEngine:
         weights: Weights | None = None,
         adapters: Sequence[AdapterFile] = (),
         draft: DraftFile | None = None,
+        projector: ProjectorFile | None = None,
     ) -> None:
         """Loads `path`. tokenizer: of that file; by default the engine starts one. The engine closes it.
 
-        weights: as in `Model`. adapters: served by the engines in `adapted`. draft: for the speculation of that name. Raises
-        `SettingsError` if llama.cpp cannot load one of the files, or the machine has no room for them.
+        weights: as in `Model`. adapters: served by the engines in `adapted`. draft: for the speculation of that name.
+        projector: what reads images; `digest` must cover it. Raises `SettingsError` if one of the files cannot be loaded.
         """
         settings = settings or LlamaSettings()
         # Before anything else reads the file: a bad file may abort the process that reads it
         tokenizer = tokenizer or Tokenizer(path)
-        shape = derive(path, settings, beside=size(adapters), draft=None if draft is None else draft.path)
+        beside = size([*adapters, *([] if projector is None else [projector])])
+        shape = derive(path, settings, beside=beside, draft=None if draft is None else draft.path)
         self._model = Model(
             path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer, weights=weights
         )
         self._adapters = load(self._model, path, adapters)
         self.speculation = speculation(settings, self._model, shape, draft)
         compute = Compute(shape.threads, settings.flash, settings.kv_type)
+        sees = None if projector is None else Projector(self._model, path, projector, compute, gpu=settings.gpu.layers != 0)
+        self._model.info = replace(self._model.info, images=sees)
         self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
         self.adapted = [AdaptedEngine(self, adapter, adapted_name(name, adapter.name)) for adapter in adapters]
         self._scheduler = Scheduler(shape.limits)
@@ -99,7 +105,7 @@ class LlamaEngine:
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
-        self._lenses = Lenses(self._model, compute, self._adapters, self._outbox, self._changed)
+        self._beside = Beside(self._model, compute, self._adapters, self._outbox, self._changed, projector=sees)
         self._watch = EngineHealth()
         self._jobs: dict[str, EngineJob] = {}  # submitted and not finished
         self._rows = Rows()  # of choices that are not finished
@@ -131,7 +137,7 @@ class LlamaEngine:
     @property
     def held(self) -> tuple[int, int]:
         """Unfinished tasks, and cells in use including caches. Exact while nothing runs."""
-        return len(self._jobs) + len(self._lenses.tasks), self._scheduler.limits.cells - self._scheduler.free_cells
+        return len(self._jobs) + len(self._beside.ids), self._scheduler.limits.cells - self._scheduler.free_cells
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -160,8 +166,7 @@ class LlamaEngine:
             check(task, self.model)
             if task.adapter is not None and task.adapter not in self._adapters:
                 raise TaskRefused("The engine has no such adapter.", field="adapter")
-        lensed = [LensTask(task) for task in tasks if task.lens]
-        jobs: list[EngineJob] = []
+        lensed, jobs = [LensTask(task) for task in tasks if task.lens], list[EngineJob]()
         try:
             for task in tasks:
                 if not task.lens:
@@ -183,14 +188,14 @@ class LlamaEngine:
         with self._changed:
             if self._closing:
                 raise EngineError(DIED if self.died else "The engine is closed.")
-            new = {job.task.id: job for job in jobs}
-            names = {*new, *(each.task.id for each in lensed)}
-            if len(names) < len(jobs) + len(lensed) or not names.isdisjoint({*self._jobs, *self._lenses.tasks}):
+            names = {*(job.task.id for job in jobs), *(each.task.id for each in lensed)}
+            if len(names) < len(jobs) + len(lensed) or not names.isdisjoint({*self._jobs, *self._beside.ids}):
                 raise TaskRefused("An unfinished task has this id.", field="id")
-            self._rows.add([job.task for job in jobs])
-            self._jobs |= new
-            self._inbox += jobs
-            self._lenses.enter(lensed)
+            plain = [job for job in jobs if not job.task.images]
+            self._rows.add([job.task for job in plain])
+            self._jobs |= {job.task.id: job for job in plain}
+            self._inbox += plain
+            self._beside.enter(lensed, [job for job in jobs if job.task.images])
             self._changed.notify()
 
     def cancel(self, task_id: str) -> None:
@@ -199,8 +204,8 @@ class LlamaEngine:
                 job.cancelled = True
                 self._cancelled.append(job)
                 self._changed.notify()
-            elif lensed := self._lenses.tasks.get(task_id):
-                lensed.cancelled = True
+            else:
+                self._beside.cancel(task_id)
 
     def close(self) -> None:
         with self._changed:
@@ -211,6 +216,8 @@ class LlamaEngine:
         ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
         self._masks.close()
+        if self._model.info.images is not None:
+            self._model.info.images.close()
         if ended:  # memory that a thread still uses is not freed
             self._context.free()
             if self.speculation is not None:
@@ -224,9 +231,8 @@ class LlamaEngine:
                 self._watch.step()
                 if self._scheduler.busy:
                     self._step()
-                if self._lenses.busy:
-                    self._lenses.step(self._scheduler.share if self._scheduler.busy else PIECE)
-                    self._outbox.flush()
+                if self._beside.busy:
+                    self._beside.step(self._scheduler.share if self._scheduler.busy else None)
                 self._watch.rest()
         finally:
             self._give_up()
@@ -237,21 +243,21 @@ class LlamaEngine:
             with self._changed:
                 if self._closing:
                     return False
-                idle = not (self._inbox or self._cancelled or self._scheduler.busy or self._lenses.busy)
+                idle = not (self._inbox or self._cancelled or self._scheduler.busy or self._beside.busy)
                 timed_out = idle and not self._changed.wait(self._patience())
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
-                task = job.task
+                task, tokens = job.task, job.tokens
                 self._scheduler.submit(
-                    task.id, job.tokens, task.cache_scope, fair=task.fair, group=task.group, adapter=task.adapter
+                    task.id, tokens, task.cache_scope, fair=task.fair, group=task.group, adapter=task.adapter
                 )
             for job in cancelled:
                 if not job.ended:
                     self._end(job, "cancelled")
             if timed_out and not self._scheduler.busy:
                 self._tidy()
-            if self._scheduler.busy or self._lenses.busy:
+            if self._scheduler.busy or self._beside.busy:
                 return True
             self._outbox.flush()
 
@@ -474,7 +480,7 @@ class LlamaEngine:
             broken = EngineError(DIED)
             self._outbox.post(job.stream, job.finish("cancelled") if closed else broken)
             job.sampler.close()
-        self._lenses.give_up(None if closed else EngineError(DIED))
+        self._beside.give_up(None if closed else EngineError(DIED))
         self._outbox.flush()
 
     # Caches

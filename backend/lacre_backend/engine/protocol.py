@@ -64,6 +64,10 @@ class TaskRefused(UsageError):
         self.field = field
 
 
+class ImageRefused(UsageError):
+    """The bytes are no picture that this model can read. The message says why, to follow `the picture: `."""
+
+
 class GrammarTooLarge(TaskRefused):
     """The grammar is invalid, or larger than the engine's limit."""
 
@@ -149,6 +153,8 @@ class Task:
     - group: the request whose choices share this prompt. It is read once; pass the choices to `submit_all`.
     - given: the tokens of an answer to score, one `Token` for each. `max_tokens` is their number.
     - adapter: the engine's adapter that computes it; None: the base model alone.
+    - images: pictures of the prompt, in order. Each stands where `prompt` has as many tokens, of any kind, as it takes. Such a
+      task uses no cache and never has the slots: one of them runs at a time, beside the others.
     - lens: of a given answer, how many layers to read at most; 0: none. Such a task uses no cache and never has the slots.
     """
 
@@ -167,6 +173,7 @@ class Task:
     given: tuple[int, ...] = field(default=(), repr=False)
     adapter: str | None = None
     lens: int = 0
+    images: tuple[PlacedImage, ...] = field(default=(), repr=False)
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -258,6 +265,32 @@ class ControlToken:
     rstrip: bool = False
 
 
+class ReadImage(Protocol):
+    """A picture as one model reads it. tokens: that it takes of a prompt, at least one."""
+
+    tokens: int
+
+
+class ImageReader(Protocol):
+    """Reads pictures for one model. Any thread may call it."""
+
+    async def read(self, data: bytes) -> ReadImage:
+        """data: a PNG, JPEG, GIF or WebP file. Raises `ImageRefused`, or `EngineError` once the engine is closed."""
+        ...
+
+    def close(self) -> None:
+        """Called by its engine. It reads nothing more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """at: the index of its first token in the prompt."""
+
+    at: int
+    image: ReadImage
+
+
 @dataclass(frozen=True, slots=True)
 class InfillTokens:
     """The tokens with which a model fills in a middle. They stand before the text ahead of it, before the text behind it, and
@@ -277,6 +310,7 @@ class ModelInfo:
     - longest_piece: bytes of the longest token. A text longer than `n_ctx * longest_piece` cannot fit.
     - n_embd: numbers in an embedding. frame: the tokens before and after a text to embed.
     - infill: None: the model's file names no such tokens.
+    - images: how the model reads pictures; None: it reads text alone.
     - pair: how a reranker reads a query and a document: the texts, and ids of tokens around them.
     - control_ids: computed from `control_tokens`; a given value is ignored.
     - spoken_ids: control tokens that are text in an answer; see `Engine.speak`.
@@ -298,6 +332,7 @@ class ModelInfo:
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     infill: InfillTokens | None = None
     pair: tuple[PairPart | tuple[int, ...], ...] = ()
+    images: ImageReader | None = field(default=None, repr=False, compare=False)
     control_ids: frozenset[int] = frozenset()
     spoken_ids: frozenset[int] = frozenset()
 
@@ -324,8 +359,22 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("A lens reads a given answer.", field="lens")
     if task.given:
         _check_given(task, model)
+    if task.images:
+        _check_images(task, model)
     if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
+
+
+def _check_images(task: Task, model: ModelInfo) -> None:
+    if model.images is None or task.given:
+        raise TaskRefused("This model reads no images, or reads them for no given answer.", field="images")
+    end = 0
+    for placed in task.images:
+        if placed.at < end:
+            raise TaskRefused("The images of a prompt must be in order.", field="images")
+        end = placed.at + placed.image.tokens
+    if end >= len(task.prompt):
+        raise TaskRefused("A prompt must go on behind its last image.", field="images")
 
 
 def _speakable(token: int, model: ModelInfo) -> bool:

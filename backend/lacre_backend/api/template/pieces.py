@@ -9,11 +9,21 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from lacre_backend.api.tools.known import KNOWN_CALLS
-from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo, PairPart
+from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo, PairPart, PlacedImage, ReadImage
 
 Piece = str | ControlToken  # str: plain text, in which no control token is recognized
+_PLACE: Final = 0  # the token at the places of an image: any that the model has
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An image among the pieces of a prompt."""
+
+    image: ReadImage
 
 
 def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
@@ -31,15 +41,33 @@ async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence
 
     control: tokens that plain text must not become; default: the model's own. Raises as `Engine.tokens`.
     """
+    return (await shown_tokens(engine, pieces, control))[0]
+
+
+async def shown_tokens(
+    engine: Engine, pieces: Sequence[Piece | Shown], control: Sequence[ControlToken] = ()
+) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    """As `chat_tokens`, with images: at their places the ids mean nothing."""
     texts = {i: _bare(pieces, i, piece) for i, piece in enumerate(pieces) if isinstance(piece, str)}
     found = iter(await _plain(engine, list(texts.values()), control or engine.model.control_tokens))
     ids: list[int] = []
+    images: list[PlacedImage] = []
     for piece in pieces:
-        ids += [piece.id] if isinstance(piece, ControlToken) else next(found)
-    return begun(engine.model, ids)
+        match piece:
+            case ControlToken():
+                ids.append(piece.id)
+            case Shown():
+                ids = ids or begun(engine.model, ids)  # an image is no beginning of a sequence
+                images.append(PlacedImage(len(ids), piece.image))
+                ids += [_PLACE] * piece.image.tokens
+            case _:
+                ids += next(found)
+    whole = begun(engine.model, ids)
+    ahead = len(whole) - len(ids)
+    return whole, tuple(PlacedImage(placed.at + ahead, placed.image) for placed in images)
 
 
-def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
+def _bare(pieces: Sequence[Piece | Shown], i: int, text: str) -> str:
     """Removes white space that some tokenizers drop beside some control tokens."""
     before = pieces[i - 1] if i > 0 else None
     after = pieces[i + 1] if i + 1 < len(pieces) else None

@@ -1,0 +1,486 @@
+"""Models that read images: which projectors a worker takes, and what a picture does to a prompt and its answer.
+
+The projectors here have random weights. What a real one sees was not run: no small one can be had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from backend.generating import GREEDY, rest_of
+from backend.posting import CHAT, post
+from lacre.asgi import Call
+from lacre.errors import SettingsError
+from lacre_backend.api.app import create_app
+from lacre_backend.commands.digests import PlannedModels, served_files
+from lacre_backend.engine import projector as projectors
+from lacre_backend.engine.adapters import AdapterFile, adapted_digest
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.pictures import decoded
+from lacre_backend.engine.projector import ProjectorFile, check, mtmd
+from lacre_backend.engine.protocol import (
+    Event,
+    Finish,
+    ImageRefused,
+    PlacedImage,
+    PromptProgress,
+    ReadImage,
+    Sampling,
+    Task,
+    TaskRefused,
+    Token,
+)
+from lacre_backend.models import signatures
+from lacre_backend.models.gguf import FileDigests
+from lacre_backend.models.signatures import UntrustedModel
+from lacre_backend.serve import load_engine
+from lacre_backend.settings import ModelSettings
+from parts.tiny_model import N_EMBD, tiny_lora, tiny_model
+from parts.tiny_projector import TOKENS, tiny_projector
+
+SMALL = LlamaSettings(n_ctx=512, threads=1, slots=2)
+COUNTS = ("/v1/tokenize", "/v1/responses/input_tokens", "/v1/messages/count_tokens")
+
+
+def _built() -> bool:
+    try:
+        mtmd()
+    except SettingsError:
+        return False
+    return True
+
+
+sees = pytest.mark.skipif(not _built(), reason="this llama-cpp-python has no mtmd: `make projector` installs one")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "tiny.gguf", n_ctx=512)
+
+
+def file_at(path: Path) -> ProjectorFile:
+    return ProjectorFile(path, "sha256:1", path)
+
+
+# The file
+
+
+def test_a_projector_is_told_by_its_head(tmp_path: Path, base: Path) -> None:
+    check(file_at(tiny_projector(tmp_path / "own.gguf")), base)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"general.architecture": "llama"}, "not a projector"),
+        ({"clip.has_vision_encoder": False}, "no vision encoder"),
+        ({"clip.has_vision_encoder": 1}, "no vision encoder"),
+        ({"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}, "audio alone"),
+        ({"clip.vision.projection_dim": N_EMBD + 1}, "states of 65 numbers, and those of tiny.gguf have 64"),
+        ({"clip.vision.patch_size": 0}, "patch_size is 0"),
+        ({"clip.vision.image_size": 2**20}, "image_size is 1048576"),
+        ({"clip.vision.attention.head_count": 0}, "head_count is 0"),
+    ],
+    ids=["a model", "blind", "of another type", "audio", "of another model", "no patch", "huge", "no head"],
+)
+def test_another_file_is_refused_by_its_head(tmp_path: Path, base: Path, more: dict[str, Any], why: str) -> None:
+    wrong = tiny_projector(tmp_path / "wrong.gguf", more=more)
+    with pytest.raises(SettingsError, match=why) as refused:
+        check(file_at(wrong), base)
+    assert str(wrong) in str(refused.value) and "--mmproj" in str(refused.value)
+
+
+def test_a_model_is_no_projector(base: Path) -> None:
+    with pytest.raises(SettingsError, match="general.architecture is llama"):
+        check(file_at(base), base)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5])
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, base: Path, kept: float) -> None:
+    whole = tiny_projector(tmp_path / "whole.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(SettingsError, match="cannot be used"):
+        check(file_at(cut), base)
+
+
+def table(base: Path, projector: Path, **more: Any) -> ModelSettings:
+    return ModelSettings(path=base, name="tiny", projector=projector, context=512, threads=1, slots=1, **more)
+
+
+@pytest.mark.skipif(_built(), reason="this llama-cpp-python has mtmd")
+def test_a_worker_without_mtmd_says_what_to_install(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(SettingsError, match="make projector"):
+        load_engine(table(base, tiny_projector(tmp_path / "own.gguf")))
+
+
+def test_a_model_that_embeds_takes_none(tmp_path: Path) -> None:
+    embedder = tiny_model(tmp_path / "embeds.gguf", embeds=True)
+    with pytest.raises(SettingsError, match="remove `projector`"):
+        load_engine(table(embedder, tiny_projector(tmp_path / "own.gguf")))
+
+
+def test_the_manifest_has_the_digest_of_both_and_what_the_model_reads(tmp_path: Path, base: Path) -> None:
+    projector, adapter = tiny_projector(tmp_path / "own.gguf"), tiny_lora(tmp_path / "lora.gguf")
+    planned = PlannedModels(models=(table(base, projector, adapters={"lora": adapter}), ModelSettings(path=base, name="text")))
+    entries = served_files(planned)
+    alone, own = (f"sha256:{FileDigests.read([path]).model}" for path in (base, projector))
+    lora = f"sha256:{FileDigests.read([adapter]).model}"
+    both = adapted_digest(alone, own)
+    assert [f"sha256:{entries[name].sha256[0]}" for name in ("text", "tiny", "tiny:lora")] == [
+        alone, both, adapted_digest(both, lora),
+    ]  # fmt: skip
+    assert [entries[name].modalities for name in ("text", "tiny", "tiny:lora")] == [
+        ("text",), ("text", "image"), ("text", "image"),
+    ]  # fmt: skip
+
+
+def test_a_projector_of_another_model_reaches_no_manifest(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be used"):
+        served_files(PlannedModels(models=(table(base, tiny_projector(tmp_path / "other.gguf", n_embd=32)),)))
+
+
+def test_a_projector_is_signed_as_its_model(tmp_path: Path, base: Path) -> None:
+    projector, key = tiny_projector(tmp_path / "own.gguf"), ec.generate_private_key(ec.SECP256R1())
+    public = tmp_path / "signer.pem"
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    signed = PlannedModels(models=(table(base, projector, signers=(public,)),))
+
+    def sign(path: Path) -> None:
+        signatures.signature_path(path).write_bytes(signatures.sign(FileDigests.read([path]), path.name, key))
+
+    sign(base)
+    with pytest.raises(UntrustedModel, match=r"own\.gguf"):
+        served_files(signed)
+    with pytest.raises(UntrustedModel, match=r"own\.gguf"):
+        load_engine(signed.models[0])
+    sign(projector)
+    assert served_files(signed)["tiny"].signers == (signatures.signer_id(key.public_key()),)
+
+
+# Pictures
+
+
+def picture(colour: Any, size: tuple[int, int] = (50, 40), kind: str = "PNG", **options: Any) -> bytes:
+    image = pytest.importorskip("PIL.Image", reason="`make projector` installs Pillow")
+    written = io.BytesIO()
+    mode = "RGBA" if isinstance(colour, tuple) and len(colour) == 4 else "RGB"
+    image.new(mode, size, colour).save(written, kind, **options)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_each_format_becomes_pixels(kind: str) -> None:
+    pixels = decoded(picture("red", kind=kind))
+    assert (pixels.width, pixels.height, len(pixels.rgb)) == (50, 40, 3 * 50 * 40)
+    red, green, blue = pixels.rgb[:3]
+    assert red > 250 and max(green, blue) < 5
+
+
+def test_what_is_transparent_becomes_white() -> None:
+    assert set(decoded(picture((255, 0, 0, 0))).rgb) == {255}
+
+
+def test_a_turned_photo_is_made_upright() -> None:
+    image = pytest.importorskip("PIL.Image")
+    turned = image.Exif()
+    turned[0x0112] = 6  # turn it right
+    pixels = decoded(picture("red", (50, 40), "JPEG", exif=turned))
+    assert (pixels.width, pixels.height) == (40, 50)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_any_broken_picture_is_refused(kind: str) -> None:
+    whole, random = picture("red", kind=kind), np.random.default_rng(1)
+    for _ in range(200):
+        bent = bytearray(whole[: int(random.integers(len(whole)))] if random.random() < 0.3 else whole)
+        for at in random.integers(len(bent) or 1, size=int(random.integers(1, 6))) if bent else ():
+            bent[at] = int(random.integers(256))
+        try:
+            assert decoded(bytes(bent)).rgb, "a picture that survived"
+        except ImageRefused:
+            continue
+    with pytest.raises(ImageRefused, match="broken"):
+        decoded(whole[:30])
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ImageRefused, match="pixels"):
+        decoded(picture("red", (4100, 4100), compress_level=1))
+
+
+# What the model makes of them
+
+
+def load(base: Path, projector: Path, **options: Any) -> LlamaEngine:
+    return LlamaEngine(base, name="tiny", digest="sha256:0", settings=SMALL, projector=file_at(projector), **options)
+
+
+@pytest.fixture
+def seeing(tmp_path: Path, base: Path) -> Iterator[LlamaEngine]:
+    with closing(load(base, tiny_projector(tmp_path / "own.gguf"))) as engine:
+        yield engine
+
+
+async def read(engine: LlamaEngine, data: bytes) -> ReadImage:
+    assert engine.model.images is not None
+    return await engine.model.images.read(data)
+
+
+async def shown(
+    engine: LlamaEngine, colours: Sequence[Any], texts: Sequence[str] = ("look: ", " say:"), **fields: Any
+) -> Task:
+    """A task with an image of each colour between the texts."""
+    prompt, images = list(engine.tokenize(texts[0])), list[PlacedImage]()
+    for colour, text in zip(colours, texts[1:], strict=True):
+        image = await read(engine, picture(colour))
+        images.append(PlacedImage(len(prompt), image))
+        prompt += [*[0] * image.tokens, *engine.tokenize(text)]
+    return Task(**{
+        "id": "seen", "prompt": tuple(prompt), "images": tuple(images), "max_tokens": 12, "sampling": GREEDY, **fields,
+    })  # fmt: skip
+
+
+def said(events: Sequence[Event]) -> list[int]:
+    assert isinstance(events[-1], Finish)
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+@sees
+async def test_the_answer_depends_on_the_picture_and_on_nothing_before_it(seeing: LlamaEngine) -> None:
+    answers = [said(await rest_of(seeing.submit(await shown(seeing, [colour])))) for colour in ("red", "blue", "red", "lime")]
+    assert answers[0] == answers[2] and len({*map(tuple, answers)}) == 3
+    two = [said(await rest_of(seeing.submit(await shown(seeing, pair, ("a", "b", "c"))))) for pair in (("red", "blue"), ("blue", "red"))]
+    assert two[0] != two[1], "their order counts"
+    assert seeing.held == (0, 0), "no task and no cell is left"
+
+
+@sees
+async def test_a_picture_counts_into_the_prompt(seeing: LlamaEngine) -> None:
+    task = await shown(seeing, ["red"], ("look: ", "x" * 300))
+    events = await rest_of(seeing.submit(task))
+    finish = events[-1]
+    assert isinstance(finish, Finish)
+    assert finish.prompt_tokens == len(task.prompt) == 6 + TOKENS + 300
+    assert (finish.cached_tokens, finish.completion_tokens) == (0, 12)
+    assert any(isinstance(event, PromptProgress) for event in events)
+
+
+@sees
+async def test_streams_in_the_slots_go_on_and_say_the_same(seeing: LlamaEngine) -> None:
+    plain = Task(id="plain", prompt=tuple(seeing.tokenize("hello")), max_tokens=200, sampling=GREEDY)
+    alone = said(await rest_of(seeing.submit(plain)))
+    seen_alone = said(await rest_of(seeing.submit(await shown(seeing, ["red"], max_tokens=40))))
+    task = await shown(seeing, ["red"], max_tokens=40)
+    both = await asyncio.gather(rest_of(seeing.submit(plain)), rest_of(seeing.submit(task)))
+    assert [*map(said, both)] == [alone, seen_alone]
+
+
+@sees
+async def test_an_answer_is_resumed_at_the_same_token(seeing: LlamaEngine) -> None:
+    whole = said(await rest_of(seeing.submit(await shown(seeing, ["red"], max_tokens=30))))
+    for cut in (1, 7, 29):
+        task = await shown(seeing, ["red"], max_tokens=30 - cut, begun=tuple(whole[:cut]))
+        assert said(await rest_of(seeing.submit(task))) == whole[cut:]
+
+
+@sees
+async def test_stops_and_choices_and_seeds_hold(seeing: LlamaEngine) -> None:
+    whole = await rest_of(seeing.submit(await shown(seeing, ["red"], max_tokens=30)))
+    text = "".join(event.text for event in whole if isinstance(event, Token | Finish))
+    middle = next(letter for letter in text[3:] if letter.isascii() and letter not in text[:3])
+    stopped = await rest_of(seeing.submit(await shown(seeing, ["red"], max_tokens=30, stop=(middle,))))
+    assert isinstance(stopped[-1], Finish) and stopped[-1].reason == "stop" and stopped[-1].stop == middle
+    drawn = Sampling(temperature=1, seed=7)
+    one = await shown(seeing, ["red"], sampling=drawn)
+    streams = seeing.submit_all([replace(one, id="a", group="g"), replace(one, id="b", group="g")])
+    first, second = await asyncio.gather(*map(rest_of, streams))
+    assert said(first) == said(second)
+
+
+@sees
+async def test_a_cancelled_task_ends_waiting_or_running(seeing: LlamaEngine) -> None:
+    one = await shown(seeing, ["red"], max_tokens=400)
+    running, waiting = seeing.submit_all([replace(one, id="running"), replace(one, id="waiting")])
+    assert isinstance(await anext(running), Token | PromptProgress)
+    for name, stream in (("waiting", waiting), ("running", running)):
+        seeing.cancel(name)
+        finish = (await rest_of(stream))[-1]
+        assert isinstance(finish, Finish) and finish.reason == "cancelled"
+    assert seeing.held == (0, 0)
+
+
+@sees
+async def test_closing_ends_its_tasks(tmp_path: Path, base: Path) -> None:
+    engine = load(base, tiny_projector(tmp_path / "own.gguf"))
+    task = await shown(engine, ["red"], max_tokens=400)
+    streams = engine.submit_all([replace(task, id="one"), replace(task, id="two")])
+    await asyncio.to_thread(engine.close)
+    for stream in streams:
+        finish = (await rest_of(stream))[-1]
+        assert isinstance(finish, Finish) and finish.reason in ("cancelled", "length")
+
+
+@sees
+async def test_what_no_prompt_can_be_is_refused(seeing: LlamaEngine, tmp_path: Path, base: Path) -> None:
+    task = await shown(seeing, ["red"])
+    for wrong in (
+        replace(task, prompt=task.prompt[: task.images[0].at + TOKENS]),
+        replace(task, images=(*task.images, *task.images)),
+        replace(task, given=(5,), max_tokens=1),
+    ):
+        with pytest.raises(TaskRefused) as refused:
+            seeing.submit(wrong)
+        assert refused.value.field == "images"
+    with closing(LlamaEngine(base, name="blind", digest="sha256:0", settings=SMALL)) as blind:
+        with pytest.raises(TaskRefused, match="reads no images"):
+            blind.submit(task)
+
+
+@sees
+async def test_an_adapter_changes_the_answer_of_a_picture(tmp_path: Path, base: Path) -> None:
+    lora = tiny_lora(tmp_path / "lora.gguf")
+    with closing(load(base, tiny_projector(tmp_path / "own.gguf"), adapters=[AdapterFile("lora", lora, "sha256:2")])) as engine:
+        task = await shown(engine, ["red"])
+        plain = said(await rest_of(engine.submit(task)))
+        adapted = said(await rest_of(engine.adapted[0].submit(task)))
+        assert plain != adapted and engine.adapted[0].model.images is engine.model.images
+        assert said(await rest_of(engine.submit(task))) == plain
+
+
+@sees
+def test_mtmd_says_which_file_it_cannot_load(tmp_path: Path, base: Path) -> None:
+    odd = tiny_projector(tmp_path / "odd.gguf", more={"clip.projector_type": "of tomorrow"})
+    with pytest.raises(SettingsError, match="unknown projector type") as refused:
+        load(base, odd)
+    assert str(odd) in str(refused.value)
+
+
+# Through the API
+
+
+def asked(*colours: Any, path: str = CHAT, text: str = "what is it?") -> dict[str, Any]:
+    images = [base64.b64encode(picture(colour)).decode() for colour in colours]
+    if path.startswith("/v1/messages"):
+        shown = [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}} for data in images]
+        said = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+        return {"model": "tiny", "messages": said, **({} if path.endswith("count_tokens") else {"max_tokens": 8})}
+    if path.startswith("/v1/responses"):
+        content = [{"type": "input_image", "image_url": f"data:image/png;base64,{data}"} for data in images]
+        return {"model": "tiny", "input": [{"role": "user", "content": [*content, {"type": "input_text", "text": text}]}]}
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}} for data in images]
+    said = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return {"model": "tiny", "messages": said, **({} if path in COUNTS else {"max_tokens": 8, "temperature": 0})}
+
+
+@sees
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/messages"])
+async def test_each_api_shows_the_model_its_pictures(seeing: LlamaEngine, path: str) -> None:
+    app = create_app([seeing])
+    replies = [await post(app, path, asked(*colours, path=path)) for colours in ((), ("red",), ("red", "blue"))]
+    assert [reply.status for reply in replies] == [200, 200, 200], replies[-1].body
+    usages = [reply.json()["usage"] for reply in replies]
+    counts = [usage.get("prompt_tokens", usage.get("input_tokens")) for usage in usages]
+    assert [count - counts[0] for count in counts] == [0, TOKENS, 2 * TOKENS]
+
+
+@sees
+@pytest.mark.parametrize("path", COUNTS)
+async def test_pictures_count_before_the_request_is_made(seeing: LlamaEngine, path: str) -> None:
+    app = create_app([seeing])
+    bare, one = [(await post(app, path, asked(*colours, path=path))).json() for colours in ((), ("red",))]
+    name = "count" if path == "/v1/tokenize" else "input_tokens"
+    assert one[name] - bare[name] == TOKENS
+
+
+@sees
+async def test_chats_differ_by_their_picture(seeing: LlamaEngine) -> None:
+    app = create_app([seeing])
+    answers = [(await post(app, CHAT, asked(colour))).json()["choices"][0]["message"] for colour in ("red", "blue", "red")]
+    assert answers[0] == answers[2] != answers[1]
+
+
+@sees
+async def test_the_list_of_models_says_what_each_reads(seeing: LlamaEngine) -> None:
+    reply = await post(create_app([seeing]), "/v1/models", None, method="GET")
+    (model,) = reply.json()["data"]
+    assert model["architecture"] == {
+        "modality": "text+image->text", "input_modalities": ["text", "image"], "output_modalities": ["text"],
+    }  # fmt: skip
+
+
+@sees
+async def test_ceilings_hold_for_pictures(seeing: LlamaEngine) -> None:
+    app = create_app([seeing])
+    granted = Call("x", action="chat", model="tiny", max_tokens=8, max_prompt_tokens=TOKENS)
+    reply = await post(app, CHAT, asked("red"), granted)
+    assert reply.status == 400 and reply.json()["error"]["code"] == "grant_mismatch"
+    many = await post(app, CHAT, asked(*["red"] * 16, text="x" * 300))
+    assert many.status == 400 and many.json()["error"]["code"] == "context_length_exceeded"
+
+
+@sees
+async def test_a_picture_whose_head_alone_is_right_is_refused_by_its_place(seeing: LlamaEngine) -> None:
+    whole = picture("red")
+    body = asked("red")
+    data = base64.b64encode(whole[:40]).decode()
+    body["messages"][0]["content"][0]["image_url"]["url"] = f"data:image/png;base64,{data}"
+    error = (await post(create_app([seeing]), CHAT, body)).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_image", "messages[0].content[0]")
+    assert error["message"] == "Invalid 'messages[0].content[0]': it is broken, or cut off."
+
+
+@sees
+async def test_it_hears_nothing(seeing: LlamaEngine) -> None:
+    body = asked()
+    wav = base64.b64encode(b"RIFF\x24\0\0\0WAVEfmt " + bytes(40)).decode()
+    body["messages"][0]["content"].insert(0, {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}})
+    error = (await post(create_app([seeing]), CHAT, body)).json()["error"]
+    assert error["message"].startswith("The model `tiny` takes no audio")
+
+
+@sees
+async def test_an_explanation_is_of_texts_alone(seeing: LlamaEngine) -> None:
+    body = {"model": "tiny", "messages": asked("red")["messages"], "parts": [{"message": 0}], "max_tokens": 4}
+    reply = await post(create_app([seeing]), "/v1/explain", body)
+    assert reply.status == 400 and "takes no images" in reply.json()["error"]["message"], reply.body
+
+
+@sees
+async def test_a_template_that_loses_a_picture_is_refused(tmp_path: Path) -> None:
+    twice = "{% for m in messages %}{{ m.content }}{% if 'again' in m.content %}{{ m.content }}{% endif %}{% endfor %}<s>"
+    base = tiny_model(tmp_path / "twice.gguf", n_ctx=512, template=twice)
+    with closing(load(base, tiny_projector(tmp_path / "own.gguf"))) as engine:
+        app = create_app([engine])
+        assert (await post(app, CHAT, asked("red"))).status == 200
+        error = (await post(app, CHAT, asked("red", text="again"))).json()["error"]
+        assert "does not show each image once" in error["message"]
+
+
+def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
+    assert projectors.INSTALL in _missing(tmp_path)
+
+
+def _missing(tmp_path: Path) -> str:
+    """What a process says whose llama-cpp-python has no mtmd."""
+    import os  # noqa: PLC0415
+    import subprocess  # noqa: PLC0415
+    import sys  # noqa: PLC0415
+
+    code = "from lacre_backend.engine.projector import mtmd\ntry:\n mtmd()\nexcept Exception as e:\n print(type(e).__name__, e)"
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=os.environ | {"MTMD_CPP_LIB": str(tmp_path)}, capture_output=True, check=True
+    )
+    return child.stdout.decode()
