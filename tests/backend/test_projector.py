@@ -47,9 +47,11 @@ from lacre_backend.models.gguf import FileDigests
 from lacre_backend.models.signatures import UntrustedModel
 from lacre_backend.serve import load_engine
 from lacre_backend.settings import ModelSettings
+from lacre_backend.workshop.sealing import seal_model
 from parts.tiny_model import N_EMBD, tiny_lora, tiny_model
 from parts.tiny_projector import TOKENS, tiny_projector
 
+ENDLESS = replace(GREEDY, logit_bias=dict.fromkeys(range(3), -1000.0))  # without the control tokens
 SMALL = LlamaSettings(n_ctx=512, threads=1, slots=2)
 COUNTS = ("/v1/tokenize", "/v1/responses/input_tokens", "/v1/messages/count_tokens")
 
@@ -170,6 +172,22 @@ def test_a_projector_is_signed_as_its_model(tmp_path: Path, base: Path) -> None:
     assert served_files(signed)["tiny"].signers == (signatures.signer_id(key.public_key()),)
 
 
+@sees
+async def test_a_sealed_projector_sees_the_same(tmp_path: Path, base: Path) -> None:
+    plain, kms = tiny_projector(tmp_path / "own.gguf"), f"file:{tmp_path / 'kms'}"
+    for path in (plain, base):
+        seal_model(path, path.with_suffix(".sealed"), kms, lambda _what, _share: None)
+    closed = table(base.with_suffix(".sealed"), plain.with_suffix(".sealed"), sealed=True)
+    answers = []
+    for engine in (load_engine(table(base, plain)), load_engine(closed, kms)):
+        assert isinstance(engine, LlamaEngine)
+        with closing(engine):
+            answers.append((engine.model.digest, said(await rest_of(engine.submit(await shown(engine, ["red"]))))))
+    assert answers[0] == answers[1]
+    with pytest.raises(SettingsError, match="is not sealed"):
+        load_engine(table(base.with_suffix(".sealed"), plain, sealed=True), kms)
+
+
 # Pictures
 
 
@@ -239,9 +257,7 @@ async def read(engine: LlamaEngine, data: bytes) -> ReadImage:
     return await engine.model.images.read(data)
 
 
-async def shown(
-    engine: LlamaEngine, colours: Sequence[Any], texts: Sequence[str] = ("look: ", " say:"), **fields: Any
-) -> Task:
+async def shown(engine: LlamaEngine, colours: Sequence[Any], texts: Sequence[str] = ("look: ", " say:"), **fields: Any) -> Task:
     """A task with an image of each colour between the texts."""
     prompt, images = list(engine.tokenize(texts[0])), list[PlacedImage]()
     for colour, text in zip(colours, texts[1:], strict=True):
@@ -249,7 +265,7 @@ async def shown(
         images.append(PlacedImage(len(prompt), image))
         prompt += [*[0] * image.tokens, *engine.tokenize(text)]
     return Task(**{
-        "id": "seen", "prompt": tuple(prompt), "images": tuple(images), "max_tokens": 12, "sampling": GREEDY, **fields,
+        "id": "seen", "prompt": tuple(prompt), "images": tuple(images), "max_tokens": 12, "sampling": ENDLESS, **fields,
     })  # fmt: skip
 
 
@@ -262,7 +278,10 @@ def said(events: Sequence[Event]) -> list[int]:
 async def test_the_answer_depends_on_the_picture_and_on_nothing_before_it(seeing: LlamaEngine) -> None:
     answers = [said(await rest_of(seeing.submit(await shown(seeing, [colour])))) for colour in ("red", "blue", "red", "lime")]
     assert answers[0] == answers[2] and len({*map(tuple, answers)}) == 3
-    two = [said(await rest_of(seeing.submit(await shown(seeing, pair, ("a", "b", "c"))))) for pair in (("red", "blue"), ("blue", "red"))]
+    two = [
+        said(await rest_of(seeing.submit(await shown(seeing, pair, ("a", "b", "c")))))
+        for pair in (("red", "blue"), ("blue", "red"))
+    ]
     assert two[0] != two[1], "their order counts"
     assert seeing.held == (0, 0), "no task and no cell is left"
 
@@ -364,7 +383,7 @@ async def test_an_adapter_changes_the_answer_of_a_picture(tmp_path: Path, base: 
 def test_mtmd_says_which_file_it_cannot_load(tmp_path: Path, base: Path) -> None:
     odd = tiny_projector(tmp_path / "odd.gguf", more={"clip.projector_type": "of tomorrow"})
     with pytest.raises(SettingsError, match="unknown projector type") as refused:
-        load(base, odd)
+        load_engine(table(base, odd))
     assert str(odd) in str(refused.value)
 
 
@@ -414,7 +433,7 @@ async def test_chats_differ_by_their_picture(seeing: LlamaEngine) -> None:
 
 @sees
 async def test_the_list_of_models_says_what_each_reads(seeing: LlamaEngine) -> None:
-    reply = await post(create_app([seeing]), "/v1/models", None, method="GET")
+    reply = await post(create_app([seeing]), "/v1/models", b"", method="GET")
     (model,) = reply.json()["data"]
     assert model["architecture"] == {
         "modality": "text+image->text", "input_modalities": ["text", "image"], "output_modalities": ["text"],
@@ -425,8 +444,8 @@ async def test_the_list_of_models_says_what_each_reads(seeing: LlamaEngine) -> N
 async def test_ceilings_hold_for_pictures(seeing: LlamaEngine) -> None:
     app = create_app([seeing])
     granted = Call("x", action="chat", model="tiny", max_tokens=8, max_prompt_tokens=TOKENS)
-    reply = await post(app, CHAT, asked("red"), granted)
-    assert reply.status == 400 and reply.json()["error"]["code"] == "grant_mismatch"
+    reply = await post(app, CHAT, asked("red"), call=granted)
+    assert reply.status == 403 and reply.json()["error"]["code"] == "grant_mismatch"
     many = await post(app, CHAT, asked(*["red"] * 16, text="x" * 300))
     assert many.status == 400 and many.json()["error"]["code"] == "context_length_exceeded"
 
@@ -453,7 +472,7 @@ async def test_it_hears_nothing(seeing: LlamaEngine) -> None:
 
 @sees
 async def test_an_explanation_is_of_texts_alone(seeing: LlamaEngine) -> None:
-    body = {"model": "tiny", "messages": asked("red")["messages"], "parts": [{"message": 0}], "max_tokens": 4}
+    body = {"model": "tiny", "messages": asked("red")["messages"], "max_tokens": 4}
     reply = await post(create_app([seeing]), "/v1/explain", body)
     assert reply.status == 400 and "takes no images" in reply.json()["error"]["message"], reply.body
 
