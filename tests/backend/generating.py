@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lacre_backend.api.template.pieces import Piece, shown_tokens
 from lacre_backend.engine.protocol import Engine, Event, Finish, PromptProgress, Sampling, Task, Token
 
 GREEDY = Sampling(temperature=0)
@@ -43,6 +45,13 @@ def make_task(
         never = dict.fromkeys((token.id for token in engine.model.control_tokens), -1000.0)
         sampling = dataclasses.replace(sampling, logit_bias={**never, **sampling.logit_bias})
     return Task(id=f"task-{next(_ids)}", prompt=prompt, max_tokens=max_tokens, sampling=sampling, **fields)
+
+
+async def chat_tokens(engine: Engine, pieces: Sequence[Piece]) -> list[int]:
+    """The ids of a prompt without images."""
+    tokens, images = await shown_tokens(engine, pieces)
+    assert not images
+    return tokens
 
 
 async def run(engine: Engine, task: Task) -> Made:

@@ -17,11 +17,10 @@ import numpy as np
 import openai
 import pytest
 
-from backend.generating import GREEDY, made, make_task, run
+from backend.generating import GREEDY, chat_tokens, made, make_task, run
 from backend.posting import CHAT, TEXT, post
 from lacre.asgi import App
 from lacre_backend.api.app import create_app
-from lacre_backend.api.template.pieces import chat_tokens
 from lacre_backend.api.template.prompt import ChatTemplate
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model

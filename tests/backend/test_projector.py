@@ -31,6 +31,7 @@ from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.pictures import decoded
 from lacre_backend.engine.projector import ProjectorFile, check, mtmd
 from lacre_backend.engine.protocol import (
+    EngineClosed,
     Event,
     Finish,
     ImageRefused,
@@ -105,11 +106,11 @@ def test_another_file_is_refused_by_its_head(tmp_path: Path, base: Path, more: d
 
 
 def test_a_model_is_no_projector(base: Path) -> None:
-    with pytest.raises(SettingsError, match="general.architecture is llama"):
+    with pytest.raises(SettingsError, match="architecture is llama"):
         check(file_at(base), base)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.999])
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path, base: Path, kept: float) -> None:
     whole = tiny_projector(tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
@@ -239,6 +240,12 @@ def test_a_huge_picture_is_refused_before_it_is_decoded() -> None:
         decoded(picture("red", (4100, 4100), compress_level=1))
 
 
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (16384, 80)])
+def test_a_line_is_no_picture(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageRefused, match="200 times"):
+        decoded(picture("red", size))
+
+
 # What the model makes of them
 
 
@@ -278,12 +285,24 @@ def said(events: Sequence[Event]) -> list[int]:
 async def test_the_answer_depends_on_the_picture_and_on_nothing_before_it(seeing: LlamaEngine) -> None:
     answers = [said(await rest_of(seeing.submit(await shown(seeing, [colour])))) for colour in ("red", "blue", "red", "lime")]
     assert answers[0] == answers[2] and len({*map(tuple, answers)}) == 3
-    two = [
-        said(await rest_of(seeing.submit(await shown(seeing, pair, ("a", "b", "c")))))
-        for pair in (("red", "blue"), ("blue", "red"))
-    ]
+    pairs = (("red", "blue"), ("blue", "red"))
+    two = [said(await rest_of(seeing.submit(await shown(seeing, pair, ("a", "b", "c"))))) for pair in pairs]
     assert two[0] != two[1], "their order counts"
     assert seeing.held == (0, 0), "no task and no cell is left"
+
+
+@sees
+async def test_pictures_of_any_size_take_the_same_place(seeing: LlamaEngine) -> None:
+    for size in ((1, 1), (200, 1), (1, 200), (3, 2), (4000, 20), (1000, 1000)):
+        assert (await read(seeing, picture("red", size))).tokens == TOKENS
+
+
+@sees
+async def test_a_closed_engine_reads_no_more(tmp_path: Path, base: Path) -> None:
+    engine = load(base, tiny_projector(tmp_path / "own.gguf"))
+    engine.close()
+    with pytest.raises(EngineClosed):
+        await read(engine, picture("red"))
 
 
 @sees

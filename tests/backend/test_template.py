@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.generating import chat_tokens
 from lacre.errors import SettingsError
 from lacre_backend.api.template import environment
 from lacre_backend.api.template.bounds import MAX_SOURCE, Bounds, TemplateTooLarge
 from lacre_backend.api.template.environment import Raised, template_environment
-from lacre_backend.api.template.pieces import any_of, chat_tokens, text_tokens
+from lacre_backend.api.template.pieces import any_of, text_tokens
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import ControlToken

@@ -203,7 +203,11 @@ class _ImageContext:
         if not self.pointer:
             raise EngineError("There is too little memory for a prompt with images. Try again, or with a shorter one.")
         self._batch = Batch(_BATCH)
-        use_adapter(self.pointer, adapter)
+        try:
+            use_adapter(self.pointer, adapter)
+        except EngineError:
+            self.free()
+            raise
 
     @property
     def logits(self) -> Logits:

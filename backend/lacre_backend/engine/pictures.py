@@ -19,6 +19,7 @@ from lacre_backend.engine.protocol import ImageRefused
 
 FORMATS: Final = ("PNG", "JPEG", "GIF", "WEBP")
 MAX_PIXELS: Final = 2**24  # three bytes each as colours, and four while they are decoded: 64 MiB
+MAX_RATIO: Final = 200  # of the sides: scaled to what an encoder takes, the short one must not vanish
 # What Pillow raises for bytes that are not a picture, or a broken one
 _BROKEN: Final = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, Warning, struct.error,
                   zlib.error, MemoryError)  # fmt: skip
@@ -46,6 +47,8 @@ def decoded(data: bytes) -> Pixels:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ImageRefused(f"it has more than {MAX_PIXELS:,} pixels")
+            if max(opened.size) > MAX_RATIO * min(opened.size):
+                raise ImageRefused(f"one of its sides is over {MAX_RATIO} times as long as the other")
             opened.load()
             upright = ImageOps.exif_transpose(opened)
             if upright.has_transparency_data:

@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NoReturn
@@ -32,10 +31,11 @@ from lacre_backend.engine.adapters import adapted_digest
 from lacre_backend.engine.context import FLASH, Compute
 from lacre_backend.engine.gguf_header import Header
 from lacre_backend.engine.model import Model, Weights, logged_errors
-from lacre_backend.engine.protocol import EngineError, ImageRefused, ReadImage
+from lacre_backend.engine.protocol import EngineClosed, ImageRefused, ReadImage
 from lacre_backend.engine.shards import files_of
+from lacre_backend.engine.tensor_bytes import tensor_bytes
 
-AT_ONCE: Final = 2  # pictures decoded at a time: each takes some 200 MiB at most
+AT_ONCE: Final = 2  # pictures decoded at a time: each takes some 300 MiB at most
 INSTALL: Final = "`make projector` installs both; docs/projectors.md says how by hand"
 _PIECE: Final = 2**20  # bytes of a sealed file copied at a time
 _MARKER: Final = b"<__media__>"
@@ -84,9 +84,10 @@ def check(file: ProjectorFile, base: Path) -> None:
     ours, theirs = of_base.number(f"{architecture}.embedding_length"), header.number("clip.vision.projection_dim")
     if ours != theirs:
         _refuse(file.source, f"it makes states of {theirs} numbers, and those of {base.name} have {ours}")
-    size, ends = file.path.stat().st_size, header.data_at + max((each.offset for each in header.tensors), default=0)
-    if not header.tensors or size <= ends:
-        _refuse(file.source, "it is cut off: its last tensor is missing")
+    size = file.path.stat().st_size
+    ends = [header.data_at + each.offset + tensor_bytes(file.source, each) for each in header.tensors]
+    if not ends or size < max(ends):
+        _refuse(file.source, "it is cut off, or has no tensors")
 
 
 def _flag(header: Header, key: str) -> bool:
@@ -145,12 +146,13 @@ class Projector:
 
     async def read(self, data: bytes) -> ReadImage:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, partial(self._read, data))
-        except RuntimeError as exc:  # of a pool that was shut down
-            raise EngineError("The engine is closed.") from exc
+            reading = self._pool.submit(self._read, data)
+        except RuntimeError:  # the pool's error once it was shut down
+            raise EngineClosed("The engine is closed.") from None
+        return await asyncio.wrap_future(reading)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
 
     def _read(self, data: bytes) -> Chunks:
         pixels = pictures.decoded(data)

@@ -31,6 +31,7 @@ from lacre_backend.engine.model import Gpu, Model, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.shards import check_file, files_of
 from lacre_backend.engine.sizing import LlamaSettings
+from lacre_backend.engine.tensor_bytes import tensor_bytes
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models.opening import Conditions, OpenedModel, open_model
 from lacre_backend.models.sealed import is_sealed, read_head
@@ -202,17 +203,6 @@ def check_extents(path: Path, header: Header) -> None:
                 f"{path} is cut off: its tensor {tensor.name[:64]!r} ends at byte {end:,}, and the file has {size:,}. "
                 "Copy it again."
             )
-
-
-def tensor_bytes(path: Path, tensor: Tensor) -> int:
-    if not 0 <= tensor.kind < L.GGML_TYPE_COUNT or not (block := int(_llama.ggml_blck_size(tensor.kind))):
-        raise SettingsError(
-            f"{path}: the tensor {tensor.name[:64]!r} has the unknown type {tensor.kind}. Convert the model again."
-        )
-    if tensor.shape[0] % block:
-        raise SettingsError(f"{path}: a row of {tensor.name[:64]!r} is no whole number of blocks. Copy the file again.")
-    _llama.ggml_type_size.restype = ctypes.c_size_t
-    return tensor.elements // block * int(_llama.ggml_type_size(tensor.kind))
 
 
 def type_name(kind: int) -> str:

@@ -17,10 +17,11 @@ from lacre_backend.engine.gguf_header import Header, Tensor
 from lacre_backend.engine.model import Gpu, Model, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.shards import check_file, files_of
+from lacre_backend.engine.tensor_bytes import tensor_bytes
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models.gguf import FileDigests
 from lacre_backend.models.sealed import is_sealed
-from lacre_backend.workshop.inspection import check_extents, check_weights, mixture_of, read_header, tensor_bytes
+from lacre_backend.workshop.inspection import check_extents, check_weights, mixture_of, read_header
 
 WINDOW = 512  # tokens of a text that a model reads at once
 

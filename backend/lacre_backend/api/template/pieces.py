@@ -36,18 +36,14 @@ def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
     return tuple(found)
 
 
-async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
-    """The prompt's ids. Adds the beginning of sequence if the model needs it and the template wrote none.
-
-    control: tokens that plain text must not become; default: the model's own. Raises as `Engine.tokens`.
-    """
-    return (await shown_tokens(engine, pieces, control))[0]
-
-
 async def shown_tokens(
     engine: Engine, pieces: Sequence[Piece | Shown], control: Sequence[ControlToken] = ()
 ) -> tuple[list[int], tuple[PlacedImage, ...]]:
-    """As `chat_tokens`, with images: at their places the ids mean nothing."""
+    """The prompt's ids, and its images: at their places the ids mean nothing. Adds the beginning of sequence if the model needs
+    it and the template wrote none.
+
+    control: tokens that plain text must not become; default: the model's own. Raises as `Engine.tokens`.
+    """
     texts = {i: _bare(pieces, i, piece) for i, piece in enumerate(pieces) if isinstance(piece, str)}
     found = iter(await _plain(engine, list(texts.values()), control or engine.model.control_tokens))
     ids: list[int] = []
@@ -76,7 +72,7 @@ def _bare(pieces: Sequence[Piece | Shown], i: int, text: str) -> str:
 
 
 async def answer_tokens(engine: Engine, text: str, control: Sequence[ControlToken]) -> list[int]:
-    """The ids of an answer, as they follow a prompt. control: as in `chat_tokens`. Raises as `Engine.tokens`."""
+    """The ids of an answer, as they follow a prompt. control: as in `shown_tokens`. Raises as `Engine.tokens`."""
     (ids,) = await _plain(engine, [text], control)
     return ids
 
