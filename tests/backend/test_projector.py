@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -184,7 +187,8 @@ async def test_a_sealed_projector_sees_the_same(tmp_path: Path, base: Path) -> N
         assert isinstance(engine, LlamaEngine)
         with closing(engine):
             answers.append((engine.model.digest, said(await rest_of(engine.submit(await shown(engine, ["red"]))))))
-    assert answers[0] == answers[1]
+    (told,) = served_files(PlannedModels(models=(table(base, plain),)))["tiny"].sha256
+    assert answers[0] == answers[1] and answers[0][0] == f"sha256:{told}", "the worker has what the manifest names"
     with pytest.raises(SettingsError, match="is not sealed"):
         load_engine(table(base.with_suffix(".sealed"), plain, sealed=True), kms)
 
@@ -513,10 +517,6 @@ def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
 
 def _missing(tmp_path: Path) -> str:
     """What a process says whose llama-cpp-python has no mtmd."""
-    import os  # noqa: PLC0415
-    import subprocess  # noqa: PLC0415
-    import sys  # noqa: PLC0415
-
     code = "from lacre_backend.engine.projector import mtmd\ntry:\n mtmd()\nexcept Exception as e:\n print(type(e).__name__, e)"
     child = subprocess.run(
         [sys.executable, "-P", "-c", code], env=os.environ | {"MTMD_CPP_LIB": str(tmp_path)}, capture_output=True, check=True
