@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
@@ -452,6 +453,23 @@ async def test_chats_differ_by_their_picture(seeing: LlamaEngine) -> None:
     app = create_app([seeing])
     answers = [(await post(app, CHAT, asked(colour))).json()["choices"][0]["message"] for colour in ("red", "blue", "red")]
     assert answers[0] == answers[2] != answers[1]
+
+
+@sees
+async def test_streams_choices_and_schemas_hold(seeing: LlamaEngine) -> None:
+    app = create_app([seeing])
+    colour = {"properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"], "additionalProperties": False}
+    schema = {"type": "object", **colour}
+    named = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema, "strict": True}}
+    body = asked("red") | {"max_tokens": 200, "response_format": named}
+    whole = (await post(app, CHAT, body)).message()["content"]
+    assert json.loads(whole)["colour"] in ("red", "blue")
+    assert (await post(app, CHAT, body | {"stream": True})).message()["content"] == whole
+    both = (await post(app, CHAT, body | {"n": 2})).json()
+    assert [choice["message"]["content"] for choice in both["choices"]] == [whole, whole]
+    assert (
+        both["usage"]["prompt_tokens"] == (await post(app, "/v1/tokenize", asked("red", path="/v1/tokenize"))).json()["count"]
+    )
 
 
 @sees
