@@ -39,6 +39,7 @@ AT_ONCE: Final = 2  # pictures decoded at a time: each takes some 300 MiB at mos
 INSTALL: Final = "`make projector` installs both; docs/projectors.md says how by hand"
 _PIECE: Final = 2**20  # bytes of a sealed file copied at a time
 _MARKER: Final = b"<__media__>"
+_TRIED: Final = 512  # pixels a side of a picture that is tried when a projector is loaded
 _TEXT: Final = 0  # mtmd's kind of a chunk of tokens; the others are media
 _BOOL: Final = 7  # GGUF's type
 _LIMITS: Final = {  # of numbers that mtmd divides by, or takes memory for
@@ -142,6 +143,7 @@ class Projector:
             _refuse(file.source, "; ".join(errors) or "mtmd gives no reason")
         # As the model: not at exit, while a thread may still use it.
         weakref.finalize(self, self.mtmd.mtmd_free, self.pointer).atexit = False
+        self._try(file.source)
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="images")
 
     async def read(self, data: bytes) -> ReadImage:
@@ -154,8 +156,16 @@ class Projector:
     def close(self) -> None:
         self._pool.shutdown(wait=False)
 
+    def _try(self, source: Path) -> None:
+        try:
+            self._shown(pictures.Pixels(_TRIED, _TRIED, bytes(3 * _TRIED * _TRIED)))
+        except ImageRefused as refusal:
+            _refuse(source, str(refusal))
+
     def _read(self, data: bytes) -> Chunks:
-        pixels = pictures.decoded(data)
+        return self._shown(pictures.decoded(data))
+
+    def _shown(self, pixels: pictures.Pixels) -> Chunks:
         bitmap = self.mtmd.mtmd_bitmap_init(
             pixels.width, pixels.height, (ctypes.c_uint8 * len(pixels.rgb)).from_buffer_copy(pixels.rgb)
         )
@@ -181,14 +191,24 @@ class Chunks:
         if m.mtmd_tokenize(projector.pointer, self._chunks, ctypes.byref(text), bitmaps, 1) != 0:
             raise ImageRefused("the model's projector cannot take a picture of its size")
         self.tokens = sum(int(m.mtmd_input_chunk_get_n_tokens(chunk)) for chunk in self)
-        if self.tokens < 1:
-            raise ImageRefused("the model's projector makes no tokens of it")
+        if self.tokens < 1 or not all(0 <= token < projector.model.n_vocab for token in self._marks()):
+            # mtmd ends the process at a mark that the vocabulary lacks
+            raise ImageRefused("the model's vocabulary lacks what its projector writes around a picture")
 
     def __iter__(self) -> Iterator[Any]:
         """Mtmd's chunks in order."""
         m = self._projector.mtmd
         for i in range(m.mtmd_input_chunks_size(self._chunks)):
             yield m.mtmd_input_chunks_get(self._chunks, i)
+
+    def _marks(self) -> Iterator[int]:
+        """The tokens around and between the parts of the picture."""
+        m = self._projector.mtmd
+        for chunk in self:
+            if m.mtmd_input_chunk_get_type(chunk) == _TEXT:
+                n = ctypes.c_size_t(0)
+                tokens = m.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
+                yield from (int(tokens[i]) for i in range(n.value))
 
     @property
     def whole(self) -> int:
