@@ -411,6 +411,17 @@ def test_mtmd_says_which_file_it_cannot_load(tmp_path: Path, base: Path) -> None
     assert str(odd) in str(refused.value)
 
 
+@sees
+def test_marks_that_the_vocabulary_lacks_are_found_before_any_picture(tmp_path: Path, base: Path) -> None:
+    """mtmd ends the process at the first picture otherwise."""
+    kind = {
+        "clip.projector_type": "idefics3", "clip.vision.projector.scale_factor": 2, "clip.vision.preproc_image_size": 64,
+    }  # fmt: skip
+    tensors = {"mm.model.fc.weight": np.ones((N_EMBD, 128)), "v.post_ln.weight": np.ones(32), "v.post_ln.bias": np.zeros(32)}
+    with pytest.raises(SettingsError, match="vocabulary lacks"):
+        load_engine(table(base, tiny_projector(tmp_path / "marked.gguf", more=kind, tensors=tensors)))
+
+
 # Through the API
 
 

@@ -17,9 +17,14 @@ _WIDTH, _HEADS, _INNER = 32, 2, 64
 
 
 def tiny_projector(
-    path: Path, *, n_embd: int = N_EMBD, seed: int = 1, scale: float = 1.0, more: Mapping[str, Any] = MappingProxyType({})
+    path: Path,
+    *,
+    n_embd: int = N_EMBD,
+    seed: int = 1,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
 ) -> Path:
-    """n_embd: of the model that it is for. scale: of what it makes of a picture. more: metadata in place of its own."""
+    """n_embd: of the model that it is for. more: metadata in place of its own. tensors: further ones."""
     own = {
         "general.architecture": "clip", "general.type": "mmproj", "general.name": "tiny", "clip.projector_type": "mlp",
         "clip.has_vision_encoder": True, "clip.use_gelu": True,
@@ -33,18 +38,18 @@ def tiny_projector(
     def matrix(*shape: int) -> np.ndarray[Any, Any]:
         return random.normal(0, 0.3, shape)
 
-    tensors = {
+    made = {
         "v.patch_embd.weight": matrix(_WIDTH, 3, PATCH, PATCH),
         "v.position_embd.weight": matrix(TOKENS, _WIDTH),
         "mm.0.weight": matrix(n_embd, _WIDTH), "mm.0.bias": matrix(n_embd),
-        "mm.2.weight": scale * matrix(n_embd, n_embd), "mm.2.bias": scale * matrix(n_embd),
+        "mm.2.weight": matrix(n_embd, n_embd), "mm.2.bias": matrix(n_embd),
     }  # fmt: skip
     shapes = {
         "attn_q": (_WIDTH, _WIDTH), "attn_k": (_WIDTH, _WIDTH), "attn_v": (_WIDTH, _WIDTH), "attn_out": (_WIDTH, _WIDTH),
         "ffn_up": (_INNER, _WIDTH), "ffn_down": (_WIDTH, _INNER),
     }  # fmt: skip
     for name, (outer, inner) in shapes.items():
-        tensors |= {f"v.blk.0.{name}.weight": matrix(outer, inner), f"v.blk.0.{name}.bias": matrix(outer)}
+        made |= {f"v.blk.0.{name}.weight": matrix(outer, inner), f"v.blk.0.{name}.bias": matrix(outer)}
     for norm in ("v.blk.0.ln1", "v.blk.0.ln2", "v.pre_ln"):
-        tensors |= {f"{norm}.weight": np.ones(_WIDTH), f"{norm}.bias": np.zeros(_WIDTH)}
-    return write_gguf(path, own | dict(more), tensors)
+        made |= {f"{norm}.weight": np.ones(_WIDTH), f"{norm}.bias": np.zeros(_WIDTH)}
+    return write_gguf(path, own | dict(more), made | dict(tensors))
