@@ -40,6 +40,7 @@ class ImageMarks:
         if [part for part in flat if isinstance(part, int)] != list(range(len(self._found))):
             raise RequestRefused(
                 "The model's chat template does not show each image once, in order. Send fewer images, or one a message.",
+                code="unsupported_value",
                 param="messages",
             )
         read: list[Piece | Shown] = []

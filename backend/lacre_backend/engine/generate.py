@@ -32,6 +32,7 @@ from lacre_backend.engine.lens import LensTask
 from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace
+from lacre_backend.engine.parked import LOOK, Parked
 from lacre_backend.engine.plan import Segment, StepPlan
 from lacre_backend.engine.projector import Projector, ProjectorFile
 from lacre_backend.engine.protocol import (
@@ -59,7 +60,6 @@ __all__ = ["LlamaEngine", "LlamaSettings"]
 
 CLOSE_LIMIT: Final = 30.0  # seconds for a running step; a large one takes several on a slow machine
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
-_MASK_LOOK: Final = 0.05  # seconds between deadline checks while all tasks wait for masks
 
 
 class LlamaEngine:
@@ -100,11 +100,11 @@ class LlamaEngine:
         self.adapted = [AdaptedEngine(self, adapter, adapted_name(name, adapter.name)) for adapter in adapters]
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
-        self._parked: dict[str, tuple[EngineJob, Logits]] = {}  # computed, except that the next token waits for its mask
         self._pace = Pace(shape.limits.share, shape.limits.burst)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
+        self._parked = Parked(self._changed)
         self._beside = Beside(self._model, compute, self._adapters, self._outbox, self._changed, projector=sees)
         self._watch = EngineHealth()
         self._jobs: dict[str, EngineJob] = {}  # submitted and not finished
@@ -332,11 +332,11 @@ class LlamaEngine:
         self._keep(jobs, logits)
         for job in jobs:
             if job is not None:  # a task that was sent back while it waited for its mask, and was read again, uses these logits
-                self._parked.pop(job.task.id, None)
+                self._parked.drop(job.task.id)
         until = time.monotonic() + GRACE
         late = {i for i, job in enumerate(jobs) if job is not None and not job.sampler.ready(until - time.monotonic())}
         for i in late:
-            self._park(jobs[i], logits[i])
+            self._parked.put(jobs[i], logits[i])
         wanted = [i for i, job in enumerate(jobs) if job is not None and i not in late]
         if len(wanted) < len(outputs):
             logits, rows = logits[wanted], [rows[i] for i in wanted]
@@ -376,7 +376,7 @@ class LlamaEngine:
             elif job.sampler.ready(0):
                 self._choose([job], [None], row[None])
             else:
-                self._park(job, row)
+                self._parked.put(job, row)
 
     def _choose(self, jobs: list[EngineJob], rows: Sequence[int | None], logits: Logits) -> list[EngineJob]:
         """rows: each job's row in the batch; None if its logits are from an earlier one. Returns the jobs whose token had been
@@ -412,31 +412,20 @@ class LlamaEngine:
 
     # Late masks
 
-    def _park(self, job: EngineJob | None, logits: Logits) -> None:
-        """Sets a job aside until its mask is ready. The others continue."""
-        if job is not None and job.sampler.constraint is not None:
-            job.sampler.constraint.waiting = self._wake
-            self._parked[job.task.id] = job, logits.copy()
-
     def _resume(self, now: float) -> None:
         """Samples for parked jobs whose mask is ready, and ends interrupted ones."""
-        for task_id, (job, logits) in list(self._parked.items()):
+        for job, logits in self._parked.each():
             if reason := job.interrupted(now):
                 self._end(job, reason)
             elif job.sampler.ready(0):
-                del self._parked[task_id]
+                self._parked.drop(job.task.id)
                 self._choose([job], [None], logits[None])
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify()
 
     def _await_masks(self) -> None:
         """Waits for a mask or for callers, when there is nothing else to do."""
         with self._changed:
-            late = all(not job.sampler.ready(0) for job, _ in self._parked.values())
-            if late and not (self._closing or self._inbox or self._cancelled):
-                self._changed.wait(_MASK_LOOK)
+            if self._parked.all_late and not (self._closing or self._inbox or self._cancelled):
+                self._changed.wait(LOOK)
 
     def _interrupt(self, working: list[EngineJob]) -> None:
         """Ends tasks whose time is up or whose caller has gone, while they read their prompt."""
@@ -450,7 +439,7 @@ class LlamaEngine:
 
     def _drop(self, job: EngineJob, event: Finish | EngineError, *, keep: bool) -> None:
         job.ended = True
-        self._parked.pop(job.task.id, None)  # keep nothing of a finished answer here, even while nothing else runs
+        self._parked.drop(job.task.id)  # keep nothing of a finished answer here, even while nothing else runs
         self._scheduler.end(job.task.id, keep=keep)
         if self.speculation is not None:
             self.speculation.forget(job.task.id)
