@@ -15,6 +15,7 @@ from lacre.evidence.receipts import units
 from lacre.jose.dpop import plain_url
 from lacre.jose.jws import raw_public_key
 from lacre.runtime.listening import Door
+from lacre.trust.manifest import Manifest, fingerprint
 from lacre.wire.header import SEALED_PATH, SealedHeader
 from lacre.wire.outer import MAX_LENS_LAYERS, MAX_LENS_TOKENS, MAX_PARTS
 from lacre.wire.padding import SMALLEST
@@ -22,7 +23,7 @@ from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.work.contract import FabricUnavailable, GatewayFabric
 from lacre_fabric.work.revocations import Revocation
-from lacre_gateway.audit.entries import RESET, REVOKED, TOPPED_UP, UNRECORDED, Event
+from lacre_gateway.audit.entries import KEYS_ROTATED, RESET, REVOKED, TOPPED_UP, UNRECORDED, Event
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.pseudonyms import Pseudonyms
@@ -89,6 +90,7 @@ class Gateway:
     def __post_init__(self) -> None:
         self.queues = Queues(self.log, self.connected, self._places)
         self.revocations.report = self.tell_revoked
+        self.feed.report = self.tell_keys
 
     def _places(self) -> list[tuple[str, str]]:
         """The queues that this gateway publishes to first: pool and region."""
@@ -164,6 +166,11 @@ class Gateway:
         for key in keys:
             self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, target=key))
 
+    def tell_keys(self, before: Manifest, now: Manifest) -> None:
+        """Records which public keys a newer manifest changed."""
+        for target in changed_keys(before, now):
+            self.audit.append(Event(time=round(self.clock(), 3), event=KEYS_ROTATED, target=target, count=now.version))
+
     def tell_unrecorded(self, count: int) -> None:
         """Records once a minute how many requests were refused after their callers had used up their limits of refusals."""
         self.metrics.unrecorded(count)
@@ -227,6 +234,18 @@ class Gateway:
         if self.draining:
             missing["draining"] = "this process is about to end: ask another one"
         return missing
+
+
+def changed_keys(before: Manifest, now: Manifest) -> list[str]:
+    """What a newer manifest has other keys for: `gateway`, `pool/<name>`, `receipts/<name>`."""
+    changed = [] if before.gateway_key == now.gateway_key else ["gateway"]
+    for name in sorted(before.pools.keys() | now.pools.keys()):
+        old, new = before.pools.get(name), now.pools.get(name)
+        if (old and {fingerprint(key.config) for key in old.keys}) != (new and {fingerprint(key.config) for key in new.keys}):
+            changed.append(f"pool/{name}")
+        if (old and old.receipt_key) != (new and new.receipt_key):
+            changed.append(f"receipts/{name}")
+    return changed
 
 
 def build(

@@ -29,6 +29,7 @@ import structlog
 import uvloop
 
 from lacre.errors import SettingsError
+from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.logs import PROCESSORS, make_log
@@ -39,6 +40,7 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.admin.api import create_admin
 from lacre_gateway.app import create_app
+from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.http.logs import standard_logging
 from lacre_gateway.http.server import Server, allow_connections, bind, load_certificate, make_server, tls_context
@@ -53,6 +55,7 @@ _PAST_DRAIN: Final = 2.0  # seconds: the time that a server needs to end after i
 _GOES_ON: Final = tasks.Restart("unreadable files change nothing: the last good rules and certificate stay active")
 
 _LOOKS_AGAIN: Final = tasks.Restart("each look at the queues is independent of the last one")
+_KEEPS_ON: Final = tasks.Restart("what it rotates and erases is on the disk, and it can repeat both")
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -102,6 +105,7 @@ async def _run(settings: GatewaySettings) -> None:
             tasks.start("drain", partial(_drained, gateway, servers[0][0])),
             tasks.start("fabric", partial(_keep_connected, gateway, link)),
             tasks.start("queues", gateway.queues.watch, restart=_LOOKS_AGAIN),
+            tasks.start("audit logs", _keeper(gateway).run, restart=_KEEPS_ON),
             *reloading(gateway, context),
         ]
         for _, socket in servers:
@@ -147,6 +151,12 @@ def _on_signals(gateway: Gateway, server: Server) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, come)
+
+
+def _keeper(gateway: Gateway) -> Keeper:
+    settings, public = gateway.settings, raw_public_key(gateway.key)
+    terms = LogTerms(**settings.audit_logs.model_dump())
+    return Keeper(settings.audit, public, gateway.audit, terms, log=gateway.log, clock=gateway.clock)
 
 
 async def _drained(gateway: Gateway, server: Server) -> None:

@@ -225,6 +225,14 @@ class GatewayLimits(Table):
     body_timeout: PositiveFloat = 30.0
 
 
+class AuditKeeping(Table):
+    """How long audit logs grow, and how long old ones stay. None: for ever. keep_days: from a log's last entry on."""
+
+    rotate_days: PositiveInt | None = None
+    rotate_entries: Annotated[int, Field(ge=1000)] | None = None  # a log for less would cost more than its entries
+    keep_days: PositiveInt | None = None
+
+
 class ModelLimits(Table):
     """context: the most prompt tokens that one request can use."""
 
@@ -239,6 +247,7 @@ class GatewaySettings(Table):
     trust: RootKey
     signing_key: FilePath
     audit: FilePath
+    audit_logs: AuditKeeping = AuditKeeping()
     memory: FilePath | None = None  # the folder that remembers the newest manifest seen; None: only in memory
     policies: FilePath | None = None  # None: the rules that ship with Lacre
     listen: Listen = Listen()

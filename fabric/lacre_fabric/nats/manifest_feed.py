@@ -54,6 +54,7 @@ class ManifestFeed:
         self._clock = clock
         self._interval = poll
         self.failure: Exception | None = None  # why the last read gave no manifest
+        self.report: Callable[[Manifest, Manifest], None] = lambda _before, _now: None  # told of each newer manifest
         self.ignored = 0  # older manifests that the fabric offered
         self._ignored: bytes | None = None  # the last one of them
         self._trusted: Trusted | None = None
@@ -87,11 +88,14 @@ class ManifestFeed:
             document = await self._fetch()
             if document is not None and (self._trusted is None or document != self._trusted.document):
                 # In a thread, because it verifies signatures and waits for the file's lock.
+                before = self._trusted
                 try:
                     self._trusted = await asyncio.to_thread(accept, document, self._root, self._memory, self._clock())
                 except Rollback:
                     self._ignore(document, None)
                     raise
+                if before is not None and before.manifest.version != self._trusted.manifest.version:
+                    self.report(before.manifest, self._trusted.manifest)
                 if self._trusted.document != document:
                     self._ignore(document, self._trusted.manifest.version)
 

@@ -7,22 +7,21 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lacre.errors import InvalidMessage, InvalidProof, LacreError
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.checkpoints import Checkpoint
-from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import journal, tiles
+from lacre_gateway.audit import journal, leftovers, series, tiles
 from lacre_gateway.audit.edge import Edge
-from lacre_gateway.audit.entries import Annex, Intent, Outcome, parse
-from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Snapshot, Wrong, own_key, read_file, replay
-from lacre_gateway.audit.store import HISTORY, notes_in
+from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, LogReader, Snapshot, Wrong, own_key, read_file, replay
+from lacre_gateway.audit.store import notes_in
+from lacre_gateway.audit.story import Story
 
 SELF_CONSISTENT: Final = "self-consistent only"
 _KEPT: Final = "the checkpoint kept elsewhere"
@@ -30,10 +29,13 @@ _KEPT: Final = "the checkpoint kept elsewhere"
 
 @dataclass(slots=True)
 class AuditResult:
-    """The result. under_way: intents without an outcome since the last start; they may still get one.
+    """The result. origin, size, root: of the newest log, or of the first one that does not hold. requests: in all logs that
+    were read. under_way: intents without an outcome since the last start; they may still get one.
 
-    anchored: the size of the largest kept checkpoint that the log agrees with; None if none was given. torn: bytes of an
-    unfinished commit at the end of the journal; no answer depended on it.
+    anchored: the size of the largest kept checkpoint that agrees, of the newest log that has one; anchor: that log's origin.
+    None without one. logs: how many there are; erased: how many of them retention erased. uncompared: kept checkpoints that are
+    of erased logs, at sizes for which no checkpoint remains. torn: bytes of an unfinished commit at the end of the journal; no
+    answer depended on it.
     """
 
     origin: str
@@ -43,6 +45,10 @@ class AuditResult:
     under_way: int
     torn: int
     anchored: int | None
+    anchor: str | None = None
+    logs: int = 1
+    erased: int = 0
+    uncompared: int = 0
     wrong: Wrong | None = None
 
     @property
@@ -51,31 +57,22 @@ class AuditResult:
             return f"does not hold: {self.wrong}"
         if self.anchored is None:
             return SELF_CONSISTENT
-        return f"holds, and extends the kept checkpoint of {self.anchored} entries"
+        which = "" if self.anchor == self.origin else f" of {self.anchor}"
+        return f"holds, and extends the kept checkpoint of {self.anchored} entries{which}"
 
 
 def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> AuditResult:
-    """key: the gateway's, if it is known apart from the log. kept: checkpoints (signed notes) that were kept outside it.
+    """Verifies a log and those that continue it.
 
-    Raises SettingsError if the folder is not a log or cannot be read.
+    key: the gateway's, if it is known apart from the log. kept: checkpoints (signed notes) that were kept outside it. Raises
+    SettingsError if the folder is not a log or cannot be read.
     """
-    walk = _Walk(folder, own_key(folder) if key is None else key)
-    wrong: Wrong | None = None
+    chain = _Chain(folder, own_key(folder) if key is None else key)
     try:
-        walk.run(kept)
+        chain.run(kept)
     except Wrong as exc:
-        wrong = exc
-    edge = walk.edge
-    return AuditResult(
-        origin=walk.origin,
-        size=edge.size,
-        root=edge.root(),
-        requests=walk.story.requests,
-        under_way=len(walk.story.open),
-        torn=walk.torn,
-        anchored=walk.anchored,
-        wrong=wrong,
-    )
+        chain.result.wrong = exc
+    return chain.result
 
 
 def check_receipt(proof: AuditProof, reader: LogReader) -> None:
@@ -97,50 +94,138 @@ def check_receipt(proof: AuditProof, reader: LogReader) -> None:
         raise Wrong(f"entries 0 to {promised.size - 1}", "the proof's checkpoint was signed over other entries") from exc
 
 
-@dataclass(slots=True)
-class _Story:
-    """Checks the order of entries: each intent has one outcome, and each annex its intent."""
+class _Chain:
+    """All logs of a folder, the oldest first."""
 
-    open: dict[str, int] = field(default_factory=dict)
-    annex: tuple[str, str] | None = None
-    requests: int = 0
+    def __init__(self, root: Path, key: bytes) -> None:
+        self._root, self._key = root, key
+        self._story = Story()
+        self._erased: Checkpoint | None = None  # the last checkpoint of the newest erased log
+        self._last: Checkpoint | None = None
+        self.result = AuditResult("", 0, merkle.EMPTY_ROOT, 0, 0, 0, None)
 
-    def follow(self, index: int, data: bytes) -> None:
-        """Raises InvalidMessage, which says what is wrong."""
-        members = parse(data)
-        kind = members["kind"]
-        annex, self.annex = self.annex, None
-        if annex is not None and (kind != Intent.kind or (members["request_id"], members["annex"]) != annex):
-            raise InvalidMessage("the annex before it has no intent")
-        if kind == Annex.kind:
-            self.annex = members["request_id"], hashlib.sha256(data).hexdigest()
-        elif kind == Intent.kind:
-            self._intent(index, members, annex)
-        elif kind == Outcome.kind:
-            if self.open.pop(members["request_id"], None) is None:
-                raise InvalidMessage("the outcome has no intent, or is a second one")
-        elif members.get("event") == kinds.STARTED and self.open:
-            raise InvalidMessage(f"it is a start, but the intent of entry {min(self.open.values())} has no outcome")
+    def run(self, kept: Sequence[bytes]) -> None:
+        """Raises Wrong."""
+        anchors = [_verified(note, self._key, _KEPT) for note in kept]
+        number, note = 0, None
+        while number < series.newest(self._root):
+            number += 1
+            self.result.logs = number
+            with _named(number):
+                note = self._log(number, note, anchors)
+        if self._story.ended is not None:
+            raise Wrong(
+                series.name(number + 1), "it is missing. If a crash stopped the rotation, the gateway's next start makes it"
+            )
+        if self._erased is not None and self._story.erased.get(self._erased.origin) != self._erased.size:
+            raise Wrong(self._erased.origin, "it was erased, and no later log has recorded that")
+        if anchors:
+            raise Wrong(_KEPT, f"its origin is {anchors[0].origin}, and the log's is {self.result.origin}")
 
-    def _intent(self, index: int, members: dict[str, Any], annex: tuple[str, str] | None) -> None:
-        if members["annex"] is not None and annex is None:
-            raise InvalidMessage("its annex is not before it")
-        if members["request_id"] in self.open:
-            raise InvalidMessage("it is a second intent of one request")
-        self.open[members["request_id"]] = index
-        self.requests += 1
+    def _log(self, number: int, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
+        """Verifies one log, and returns its last checkpoint. Takes its anchors from the list."""
+        folder, result = series.place(self._root, number), self.result
+        if not (folder / KEY).exists():
+            raise Wrong(KEY, "the log is missing")
+        if self._last is not None:
+            due = series.following(self._last.origin, number - 1)
+            if self._story.ended != due:
+                raise Wrong("its first entry", f"the log before does not end with the event that {due} continues it")
+        first = series.erased(folder)
+        if first is not None:
+            return self._past(folder, first, before, anchors)
+        self._story.begin(before, complete=result.erased < number - 1)
+        walk = _Walk(folder, self._key, self._story)
+        try:
+            walk.run(anchors)
+        finally:
+            result.origin, result.size, result.root, result.torn = walk.origin, walk.edge.size, walk.edge.root(), walk.torn
+            result.requests, result.under_way = self._story.requests, self._story.under_way
+        self._last = Checkpoint(walk.origin, walk.edge.size, walk.edge.root())
+        self._anchored(walk.anchored)
+        return walk.note
+
+    def _anchored(self, size: int | None) -> None:
+        if size is not None and self._last is not None:
+            self.result.anchored, self.result.anchor = size, self._last.origin
+
+    def _past(self, folder: Path, first: AuditProof, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
+        """What remains of an erased log: its checkpoints, and the proof of its first entry."""
+        if self.result.erased < self.result.logs - 1:
+            raise Wrong(series.PROOF, "the log was erased, and an older one was not")
+        note = read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE) or b""
+        last = _verified(note, self._key, CHECKPOINT)
+        if first.checkpoint != note or first.index:
+            raise Wrong(series.PROOF, "it does not prove the first entry under the last checkpoint")
+        try:
+            first.verify(self._key)
+            self._story.begin(before, complete=False)
+            self._story.follow(0, first.entry)
+        except LacreError as exc:
+            raise Wrong(series.PROOF, str(exc)) from exc
+        remaining = {last.size: last.root}
+        for number, old in enumerate(notes_in(read_file(folder / HISTORY, None) or b"")[0]):
+            checkpoint = _verified(old, self._key, f"{HISTORY}, note {number},")
+            remaining.setdefault(checkpoint.size, checkpoint.root)
+        self._last = self._erased = last
+        self.result.erased, self.result.origin, self.result.size, self.result.root = (
+            self.result.logs,
+            last.origin,
+            last.size,
+            last.root,
+        )
+        for anchor in _taken(anchors, last.origin):
+            self._anchored(self._compared(anchor, last, remaining))
+        self._story.ended = series.following(last.origin, self.result.logs)  # the entry that says so is gone
+        return note
+
+    def _compared(self, anchor: Checkpoint, last: Checkpoint, remaining: Mapping[int, bytes]) -> int | None:
+        """The size of the anchor, if a remaining checkpoint of an erased log has that size."""
+        if anchor.size > last.size:
+            raise Wrong(CHECKPOINT, f"the log was cut or rolled back: it has {last.size} entries, {_KEPT} has {anchor.size}")
+        if anchor.size not in remaining:
+            self.result.uncompared += 1
+            return None
+        if remaining[anchor.size] != anchor.root:
+            raise Wrong(CHECKPOINT, f"{_KEPT} was signed over other entries: the log was rewritten or forked")
+        return anchor.size
+
+
+def _verified(note: bytes, key: bytes, what: str) -> Checkpoint:
+    try:
+        return checkpoints.verify(note, key)
+    except LacreError as exc:
+        raise Wrong(what, str(exc)) from exc
+
+
+def _taken(anchors: list[Checkpoint], origin: str) -> list[Checkpoint]:
+    """Moves the anchors of this origin out of the list."""
+    own = [anchor for anchor in anchors if anchor.origin == origin]
+    anchors[:] = [anchor for anchor in anchors if anchor.origin != origin]
+    return own
+
+
+@contextmanager
+def _named(number: int) -> Iterator[None]:
+    """Puts the log's folder before the place of a fault."""
+    try:
+        yield
+    except Wrong as exc:
+        raise exc if number == 1 else Wrong(f"{series.name(number)}/{exc.place}", exc.why) from exc
 
 
 class _Walk:
-    """One pass over the log."""
+    """One pass over a log."""
 
-    def __init__(self, folder: Path, key: bytes) -> None:
+    def __init__(self, folder: Path, key: bytes, story: Story) -> None:
         self._key = key
+        self._partials = leftovers.named(folder)  # first: the gateway may write more before the snapshot, and never less
         self._snapshot = Snapshot.take(folder)
         self._folder = folder
         self.edge = Edge()
-        self.story = _Story()
+        self.story = story
         self.origin = ""
+        self.note = self._snapshot.note or b""
         self.torn = 0
         self.anchored: int | None = None
         self._anchors: list[tuple[Checkpoint, str]] = []
@@ -148,8 +233,8 @@ class _Walk:
         # invented.
         self._good = {False: 0, True: 0}
 
-    def run(self, kept: Sequence[bytes]) -> None:
-        """Raises Wrong."""
+    def run(self, kept: list[Checkpoint]) -> None:
+        """kept: the checkpoints that were kept, of any log; this takes those of this log. Raises Wrong."""
         size = self._snapshot.size
         published = self._published()
         self._anchors = sorted([*self._history(), *self._kept(kept)], key=lambda anchor: anchor[0].size)
@@ -162,6 +247,7 @@ class _Walk:
         for checkpoint, what in self._anchors:
             place = f"entry {self.edge.size}"
             raise Wrong(place, f"the log was cut or rolled back: it has {self.edge.size} entries, {what} has {checkpoint.size}")
+        leftovers.check(self._partials, self.edge, self._snapshot)
 
     def _published(self) -> Checkpoint | None:
         note = self._snapshot.note
@@ -169,10 +255,7 @@ class _Walk:
             if not self._snapshot.commits:
                 raise Wrong(CHECKPOINT, "it is missing")
             return None
-        try:
-            checkpoint = checkpoints.verify(note, self._key)
-        except LacreError as exc:
-            raise Wrong(CHECKPOINT, str(exc)) from exc
+        checkpoint = _verified(note, self._key, CHECKPOINT)
         self.origin = checkpoint.origin
         return checkpoint
 
@@ -180,17 +263,14 @@ class _Walk:
         for number, note in enumerate(notes_in(read_file(self._folder / HISTORY, None) or b"")[0]):
             yield self._anchor(note, f"{HISTORY}, note {number},")
 
-    def _kept(self, kept: Sequence[bytes]) -> Iterator[tuple[Checkpoint, str]]:
-        for note in kept:
-            anchor = self._anchor(note, _KEPT)
-            self.anchored = max(self.anchored or 0, anchor[0].size)
-            yield anchor
+    def _kept(self, kept: list[Checkpoint]) -> Iterator[tuple[Checkpoint, str]]:
+        first = next(journal.commits(self._snapshot.commits), None) if not self.origin else None
+        for anchor in _taken(kept, self.origin if first is None else checkpoints.parse(first.note).origin):
+            self.anchored = max(self.anchored or 0, anchor.size)
+            yield anchor, _KEPT
 
     def _anchor(self, note: bytes, what: str) -> tuple[Checkpoint, str]:
-        try:
-            checkpoint = checkpoints.verify(note, self._key)
-        except LacreError as exc:
-            raise Wrong(what, str(exc)) from exc
+        checkpoint = _verified(note, self._key, what)
         if self.origin and checkpoint.origin != self.origin:
             raise Wrong(what, f"its origin is {checkpoint.origin}, and the log's is {self.origin}")
         return checkpoint, what
@@ -244,7 +324,7 @@ class _Walk:
 
     def _journal(self) -> None:
         for commit, checkpoint in replay(self.edge, self._snapshot.commits, self._key, self._pass_anchors):
-            self.origin = self.origin or checkpoint.origin
+            self.origin, self.note = self.origin or checkpoint.origin, commit.note
             if checkpoint.origin != self.origin:
                 raise Wrong("journal", f"a commit of {checkpoint.origin}, and the log is {self.origin}")
             for index, entry in enumerate(commit.entries, checkpoint.size - len(commit.entries)):

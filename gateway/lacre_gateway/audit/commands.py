@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lacre.cli.output import say_json, waiting
 from lacre.cli.surroundings import read_file
 from lacre.errors import SettingsError
+
+if TYPE_CHECKING:
+    from lacre.evidence.audit_proof import AuditProof
+    from lacre_gateway.audit.reader import LogReader
 
 audit_app = typer.Typer(name="audit", help="The audit log: verify it, prove from it, search it.", no_args_is_help=True)
 
@@ -45,12 +48,19 @@ def audit_verify(
     found = {
         "ok": verdict.wrong is None, "verdict": verdict.words, "origin": verdict.origin, "entries": verdict.size,
         "root": verdict.root.hex(), "requests": verdict.requests, "under_way": verdict.under_way, "torn": verdict.torn,
+        "logs": verdict.logs, "erased": verdict.erased, "uncompared": verdict.uncompared,
         "place": None if verdict.wrong is None else verdict.wrong.place,
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found))
     else:
         typer.echo(f"{verdict.origin or folder}: {verdict.size} entries, {verdict.requests} requests")
+        if verdict.logs > 1:
+            typer.echo(
+                f"{verdict.logs} linked logs, of which retention erased {verdict.erased}; the line above is of the newest"
+            )
+        if verdict.uncompared:
+            typer.echo(f"{verdict.uncompared} kept checkpoints are of erased logs, and cannot be compared any more")
         if verdict.under_way:
             typer.echo(
                 f"{verdict.under_way} requests are running, or were cut off by a crash: the next start records their outcome"
@@ -67,24 +77,33 @@ def audit_prove(
     folder: Folder,
     index: Annotated[int | None, typer.Option(help="The entry's index.")] = None,
     request: Annotated[str | None, typer.Option(help="Or the id of the request whose intent to prove.")] = None,
+    origin: Annotated[str | None, typer.Option(help="Of which of several linked logs; default: the newest.")] = None,
     key: KeyOption = None,
 ) -> None:
     """Print an entry's proof under the newest checkpoint (C2SP tlog-proof)."""
-    from lacre_gateway.audit.entries import parse
-    from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.audit import series
 
     if (index is None) is (request is None):
         raise SettingsError("pass either --index or --request")
-    reader = LogReader(folder, parse_key(key))
-    if index is None:
-        members = map(parse, reader.entries())
-        named = (
-            place for place, entry in enumerate(members) if (entry["kind"], entry.get("request_id")) == ("intent", request)
-        )
-        index = next(named, None)
-        if index is None:
-            raise SettingsError(f"the log has no request {request}")
-    typer.echo(reader.proof(index).text(), nl=False)
+    readers = list(series.readers(folder, parse_key(key)))[::-1]
+    if origin is not None:
+        readers = [reader for reader in readers if reader.checkpoint.origin == origin]
+        if not readers:
+            raise SettingsError(f"there is no log {origin} in {folder}, or it was erased")
+    for reader in readers:
+        found = index if index is not None else _intent_of(reader, str(request))
+        if found is not None:
+            typer.echo(reader.proof(found).text(), nl=False)
+            return
+    raise SettingsError(f"the log has no request {request}")
+
+
+def _intent_of(reader: LogReader, request: str) -> int | None:
+    from lacre_gateway.audit.entries import parse
+
+    members = map(parse, reader.entries())
+    named = (place for place, entry in enumerate(members) if (entry["kind"], entry.get("request_id")) == ("intent", request))
+    return next(named, None)
 
 
 @audit_app.command("check-receipt")
@@ -94,14 +113,92 @@ def audit_check_receipt(
     key: KeyOption = None,
 ) -> None:
     """Check a client's proof against the log: the entry is still there, and the log extends the proven tree."""
-    from lacre.evidence.audit_proof import AuditProof
+    from lacre.evidence import checkpoints
+    from lacre_gateway.audit import series
     from lacre_gateway.audit.check import check_receipt
-    from lacre_gateway.audit.reader import LogReader
 
-    text = read_file(proof).decode("utf-8", "replace")
-    kept = AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
-    check_receipt(kept, LogReader(folder, parse_key(key)))
+    kept = _proof(proof)
+    origin = checkpoints.parse(kept.checkpoint).origin
+    readers = list(series.readers(folder, parse_key(key)))
+    own = [reader for reader in readers if reader.checkpoint.origin == origin]
+    if not own and series.was_erased(folder, origin):
+        raise SettingsError(f"retention erased the log {origin}: `lacre audit check-proof` still checks the proof itself")
+    check_receipt(kept, (own or readers)[-1])
     typer.echo(f"entry {kept.index} is in the log, and the log extends the proven tree")
+
+
+@audit_app.command("check-proof")
+def audit_check_proof(
+    proof: Annotated[Path, typer.Argument(help="A proof: from `lacre audit prove` or a client, or the value of Lacre-Audit.")],
+    key: Annotated[str, typer.Option(help="The gateway's key, base64url (`gateway_key` in the manifest).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a proof without the log: the gateway of this key signed a log that holds the entry. Prints the entry."""
+    public = parse_key(key)
+    kept = _proof(proof)
+    checkpoint = kept.verify(public or b"")
+    members = kept.members
+    if as_json:
+        say_json({"ok": True, "log": checkpoint.origin, "entries": checkpoint.size, "index": kept.index, "entry": members})
+        return
+    typer.echo(f"{checkpoint.origin} holds this as entry {kept.index} of {checkpoint.size}:")
+    say_json(members)
+
+
+def _proof(path: Path) -> AuditProof:
+    """Raises InvalidMessage or MessageTooLarge."""
+    from lacre.evidence.audit_proof import AuditProof
+
+    text = read_file(path).decode("utf-8", "replace")
+    return AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
+
+
+@audit_app.command("rotate")
+def audit_rotate(folder: Folder) -> None:
+    """Ask the running gateway for a new log that continues this one, and wait until it is there. No request is refused."""
+    from lacre_gateway.audit import series
+    from lacre_gateway.audit.reader import own_key
+
+    own_key(folder)  # or it is no log
+    with waiting("the gateway rotates the log"):
+        begun = series.ask(folder)
+    if not begun:
+        raise SettingsError("no gateway took up the rotation yet: one that writes this log does so when it starts")
+    typer.echo(f"the log continues in {series.place(folder, series.newest(folder))}")
+
+
+@audit_app.command("export")
+def audit_export(
+    folder: Folder,
+    form: Annotated[str, typer.Option("--format", help="jsonl, cef or ocsf.")] = "jsonl",
+    since: Annotated[datetime | None, typer.Option(help="From this time on, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Before this time, UTC.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new entries.")] = False,
+    cursor: Annotated[
+        Path | None, typer.Option(help="Remember the place after the last entry in this file, and go on there.")
+    ] = None,
+    key: KeyOption = None,
+) -> None:
+    """Print the entries of all linked logs for other systems, one a line. `lacre audit verify` tells whether the logs hold."""
+    from lacre_gateway.audit import export
+
+    named = next((known for known in export.FORMATS if known == form), None)
+    if named is None:
+        raise SettingsError(f"--format {form}: pass jsonl, cef or ocsf")
+    public, exporter = parse_key(key), export.Exporter(named, seconds(since), seconds(until))
+    start = None if cursor is None else export.Cursor.load(cursor)
+    if start is not None:
+        exporter.look_back(folder, public, start)
+    last: export.PlacedEntry | None = None
+    for entry in export.read(folder, public, start, follow=follow):
+        if entry is not None:
+            sys.stdout.writelines(line + "\n" for line in exporter.lines(entry))
+            last = entry
+            continue
+        sys.stdout.flush()
+        if cursor is not None and last is not None:  # after the flush: a crash repeats lines, and loses none
+            export.Cursor(last.origin, last.index + 1).save(cursor)
+            last = None
 
 
 @audit_app.command("tail")
@@ -112,19 +209,17 @@ def audit_tail(
     key: KeyOption = None,
 ) -> None:
     """Print the newest entries, one a line."""
+    from lacre_gateway.audit import series
+    from lacre_gateway.audit.export import Cursor, read
     from lacre_gateway.audit.reader import LogReader
 
-    reader = LogReader(folder, parse_key(key))
-    at = max(0, reader.size - lines)
-    while True:
-        for data in reader.entries(at):
-            typer.echo(data.decode())
-        at = reader.size
-        if not follow:
-            return
-        sys.stdout.flush()
-        time.sleep(0.5)
-        reader = LogReader(folder, parse_key(key))
+    newest = LogReader(series.place(folder, series.newest(folder)), parse_key(key))
+    start = Cursor(newest.checkpoint.origin, max(0, newest.size - lines))
+    for entry in read(folder, parse_key(key), start, follow=follow):
+        if entry is not None:
+            typer.echo(entry.data.decode())
+        else:
+            sys.stdout.flush()
 
 
 @audit_app.command("query")
@@ -148,9 +243,9 @@ def audit_query(
     holds.
     """
     from lacre_gateway.audit import index as indexes
-    from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.audit import series
 
-    database = indexes.build(LogReader(folder, parse_key(key)), index)
+    database = indexes.build(series.readers(folder, parse_key(key)), index)
     if sql is not None:
         names, rows = indexes.ask(database, sql)
         for row in rows:

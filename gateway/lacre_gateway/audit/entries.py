@@ -161,7 +161,22 @@ class Event:
     reason: str | None = None
 
 
-Entry = Intent | Annex | Outcome | AdminIntent | Event
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLink:
+    """The first entry of a log that continues another one.
+
+    checkpoint: the last signed checkpoint of the log before, whole. open: how many requests of that log had no outcome yet;
+    their outcomes are in this log, or in a later one.
+    """
+
+    kind: ClassVar[str] = "link"
+
+    time: float
+    checkpoint: str
+    open: int
+
+
+Entry = Intent | Annex | Outcome | AdminIntent | Event | LogLink
 STARTED: Final = "started"  # count: the intents that got the outcome `interrupted`
 RECOVERED: Final = "recovered"  # count: the bytes of an unfinished commit that were cut off
 RESUMED: Final = "resumed"  # count: the requests refused while the log could not be written
@@ -177,6 +192,10 @@ RESET: Final = "budget-reset"
 RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the named set is the one that stays
 # count: requests of one minute that were refused after their callers had used up their limits of refusals
 UNRECORDED: Final = "unrecorded"
+# target: whose public keys a newer manifest changed, as `pool/<name>`, `receipts/<name>` or `gateway`; count: its version
+KEYS_ROTATED: Final = "keys-rotated"
+ROTATED: Final = "rotated"  # the last entry of a log that another one continues; target: the other one's origin
+ERASED: Final = "erased"  # retention erased an old log; target: its origin; count: its entries
 INTERRUPTED: Final = "interrupted"
 
 
@@ -186,7 +205,7 @@ def _form(kind: type[Entry]) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(required), frozenset({"kind", *(field.name for field in fields(kind))})
 
 
-_KINDS: Final = (Intent, Annex, Outcome, AdminIntent, Event)
+_KINDS: Final = (Intent, Annex, Outcome, AdminIntent, Event, LogLink)
 _FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
 _NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
 _VALUES: Final = {kind: attrgetter(*names) for kind, names in _NAMES.items()}

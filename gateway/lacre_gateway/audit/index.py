@@ -1,14 +1,14 @@
 """The entries of a log as an SQLite table, for searches. It can be rebuilt from the log at any time; it proves nothing by
 itself.
 
-One row for each entry: its index, its plain members, and the whole entry as JSON.
+One row for each entry: its log's origin, its index, its plain members, and the whole entry as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -24,19 +24,22 @@ COLUMNS: Final = (
     "rules", "reason",
 )  # fmt: skip
 # Only names from this file are in the text; values are bound.
-_TABLE: Final = f"CREATE TABLE entries (idx INTEGER PRIMARY KEY, {', '.join(COLUMNS)}, entry TEXT NOT NULL)"
-_INSERT: Final = f"INSERT INTO entries VALUES ({', '.join('?' * (len(COLUMNS) + 2))})"  # noqa: S608
+_TABLE: Final = f"CREATE TABLE entries (log TEXT, idx INTEGER, {', '.join(COLUMNS)}, entry TEXT NOT NULL)"
+_INSERT: Final = f"INSERT INTO entries VALUES ({', '.join('?' * (len(COLUMNS) + 3))})"  # noqa: S608
 
 
-def build(reader: LogReader, path: Path | None = None) -> sqlite3.Connection:
-    """The table of all entries. path: a new file (0600) that replaces the old one; None: in memory."""
+def build(readers: Iterable[LogReader], path: Path | None = None) -> sqlite3.Connection:
+    """The table of all entries of these logs, the oldest first.
+
+    path: a new file (0600) that replaces the old one; None: in memory.
+    """
     if path is not None:
         path.unlink(missing_ok=True)
         path.touch(mode=0o600)
     database = sqlite3.connect(path or ":memory:")
     database.execute(_TABLE)
     with database:
-        database.executemany(_INSERT, _rows(reader))
+        database.executemany(_INSERT, _rows(readers))
         database.execute("CREATE INDEX by_request ON entries (request_id)")
         database.execute("CREATE INDEX by_subject ON entries (subject, time)")
     return database
@@ -53,7 +56,7 @@ def find(
             terms.append(term)
             values.append(value)
     where = f"WHERE {' AND '.join(terms)}" if terms else ""
-    rows = database.execute(f"SELECT entry FROM entries {where} ORDER BY idx DESC LIMIT ?", (*values, limit))  # noqa: S608
+    rows = database.execute(f"SELECT entry FROM entries {where} ORDER BY rowid DESC LIMIT ?", (*values, limit))  # noqa: S608
     return [entry for (entry,) in rows.fetchall()[::-1]]
 
 
@@ -64,10 +67,13 @@ def ask(database: sqlite3.Connection, sql: str) -> tuple[Sequence[str], list[Seq
         with closing(database.execute(sql)) as cursor:
             return [column[0] for column in cursor.description or ()], cursor.fetchall()
     except sqlite3.Error as exc:
-        raise SettingsError(f"--sql: {exc}; the table is entries (idx, {', '.join(COLUMNS)}, entry)") from exc
+        raise SettingsError(f"--sql: {exc}; the table is entries (log, idx, {', '.join(COLUMNS)}, entry)") from exc
 
 
-def _rows(reader: LogReader) -> Iterator[Sequence[Any]]:
-    for index, data in enumerate(reader.entries()):
-        members = parse(data)
-        yield (index, *(members.get(name) for name in COLUMNS), json.dumps({"index": index, **members}, ensure_ascii=False))
+def _rows(readers: Iterable[LogReader]) -> Iterator[Sequence[Any]]:
+    for reader in readers:
+        origin = reader.checkpoint.origin
+        for index, data in enumerate(reader.entries()):
+            members = parse(data)
+            line = json.dumps({"index": index, **members}, ensure_ascii=False)
+            yield (origin, index, *(members.get(name) for name in COLUMNS), line)

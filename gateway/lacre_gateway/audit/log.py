@@ -32,6 +32,7 @@ from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit import series
 from lacre_gateway.audit.entries import Entry, Event, Intent, Outcome, encode, parse
 from lacre_gateway.audit.journal import MAX_GROUP
 from lacre_gateway.audit.reader import LogReader
@@ -76,7 +77,8 @@ _Answer = tuple["asyncio.Future[Recorded] | None", "Recorded | AuditUnavailable"
 class AuditLog:
     """An open log. Made and used on the event loop; closed by `close`, which writes the waiting entries.
 
-    writable: whether the last attempt to write succeeded.
+    writable: whether the last attempt to write succeeded. recorded_before: the newest time that an earlier process recorded, in
+    seconds since the epoch; 0 if there was none.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class AuditLog:
         self._publish_at = 0.0
         self._publishing: Future[Publication] | None = None
         self._tiles = ThreadPoolExecutor(1, "audit-tiles")
+        self._rotation: tuple[str | None] | None = None  # who asked for one, while it is due
+        self.recorded_before = 0.0
         self.writable = True
         self._entries: deque[_Waiting] = deque()
         self._due = threading.Event()  # wakes the thread; an entry by itself does not, because that costs more than the entry
@@ -153,8 +157,18 @@ class AuditLog:
 
     @property
     def size(self) -> int:
-        """How many entries are durable."""
+        """How many entries of the newest log are durable."""
         return self._store.size
+
+    @property
+    def origin(self) -> str:
+        """Of the newest log. It changes when the log was rotated."""
+        return self._store.origin
+
+    def rotate(self, actor: str | None = None) -> None:
+        """Makes the thread begin a new log soon, which continues this one. It tries again while the disk refuses."""
+        self._rotation = (actor,)
+        self._wake()
 
     async def close(self) -> None:
         """Waits until every entry so far is durable and the tiles are up to date; it gives up if the disk stands still."""
@@ -169,6 +183,10 @@ class AuditLog:
         if self._store.torn:
             opening.append(Event(time=now, event=kinds.RECOVERED, count=self._store.torn))
         left = list(self._left_open(folder, key)) if self._store.size else []
+        if self._store.size:
+            self.recorded_before = series.last_time(LogReader(self._store.folder, raw_public_key(key)))
+        if self._store.ended:  # a crash came between the end of that log and the next one
+            self._store.rotate(now, left)
         opening += [
             Outcome(
                 request_id=name, time=now, outcome=kinds.INTERRUPTED, status=None, unreceipted=True, receipt=None,
@@ -185,7 +203,12 @@ class AuditLog:
         """The requests whose intents have no outcome, starting from the last list of them on disk."""
         size, names = self._store.still_open()
         left = dict.fromkeys(names)
-        for data in LogReader(folder, raw_public_key(key)).entries(size):
+        public = raw_public_key(key)
+        if size:
+            unread: Iterator[bytes] = LogReader(self._store.folder, public).entries(size)
+        else:  # without that list, requests of an older log may still be open
+            unread = (data for reader in series.readers(folder, public) for data in reader.entries())
+        for data in unread:
             members = parse(data)
             if members["kind"] == Intent.kind:
                 left[members["request_id"]] = None
@@ -200,6 +223,7 @@ class AuditLog:
                 group, closing = self._next_group()
                 self._record(group)
                 self._publish(idle=not group)
+                self._rotate()
             self._record([self._own(Event(time=self._now(), event=kinds.STOPPED))])
             self._publish(idle=True, wait=True)
         finally:
@@ -210,7 +234,7 @@ class AuditLog:
 
     def _next_group(self) -> tuple[list[_Waiting], bool]:
         """All waiting entries, up to a limit; none after a time; and whether the log is to end."""
-        if not self._due.wait(None if self.writable and not self._store.unpublished else _IDLE):
+        if not self._due.wait(None if self.writable and not self._store.unpublished and not self._rotation else _IDLE):
             return [], False
         self._keep_distance()
         closing = self._closing
@@ -236,6 +260,9 @@ class AuditLog:
         began = time.monotonic()
         self._next_commit = began + min(DISTANCE, _DISTANCE_EACH * (self._under_way() - 1))
         try:
+            if self._store.ended:
+                self._store.rotate(self._now(), self._open)
+                self._rotation = None
             committed = self._store.commit([data for waiting in batch for data in waiting.data])
         except OSError as exc:
             self._observe(time.monotonic() - began, 0)
@@ -301,6 +328,8 @@ class AuditLog:
         """
         if self._publishing is not None and (wait or self._publishing.done()):
             self._finish(self._publishing)
+        if self._store.ended:
+            return  # the rotation publishes
         due = self._store.unpublished > 0 if idle else self._store.unpublished >= _PUBLISH_AFTER
         if self._publishing is None and due and (wait or time.monotonic() >= self._publish_at):
             try:
@@ -311,6 +340,19 @@ class AuditLog:
             self._publishing = self._tiles.submit(publication.write)
             if wait:
                 self._finish(self._publishing)
+
+    def _rotate(self) -> None:
+        """Begins a new log if one is due. No commit is under way, and afterwards no tiles are."""
+        if self._rotation is None or not self.writable:
+            return
+        self._publish(idle=True, wait=True)
+        try:
+            self._store.rotate(self._now(), self._open, *self._rotation)
+        except OSError as exc:
+            self._log.warning("audit log cannot be rotated", reason=exc.strerror)
+            return
+        self._rotation = None
+        self._log.info("audit log rotated", origin=self._store.origin)
 
     def _finish(self, publishing: Future[Publication]) -> None:
         self._publishing = None

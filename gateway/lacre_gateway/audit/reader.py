@@ -22,6 +22,8 @@ from lacre_gateway.audit.edge import Edge
 
 CHECKPOINT: Final = "checkpoint"
 KEY: Final = "key"  # the log's own verifier key
+HISTORY: Final = "checkpoints"
+OPEN: Final = "open"
 _TRIES: Final = 20
 _CACHED_TILES: Final = 256
 

@@ -6,6 +6,7 @@
     checkpoints             one published checkpoint for each 256 entries or more, the oldest first
     open                    ids of requests without an outcome at some size of the log; saves reading it from the start
     lock                    held by the process that writes
+    log-2, log-3, …         the logs that continue this one (`series.py`); the last one is written
 
 Rules:
 - A commit is in the journal, synced and signed, before any caller learns of it. Publication moves the journal's commits into
@@ -33,12 +34,12 @@ from lacre.evidence.checkpoints import Checkpoint
 from lacre.jose.jws import raw_public_key
 from lacre.runtime import file_locks
 from lacre.runtime.json_objects import parse_object
-from lacre_gateway.audit import tiles
+from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit import journal, series, tiles
+from lacre_gateway.audit.entries import Event, LogLink, encode
 from lacre_gateway.audit.journal import Journal
-from lacre_gateway.audit.reader import CHECKPOINT, KEY, Loaded, Snapshot, Wrong, load
+from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, Snapshot, Wrong, load
 
-HISTORY: Final = "checkpoints"
-OPEN: Final = "open"
 LOCK: Final = "lock"
 
 
@@ -83,7 +84,7 @@ class Store:
 
     def __init__(self, folder: Path, key: Ed25519PrivateKey, origin: str) -> None:
         """Opens or creates the log; `origin` is for a new one. Raises SettingsError."""
-        self._folder = folder
+        self._root = folder
         self._key = key
         self._public = raw_public_key(key)
         try:
@@ -92,38 +93,45 @@ class Store:
             raise SettingsError(f"audit: cannot write in {folder} ({exc.strerror}): name a folder that this user owns") from exc
         try:
             self._open(origin)
+        except OSError as exc:
+            self._lock.release()
+            raise SettingsError(f"audit: cannot write in {folder} ({exc.strerror})") from exc
         except BaseException:
             self._lock.release()
             raise
 
     def _open(self, origin: str) -> None:
-        try:
-            snapshot = Snapshot.take(self._folder)
-            loaded = self._load(snapshot)
-            self._edge, self._note, self.torn = loaded.edge, loaded.note or b"", loaded.torn
-            self._published = snapshot.size
-            self.origin = checkpoints.parse(loaded.note).origin if loaded.note else origin
-            self._identity = checkpoints.key_id(self.origin, self._public)
-            self._noted = _last_noted(self._folder / HISTORY)
-            self._partials = set(snapshot.files)
-            if not loaded.note:
-                verifier = checkpoints.verifier_key(self.origin, self._public) + "\n"
-                tiles.write_files(self._folder, [(KEY, verifier.encode())])
-            self._journal = Journal(self._folder, loaded.whole)
-        except OSError as exc:
-            raise SettingsError(f"audit: cannot write in {self._folder} ({exc.strerror})") from exc
+        """Takes the newest log; on an error, this object is as before. Raises OSError or SettingsError."""
+        number = series.newest(self._root)
+        folder = series.place(self._root, number)
+        snapshot = Snapshot.take(folder)
+        loaded, ended = self._load(snapshot)
+        if loaded.note:
+            origin = checkpoints.parse(loaded.note).origin
+        else:
+            verifier = checkpoints.verifier_key(origin, self._public) + "\n"
+            tiles.write_files(folder, [(KEY, verifier.encode())])
+        noted = _last_noted(folder / HISTORY)
+        self._journal = Journal(folder, loaded.whole)
+        self._number, self._folder, self.origin, self._noted, self.ended = number, folder, origin, noted, ended
+        self._edge, self._note, self.torn = loaded.edge, loaded.note or b"", loaded.torn
+        self._published = snapshot.size
+        self._identity = checkpoints.key_id(origin, self._public)
+        self._partials = set(snapshot.files)
 
-    def _load(self, snapshot: Snapshot) -> Loaded:
+    def _load(self, snapshot: Snapshot) -> tuple[Loaded, bool]:
+        """The state of a log, and whether another log continues it."""
+        folder = snapshot.folder
         try:
             loaded = load(snapshot, self._public)
-            if loaded.note is None and (self._folder / "tile").exists() and not snapshot.commits:
+            if loaded.note is None and (folder / "tile").exists() and not snapshot.commits:
                 raise Wrong(CHECKPOINT, "it is missing")
+            return loaded, _ended(snapshot, loaded)
         except Wrong as exc:
             raise SettingsError(
-                f"audit: the log in {self._folder} does not hold, or has another key ({exc}): keep it for the auditor, "
+                f"audit: the log in {folder} does not hold, or has another key ({exc}): keep it for the auditor, "
                 "and name a new folder"
             ) from exc
-        return loaded
 
     @property
     def size(self) -> int:
@@ -178,6 +186,31 @@ class Store:
         known = isinstance(size, int) and 0 <= size <= self.size and isinstance(names, list)
         return (size, [name for name in names if isinstance(name, str)]) if known else (0, [])
 
+    @property
+    def folder(self) -> Path:
+        """Of the log that is written now."""
+        return self._folder
+
+    def rotate(self, now: float, still_open: Collection[str], actor: str | None = None) -> None:
+        """Ends this log, and begins the one that continues it. Nothing may be under way in other threads.
+
+        still_open: the requests without an outcome. Raises OSError; then `ended` says whether this log takes entries, and
+        the call can be repeated.
+        """
+        following = series.following(self.origin, self._number)
+        if not self.ended:
+            self.commit(encode(Event(time=now, event=kinds.ROTATED, actor=actor, target=following)))
+            self.ended = True
+        self.published(self.publication(still_open).write())
+        if series.newest(self._root) == self._number:
+            link = LogLink(time=now, checkpoint=self._note.decode(), open=len(still_open))
+            series.begin(series.place(self._root, self._number + 1), following, self._key, link, tuple(still_open))
+        old, folder = self._journal, self._folder
+        self._open(following)
+        old.close()
+        for name in (journal.NAME, journal.OLD, OPEN):  # the tiles hold it all
+            (folder / name).unlink(missing_ok=True)
+
     def close(self) -> None:
         self._journal.close()
         self._lock.release()
@@ -204,6 +237,21 @@ def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes
     """A row as tiles, each with its index; the last one may be partial."""
     for at in range(0, len(row), tiles.WIDTH):
         yield (first + at) // tiles.WIDTH, row[at : at + tiles.WIDTH]
+
+
+def _ended(snapshot: Snapshot, loaded: Loaded) -> bool:
+    """Whether the last entry says that another log continues this one. Raises Wrong."""
+    size = loaded.edge.size
+    if loaded.edge.entries:
+        last = loaded.edge.entries[-1]
+    elif size:
+        last = snapshot.bundle(size // tiles.WIDTH - 1, tiles.WIDTH)[-1]
+    else:
+        return False
+    try:
+        return parse_object(last, "it").get("event") == kinds.ROTATED
+    except InvalidMessage as exc:
+        raise Wrong(f"entry {size - 1}", str(exc)) from exc
 
 
 def _locked(folder: Path) -> filelock.BaseFileLock:

@@ -1,0 +1,63 @@
+"""Partial tiles that wider ones have replaced, and tiles that no checkpoint covers yet: `verify` checks them too.
+
+A crash between two steps may leave such files. They must agree with the log, because other readers may have taken them for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from lacre.errors import InvalidMessage
+from lacre_gateway.audit import tiles
+from lacre_gateway.audit.edge import Edge
+from lacre_gateway.audit.reader import Snapshot, Wrong, read_file
+
+_NAME: Final = re.compile(r"tile/(?P<level>[0-9]|entries)/(?P<index>(x[0-9]{3}/)*[0-9]{3})(\.p/(?P<width>[1-9][0-9]{0,2}))?")
+
+
+def named(folder: Path) -> Mapping[str, tuple[int | None, int, int]]:
+    """Every file below `tile`: its level, its index and its width. Raises Wrong if one belongs to no log."""
+    found = {}
+    for path in sorted((folder / "tile").rglob("*")):
+        if path.name.startswith(".") or path.is_dir():
+            continue  # unfinished files are `.NAME.new`
+        name = path.relative_to(folder).as_posix()
+        match = _NAME.fullmatch(name)
+        if match is None or int(match["width"] or 1) >= tiles.WIDTH:
+            raise Wrong(name, "no such file belongs to a log")
+        level = None if match["level"] == "entries" else int(match["level"])
+        index = int(match["index"].replace("x", "").replace("/", ""))
+        found[name] = level, index, int(match["width"] or tiles.WIDTH)
+    return found
+
+
+def check(files: Mapping[str, tuple[int | None, int, int]], edge: Edge, snapshot: Snapshot) -> None:
+    """Compares those that the newest checkpoint does not use with the log, which was verified before. Raises Wrong."""
+    for name, (level, index, width) in files.items():
+        height = tiles.HEIGHT * (level or 0)
+        if name in snapshot.files or (width == tiles.WIDTH and (index + 1) * tiles.WIDTH <= snapshot.size >> height):
+            continue  # the newest checkpoint uses it
+        data = read_file(snapshot.folder / name, tiles.MAX_BUNDLE)
+        if data is None:
+            continue  # the gateway has removed it meanwhile
+        try:
+            found = tiles.decode_bundle(data) if level is None else tiles.split_tile(data)
+        except InvalidMessage as exc:
+            raise Wrong(name, str(exc)) from exc
+        if found != _due(edge, snapshot, level, index, width):
+            raise Wrong(name, "it does not agree with the log, which has a wider one")
+
+
+def _due(edge: Edge, snapshot: Snapshot, level: int | None, index: int, width: int) -> Sequence[bytes] | None:
+    """What the file must hold; None if the log is not so long."""
+    begin, end = index * tiles.WIDTH, index * tiles.WIDTH + width
+    if end > edge.size >> tiles.HEIGHT * (level or 0):
+        return None
+    first = edge.first(level)
+    if begin >= first:
+        return (edge.entries if level is None else edge.rows[level])[begin - first : end - first]
+    full = snapshot.bundle(index, tiles.WIDTH) if level is None else snapshot.tile(level, index, tiles.WIDTH)
+    return full[:width]

@@ -1,0 +1,152 @@
+"""Logs that continue each other, in one folder: the first log in the folder itself, the others in `log-2`, `log-3`, and so on.
+
+Rules:
+- The last entry of a log that was rotated says so. The first entry of the next log holds the last checkpoint before it.
+- A new log appears whole, by one rename. After a crash before that, the next start makes it again.
+- The origin of the n-th log is `<origin of the first>/<n>`, because one origin has one tree.
+- Of an erased log, its checkpoints remain, and the proof of its first entry, which links it to the log before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import LacreError
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import raw_public_key
+from lacre.runtime.private_files import replace, sync_folder
+from lacre_gateway.audit import journal, tiles
+from lacre_gateway.audit.entries import LogLink, encode, parse
+from lacre_gateway.audit.reader import CHECKPOINT, KEY, OPEN, LogReader, Wrong, read_file
+
+ASKED: Final = "rotate"  # a file beside the first log: someone asks for a rotation
+PROOF: Final = "erased"  # in an erased log: the proof of its first entry
+_NAME: Final = re.compile(r"log-([1-9][0-9]{0,5})")
+_UNFINISHED: Final = ".log-next"
+_REMAINS: Final = ".erasing"
+_PATIENCE: Final = 30.0  # seconds that `lacre audit rotate` waits for the gateway
+_TRY: Final = 0.1  # seconds between two looks for the new log
+_MAX_PROOF: Final = 256 * 1024  # bytes; an entry has at most 64 KiB, in base64
+
+
+def name(number: int) -> str:
+    return f"log-{number}"
+
+
+def place(root: Path, number: int) -> Path:
+    """The folder of a log, counted from 1."""
+    return root if number == 1 else root / name(number)
+
+
+def newest(root: Path) -> int:
+    """The number of the newest log."""
+    found = (_NAME.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
+    return max((int(match[1]) for match in found if match), default=1)
+
+
+def following(origin: str, number: int) -> str:
+    """The origin of the log after the one of this origin and number."""
+    first = origin.removesuffix(f"/{number}") if number > 1 else origin
+    return f"{first}/{number + 1}"
+
+
+def ask(root: Path) -> bool:
+    """Asks the gateway that writes this log for a rotation. Whether the new log was there in time. Raises OSError."""
+    number, end = newest(root), time.monotonic() + _PATIENCE
+    replace(root / ASKED, b"")
+    while newest(root) == number and time.monotonic() < end:
+        time.sleep(_TRY)
+    return newest(root) > number
+
+
+def erased(folder: Path) -> AuditProof | None:
+    """The proof of the first entry, if the log was erased. Raises Wrong, or SettingsError if the file cannot be read."""
+    data = read_file(folder / PROOF, _MAX_PROOF)
+    if data is None:
+        return None
+    try:
+        return AuditProof.parse(data.decode())
+    except (LacreError, UnicodeDecodeError) as exc:
+        raise Wrong(PROOF, f"it is damaged ({exc})") from exc
+
+
+def kept(root: Path) -> Iterator[int]:
+    """The numbers of the logs that were not erased, the oldest first."""
+    return (number for number in range(1, newest(root) + 1) if not (place(root, number) / PROOF).exists())
+
+
+def was_erased(root: Path, origin: str) -> bool:
+    """Whether the log of this origin was here. Raises Wrong or SettingsError."""
+    proofs = (erased(place(root, number)) for number in range(1, newest(root) + 1))
+    return any(proof is not None and checkpoints.parse(proof.checkpoint).origin == origin for proof in proofs)
+
+
+def readers(root: Path, key: bytes | None) -> Iterator[LogReader]:
+    """Of each log that was not erased, the oldest first. Raises Wrong or SettingsError."""
+    return (LogReader(place(root, number), key) for number in kept(root))
+
+
+def last_time(reader: LogReader) -> float:
+    """The time of the newest entry that has one, in seconds since the epoch; only an annex has none. 0 without entries."""
+    for index in range(reader.size - 1, -1, -1):
+        members = parse(reader.entry(index))
+        if "time" in members:
+            return float(members["time"])
+    return 0.0
+
+
+def begin(folder: Path, origin: str, key: Ed25519PrivateKey, link: LogLink, still_open: Sequence[str]) -> None:
+    """Makes the log of this folder, with the link as its only entry. Raises OSError."""
+    entry = encode(link)[0]
+    public, leaf = raw_public_key(key), merkle.leaf_hash(entry)
+    note = Checkpoint(origin, 1, leaf).sign(key, checkpoints.key_id(origin, public))
+    beside = folder.parent / _UNFINISHED
+    if beside.exists():
+        shutil.rmtree(beside)
+    beside.mkdir(mode=0o700)
+    files = [
+        (KEY, (checkpoints.verifier_key(origin, public) + "\n").encode()),
+        (tiles.tile(0, 0, 1), leaf),
+        (tiles.tile(None, 0, 1), tiles.encode_bundle([entry])),
+        (OPEN, json.dumps({"size": 1, "open": list(still_open)}).encode()),
+        (CHECKPOINT, note),
+    ]
+    tiles.write_files(beside, files)
+    beside.rename(folder)
+    sync_folder(folder.parent)
+
+
+def erase(folder: Path, key: bytes) -> None:
+    """Erases the entries and tiles of an old log; what links the logs remains. Can be repeated after a fault.
+
+    The caller has recorded it. Raises OSError, or Wrong if the log does not hold: then nothing was erased.
+    """
+    if not (folder / PROOF).exists():
+        reader = LogReader(folder, key)
+        first = reader.proof(0)
+        first.verify(key)
+        replace(folder / PROOF, first.text().encode())
+    remains = folder / _REMAINS
+    if remains.exists():
+        shutil.rmtree(remains)
+    if (folder / "tile").exists():
+        (folder / "tile").rename(remains)
+        sync_folder(folder)
+        shutil.rmtree(remains)
+    for file in (journal.NAME, journal.OLD, OPEN):
+        (folder / file).unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether the erasure of this log began and did not end."""
+    return (folder / PROOF).exists() and ((folder / "tile").exists() or (folder / _REMAINS).exists())
