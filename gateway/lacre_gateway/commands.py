@@ -212,3 +212,4 @@ def revoke(
 
     asyncio.run(run())
     typer.echo(f"revoked until {datetime.fromtimestamp(revoked.until, UTC):%Y-%m-%d %H:%M:%S UTC}")
+    typer.echo(f"audit logs name it {revoked.key}")

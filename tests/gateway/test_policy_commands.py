@@ -43,6 +43,23 @@ def test_check(tmp_path: Path) -> None:
     assert "a gateway would activate them" in run("check", copied(tmp_path)).stdout
 
 
+def test_copy(tmp_path: Path) -> None:
+    """A set to edit, which a gateway would activate. No folder with anything in it is changed, and no half is left."""
+    folder = tmp_path / "etc" / "policies"
+    done = run("copy", folder)
+    assert done.returncode == 0 and "lacre policy check" in done.stdout, done.stderr
+    assert said("check", folder)["rules"] == RULES.digest
+    assert [path.name for path in folder.parent.iterdir()] == ["policies"]
+    (folder / "default.cedar").unlink()
+    for refused in (folder, tmp_path / "file" / "policies"):
+        (tmp_path / "file").write_text("")
+        done = run("copy", refused)
+        assert done.returncode == 1 and done.stderr.startswith("error: "), done.stdout
+    assert not (folder / "default.cedar").exists()
+    (tmp_path / "empty").mkdir()
+    assert run("copy", tmp_path / "empty").returncode == 0
+
+
 NESTED = f'@id("x") permit (principal, action, resource) when {{ {"(" * 20_000}true{")" * 20_000} }};'
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +32,17 @@ _VERDICT = {True: "allow", False: "deny", None: "depends"}
 
 def register(app: typer.Typer) -> None:
     app.add_typer(policy_app)
+
+
+@policy_app.command("copy")
+def policy_copy(folder: Annotated[Path, typer.Argument(help="The new folder.")]) -> None:
+    """Copy the rule set that ships with Lacre into a new folder, to edit it there."""
+    from lacre_gateway.policy.rules import copy_shipped
+
+    copy_shipped(folder)
+    typer.echo(
+        f"{folder}: edit it, run `lacre policy check {shlex.quote(str(folder))}`, and name it `policies` in gateway.toml"
+    )
 
 
 @policy_app.command("check")

@@ -16,6 +16,9 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +102,27 @@ class RuleSet:
         """Each case, and the fault of its decision."""
         for case in self.cases:
             yield case, case.fails(self.policies.decide(case.request.question()))
+
+
+def copy_shipped(folder: Path) -> None:
+    """Copies the rule set that ships with Lacre into a new folder, whole or not at all. Raises SettingsError."""
+    _, files = _at_one_moment(shipped())
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise SettingsError(f"{folder} is not empty: name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.resolve().parent, prefix=f".{folder.name}."))
+        try:
+            for name, data in files.items():
+                (beside / name).parent.mkdir(parents=True, exist_ok=True)
+                (beside / name).write_bytes(data)
+            beside.chmod(0o755)  # rules are no secret, and the gateway may run as another user
+            os.replace(beside, folder)  # noqa: PTH105 - a folder replaces an empty one only in this way
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    except OSError as exc:
+        raise SettingsError(f"cannot copy the rules to {folder}: {exc.strerror}") from exc
 
 
 def _plans(folder: Path, text: str | None) -> Plans:
