@@ -66,6 +66,7 @@ from lacre.evidence.exchange_info import Part
 from lacre.evidence.receipts import Receipt
 from lacre.evidence.recount import Recount
 from lacre.evidence.verification import Verification
+from lacre.exchange.own_usage import OwnUsage, UsedLimit
 from lacre.jose.dpop import ProofKey
 from lacre.transport.oauth import ClientCredentials
 from lacre.trust.chain import ConnectionString
@@ -112,6 +113,7 @@ __all__ = [
     "NetworkError",
     "OpenAI",
     "OpenError",
+    "OwnUsage",
     "Part",
     "ProofKey",
     "ProtocolError",
@@ -145,6 +147,7 @@ __all__ = [
     "UnsupportedSuite",
     "UntrustedRoot",
     "UsageError",
+    "UsedLimit",
     "Verification",
     "VerificationError",
     "VersionFile",

@@ -24,12 +24,18 @@ def test_a_bound_token(up: Up, tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     key = lacre.ProofKey.load(path)
     assert asked(up, token, key) and asked(up, other, key)
+    with up.client(token=token, dpop=key) as client:
+        assert {each.limit for each in client.usage().limits} == {"requests_per_minute", "concurrent_streams"}
     for wrong in (None, lacre.ProofKey.generate()):
         with pytest.raises(lacre.Unauthenticated, match="bound to a key"):
             asked(up, token, wrong)
+        with pytest.raises(lacre.Unauthenticated, match="bound to a key"), up.client(token=token, dpop=wrong) as client:
+            client.usage()
     # The command takes the key from its environment.
     told = run("chat", "Name a sea.", "--max-tokens", "2", up=up, LACRE_TOKEN=token, LACRE_DPOP_KEY=str(path))
     assert told.returncode == 0 and told.stdout.strip(), told.stderr
+    told = run("usage", up=up, LACRE_TOKEN=token, LACRE_DPOP_KEY=str(path))
+    assert told.returncode == 0 and "requests_per_minute" in told.stdout, told.stderr
 
 
 def test_revoked(up: Up) -> None:

@@ -74,6 +74,8 @@ class Samples:
             lacre.EmbedReply: lambda: lacre.EmbedReply("m", (), reply.usage, 1, reply.receipt, reply.audit, reply.verification),
             lacre.RerankReply: lambda: lacre.RerankReply((), reply.usage, 1, reply.receipt, reply.audit, reply.verification),
             lacre.TokenizeReply: lambda: lacre.TokenizeReply((1, 2), 512, reply.verification),
+            lacre.OwnUsage: lambda: lacre.OwnUsage(None, "USD", ()),
+            lacre.UsedLimit: lambda: lacre.UsedLimit("tokens_per_day", "user", "tokens", 9, 4, 5, 86400.0),
             lacre.LensToken: lambda: lacre.LensToken("a", (1,), (1.0,), ("a",)),
             lacre.ChatStream: lambda: client.chat_stream("Hello."),
             lacre.AsyncChatStream: lambda: later.chat_stream("Hello."),

@@ -19,7 +19,7 @@ from lacre._version import __version__
 try:
     import typer
 
-    from lacre.cli import ask, chat, explain, login, manifest, proxy, status
+    from lacre.cli import ask, chat, explain, login, manifest, proxy, status, usage
     from lacre.cli.ending import run
     from lacre.cli.manifest import manifest_app
     from lacre.cli.surroundings import check_texts
@@ -42,6 +42,7 @@ app.command()(chat.chat)
 app.command()(ask.ask)
 app.command()(explain.explain)
 app.command()(status.status)
+app.command()(usage.usage)
 app.command()(proxy.proxy)
 app.command()(login.login)
 app.command()(login.logout)

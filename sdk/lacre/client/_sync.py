@@ -45,6 +45,7 @@ from lacre.evidence.exchange_info import documented
 from lacre.evidence.prices import Prices, prices_of
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import DEFAULT_KEMS, Sealing
+from lacre.exchange.own_usage import OwnUsage
 from lacre.exchange.routing import models_of
 from lacre.exchange.stream_state import StreamState, checked_key
 from lacre.jose.dpop import ProofKey
@@ -329,3 +330,7 @@ class Client(SealingClient):
     def models(self) -> tuple[str, ...]:
         """The models that a request may name, the default first: those of the pool, and the routes of the verified manifest."""
         return models_of(self._sealed.manifest(), self._pool_name)
+
+    def usage(self) -> OwnUsage:
+        """What you and your tenant have used of each limit. The gateway says so, and nobody signs it. Raises LacreError."""
+        return self._sealed.usage()

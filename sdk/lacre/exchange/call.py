@@ -44,6 +44,7 @@ from lacre.evidence.receipts import Receipt
 from lacre.evidence.verification import SealedTo, Signed, Verification
 from lacre.exchange.first_use import first_use
 from lacre.exchange.model_paths import misdirected
+from lacre.exchange.own_usage import OwnUsage, own_usage
 from lacre.exchange.request import Plain, Prepared, is_repeatable, prepare
 from lacre.exchange.retry import ENDURANCE, Retries, delay
 from lacre.exchange.routing import CallRoute, pin_of
@@ -175,6 +176,10 @@ class Sealing:
         except LacreError as exc:
             exc.verification = exc.verification or self._checked(None)
             raise
+
+    def usage(self, retries: int | EllipsisType | None) -> Steps[OwnUsage]:
+        """What the caller has used, as the gateway says. retries: as in `Overrides`."""
+        return own_usage(self._retries if isinstance(retries, EllipsisType) else retries, self._clock)
 
     def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | GatewayRefusal]:
         """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.

@@ -18,7 +18,7 @@ class Send:
     """Send this to the gateway, and send back an `Outer`.
 
     sealed: SHA-256 of `hdr ‖ enc` of the sealed request in it. A sealed request needs the access token, and has timeouts of its
-    own.
+    own. named: needs the access token, and is not sealed.
     """
 
     method: str
@@ -26,6 +26,7 @@ class Send:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = field(default=b"", repr=False)
     sealed: bytes | None = None
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class AsyncWire:
     async def _send(self, step: Send) -> Outer:
         await self.close()
         outer, bearer = opened(self._link.outer.get()), self._link.bearer
-        token = await bearer.token() if step.sealed else None
+        token = await bearer.token() if step.sealed or step.named else None
         request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
         Dialled(self._link.sockets.trace).awatch(request)
         with mapped():

@@ -105,7 +105,7 @@ class Wire:
     def _send(self, step: Send) -> Outer:
         self.close()
         outer, bearer = opened(self._link.outer.get()), self._link.bearer
-        token = bearer.token() if step.sealed else None
+        token = bearer.token() if step.sealed or step.named else None
         request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
         Dialled(self._link.sockets.trace).watch(request)
         with mapped():

@@ -17,6 +17,7 @@ import httpx2
 from lacre import errors
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import Sealing
+from lacre.exchange.own_usage import OwnUsage
 from lacre.exchange.request import NO_OVERRIDES, Overrides
 from lacre.exchange.resume import ResumableAnswer, asking
 from lacre.exchange.sealed_answer import GatewayRefusal
@@ -90,6 +91,13 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
     async def manifest(self) -> Manifest:
         """The verified manifest; fetched if there is none or it is old."""
         return await AsyncWire(self._link, {}).run(self._sealing.manifest())
+
+    async def usage(self) -> OwnUsage:
+        """What the caller has used of its limits, as the gateway says."""
+        wire = AsyncWire(self._link, {})
+        used = await wire.run(self._sealing.usage(self._overrides.retries))
+        await wire.close()
+        return used
 
     def overridden(self, overrides: Overrides) -> AsyncSealedTransport:
         """The same transport for calls with other options. Closing it closes nothing."""

@@ -18,6 +18,7 @@ import httpx2
 from lacre import errors
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import Sealing
+from lacre.exchange.own_usage import OwnUsage
 from lacre.exchange.request import NO_OVERRIDES, Overrides
 from lacre.exchange.resume import ResumableAnswer, asking
 from lacre.exchange.sealed_answer import GatewayRefusal
@@ -91,6 +92,13 @@ class SealedTransport(httpx2.BaseTransport):
     def manifest(self) -> Manifest:
         """The verified manifest; fetched if there is none or it is old."""
         return Wire(self._link, {}).run(self._sealing.manifest())
+
+    def usage(self) -> OwnUsage:
+        """What the caller has used of its limits, as the gateway says."""
+        wire = Wire(self._link, {})
+        used = wire.run(self._sealing.usage(self._overrides.retries))
+        wire.close()
+        return used
 
     def overridden(self, overrides: Overrides) -> SealedTransport:
         """The same transport for calls with other options. Closing it closes nothing."""
