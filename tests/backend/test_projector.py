@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import os
 import subprocess
@@ -33,7 +32,7 @@ from lacre_backend.engine import projector as projectors
 from lacre_backend.engine.adapters import AdapterFile, adapted_digest
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.pictures import decoded
-from lacre_backend.engine.projector import ProjectorFile, check, mtmd
+from lacre_backend.engine.projector import ProjectorFile, check
 from lacre_backend.engine.protocol import (
     EngineClosed,
     Event,
@@ -54,22 +53,14 @@ from lacre_backend.serve import load_engine
 from lacre_backend.settings import ModelSettings
 from lacre_backend.workshop.sealing import seal_model
 from parts.tiny_model import N_EMBD, tiny_lora, tiny_model
-from parts.tiny_projector import TOKENS, tiny_projector
+from parts.tiny_projector import TOKENS, has_mtmd, picture, tiny_projector
 
 ENDLESS = replace(GREEDY, logit_bias=dict.fromkeys(range(3), -1000.0))  # without the control tokens
 SMALL = LlamaSettings(n_ctx=512, threads=1, slots=2)
 COUNTS = ("/v1/tokenize", "/v1/responses/input_tokens", "/v1/messages/count_tokens")
 
 
-def _built() -> bool:
-    try:
-        mtmd()
-    except SettingsError:
-        return False
-    return True
-
-
-sees = pytest.mark.skipif(not _built(), reason="this llama-cpp-python has no mtmd: `make projector` installs one")
+sees = pytest.mark.skipif(not has_mtmd(), reason="this llama-cpp-python has no mtmd: `make projector` installs one")
 
 
 @pytest.fixture
@@ -127,7 +118,7 @@ def table(base: Path, projector: Path, **more: Any) -> ModelSettings:
     return ModelSettings(path=base, name="tiny", projector=projector, context=512, threads=1, slots=1, **more)
 
 
-@pytest.mark.skipif(_built(), reason="this llama-cpp-python has mtmd")
+@pytest.mark.skipif(has_mtmd(), reason="this llama-cpp-python has mtmd")
 def test_a_worker_without_mtmd_says_what_to_install(tmp_path: Path, base: Path) -> None:
     with pytest.raises(SettingsError, match="make projector"):
         load_engine(table(base, tiny_projector(tmp_path / "own.gguf")))
@@ -195,14 +186,6 @@ async def test_a_sealed_projector_sees_the_same(tmp_path: Path, base: Path) -> N
 
 
 # Pictures
-
-
-def picture(colour: Any, size: tuple[int, int] = (50, 40), kind: str = "PNG", **options: Any) -> bytes:
-    image = pytest.importorskip("PIL.Image", reason="`make projector` installs Pillow")
-    written = io.BytesIO()
-    mode = "RGBA" if isinstance(colour, tuple) and len(colour) == 4 else "RGB"
-    image.new(mode, size, colour).save(written, kind, **options)
-    return written.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])

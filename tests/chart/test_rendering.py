@@ -96,6 +96,10 @@ MISTAKES = {
         "workers.digests.other.sha256={" + "a" * 64 + "}",
         "digests: the pool default has no model other",
     ),
+    "a projector elsewhere than in a mount": (
+        "workers.models[0].name=m,workers.models[0].path=/models/m.gguf,workers.models[0].projector=mmproj.gguf",
+        "/models/0/projector",
+    ),
     "a private key of a signer": ("modelSigners.a=-----BEGIN PRIVATE KEY-----", "'/modelSigners/a'"),
     "no pool": ("pools.default=null", "pools: name at least one"),
     "a pool of models and of an upstream": (

@@ -233,6 +233,18 @@ def test_signers_stay_with_a_model(site: Site) -> None:
     assert tables(site) == [{"name": "a", "path": "/m/A.gguf", **demanded}]
 
 
+def test_a_projector_stays_with_its_model(site: Site) -> None:
+    path, own = site.worker_settings("default"), {"name": "a", "path": "/m/A.gguf", "projector": "/m/mmproj.gguf"}
+    served = served_models.chosen(path, [Path("/m/A.gguf")], projector=Path("/m/mmproj.gguf"))
+    assert (served.names, served.tables) == (("a",), (own,))
+    site.write_settings("nats://127.0.0.1:4222", 8321, {"default": served.tables})
+    serve(site, "/m/B.gguf")
+    serve(site, "/m/A.gguf")
+    assert tables(site) == [own]
+    with pytest.raises(SettingsError, match="--projector is for one model, and 2 are served"):
+        served_models.chosen(path, [Path("/m/A.gguf"), Path("/m/B.gguf")], projector=Path("/m/mmproj.gguf"))
+
+
 def test_a_link_gives_a_file_another_id(site: Site, tmp_path: Path) -> None:
     """As in a store that calls files by their digests."""
     links = [tmp_path / "Qwen.gguf", tmp_path / "Other.gguf"]
@@ -250,3 +262,5 @@ def test_an_upstream_of_a_persons_own_stays(site: Site) -> None:
     assert "models" not in tomllib.loads(path.read_text())
     with pytest.raises(SettingsError, match="omit --model"):
         served_models.chosen(path, [Path("/m/A.gguf")])
+    with pytest.raises(SettingsError, match="and --projector, or remove that table"):
+        served_models.chosen(path, [], projector=Path("/m/mmproj.gguf"))

@@ -1,19 +1,41 @@
-"""A vision projector for `tiny_model`: one layer, random weights, of LLaVA's kind. It makes 16 tokens of each picture."""
+"""Pictures, and a vision projector for `tiny_model`: one layer, random weights, of LLaVA's kind: 16 tokens of each picture."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pytest
 
+from lacre.errors import SettingsError
+from lacre_backend.engine.projector import mtmd
 from parts.tiny_model import N_EMBD, write_gguf
 
 SIDE, PATCH = 32, 8  # pixels
 TOKENS = (SIDE // PATCH) ** 2  # of a picture
 _WIDTH, _HEADS, _INNER = 32, 2, 64
+
+
+def has_mtmd() -> bool:
+    """Whether this environment can load a projector: `make projector` made it so."""
+    try:
+        mtmd()
+    except SettingsError:
+        return False
+    return True
+
+
+def picture(colour: Any, size: tuple[int, int] = (50, 40), kind: str = "PNG", **options: Any) -> bytes:
+    """A file of one colour. Skips the test without Pillow."""
+    image = pytest.importorskip("PIL.Image", reason="`make projector` installs Pillow")
+    written = io.BytesIO()
+    mode = "RGBA" if isinstance(colour, tuple) and len(colour) == 4 else "RGB"
+    image.new(mode, size, colour).save(written, kind, **options)
+    return written.getvalue()
 
 
 def tiny_projector(

@@ -13,7 +13,7 @@ from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
 from lacre_backend.engine.embed import DEFAULT_CONTEXT
 from lacre_backend.engine.gguf_header import Malformed, read
 from lacre_backend.engine.model import DEFAULT_N_CTX
-from lacre_backend.engine.projector import ProjectorFile, projected_digest
+from lacre_backend.engine.projector import ProjectorFile, mtmd, projected_digest
 from lacre_backend.engine.projector import check as check_projector
 from lacre_backend.models.opening import open_model
 from lacre_backend.settings import ModelSettings, WorkerSettings, with_default
@@ -36,8 +36,12 @@ class PlannedModels(Table):
 
     @classmethod
     def read(cls, file: BinaryIO, settings: Path) -> PlannedModels:
-        """From JSON. settings: the file, for messages and relative paths; it need not exist. Raises SettingsError."""
+        """From JSON. settings: the file, for messages and relative paths; it need not exist. Raises SettingsError, also for
+        what no worker here could load.
+        """
         planned = validated(cls, json.loads(file.read()), settings)
+        if any(model.projector is not None for model in planned.models):
+            mtmd()
         return planned.model_copy(update={"models": with_default(planned.models, planned.default_model)})
 
 
@@ -55,6 +59,8 @@ def served_files(settings: WorkerSettings | PlannedModels) -> dict[str, ModelEnt
         if projector is not None and model.projector is not None:
             file = ProjectorFile(projector.file.path, projector.file.digest, model.projector)
             check_projector(file, base.file.path)
+            if described.kind is not ModelKind.GENERATE:
+                raise SettingsError(f"{base.file.name} writes no text: remove its `projector`.")
         digest = projected_digest(base.file.digest, None if projector is None else projector.file.digest)
         signers = (base.signer, None if projector is None else projector.signer)
         found[base.file.name] = _entry(digest, *signers).described_as(described)

@@ -43,20 +43,24 @@ def table(model: Path) -> dict[str, str]:
 
 
 def chosen(
-    path: Path, models: Sequence[Path], signers: Sequence[Path] = (), adapters: Mapping[str, Path] = NO_ADAPTERS
+    path: Path,
+    models: Sequence[Path],
+    signers: Sequence[Path] = (),
+    adapters: Mapping[str, Path] = NO_ADAPTERS,
+    projector: Path | None = None,
 ) -> ServedModels:
     """path: the worker's settings file; it may be missing. models: absolute paths; empty: those in the file.
 
     signers: public keys, one of which must have signed each model from now on; empty: what the file says stays. adapters: of
-    the only model, by name, beside those in the file.
+    the only model, by name, beside those in the file. projector: of the only model; None: what the file says stays.
 
     Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, for two models with one id, and for
-    adapters of several models.
+    adapters or a projector of several models.
     """
     document: Mapping[str, Any] = settings_files.read(path) or {}
     if "upstream" in document:
-        if models or adapters:
-            raise SettingsError(f"{path} has a table [upstream]: omit --model and --adapter, or remove that table")
+        if models or adapters or projector is not None:
+            raise SettingsError(f"{path} has a table [upstream]: omit --model, --adapter and --projector, or remove that table")
         return ServedModels(_upstream(path, document), ())
     there = [_named(one) for one in settings_files.tables(path, document, "models")]
     aside = path.with_name(_ASIDE)
@@ -67,7 +71,11 @@ def chosen(
     if adapters and len(unique) > 1:
         raise SettingsError(f"--adapter is for one model, and {len(unique)} are served: write `adapters` into {path}")
     demanded = {"signers": [str(key) for key in signers], "require_signature": True} if signers else {}
-    files = {"adapters": {name: str(file) for name, file in adapters.items()}} if adapters else {}
+    if projector is not None and len(unique) > 1:
+        raise SettingsError(f"--projector is for one model, and {len(unique)} are served: write `projector` into {path}")
+    files: dict[str, object] = {"adapters": {name: str(file) for name, file in adapters.items()}} if adapters else {}
+    if projector is not None:
+        files["projector"] = str(projector)
     tables = tuple({**one, **demanded, **files} for one in unique)
     return ServedModels(tuple(name for one in planned(path, tables) for name in _names(one)), tables)
 

@@ -48,6 +48,12 @@ def up(
         list[str] | None,
         typer.Option(help="A LoRA adapter of the model, served as MODEL:NAME; may be repeated.", metavar="NAME=FILE"),
     ] = None,
+    projector: Annotated[
+        Path | None,
+        typer.Option(
+            help="A GGUF file with which the model reads images. Default: what this state served last.", metavar="FILE"
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
     kms: OpeningKms = None,
@@ -62,8 +68,7 @@ def up(
 
     folder = (state or default_state()).resolve()
     schedule = Schedule(every=rotate_hours * 3600 or None)
-    # Keep symbolic links: in some model stores the link has the model's name and the target only a digest.
-    files = [Path(os.path.normpath(path.absolute())) for path in model or []]
+    files = [_unresolved(path) for path in model or []]
     adapters = dict(_adapter(each) for each in adapter or [])
 
     def tell(line: str) -> None:
@@ -80,6 +85,7 @@ def up(
                 files,
                 signers=signers,
                 adapters=adapters,
+                projector=None if projector is None else _unresolved(projector),
                 schedule=schedule,
                 kms=kms,
                 workers=workers,
@@ -95,13 +101,18 @@ def up(
     asyncio.run(until_signalled(run()))
 
 
+def _unresolved(path: Path) -> Path:
+    """Absolute, with its symbolic links: in some model stores the link has the model's name and the target only a digest."""
+    return Path(os.path.normpath(path.absolute()))
+
+
 def _adapter(said: str) -> tuple[str, Path]:
     from lacre.errors import SettingsError
 
     name, _, file = said.partition("=")
     if not name or not file:
         raise SettingsError(f"--adapter {said}: write NAME=FILE, for example legal=legal.gguf")
-    return name, Path(os.path.normpath(Path(file).absolute()))
+    return name, _unresolved(Path(file))
 
 
 def demo(

@@ -81,6 +81,7 @@ async def running(
     *,
     signers: Sequence[Path] = (),
     adapters: Mapping[str, Path] = served_models.NO_ADAPTERS,
+    projector: Path | None = None,
     schedule: Schedule | None = None,
     kms: str | None = None,
     workers: int = 1,
@@ -92,7 +93,7 @@ async def running(
     - state, models: absolute paths; models are GGUF files, the default model needs only its name. Default: the models in the
       state's settings, or the default model.
     - signers: public keys in PEM, one of which must have signed each model; default: those in the state's settings.
-    - adapters: of the only model, by name, beside those in the state's settings.
+    - adapters: of the only model, by name, beside those in the state's settings. projector: of the only model, to read images.
     - port: 0 picks a free one.
     - schedule: for the pool keys. kms: the address of the key that wraps them, and the keys of sealed models; None: unchanged.
     - workers: their number in the pool. as_shipped: serves the default model's shipped file, not the type that is the fastest.
@@ -105,7 +106,7 @@ async def running(
     supervisor = Supervisor(tell)
     with ExitStack() as stack:
         stack.enter_context(_only_one(state))
-        served = served_models.chosen(Site(state, {}).worker_settings(POOL), models, signers, adapters)
+        served = served_models.chosen(Site(state, {}).worker_settings(POOL), models, signers, adapters, projector)
         site = _site(state, served)
         port = _free(port)
         if not as_shipped:
