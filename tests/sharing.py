@@ -21,6 +21,7 @@ LONGEST: Final = (
     "tests/path/test_resume_calls.py",
     "tests/ecosystem/test_pythons.py",
     "tests/ecosystem/test_clients.py",
+    "tests/upgrade/test_rolling.py",
     "tests/path/test_budget_races.py",
     "tests/docs/test_blocks.py",
     "tests/test_bench.py",

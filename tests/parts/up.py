@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,10 @@ class Up:
     token: str = ""
 
     @classmethod
-    def start(cls, state: Path, *arguments: str, as_shipped: bool = True) -> Up:
-        """as_shipped: serve the default model's shipped file, whose answers are the same on all machines."""
+    def start(cls, state: Path, *arguments: str, as_shipped: bool = True, lacre: Sequence[str] = LACRE) -> Up:
+        """as_shipped: serve the default model's shipped file, whose answers are the same everywhere. lacre: the command."""
         log = state.with_name(f"up-{time.monotonic_ns()}.log")
-        command = [*LACRE, "up", "--state", str(state), "--port", "0", *(["--as-shipped"] if as_shipped else []), *arguments]
+        command = [*lacre, "up", "--state", str(state), "--port", "0", *(["--as-shipped"] if as_shipped else []), *arguments]
         with log.open("wb") as output:
             up = cls(subprocess.Popen(command, stdout=output, stderr=output, env=environment(state)), state, log)
         try:
