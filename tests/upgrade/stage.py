@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from lacre_fabric.nats import roles
+from lacre_gateway.budget.plans import PLANS_FILE
 from parts.stage import MODEL, POOL, GatewayProcess, LiveStage, launched, own_issuer, stopped, worker_settings
 from parts.versions import Version, environment
 from parts.waiting import PATIENCE, until
@@ -106,6 +108,8 @@ class Deployment(LiveStage):
         self.folder, self.old, self.new = folder, old, new
         old.lacre("keys", "init", "--state", str(folder / "state"))
         super().__init__(folder, {POOL: (MODEL,)})
+        shutil.copytree(old.sources / "policies", self.policies)  # an operator's own rules, which both versions read
+        (self.policies / PLANS_FILE).write_text(PLANS)
         self.balancer = Balancer()
         self.loads: list[Load] = []
         self.counts: dict[str, dict[str, int]] = {}  # by state of the deployment, and by version of the SDK
@@ -125,7 +129,7 @@ class Deployment(LiveStage):
             self.worker(worker_settings(site, node), node)
         for name in GATEWAYS:
             tables = f"drain_delay = {DRAIN_DELAY}\n{own_issuer(site)}"
-            self.gateway(tables, plans=PLANS)
+            self.gateway(tables)
             assert self.gateways[-1].name == name
         await self.start_workers(self.old)
         await asyncio.gather(*(self._start(gateway, self.old) for gateway in self.gateways))

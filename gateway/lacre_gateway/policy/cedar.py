@@ -5,6 +5,8 @@ Rules:
 - A policy that fails during evaluation, or a question that does not fit the schema, means no.
 - Every policy has an `@id` of its own, because the audit log names policies by it: numbers change whenever a policy is added.
 - A decision is remembered by everything that it depends on (`question.key`), within its set: another set forgets it.
+- A schema of an older version lacks members and actions that were added since. The set then decides without these members, and
+  denies these actions.
 - This file reads no files and does not know HTTP.
 """
 
@@ -16,13 +18,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 import cedarpy
 
 from lacre.errors import SettingsError
 from lacre_gateway.policy.local_time import UTC_ZONE, TimeZone
-from lacre_gateway.policy.question import AnyQuestion
+from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion
 
 # Each holds names from a token (at most 16 KiB), which the verdicts of `auth` hold as well.
 MAX_DECISIONS: Final = 4096
@@ -82,6 +84,7 @@ class PolicySet:
         self.names = names
         self.digest = digest
         self.zone = zone
+        self._omitted: dict[type, frozenset[str]] = {}  # members of the context that the schema lacks, by kind of question
         self._decisions = _Remembered[Decision](MAX_DECISIONS)
         self._parties = _Remembered[_Parties](_MAX_PARTIES)
 
@@ -96,7 +99,7 @@ class PolicySet:
         parties = self._parties.get(question.entities_key, lambda: self._parsed(question))
         if parties.entities is None:
             return Decision(False, (), self.digest, parties.digest)
-        result = cedarpy.is_authorized(question.request(self.zone), self.policies, parties.entities, self.schema)
+        result = cedarpy.is_authorized(self.asked(question), self.policies, parties.entities, self.schema)
         diagnostics = result.diagnostics
         # A policy that could not be evaluated may be the one that forbids.
         failed = {name for error in diagnostics.errors for name in _POLICY.findall(error)}
@@ -113,13 +116,29 @@ class PolicySet:
         except ValueError:
             return _Parties(None, digest)
 
+    def asked(self, question: AnyQuestion) -> dict[str, Any]:
+        """The question for Cedar, with the members that the schema has."""
+        request, omitted = question.request(self.zone), self._omitted.get(type(question), frozenset())
+        return {**request, "context": {name: value for name, value in request["context"].items() if name not in omitted}}
+
     def misfit(self, question: AnyQuestion) -> str | None:
-        """Why the schema does not accept the question, in Cedar's words; None if it does."""
+        """Why the schema does not accept the question, in Cedar's words; None if it does, or if its version did not have it."""
+        if question.action in LATER_ACTIONS and f'"{question.action}"' not in str(self.schema):
+            return None
+        why = self._misfit(question)
+        if why is not None and type(question) not in self._omitted:
+            self._omitted[type(question)] = LATER_MEMBERS
+            if self._misfit(question) is None:
+                return None
+            del self._omitted[type(question)]
+        return why
+
+    def _misfit(self, question: AnyQuestion) -> str | None:
         try:
             entities = cedarpy.Entities.from_json_str(_json(question.entities()), self.schema)
         except ValueError as exc:
             return str(exc)
-        result = cedarpy.is_authorized(question.request(self.zone), self.policies, entities, self.schema)
+        result = cedarpy.is_authorized(self.asked(question), self.policies, entities, self.schema)
         return "; ".join(result.diagnostics.errors) if result.decision is cedarpy.Decision.NoDecision else None
 
     @classmethod

@@ -127,7 +127,7 @@ def _voice(policies: PolicySet, template: pst.Template, question: AnyQuestion, m
 def _applies(policies: PolicySet, template: pst.Template, question: AnyQuestion) -> tuple[bool, bool]:
     """Whether it applies, and whether it failed."""
     alone = _alone(dataclasses.replace(template, effect="permit"))
-    result = cedarpy.is_authorized(question.request(policies.zone), alone, question.entities(), policies.schema)
+    result = cedarpy.is_authorized(policies.asked(question), alone, question.entities(), policies.schema)
     return result.allowed, bool(result.diagnostics.errors)
 
 

@@ -23,6 +23,9 @@ from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy.local_time import TimeZone
 
+# Added since the first version. A set whose schema is older decides without these members, and denies these actions.
+LATER_MEMBERS: Final = frozenset({"weekday", "local_hour", "local_minute", "zone"})
+LATER_ACTIONS: Final = ("admin:budget",)
 _POST_QUANTUM: Final = frozenset({Kem.XWING})
 _HOUR: Final = 3600
 _DAY_HOURS: Final = 24
