@@ -18,14 +18,18 @@ import tomlkit
 from lacre.errors import SettingsError
 from lacre.runtime import file_locks
 from lacre.trust.chain import verify
+from lacre_backend.settings import load as worker_settings
+from lacre_backend.upstream.routes import Route
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import pools
+from lacre_fabric.operate.account_reload import AccountFiles, NotTaken
 from lacre_fabric.operate.bundles import Bundles
 from lacre_fabric.operate.nats_server import executable, free_port
-from lacre_fabric.operate.pools import AccountFiles, NotTaken
+from lacre_fabric.operate.pool_upstreams import Upstream
+from lacre_fabric.operate.pools import PoolInUse
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.stores import provision_site
@@ -139,7 +143,7 @@ async def test_bundles_of_two_pools(bundled: Bundled) -> None:
     assert await passes(gateway, second, "legal", "large")
     assert await passes(gateway, first, "default", "small")
     values = json.loads((site.folder / "chart" / "pools.yaml").read_text())
-    assert values["pools"]["legal"] == {"models": [{"name": "large", "path": "/models/large.gguf"}]}
+    assert values["pools"] == {"default": {}, "legal": {"models": [{"name": "large", "path": "/models/large.gguf"}]}}
 
     async with Opened(site) as connection:  # by a process that read the site before
         await publish(site, connection)
@@ -153,10 +157,26 @@ async def test_bundles_of_two_pools(bundled: Bundled) -> None:
     assert await bundled.manifest() == {"default": ["small"], "legal": ["large", "other"]}
 
     used = {key for one in site.generations("legal").live for key in one.ids}
+    waiting = await gateway.dispatch(new_work("legal", "large"))  # nobody takes it
+    with pytest.raises(PoolInUse, match=r"^the pool legal has live workers \(n1\) and queued requests \(1\): stop its workers"):
+        await pools.remove(Site.load(site.folder), "legal", FILES)
+    assert await bundled.manifest() == {"default": ["small"], "legal": ["large", "other"]}
+    await second.close()
+    listed = json.loads(await asyncio.to_thread(lacre, "pool", "list", "--json", f"--state={site.folder}"))
+    assert listed["default"]["workers"] == [{"name": "n1", "models": ["small"], "busy": 0, "free": 1}]
+    assert (listed["legal"]["workers"], listed["legal"]["queued"]) == ([], 1)
+    table = await asyncio.to_thread(lacre, "pool", "list", f"--state={site.folder}")
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["default", "small", "1,", "2", "n1", "0", "of", "1", "0"],
+        ["legal", "large,", "other", "1,", "2", "none", "0", "of", "0", "1"],
+    ]
+    with pytest.raises(PoolInUse, match=r"^the pool legal has queued requests \(1\): stop"):
+        await pools.remove(Site.load(site.folder), "legal", FILES)
     with pytest.raises(SettingsError, match="ended with 3"):
-        await pools.remove(Site.load(site.folder), "legal", replace(FILES, apply="exit 3"))
+        await pools.remove(Site.load(site.folder), "legal", replace(FILES, apply="exit 3"), force=True)
     assert site.receipt_file("legal").exists()
     await pools.remove(Site.load(site.folder), "legal", FILES)  # goes on
+    await waiting.cancel()
     assert await bundled.manifest() == {"default": ["small"]}
     assert not (site.folder / "bundles" / "worker-legal").exists()
     assert await passes(gateway, first, "default", "small")
@@ -185,20 +205,73 @@ async def test_a_failure_leaves_the_pool_out_and_can_be_repeated(bundled: Bundle
     assert await passes(await bundled.gateway(), await bundled.worker("legal"), "legal", "large")
 
 
+def bundles_of_one_pool(folder: Path, *names: str) -> Site:
+    wanted = dict.fromkeys(names or ("default",), ("small",))
+    Bundles(Site(folder, wanted), "nats://nats.invalid:4222", "https://lacre.example").write()
+    return Site.load(folder)
+
+
 @pytest.mark.parametrize(
-    ("pool", "models", "text"),
+    ("pool", "models", "origin", "text"),
     [
-        ("Legal", ["large"], "a pool name has"),
-        ("legal", [], "name a model of the new pool legal"),
-        ("legal", ["two words"], "is not a valid model id"),
+        ("Legal", ["large"], "", "a pool name has 1 to 63 of a-z, 0-9"),
+        ("", ["large"], "", "a pool name has"),
+        ("a.b", ["large"], "", "a pool name has"),
+        ("*", ["large"], "", "a pool name has"),
+        ("../x", ["large"], "", "a pool name has"),
+        ("l" * 64, ["large"], "", "a pool name has 1 to 63"),
+        ("default-keys", ["large"], "", "default-keys is the Secret with its keys; choose another name"),
+        ("default-n1", ["large"], "", "default-n1 is a worker's credential"),
+        ("legal", [], "", "name a model of the new pool legal"),
+        ("legal", ["two words"], "", "is not a valid model id"),
+        ("default", [], "", "the pool default exists, with small: name a model to add"),
+        ("default", ["large"], "http://127.0.0.1:8000", r"the pool default exists: change its \[upstream\]"),
+        ("legal", ["large"], "127.0.0.1:8000", "write scheme, host and port alone"),
+        ("legal", ["large"], "http://127.0.0.1:8000/v1", "write scheme, host and port alone"),
+        ("legal", ["large"], "http://me:secret@127.0.0.1", "write scheme, host and port alone"),
+        ("legal", ["large"], "http://127.0.0.1:999999", "write scheme, host and port alone"),
+        ("legal", ["large"], "http://vllm.example:8000", "prompts would cross a network"),
     ],
 )
-def test_what_is_no_pool_makes_nothing(tmp_path: Path, pool: str, models: list[str], text: str) -> None:
-    Bundles(Site(tmp_path, {"default": ("small",)}), "nats://nats.invalid:4222", "https://lacre.example").write()
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_is_no_pool_makes_nothing(
+    tmp_path: Path, pool: str, models: list[str], origin: str, text: str, offline: bool
+) -> None:
+    site = bundles_of_one_pool(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SettingsError, match=text):
-        asyncio.run(pools.add(Site.load(tmp_path), pool, models, FILES))
+        asyncio.run(
+            (pools.prepare if offline else pools.add)(site, pool, models, FILES, upstream=Upstream(origin) if origin else None)
+        )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_pool_named_as_a_file_of_the_state(tmp_path: Path) -> None:
+    site = bundles_of_one_pool(tmp_path)
+    for name in ("lock", "keys", "nats", "default_n1"):
+        site = asyncio.run(pools.prepare(site, name, ["large"], FILES))
+    assert set(Site.load(tmp_path).pools) == {"default", "lock", "keys", "nats", "default_n1"}
+    assert site.receipt_file("lock").exists()
+
+
+def test_an_upstream_pool(tmp_path: Path) -> None:
+    """Its workers get the settings that the worker itself accepts. A person's changes stay."""
+    site, server = bundles_of_one_pool(tmp_path), Upstream("http://127.0.0.1:8000", ("POST /v1/embeddings",))
+    asyncio.run(pools.prepare(site, "vllm", ["qwen"], FILES, upstream=server))
+    path = tmp_path / "bundles" / "worker-vllm" / "worker.toml"
+    path.write_text(path.read_text().replace('origin = "http://127.0.0.1:8000"', 'origin = "http://127.0.0.1:9000"'))
+    site = asyncio.run(pools.prepare(Site.load(tmp_path), "vllm", ["qwen", "other"], FILES))
+    settings = worker_settings(path)
+    assert settings.upstream is not None
+    assert settings.upstream.origin == "http://127.0.0.1:9000"
+    assert [(one.name, one.allow) for one in settings.upstream.models] == [
+        (name, (Route.parse("POST /v1/embeddings"),)) for name in ("qwen", "other")
+    ]
+    assert not settings.models
+    values = json.loads((tmp_path / "chart" / "pools.yaml").read_text())["pools"]
+    assert values == {"default": {}, "vllm": {"upstream": server.table(["qwen", "other"])}}
+    asyncio.run(pools.withdraw(site, "vllm", FILES))
+    assert "upstreams" not in json.loads((tmp_path / "site.json").read_text())
 
 
 async def test_the_only_pool_stays_and_one_command_at_a_time(tmp_path: Path) -> None:
@@ -206,7 +279,7 @@ async def test_the_only_pool_stays_and_one_command_at_a_time(tmp_path: Path) -> 
     site = Site.load(tmp_path)
     with pytest.raises(SettingsError, match="default is the only pool"):
         await pools.remove(site, "default", FILES)
-    with file_locks.held(tmp_path / "pools" / "lock", ""), pytest.raises(SettingsError, match="another `lacre pool` command"):
+    with file_locks.held(tmp_path / "pools" / ".lock", ""), pytest.raises(SettingsError, match="another `lacre pool` command"):
         await pools.add(site, "legal", ["large"], FILES)
 
 
@@ -219,14 +292,18 @@ async def test_a_state_of_lacre_up_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_alone(tmp_path: Path) -> None:
-    """As for Kubernetes, where the servers restart and the signer publishes."""
-    Bundles(Site(tmp_path, {"default": ("small",)}), "nats://nats.invalid:4222", "https://lacre.example").write()
+    bundles_of_one_pool(tmp_path)
     for _ in range(2):
-        lacre("pool", "add", "legal", "--model=large", "--offline", f"--state={tmp_path}")
+        said = lacre("pool", "add", "legal", "--model=large", "--offline", f"--state={tmp_path}")
+        assert "restart the NATS servers one after the other, then run `lacre manifest publish`" in said
     assert "POOL_legal" in (tmp_path / "bundles" / "nats" / "lacre.conf").read_text()
     assert {path.name for path in (tmp_path / "bundles" / "worker-legal").iterdir()} == set(WORKER)
     listed = json.loads(lacre("pool", "list", "--json", f"--state={tmp_path}"))
-    assert listed == {"default": {"models": ["small"], "keys": [1, 2]}, "legal": {"models": ["large"], "keys": [1, 2]}}
+    assert listed["legal"] == {"models": ["large"], "keys": [1, 2], "workers": None, "queued": None}
+    lacre("pool", "remove", "legal", "--yes", "--offline", f"--state={tmp_path}")
+    assert "POOL_legal" not in (tmp_path / "bundles" / "nats" / "lacre.conf").read_text()
+    assert not list((tmp_path / "pools" / "legal" / "keys").glob("*"))
+    assert set(json.loads((tmp_path / "site.json").read_text())["pools"]) == {"default"}
 
 
 def lacre(*arguments: str) -> str:

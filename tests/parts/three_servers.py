@@ -15,7 +15,7 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import stores
-from lacre_fabric.operate.pools import AccountFiles
+from lacre_fabric.operate.account_reload import AccountFiles
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
 from lacre_fabric.work.contract import FabricError

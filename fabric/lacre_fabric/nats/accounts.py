@@ -75,7 +75,7 @@ def accounts(roles: Sequence[Role], unheard: Collection[str] = ()) -> Entry:
     """The `accounts` block of nats-server's configuration, for every pool and region of the roles. It is the same for the
     servers of all regions. Raises SettingsError.
 
-    unheard: pools to whose workers no other account listens yet (see `operate.pools`).
+    unheard: pools to whose workers no other account listens yet (see `operate.account_reload`).
     """
     names = [role.credential.name for role in roles]
     if len(set(names)) != len(names):

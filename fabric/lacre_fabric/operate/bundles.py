@@ -31,7 +31,7 @@ from lacre.trust.manifest import KEY_BYTES
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.secret_files import read_secret, write_secret
 from lacre_fabric.nats import subjects
-from lacre_fabric.operate import dev_issuer, nats_conf, served_models, settings_files
+from lacre_fabric.operate import dev_issuer, nats_conf, pool_upstreams, served_models, settings_files
 from lacre_fabric.operate.nats_server import configuration
 from lacre_fabric.operate.site import Site, gateway_of, worker_of
 from lacre_fabric.settings import NatsServers, validated
@@ -124,7 +124,10 @@ class Bundles:
             files = {"keys": f"{STATE}/keys", "receipt_key": "receipt.pem", "health": "/tmp/health"}  # noqa: S108 - a container's
             node = {"node": "n1", "drain": DRAIN}  # each worker gives its own name on the command line
             settings_files.update(document, {**node, **files})
-        if "upstream" not in document:
+        upstream = pool_upstreams.of_site(self.site.folder).get(pool)
+        if upstream is not None:
+            upstream.put(folder / "worker.toml", document, self.site.pools[pool])
+        elif "upstream" not in document:
             self._keep_models(folder / "worker.toml", document, self.site.pools[pool])
         settings_files.save(folder / "worker.toml", document)
 

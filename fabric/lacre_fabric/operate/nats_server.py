@@ -125,6 +125,6 @@ class NatsServer:
     def reload(process: subprocess.Popen[bytes]) -> None:
         """Makes a running server read its configuration without dropping connections.
 
-        A new pool needs two reloads (see `operate.pools`).
+        A new pool needs two reloads (see `operate.account_reload`).
         """
         process.send_signal(signal.SIGHUP)
