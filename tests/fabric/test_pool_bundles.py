@@ -28,7 +28,7 @@ from lacre_fabric.operate import pools
 from lacre_fabric.operate.account_reload import AccountFiles, NotTaken
 from lacre_fabric.operate.bundles import Bundles
 from lacre_fabric.operate.nats_server import executable, free_port
-from lacre_fabric.operate.pool_upstreams import Upstream
+from lacre_fabric.operate.pool_upstreams import UpstreamServer
 from lacre_fabric.operate.pools import PoolInUse
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
@@ -241,7 +241,9 @@ def test_what_is_no_pool_makes_nothing(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SettingsError, match=text):
         asyncio.run(
-            (pools.prepare if offline else pools.add)(site, pool, models, FILES, upstream=Upstream(origin) if origin else None)
+            (pools.prepare if offline else pools.add)(
+                site, pool, models, FILES, upstream=UpstreamServer(origin) if origin else None
+            )
         )
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -256,7 +258,7 @@ def test_a_pool_named_as_a_file_of_the_state(tmp_path: Path) -> None:
 
 def test_an_upstream_pool(tmp_path: Path) -> None:
     """Its workers get the settings that the worker itself accepts. A person's changes stay."""
-    site, server = bundles_of_one_pool(tmp_path), Upstream("http://127.0.0.1:8000", ("POST /v1/embeddings",))
+    site, server = bundles_of_one_pool(tmp_path), UpstreamServer("http://127.0.0.1:8000", ("POST /v1/embeddings",))
     asyncio.run(pools.prepare(site, "vllm", ["qwen"], FILES, upstream=server))
     path = tmp_path / "bundles" / "worker-vllm" / "worker.toml"
     path.write_text(path.read_text().replace('origin = "http://127.0.0.1:8000"', 'origin = "http://127.0.0.1:9000"'))

@@ -77,12 +77,12 @@ def pool_add(
     """
     from lacre_fabric.operate import chart_pools, pools
     from lacre_fabric.operate.account_reload import AccountFiles
-    from lacre_fabric.operate.pool_upstreams import ALLOWED, Upstream
+    from lacre_fabric.operate.pool_upstreams import ALLOWED, UpstreamServer
 
     if upstream is None and (allow or beyond_loopback):
         raise UsageError("--allow and --beyond-loopback describe an upstream: name it with --upstream")
     site = site_of(state)
-    server = None if upstream is None else Upstream(upstream, tuple(allow or ALLOWED), beyond_loopback)
+    server = None if upstream is None else UpstreamServer(upstream, tuple(allow or ALLOWED), beyond_loopback)
     files = AccountFiles(tuple(accounts or ()), apply, wait)
     if offline:
         coming = asyncio.run(pools.prepare(site, name, model or (), files, upstream=server))

@@ -21,7 +21,7 @@ UPSTREAMS: Final = "upstreams"  # member of `site.json`, by pool
 
 
 @dataclass(frozen=True, slots=True)
-class Upstream:
+class UpstreamServer:
     """origin: scheme, host and port. allow: the requests that pass, as `METHOD /path`. beyond_loopback: the operator said that
     prompts may leave the worker's host.
     """
@@ -49,7 +49,7 @@ class Upstream:
                 raise SettingsError(f"--allow {route!r}: write a method and a path, such as 'POST /v1/embeddings'")
 
     @classmethod
-    def of(cls, members: Members) -> Upstream:
+    def of(cls, members: Members) -> UpstreamServer:
         """Raises InvalidMessage."""
         beyond = "beyond_loopback" in members and members.flag("beyond_loopback")
         return cls(members.text("origin"), members.texts("allow"), beyond)
@@ -79,13 +79,13 @@ class Upstream:
         return {"name": model, "allow": list(self.allow)}
 
 
-def of_site(folder: Path) -> dict[str, Upstream]:
+def of_site(folder: Path) -> dict[str, UpstreamServer]:
     """The upstream pools of a state folder. Raises SettingsError."""
     path = folder / "site.json"
     try:
         members = Members.parse(path.read_bytes(), "it")
         said = members.named_objects(UPSTREAMS) if UPSTREAMS in members else {}
-        return {pool: Upstream.of(one) for pool, one in said.items()}
+        return {pool: UpstreamServer.of(one) for pool, one in said.items()}
     except FileNotFoundError:
         return {}
     except (OSError, InvalidMessage) as exc:

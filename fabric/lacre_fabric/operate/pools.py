@@ -33,7 +33,7 @@ from lacre_fabric.operate.allowed_check import check_allowed
 from lacre_fabric.operate.chart_pools import write_values
 from lacre_fabric.operate.fabric_check import Severity
 from lacre_fabric.operate.pool_state import observe
-from lacre_fabric.operate.pool_upstreams import Upstream
+from lacre_fabric.operate.pool_upstreams import UpstreamServer
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site, worker_of
 from lacre_fabric.operate.stores import provision_site
@@ -53,7 +53,7 @@ async def add(
     files: AccountFiles,
     tell: Callable[[str], None] = lambda _line: None,
     *,
-    upstream: Upstream | None = None,
+    upstream: UpstreamServer | None = None,
 ) -> Site:
     """Adds the pool, or models to it. Returns the site that has it. tell: gets a line for each step.
 
@@ -85,7 +85,7 @@ async def add(
 
 
 async def prepare(
-    site: Site, pool: str, models: Sequence[str], files: AccountFiles, *, upstream: Upstream | None = None
+    site: Site, pool: str, models: Sequence[str], files: AccountFiles, *, upstream: UpstreamServer | None = None
 ) -> Site:
     """Makes everything of the pool that is in the state folder, and the accounts, without contact to NATS.
 
@@ -154,7 +154,7 @@ async def withdraw(site: Site, pool: str, files: AccountFiles) -> Site:
     return gone
 
 
-def _check(site: Site, pool: str, models: Sequence[str], upstream: Upstream | None) -> None:
+def _check(site: Site, pool: str, models: Sequence[str], upstream: UpstreamServer | None) -> None:
     """Raises SettingsError."""
     if pool not in site.pools:
         pool_names.check_new(pool, site.pools)
@@ -261,7 +261,7 @@ def _only_one(site: Site) -> Iterator[None]:
         yield
 
 
-def _keep(site: Site, upstreams: Mapping[str, Upstream | None] | None = None) -> None:
+def _keep(site: Site, upstreams: Mapping[str, UpstreamServer | None] | None = None) -> None:
     """Saves the pools; other members of `site.json` stay. upstreams: those of new pools. Call it inside `Site.changing`."""
     path = site.folder / "site.json"
     members = parse_object(path.read_bytes(), "it")
