@@ -8,6 +8,8 @@ Rules:
 - Errors have the shape of the request's API and say what to do next. A stream that breaks ends with an error event, and never
   with `[DONE]`.
 - Nothing of a request or an answer is logged.
+- The header `lacre-pool` of an answer names the pool that it is sealed to. `GET /v1/models` also lists the manifest's routes,
+  because programs choose from that list.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ import httpx2
 
 from lacre import errors
 from lacre.client import AsyncClient
+from lacre.evidence.exchange_info import Facts
 from lacre.exchange.refusal_shapes import shaped
 from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
 from lacre.exchange.retry import may_have_lost
 from lacre.runtime import arguments
+from lacre.runtime.json_objects import object_in
 from lacre.runtime.served_hosts import Hosts, as_origin
 from lacre.wire import outer
 from lacre.wire.records import EVENT_STREAM
@@ -59,6 +63,7 @@ HELD: Final = 128 * 1024 * 1024
 RETRY_AFTER: Final = 1  # seconds; there is room again as soon as a request ends
 _PASSED_ON: Final = ALLOWED_HEADERS | {outer.MODEL, outer.CEILING}
 _UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would otherwise hold back the stream to its end
+_MODELS: Final = "/v1/models"
 _BLANKS: Final = " \t"
 _PLAIN: Final = re.compile(r"[\t -~]*")
 
@@ -216,8 +221,26 @@ async def _forward(request: Request) -> Response:
         request.method, httpx2.URL(path + (f"?{query}" if query else "")), headers=headers, content=content or None
     )
     answer = await client.send(sealed, stream=True)
-    passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers} | _UNBUFFERED
+    passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers} | _UNBUFFERED | _served(answer)
+    if (request.method, path, answer.status_code) == ("GET", _MODELS, 200):
+        return Response(_with_routes(await answer.aread(), await client.models()), 200, passed)
     return StreamingResponse(_pieces(answer, path), answer.status_code, passed)
+
+
+def _served(answer: httpx2.Response) -> dict[str, str]:
+    facts: Facts | None = answer.extensions.get("lacre")
+    return {outer.POOL: facts.pool} if facts is not None and facts.pool else {}
+
+
+def _with_routes(content: bytes, names: Sequence[str]) -> bytes:
+    """The worker's list of models, and after it the other names that a request may have. Any other document stays as it is."""
+    listed = object_in(content) or {}
+    data = listed.get("data")
+    if not isinstance(data, list):
+        return content
+    known = {model.get("id") for model in data if isinstance(model, dict)}
+    more = [{"id": name, "object": "model", "created": 0, "owned_by": "lacre"} for name in names if name not in known]
+    return json.dumps({**listed, "data": [*data, *more]}).encode() if more else content
 
 
 def _passed_on(request: Request) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +19,12 @@ from lacre.jose.claims import Members
 from lacre.trust.manifest import Manifest
 from lacre.trust.manifest_store import KEY_BYTES, VersionFile
 from lacre.trust.routes import MAX_ROUTES, MAX_SHARE, MAX_TARGETS, SEED, ModelRoute, RouteTarget, sticky_seed
+from lacre.wire.header import Kem
+from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
 from parts.chat_app import ChatApp
 from parts.echo_engine import EchoEngine
-from parts.relay import Relay, connect, refusing
+from parts.relay import Relay, Respond, connect, refusing
 
 SEEDS = st.binary(min_size=SEED, max_size=SEED)
 SHARES = st.lists(st.integers(0, MAX_SHARE), min_size=1, max_size=MAX_TARGETS)
@@ -35,6 +38,17 @@ def two(*targets: tuple[str, str, int], sticky: bool = True, name: str = "assist
     """A gateway with the pools `default` (model `tiny`) and `canary` (model `new`), and one route."""
     made = ModelRoute(tuple(RouteTarget(*target) for target in targets), sticky)
     return Relay(ChatApp(), beside={"canary": Relay(ChatApp(), model="new")}, routes={name: made})
+
+
+def in_turn(*kinds: problems.Problem) -> Respond:
+    """For `respond`: each of these refusals once."""
+    rest = [refusing(kind) for kind in kinds]
+
+    def answer(request: httpx2.Request) -> httpx2.Response | None:
+        respond = rest.pop(0)
+        return respond(request)
+
+    return answer
 
 
 def served(relay: Relay) -> dict[str, list[str]]:
@@ -144,7 +158,7 @@ class TestCalls:
             client.post("/v1/chat/completions", json={"messages": [{}]}, headers={"lacre-model": "tiny"})
         assert served(relay) == {"default": [], "canary": ["new"] * 3}
 
-    @pytest.mark.parametrize("problem", [problems.NO_WORKER])
+    @pytest.mark.parametrize("problem", [problems.NO_WORKER, problems.UNAVAILABLE])
     @pytest.mark.parametrize("retries", [0, None])
     def test_a_pool_without_worker_is_passed(self, problem: problems.Problem, retries: int | None) -> None:
         relay = two(("canary", "new", 1), ("default", "tiny", 0))
@@ -178,6 +192,51 @@ class TestCalls:
         with connect(relay, retries=1) as client, pytest.raises(lacre.Unavailable):
             client.chat("x", model="assistant")
         assert (len(relay.sealed), len(relay.beside["canary"].sealed)) == (1, 2), "each once, and one retry"
+
+    def test_a_pool_that_loses_its_last_worker_is_passed(self) -> None:
+        """The first answer says that the worker was lost; running a chat again does no harm. Then no worker is left."""
+        relay = two(("canary", "new", 1), ("default", "tiny", 0))
+        relay.beside["canary"].respond = in_turn(problems.WORKER_LOST, problems.NO_WORKER)
+        with connect(relay) as client:
+            assert client.chat("x", model="assistant").attempts == 3
+        assert served(relay) == {"default": ["tiny"], "canary": []}
+
+    def test_what_may_have_run_is_not_sent_again(self) -> None:
+        """A path whose body nobody reads is not repeatable, so nothing follows a lost worker."""
+        relay = two(("canary", "new", 1), ("default", "tiny", 0))
+        relay.beside["canary"].respond = refusing(problems.WORKER_LOST)
+        with connect(relay) as client:
+            answer = client.post("/v1/predict", content=b"01", headers={"lacre-model": "assistant"})
+        assert answer.status_code == problems.WORKER_LOST.status
+        assert not relay.sealed and len(relay.beside["canary"].sealed) == 1
+
+    def test_two_lost_workers_are_not_followed_by_a_third_in_another_pool(self) -> None:
+        relay = two(("canary", "new", 1), ("default", "tiny", 0))
+        relay.respond = refusing(problems.WORKER_LOST)
+        relay.beside["canary"].respond = in_turn(problems.WORKER_LOST, problems.NO_WORKER)
+        with connect(relay) as client, pytest.raises(lacre.LacreError):
+            client.chat("x", model="assistant")
+        assert (len(relay.sealed), len(relay.beside["canary"].sealed)) == (1, 2)
+
+    def test_a_pool_that_cannot_be_sealed_to_is_passed(self) -> None:
+        relay = two(("canary", "new", 1), ("default", "tiny", 0))
+        for spoilt in ({"shapes": ("none",)}, {"lifetime": -1.0}, {"key": PrivateKey.generate(1, Kem.X25519)}):
+            canary = relay.beside["canary"]
+            before = {name: getattr(canary, name) for name in spoilt}
+            for name, value in spoilt.items():
+                setattr(canary, name, value)
+            relay.version += 1
+            with connect(relay, kem=Kem.XWING) as client:
+                assert client.chat("x", model="assistant").attempts == 1
+            for name, value in before.items():
+                setattr(canary, name, value)
+        assert served(relay) == {"default": ["tiny"] * 3, "canary": []}
+
+    def test_if_no_pool_can_be_sealed_to_the_first_one_tells_why(self) -> None:
+        relay = two(("canary", "new", 1), ("default", "tiny", 0))
+        relay.shapes = relay.beside["canary"].shapes = ("none",)
+        with connect(relay) as client, pytest.raises(lacre.SettingsError, match="pool 'canary' does not accept"):
+            client.chat("x", model="assistant")
 
     def test_the_callers_own_pool_overrides(self) -> None:
         relay = two(("canary", "new", 1), ("default", "tiny", 0))

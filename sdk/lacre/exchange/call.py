@@ -376,14 +376,14 @@ class Sealing:
     def _seal(self, call: CallState) -> tuple[Send, Opening, Mapping[str, object]]:
         """What to send, what opens the answer, and what the gateway's audit entry must say of the request."""
         manifest = call.manifest
-        (name, routed), pool = call.route.found(manifest, self._sticky)
-        key = self._choose(name, [key for key in pool.keys if key.not_after > self._clock()])
+        (name, routed), pool = call.route.found(manifest, self._sticky, self._seals_to)
+        key = self._choose(name, self._current(pool))
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {name!r} does not accept the shape {self._shape!r}: choose one of {taken}")
         kept = self._keep_identifying_fields
         prepared = prepare(call.plain, pool.models, keep_identifying_fields=kept, routed=routed)
-        verify = self._verifier(pool, prepared, pin_of(self._pin_models, call.route.asked, prepared.model))
+        verify = self._verifier(pool, prepared, pin_of(self._pin_models, call.route.model, prepared.model))
         said = (
             (outer.POOL, name),
             (outer.MODEL, prepared.model),
@@ -451,6 +451,12 @@ class Sealing:
         date = email.utils.formatdate(self._clock() + scope.offset, usegmt=True)
         own = (("date", date), ("lacre-cache-salt", scope.salt_of(plain.overrides.cache_scope)))
         return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*plain.headers, *own, *outer), plain.content)
+
+    def _current(self, pool: Pool) -> list[PoolKey]:
+        return [key for key in pool.keys if key.not_after > self._clock()]
+
+    def _seals_to(self, pool: Pool) -> bool:
+        return self._shape in pool.shapes and any(key.config.kem in self._kems for key in self._current(pool))
 
     def _choose(self, pool: str, keys: Sequence[PoolKey]) -> PoolKey:
         for kem in self._kems:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, NamedTuple, TypeGuard
 
 from lacre.errors import MessageTooLarge, UsageError
 from lacre.exchange.resume_marks import ASK, MEMBER
@@ -137,19 +137,35 @@ def is_repeatable(plain: Plain) -> bool:
     return plain.method in ("GET", "HEAD") or action_of(plain.method, plain.path.partition("?")[0]) != "http"
 
 
-def asked_model(plain: Plain, models: Mapping[str, ModelEntry]) -> str | None:
-    """The model that the caller names, or the default for a request that runs one; None if the request needs none.
+class Asked(NamedTuple):
+    """What a request says of itself before it is known where it goes.
 
-    models: those of the caller's pool.
+    model: as the caller names it, or the default for a request that runs one; None if the request needs none. user: for whom
+    the caller asks, in words of its own; None if it does not say.
     """
+
+    model: str | None
+    user: str | None
+
+
+def asked_of(plain: Plain, models: Mapping[str, ModelEntry]) -> Asked:
+    """models: those of the caller's pool."""
     action, headers = action_of(plain.method, plain.path.partition("?")[0]), dict(plain.headers)
-    body = None if action == "http" else object_in(plain.content)
-    named = None if body is None else body.get("model")
+    body = {} if action == "http" else object_in(plain.content) or {}
+    named = body.get("model")
     if named is None:
         named = headers.get(outer.MODEL) or plain.overrides.model
     if named is None and action in _RUNS.values():
         named = _default_model(models, action)
-    return named if isinstance(named, str) else None
+    return Asked(named if isinstance(named, str) else None, plain.overrides.cache_scope or _user(body))
+
+
+def _user(body: Mapping[str, Any]) -> str | None:
+    """The end user, or else the conversation, as applications name them to the APIs of OpenAI and Anthropic."""
+    metadata = body.get("metadata")
+    by_messages = metadata.get("user_id") if isinstance(metadata, dict) else None
+    said = (body.get("safety_identifier"), body.get("user"), by_messages, body.get("prompt_cache_key"))
+    return next((each for each in said if isinstance(each, str) and each), None)
 
 
 def prepare(

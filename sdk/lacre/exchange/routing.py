@@ -2,7 +2,8 @@
 
 Rules:
 - Only a route of the verified manifest leads to another pool. Nobody signs a refusal, so it chooses only among those.
-- The next pool is asked only if the request certainly did not run, because its pool has no worker.
+- The next pool is asked only if the request certainly did not run, because its pool has no worker or no queue.
+- A pool that the client cannot seal to is passed over, as long as another one of the route is left.
 - A denial is an answer: no other pool is asked in its place.
 - A call asks the pools once each without a pause, and then goes on among them at the pace of its retries.
 """
@@ -10,17 +11,20 @@ Rules:
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from lacre.errors import SettingsError, UsageError, WrongModel
-from lacre.exchange.request import Plain, asked_model
-from lacre.problems import NO_WORKER, Problem
+from lacre.exchange.request import Asked, Plain, asked_of
+from lacre.problems import NO_WORKER, UNAVAILABLE, Problem
 from lacre.trust.manifest import Manifest, Pool
 from lacre.trust.routes import SEED, ModelRoute, sticky_seed
 
 DEFAULT_POOL: Final = "default"  # of a caller who chose none, for a model without a route
+# The pool cannot take a request now, and the request did not run: see `lacre.exchange.retry`. `UNAVAILABLE` is also said for a
+# pool whose queue is gone.
+_PASSED: Final = (NO_WORKER, UNAVAILABLE)
 
 
 class Destination(NamedTuple):
@@ -33,8 +37,8 @@ class Destination(NamedTuple):
 @dataclass(slots=True)
 class CallRoute:
     """The way of one call. pool: the caller's choice, if any. drawn: the seed of a route that is not sticky. passed: how many
-    pools had no worker. ways: so many pools had the route of the newest attempt. asked: the model that the caller asks for;
-    None before a manifest with routes, where it makes no difference.
+    pools could not take it. ways: so many pools had the route of the newest attempt. asked: what the caller asks for; None
+    before a manifest with routes, where it makes no difference.
     """
 
     plain: Plain
@@ -42,18 +46,25 @@ class CallRoute:
     drawn: bytes = field(default_factory=lambda: secrets.token_bytes(SEED), repr=False)
     passed: int = 0
     ways: int = 1
-    asked: str | None = None
+    asked: Asked | None = None
+
+    @property
+    def model(self) -> str | None:
+        """The name that the caller asks for, if that matters."""
+        return None if self.asked is None else self.asked.model
 
     @classmethod
     def of(cls, plain: Plain, pool: str | None) -> CallRoute:
         return cls(plain, plain.overrides.pool or pool)
 
-    def found(self, manifest: Manifest, key: bytes) -> tuple[Destination, Pool]:
-        """Where the next attempt goes. key: see `sticky_seed`. Raises UsageError or SettingsError."""
+    def found(self, manifest: Manifest, key: bytes, sealable: Callable[[Pool], bool]) -> tuple[Destination, Pool]:
+        """Where the next attempt goes. key: see `sticky_seed`. sealable: whether the client can seal to a pool. Raises
+        UsageError or SettingsError.
+        """
         if manifest.routes and self.asked is None:  # reading a large body takes a while
             mine = manifest.pools.get(self.pool or DEFAULT_POOL)
-            self.asked = asked_model(self.plain, {} if mine is None else mine.models)
-        ways = self._ways(manifest, key)
+            self.asked = asked_of(self.plain, {} if mine is None else mine.models)
+        ways = self._ways(manifest, key, sealable)
         self.ways = len(ways)
         way = ways[self.passed % len(ways)]
         pool = manifest.pools.get(way.pool)
@@ -63,25 +74,26 @@ class CallRoute:
 
     def moves_on(self, problem: Problem) -> bool:
         """Whether another pool may be asked at once, after this refusal."""
-        if problem is not NO_WORKER:
+        if problem not in _PASSED:
             return False
         self.passed += 1
         return self.passed < self.ways
 
-    def _ways(self, manifest: Manifest, key: bytes) -> tuple[Destination, ...]:
+    def _ways(self, manifest: Manifest, key: bytes, sealable: Callable[[Pool], bool]) -> tuple[Destination, ...]:
         if self.plain.stays is not None:
             return (Destination(*self.plain.stays),)
-        asked = self.asked
+        asked = self.model
         route = None if asked is None else manifest.routes.get(asked)
-        if asked is None or route is None:
+        if asked is None or self.asked is None or route is None:
             return (Destination(self.pool or DEFAULT_POOL, None),)
         if self.pool is not None:
             return (Destination(self.pool, _in_pool(manifest, route, asked, self.pool)),)
-        seed = sticky_seed(key, asked, self.plain.overrides.cache_scope) if route.sticky else self.drawn
-        ways = tuple(Destination(target.pool, target.model) for target in route.ordered(seed) if target.pool in manifest.pools)
-        if not ways:
+        seed = sticky_seed(key, asked, self.asked.user) if route.sticky else self.drawn
+        there = [target for target in route.ordered(seed) if target.pool in manifest.pools]
+        if not there:
             raise SettingsError(f"no pool of the route {asked!r} is in the manifest: tell the operator, or name a pool")
-        return ways
+        usable = [target for target in there if sealable(manifest.pools[target.pool])]
+        return tuple(Destination(target.pool, target.model) for target in usable or there)
 
 
 def _in_pool(manifest: Manifest, route: ModelRoute, asked: str, pool: str) -> str | None:
