@@ -244,6 +244,19 @@ MUTATIONS: Final = Mutation.of(
         "trusted, self._seen = _decided(decide, self._seen)",
         "trusted, _ = _decided(decide, self._seen)",
     ),
+    # where a request goes
+    (
+        "routes: other_refusals",
+        "only a request that did not run, for want of a worker or a queue, goes to the next pool",
+        "lacre.exchange.routing:CallRoute.moves_on",
+        "if problem not in _PASSED:",
+    ),
+    (
+        "routes: unknown_pool",
+        "a route leads only to pools of its own manifest",
+        "lacre.exchange.routing:CallRoute._ways",
+        "if not there:",
+    ),
     # the client
     (
         "trust: classic_only",
@@ -255,7 +268,7 @@ MUTATIONS: Final = Mutation.of(
     (
         "trust: old_generation",
         "a key past its time is not sealed to",
-        "lacre.exchange.call:Sealing._seal",
+        "lacre.exchange.call:Sealing._current",
         "key.not_after > self._clock()",
         "True",
     ),
