@@ -137,7 +137,7 @@ def is_repeatable(plain: Plain) -> bool:
     return plain.method in ("GET", "HEAD") or action_of(plain.method, plain.path.partition("?")[0]) != "http"
 
 
-class Asked(NamedTuple):
+class AskedModel(NamedTuple):
     """What a request says of itself before it is known where it goes.
 
     model: as the caller names it, or the default for a request that runs one; None if the request needs none. user: for whom
@@ -148,7 +148,7 @@ class Asked(NamedTuple):
     user: str | None
 
 
-def asked_of(plain: Plain, models: Mapping[str, ModelEntry]) -> Asked:
+def asked_model(plain: Plain, models: Mapping[str, ModelEntry]) -> AskedModel:
     """models: those of the caller's pool."""
     action, headers = action_of(plain.method, plain.path.partition("?")[0]), dict(plain.headers)
     body = {} if action == "http" else object_in(plain.content) or {}
@@ -157,7 +157,7 @@ def asked_of(plain: Plain, models: Mapping[str, ModelEntry]) -> Asked:
         named = headers.get(outer.MODEL) or plain.overrides.model
     if named is None and action in _RUNS.values():
         named = _default_model(models, action)
-    return Asked(named if isinstance(named, str) else None, plain.overrides.cache_scope or _user(body))
+    return AskedModel(named if isinstance(named, str) else None, plain.overrides.cache_scope or _user(body))
 
 
 def _user(body: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from lacre.errors import SettingsError, UsageError, WrongModel
-from lacre.exchange.request import Asked, Plain, asked_of
+from lacre.exchange.request import AskedModel, Plain, asked_model
 from lacre.problems import NO_WORKER, UNAVAILABLE, Problem
 from lacre.trust.manifest import Manifest, Pool
 from lacre.trust.routes import SEED, ModelRoute, sticky_seed
@@ -46,7 +46,7 @@ class CallRoute:
     drawn: bytes = field(default_factory=lambda: secrets.token_bytes(SEED), repr=False)
     passed: int = 0
     ways: int = 1
-    asked: Asked | None = None
+    asked: AskedModel | None = None
 
     @property
     def model(self) -> str | None:
@@ -63,7 +63,7 @@ class CallRoute:
         """
         if manifest.routes and self.asked is None:  # reading a large body takes a while
             mine = manifest.pools.get(self.pool or DEFAULT_POOL)
-            self.asked = asked_of(self.plain, {} if mine is None else mine.models)
+            self.asked = asked_model(self.plain, {} if mine is None else mine.models)
         ways = self._ways(manifest, key, sealable)
         self.ways = len(ways)
         way = ways[self.passed % len(ways)]
