@@ -16,7 +16,7 @@ import structlog
 
 from lacre.errors import SettingsError
 from lacre.jose.jws import raw_public_key
-from lacre.runtime import tasks
+from lacre.runtime import tasks, watched_files
 from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
@@ -101,6 +101,7 @@ async def _serve(settings: WorkerSettings) -> None:
             ("pool keys", keys.watch),
             ("claims", probe.watch),
             ("readiness", readiness.watch),
+            ("certificates", partial(watched_files.watch, lambda: [fabric.connection.trust])),
         ]
         works += [("upstream", watched.watch) for watched in serving.watched]
         if settings.health is not None:

@@ -2,7 +2,8 @@
 
 Rules:
 - HTTP is served from the start, so that `readyz` can say what is missing; the fabric may come later, and may go and come back.
-- New rules are activated while requests are served: on SIGHUP, and when their files change. On SIGHUP a new certificate is too.
+- New rules are activated while requests are served: on SIGHUP, and when their files change. Certificates and CAs likewise: the
+  gateway's own, those for NATS, and those of issuers.
 - On SIGTERM, SIGINT or an administrator's call, `readyz` says no at once. For `listen.drain_delay` seconds, new requests are
   still accepted; a second signal ends that.
 - Then running streams have `listen.drain` seconds to finish, after which they are aborted. Their usage is settled, and outcomes
@@ -17,20 +18,20 @@ import gc
 import logging.config
 import signal
 import socket
-import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import uvloop
 
 from lacre.errors import SettingsError
 from lacre.jose.jws import raw_public_key
-from lacre.runtime import tasks
+from lacre.runtime import tasks, watched_files
+from lacre.runtime.watched_files import WatchedFiles
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.logs import PROCESSORS, make_log
 from lacre_fabric.nats import subjects
@@ -41,9 +42,11 @@ from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.admin.api import create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.keeping import Keeper, LogTerms
+from lacre_gateway.auth.jwks_remote import RemoteKeys
 from lacre_gateway.gateway import Gateway, build
+from lacre_gateway.http.certificate import Certificate, watched
 from lacre_gateway.http.logs import standard_logging
-from lacre_gateway.http.server import Server, allow_connections, bind, load_certificate, make_server, tls_context
+from lacre_gateway.http.server import Server, allow_connections, bind, make_server
 from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.settings import GatewaySettings
 
@@ -52,7 +55,7 @@ _LAST_RETRY: Final = 5.0
 # New objects after which the collector looks for cycles among them. A request makes some hundreds, and hardly a cycle.
 _COLLECT_AFTER: Final = 20_000
 _PAST_DRAIN: Final = 2.0  # seconds: the time that a server needs to end after its drain
-_GOES_ON: Final = tasks.Restart("unreadable files change nothing: the last good rules and certificate stay active")
+_GOES_ON: Final = tasks.Restart("unreadable files change nothing: the last good rules and certificates stay active")
 
 _LOOKS_AGAIN: Final = tasks.Restart("each look at the queues is independent of the last one")
 _KEEPS_ON: Final = tasks.Restart("what it rotates and erases is on the disk, and it can repeat both")
@@ -86,9 +89,10 @@ class _Link:
 async def _run(settings: GatewaySettings) -> None:
     key = read_ed25519(settings.signing_key)
     Credential.load(settings.nats.credentials)  # reports a wrong file at the start
-    context = None if settings.listen.tls is None else tls_context(settings.listen.tls)
     allow_connections(settings.listen.connections)
     link, log = _Link(), make_log(sys.stderr).bind(gateway=settings.instance)
+    certificate = None if settings.listen.tls is None else watched(settings.listen.tls, log)
+    context = None if certificate is None else lambda: certificate.value
     with ExitStack() as listeners:
         listener = listeners.enter_context(bind(settings.listen, shared=settings.shared))
         gateway = build(settings, key, log, link.manifest)
@@ -106,7 +110,7 @@ async def _run(settings: GatewaySettings) -> None:
             tasks.start("fabric", partial(_keep_connected, gateway, link)),
             tasks.start("queues", gateway.queues.watch, restart=_LOOKS_AGAIN),
             tasks.start("audit logs", _keeper(gateway).run, restart=_KEEPS_ON),
-            *reloading(gateway, context),
+            *reloading(gateway, partial(_certificates, gateway, link, certificate)),
         ]
         for _, socket in servers:
             log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
@@ -168,9 +172,12 @@ async def _drained(gateway: Gateway, server: Server) -> None:
     await asyncio.Event().wait()  # until the process ends, which it does now
 
 
-def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[tasks.Background]:
-    """Activates changes: rules and certificate on SIGHUP, and rules also by themselves if the settings name a folder of
-    them.
+Files = Callable[[], Iterator[WatchedFiles[Any]]]
+
+
+def reloading(gateway: Gateway, certificates: Files) -> list[tasks.Background]:
+    """Activates changes: rules and certificates on SIGHUP. Certificates also by themselves, and rules if the settings name a
+    folder of them.
     """
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
@@ -178,26 +185,29 @@ def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[tasks.Ba
     async def on_signal() -> None:
         while await hung_up.wait():
             hung_up.clear()
-            _renew(gateway, context)
+            for each in certificates():
+                await asyncio.to_thread(each.refresh)
             with contextlib.suppress(PolicyError):  # `reload` reports it
                 await gateway.reload()
 
-    running = [tasks.start("reload", on_signal, restart=_GOES_ON)]
+    running = [
+        tasks.start("reload", on_signal, restart=_GOES_ON),
+        tasks.start("certificates", partial(watched_files.watch, certificates), restart=_GOES_ON),
+    ]
     if gateway.settings.policies is not None:
         running.append(tasks.start("rules", partial(gateway.rules.watch, gateway.audit.append), restart=_GOES_ON))
     return running
 
 
-def _renew(gateway: Gateway, context: ssl.SSLContext | None) -> None:
-    tls = gateway.settings.listen.tls
-    if context is None or tls is None:
-        return
-    try:
-        load_certificate(context, tls)
-    except SettingsError as exc:
-        gateway.log.error("certificate refused, the last good one stays", reason=str(exc))
-    else:
-        gateway.log.info("certificate taken")
+def _certificates(gateway: Gateway, link: _Link, own: Certificate | None) -> Iterator[WatchedFiles[Any]]:
+    """The files of certificates and CAs that are in use now."""
+    if own is not None:
+        yield own
+    if link.fabric is not None:
+        yield link.fabric.connection.trust
+    for issuer in gateway.authenticator.issuers:
+        if isinstance(issuer.keys, RemoteKeys) and issuer.keys.trust is not None:
+            yield issuer.keys.trust
 
 
 async def _keep_connected(gateway: Gateway, link: _Link) -> None:

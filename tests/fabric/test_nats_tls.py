@@ -21,7 +21,7 @@ from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import NatsServers, parse
 from lacre_fabric.work.contract import FabricRefused, FabricUnavailable, FabricUntrusted
 from parts.certificates import DAY, Ca
-from parts.nats_cluster import EXAMPLE, NatsCluster
+from parts.nats_cluster import EXAMPLE, NatsCluster, Node
 
 PROVISIONER = Credential.new("provisioner")
 FOR_CLIENTS = 'key_file: "node.key"\n  min_version: "1.2"'
@@ -158,3 +158,38 @@ def test_a_ca_that_is_none_is_named(content: str | None, reason: str, tmp_path: 
         file.write_text(content)
     with pytest.raises(SettingsError, match=f"nats.ca: cannot use .*ca.pem \\(.*{reason}"):
         Servers(("tls://a:4222",), file).context()
+
+
+@pytest.mark.slow
+async def test_renewed_certificates_are_for_the_next_handshake(tmp_path: Path) -> None:
+    """Of both sides, with another CA, while a client is connected; and files that cannot be used change nothing."""
+    cluster = single(tmp_path / "cluster", EXAMPLE.read_text().replace(FOR_CLIENTS, ASKS, 1))
+    [node] = cluster.nodes
+    client, ca = cluster.ca.issue(tmp_path, "client"), tmp_path / "trusted.pem"
+    ca.write_bytes(cluster.ca.file.read_bytes())
+    async with running(cluster) as servers:
+        mine = replace(servers, ca=ca, certificate=client.certificate, key=client.key)
+        connection = await Connection.open(mine, PROVISIONER)
+        try:
+            client.certificate.write_bytes(client.certificate.read_bytes()[:100])
+            ca.write_text("nothing")
+            await restarted(node, connection)
+            assert "nats.ca: cannot use" in connection.trust.fault
+            other = Ca(tmp_path / "other")
+            node.certify(other)
+            (node.folder / "ca.pem").write_bytes(other.file.read_bytes())
+            other.issue(tmp_path, "client")
+            ca.write_bytes(other.file.read_bytes())
+            await restarted(node, connection)
+            assert connection.trust.fault == ""
+        finally:
+            await connection.close()
+
+
+async def restarted(node: Node, connection: Connection) -> None:
+    """Until the connection is back, on a server that has started again."""
+    back = asyncio.Event()
+    connection.on_reconnect = back.set
+    node.stop()
+    node.start([node])
+    await asyncio.wait_for(back.wait(), 60)

@@ -66,7 +66,7 @@ async def client(stage: Stage) -> AsyncIterator[httpx2.AsyncClient]:
 
 @asynccontextmanager
 async def served(
-    app: FastAPI, context: ssl.SSLContext | None = None, **listen: float | tuple[str, ...]
+    app: FastAPI, context: Callable[[], ssl.SSLContext] | None = None, **listen: float | tuple[str, ...]
 ) -> AsyncIterator[tuple[Server, int]]:
     """The app on a port of its own. listen: members of the `[listen]` table. Leaving it is what SIGTERM does."""
     settings = Listen(port=0, **{"drain": 2, **listen})  # type: ignore[arg-type]

@@ -111,6 +111,34 @@ async def test_other_faults_of_a_certificate_have_their_own_words(
         await kept.keys.close()
 
 
+async def test_a_damaged_renewal_keeps_the_last_good_ca(issuer: TlsIssuer, ca: Ca, tmp_path: Path) -> None:
+    """Also after a fetch has failed for another reason; the log says why the file is not used."""
+    file = tmp_path / "issuer-ca.pem"
+    file.write_bytes(ca.file.read_bytes())
+    kept = Kept(issuer, file)
+    await until(lambda: kept.keys.usable)
+    file.write_bytes(ca.file.read_bytes()[:300])
+    assert await kept.keys.seek("unknown", "EdDSA") is None  # asks the issuer, with the CA from before
+    assert kept.log.getvalue().count("issuer ca refused, the last good one stays") == 1
+    assert "issuer keys not read" not in kept.log.getvalue()
+    file.write_bytes(ca.file.read_bytes())
+    assert await kept.keys.seek("unknown", "EdDSA") is None
+    assert kept.log.getvalue().count("issuer ca taken") == 1
+    await kept.keys.close()
+
+
+async def test_an_issuer_that_moves_to_another_ca(ca: Ca, tmp_path: Path) -> None:
+    """Its new certificate is trusted as soon as the file has the new CA."""
+    file, other = tmp_path / "issuer-ca.pem", Ca(tmp_path / "other", "other")
+    file.write_bytes(ca.file.read_bytes())
+    with running(other, tmp_path / "issuer") as issuer:
+        kept = Kept(issuer, file)
+        await kept.said("not signed by a trusted CA")
+        file.write_bytes(ca.file.read_bytes() + other.file.read_bytes())
+        await until(lambda: kept.keys.usable)
+        await kept.keys.close()
+
+
 async def test_an_issuer_that_does_not_run_is_not_said_to_be_distrusted() -> None:
     async with make_client("https://127.0.0.1:1") as client:
         with pytest.raises(FetchFailed, match="cannot be reached: nothing listens there"):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-import shutil
 import socket
 import ssl
+from functools import partial
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_gateway.http.server import load_certificate, tls_context
+from lacre_gateway.http.certificate import tls_context
 from lacre_gateway.settings import Tls
 from parts.by_hand import opened
 from parts.certificates import Ca
@@ -165,7 +165,7 @@ async def named(port: int, ca: Ca, at_most: ssl.TLSVersion = ssl.TLSVersion.TLSv
 
 
 async def test_tls(stage: Stage, worker: FakeWorker, tls: Tls, ca: Ca) -> None:
-    async with served(stage.app, tls_context(tls)) as (_, port):
+    async with served(stage.app, partial(tls_context, tls)) as (_, port):
         verify = ssl.create_default_context(cafile=str(ca.file))
         async with httpx2.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=verify) as http:
             body, _, opener = stage.seal()
@@ -178,25 +178,9 @@ async def test_tls(stage: Stage, worker: FakeWorker, tls: Tls, ca: Ca) -> None:
             assert (await named(port, ca, version)).startswith("first TLSv1.")
 
 
-async def test_a_renewed_certificate(stage: Stage, tls: Tls, ca: Ca, tmp_path: Path) -> None:
-    """What SIGHUP does: new connections see it, and files that do not hold change nothing."""
-    context = tls_context(tls)
-    async with served(stage.app, context) as (_, port):
-        assert await named(port, ca) == "first TLSv1.3"
-        second = ca.issue(tmp_path, "second")
-        shutil.copy(second.certificate, tls.certificate)
-        shutil.copy(second.key, tls.key)
-        load_certificate(context, tls)
-        assert await named(port, ca) == "second TLSv1.3"
-        shutil.copy(ca.issue(tmp_path, "third").key, tls.key)  # and the second's certificate
-        with pytest.raises(SettingsError, match="one key pair"):
-            load_certificate(context, tls)
-        assert await named(port, ca) == "second TLSv1.3"
-
-
 async def test_a_handshake_that_does_not_come(stage: Stage, tls: Tls) -> None:
     """Whoever speaks no TLS has as long as a head: not the minute that is usual."""
-    async with served(stage.app, tls_context(tls), header_timeout=0.3) as (_, port):
+    async with served(stage.app, partial(tls_context, tls), header_timeout=0.3) as (_, port):
         reader, writer = await dial(port, b"\x16\x03")
         assert await heard(reader) == b""
         writer.close()
@@ -205,7 +189,7 @@ async def test_a_handshake_that_does_not_come(stage: Stage, tls: Tls) -> None:
 @pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
 async def test_too_many_handshakes(stage: Stage, tls: Tls, ca: Ca, limit: str) -> None:
     """A handshake takes a place like any connection: the one that takes longest makes room, and its successor is served."""
-    async with served(stage.app, tls_context(tls), **{limit: 3}) as (server, port):
+    async with served(stage.app, partial(tls_context, tls), **{limit: 3}) as (server, port):
         waiting = [await dial(port, b"\x16\x03") for _ in range(5)]
         for reader, _ in waiting[:2]:
             assert await heard(reader) == b""
@@ -219,7 +203,7 @@ async def test_too_many_handshakes(stage: Stage, tls: Tls, ca: Ca, limit: str) -
 async def test_a_handshake_makes_room_for_its_connection(stage: Stage, tls: Tls, ca: Ca) -> None:
     """It is not counted twice: with one place, each of many requests is served."""
     verify = ssl.create_default_context(cafile=str(ca.file))
-    async with served(stage.app, tls_context(tls), connections=1, connections_per_address=1) as (server, port):
+    async with served(stage.app, partial(tls_context, tls), connections=1, connections_per_address=1) as (server, port):
         for _ in range(5):
             async with httpx2.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=verify) as http:
                 assert (await http.get("/healthz")).status_code == 200
@@ -231,7 +215,7 @@ async def test_nobody_can_be_accepted(stage: Stage, tls: Tls, ca: Ca) -> None:
     """Without a file to spare, the listener tries again: it is not lost."""
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
-    async with served(stage.app, tls_context(tls)) as (_, port):
+    async with served(stage.app, partial(tls_context, tls)) as (_, port):
         dialled = socket.socket()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (dialled.fileno() + 1, hard))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +28,7 @@ from nats.aio.transport import TcpTransport
 from lacre.errors import InvalidMessage
 from lacre_fabric.nats import protocol
 from lacre_fabric.nats.protocol import Control, Event, NatsMessage, Oversized
-from lacre_fabric.nats.servers import HungUp, NoTls
+from lacre_fabric.nats.servers import HungUp, NoTls, Trust
 
 CLOSE_TIMEOUT: Final = 1.0  # seconds for a server to close
 LOOK: Final = 1.0  # seconds between checks whether anything arrived
@@ -89,11 +90,12 @@ class DirectClient(Client):
     everything else it does with a message.
 
     keep: bytes of the longest useful message; longer ones are dropped on arrival. look: seconds, as `LOOK`. unusable: how many
-    messages were too long, malformed, or raised an exception in their handler.
+    messages were too long, malformed, or raised an exception in their handler. trust: the certificates for each handshake.
     """
 
-    def __init__(self, keep: int = protocol.MAX_SIZE, *, look: float = LOOK) -> None:
+    def __init__(self, keep: int = protocol.MAX_SIZE, *, look: float = LOOK, trust: Trust | None = None) -> None:
         super().__init__()
+        self._trust = trust
         self._look = look
         self._direct: dict[int, Take] = {}
         self._transport = NatsTransport()
@@ -114,6 +116,15 @@ class DirectClient(Client):
         super()._remove_sub(sid, max_msgs)
 
     # The connection
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """The library asks for each handshake, also when it reconnects: the files may have been renewed."""
+        if self._trust is not None:
+            self._trust.refresh()
+            if self._trust.value is not None:
+                return self._trust.value
+        return super().ssl_context
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Runs before the client sends anything. For `tls://` the server must require TLS.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import ssl
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -34,7 +33,7 @@ from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.protocol import DESCRIPTION, MAX_SIZE, STATUS
 from lacre_fabric.nats.roles import Credential
-from lacre_fabric.nats.servers import Servers, distrusted
+from lacre_fabric.nats.servers import Servers, Trust, distrusted
 from lacre_fabric.work.contract import FabricBusy, FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
 
 CONNECT_TIMEOUT: Final = 5  # seconds for a first connection; reconnecting has no time limit
@@ -80,12 +79,14 @@ class Connection:
     """A role's connection to NATS, with JetStream.
 
     denials: how many operations the server denied to this role. denied: the last denial, in the server's words.
+    trust: the certificates for the next handshake.
     """
 
-    def __init__(self, client: DirectClient, credential: Credential) -> None:
+    def __init__(self, client: DirectClient, credential: Credential, trust: Trust) -> None:
         self.client = client
         self.jetstream: JetStreamContext = client.jetstream(timeout=API_TIMEOUT, prefix=subjects.API)
         self.credential = credential
+        self.trust = trust
         self.denials = 0
         self.denied = ""
         self.on_reconnect: Callable[[], None] = lambda: None
@@ -96,22 +97,29 @@ class Connection:
 
     @classmethod
     async def open(
-        cls, servers: Servers | str, credential: Credential, *, keep: int = MAX_SIZE, purpose: str = ""
+        cls,
+        servers: Servers | str,
+        credential: Credential,
+        *,
+        keep: int = MAX_SIZE,
+        purpose: str = "",
+        trust: Trust | None = None,
     ) -> Connection:
         """Connects to any of the servers, and to another one if that server fails later.
 
         keep: bytes of the longest useful message. purpose: part of the connection's name, which servers and logs show.
+        trust: the certificates, if several connections share them.
 
         Raises SettingsError, or FabricUntrusted if a server does not prove its identity. Raises FabricUnavailable after
         `CONNECT_TIMEOUT` for each server, or as soon as one refuses the credential.
         """
         servers = Servers.of(servers)
-        context = servers.context()
+        trust = servers.trust() if trust is None else trust
         urls = random.sample(servers.urls, len(servers.urls))  # so that clients spread over the servers
         failed: list[FabricUnavailable] = []
         for _ in urls:
             try:
-                return await cls._open(urls, context, DirectClient(keep), credential, purpose)
+                return await cls._open(urls, trust, DirectClient(keep, trust=trust), credential, purpose)
             except FabricRefused:
                 raise
             except FabricUnavailable as exc:
@@ -121,15 +129,15 @@ class Connection:
 
     @classmethod
     async def _open(
-        cls, urls: Sequence[str], context: ssl.SSLContext | None, client: DirectClient, credential: Credential, purpose: str
+        cls, urls: Sequence[str], trust: Trust, client: DirectClient, credential: Credential, purpose: str
     ) -> Connection:
         """Connects to the first server; the others are for reconnecting."""
-        connection = cls(client, credential)
+        connection = cls(client, credential, trust)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await client.connect(
                     list(urls),
-                    tls=context,
+                    tls=trust.value,
                     dont_randomize=True,
                     name=f"{credential.name} {purpose}".strip(),
                     user=credential.name,

@@ -134,15 +134,17 @@ class NatsGateway:
     async def connect(
         cls, servers: Servers | str, credential: Credential, gateway_id: str, region: str = subjects.DEFAULT_REGION
     ) -> Self:
-        """Raises FabricUnavailable."""
+        """Raises FabricUnavailable or SettingsError."""
+        servers = Servers.of(servers)
+        trust = servers.trust()  # one for all connections, so that the log tells of each change once
 
         async def open_pool(pool: str) -> Connection:
-            return await Connection.open(servers, credential, keep=KEEP, purpose=f"pool {pool}")
+            return await Connection.open(servers, credential, keep=KEEP, purpose=f"pool {pool}", trust=trust)
 
         async with AsyncExitStack() as stack:
-            connection = await Connection.open(servers, credential)
+            connection = await Connection.open(servers, credential, trust=trust)
             stack.push_async_callback(connection.close)
-            lobby = await Connection.open(servers, credential, keep=MAX_BYTES, purpose="presence")
+            lobby = await Connection.open(servers, credential, keep=MAX_BYTES, purpose="presence", trust=trust)
             stack.push_async_callback(lobby.close)
             gateway = cls(connection, lobby, gateway_id, open_pool, region)
             async with connection.mapped(confirmed=True):

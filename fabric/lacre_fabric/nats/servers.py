@@ -4,23 +4,31 @@ Rules:
 - All addresses begin with `tls://`, or none does: a client that switches servers must not fall back to plain text.
 - A server's certificate is always verified: by the CA of the settings or else the system's, and for the name or address in its
   URL. No setting disables this.
+- The files are watched: each connection, also a reconnection, uses the newest ones that can be used.
 """
 
 from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 import nats.errors
+import structlog
 
 from lacre.errors import SettingsError
 from lacre.runtime.authorities import trusting
 from lacre.runtime.hosts import EXPIRED, OTHER_HOST
+from lacre.runtime.watched_files import WatchedFiles
 
 _TLS: Final = "tls://"
+
+log = structlog.get_logger("lacre.fabric")
+
+Trust = WatchedFiles[ssl.SSLContext | None]
 
 
 class NoTls(nats.errors.Error):
@@ -70,6 +78,18 @@ class Servers:
                 raise SettingsError(f"nats: cannot use {names}: give PEM files, with the key of the certificate") from exc
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
+
+    def trust(self) -> Trust:
+        """What `context` makes of the files, and of those that replace them. Raises SettingsError."""
+        files = [file for file in (self.ca, self.certificate, self.key) if file is not None and self.tls]
+        return WatchedFiles(files, self.context, partial(_told, ", ".join(self.hosts)))
+
+
+def _told(host: str, reason: str | None) -> None:
+    if reason is None:
+        log.info("fabric.certificates_taken", host=host)
+    else:
+        log.error("fabric.certificates_refused", host=host, reason=reason, remedy="the last good ones stay in use")
 
 
 def distrusted(error: BaseException | None) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lacre.runtime.authorities import trusting
 from lacre_fabric.logs import Log
 from lacre_gateway.auth.claims import ClaimNames
 from lacre_gateway.auth.jwks import KeySet
@@ -41,6 +40,4 @@ def _keys(issuer: Issuer, place: str, log: Log) -> KeySet | RemoteKeys:
             log.warning("issuer keys ignored", issuer=issuer.issuer, reason=reason)
         return keys
     timing = Timing(stale_limit=issuer.stale_limit)
-    if issuer.ca is not None:
-        trusting(issuer.ca, f"{place}.ca")  # a mistake ends the start, and not each fetch
     return RemoteKeys(issuer.issuer, issuer.jwks_url, issuer.algorithms, place=place, log=log, timing=timing, ca=issuer.ca)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +27,7 @@ import jwt
 from lacre.errors import LacreError
 from lacre.runtime import tasks
 from lacre.runtime.authorities import trusting
+from lacre.runtime.watched_files import WatchedFiles
 from lacre_fabric.logs import Log
 from lacre_gateway.auth.fetch import FetchFailed, fetch, make_client
 from lacre_gateway.auth.jwks import KeySet
@@ -59,7 +62,8 @@ class RemoteKeys:
     """An issuer's `KeySet`, kept current.
 
     address: of the set itself; None: discovery finds it. place: the settings key, for the log.
-    ca: the PEM file of the CA for its addresses; None: the system's CAs. It is read again after a failure: it may be renewed.
+    ca: the PEM file of the CA for its addresses; None: the system's CAs. A renewed file counts from the next fetch on. Raises
+    SettingsError if the file cannot be used.
     """
 
     def __init__(
@@ -77,8 +81,11 @@ class RemoteKeys:
         self._address = address
         self._algorithms = algorithms
         self._place = place
-        self._ca = ca
         self._log = log
+        self.trust: WatchedFiles[ssl.SSLContext] | None = None
+        self._trusted: ssl.SSLContext | None = None  # the CAs of `_client`
+        if ca is not None:
+            self.trust = WatchedFiles([ca], partial(trusting, ca, f"{place}.ca"), self._told_ca)
         self._timing = timing or Timing()
         self._client: httpx2.AsyncClient | None = None
         self._found_at: str | None = None  # the address from discovery
@@ -163,27 +170,26 @@ class RemoteKeys:
             except Exception as exc:  # noqa: BLE001 - foreign text: any failure is a failed fetch
                 tasks.failed("issuer keys", exc)
                 self._failed(f"unexpected {type(exc).__name__}: see the log")
-            if self._failure:
-                await self._forget_ca()
         finally:
             self._looking, self._fetching = None, False
 
     async def _fetch(self) -> float | None:
         """How many seconds the set may be kept. Raises FetchFailed or SettingsError."""
-        address = await self._where()
-        answer = await fetch(self._http(), address, self._etag)
+        client = await self._http()
+        address = await self._where(client)
+        answer = await fetch(client, address, self._etag)
         if answer.value is not None:
             self._replace(KeySet.parse(answer.value, self._algorithms, f"{self._place}: {address}"))
             self._etag = answer.etag
         return answer.fresh
 
-    async def _where(self) -> str:
+    async def _where(self, client: httpx2.AsyncClient) -> str:
         """The address of the key set. Raises FetchFailed."""
         if self._address is not None:
             return self._address
         if self._found_at is None or time.monotonic() >= self._found_until:
             url = self._issuer.rstrip("/") + WELL_KNOWN
-            said = (await fetch(self._http(), url, None)).value
+            said = (await fetch(client, url, None)).value
             address = said.get("jwks_uri") if isinstance(said, Mapping) and said.get("issuer") == self._issuer else None
             if not isinstance(address, str) or not fetchable(address, plain=self._issuer.startswith("http:")):
                 raise FetchFailed(f"{url} does not describe the issuer {self._issuer} with an https jwks_uri")
@@ -192,17 +198,23 @@ class RemoteKeys:
             self._found_until = time.monotonic() + _METADATA_LIVES
         return self._found_at
 
-    def _http(self) -> httpx2.AsyncClient:
+    async def _http(self) -> httpx2.AsyncClient:
+        """A client that trusts the CAs of the newest file. Raises FetchFailed."""
+        if self.trust is not None:
+            await asyncio.to_thread(self.trust.refresh)
+            if self._client is not None and self._trusted is not self.trust.value:
+                client, self._client = self._client, None
+                await client.aclose()
+            self._trusted = self.trust.value
         if self._client is None:
-            context = None if self._ca is None else trusting(self._ca, f"{self._place}.ca")
-            self._client = make_client(self._address or self._issuer, context)
+            self._client = make_client(self._address or self._issuer, self._trusted)
         return self._client
 
-    async def _forget_ca(self) -> None:
-        """The next fetch reads the file again, which an operator may have corrected or renewed."""
-        if self._ca is not None and self._client is not None:
-            client, self._client = self._client, None
-            await client.aclose()
+    def _told_ca(self, reason: str | None) -> None:
+        if reason is None:
+            self._log.info("issuer ca taken", issuer=self._issuer)
+        else:
+            self._log.error("issuer ca refused, the last good one stays", issuer=self._issuer, reason=reason)
 
     def _replace(self, keys: KeySet) -> None:
         if self._keys is not None and not self._keys <= keys:

@@ -17,7 +17,8 @@ from cryptography import x509
 
 from lacre.errors import SettingsError
 from lacre_gateway.doctor.findings import Findings
-from lacre_gateway.http.server import OTHER_FILES, bind, tls_context
+from lacre_gateway.http.certificate import tls_context
+from lacre_gateway.http.server import OTHER_FILES, bind
 from lacre_gateway.settings import GatewaySettings, Listen, Tls
 
 _LITTLE: Final = 64 * 2**20  # bytes free: some 60,000 requests
@@ -96,11 +97,11 @@ def _tls(tls: Tls, host: str, findings: Findings) -> None:
     until, now = certificate.not_valid_after_utc, datetime.now(UTC)
     told = f"{tls.certificate}: for {', '.join(_names(certificate)) or 'no name'}, until {until:%Y-%m-%d %H:%M} UTC"
     if not certificate.not_valid_before_utc <= now < until:
-        findings.failed("tls", told, "renew the certificate, then SIGHUP the gateway")
+        findings.failed("tls", told, "renew the certificate: a running gateway takes the new files by itself")
     elif not _is_for(certificate, host):
         findings.failed("tls", told, f"get a certificate for {host}, the host of public_url")
     elif until - now < _SOON:
-        findings.warn("tls", told, "renew the certificate, then SIGHUP the gateway")
+        findings.warn("tls", told, "renew the certificate: a running gateway takes the new files by itself")
     else:
         findings.ok("tls", told)
 

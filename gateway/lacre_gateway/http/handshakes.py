@@ -27,12 +27,13 @@ RETRY: Final = 0.5  # seconds after a failure to accept, such as too many open f
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The terms of one listener. seconds: for a handshake. serve: makes the protocol of a connection, which calls
-    `Handshake.leave` when it takes the place of the handshake.
-    """  # fmt: skip
+    """The terms of one listener. context: returns the one for a new connection. seconds: for a handshake.
+
+    serve: makes the protocol of a connection, which calls `Handshake.leave` when it takes the place of the handshake.
+    """
 
     door: Door
-    context: ssl.SSLContext
+    context: Callable[[], ssl.SSLContext]
     seconds: float
     serve: Callable[[Handshake], asyncio.Protocol]
 
@@ -54,7 +55,7 @@ class Handshake:
         self._begun = True  # from here on the loop owns the socket, and closes it
         with contextlib.suppress(OSError):  # ssl.SSLError is one, and so is a handshake that takes too long
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: terms.serve(self), self._peer, ssl=terms.context, ssl_handshake_timeout=terms.seconds
+                lambda: terms.serve(self), self._peer, ssl=terms.context(), ssl_handshake_timeout=terms.seconds
             )
 
     def cut(self) -> None:

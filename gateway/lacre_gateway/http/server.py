@@ -1,15 +1,13 @@
-"""Sockets and TLS of the gateway's listeners. `lacre.runtime.listening` bounds what an unknown client may send."""
+"""Sockets of the gateway's listeners. `lacre.runtime.listening` bounds what an unknown client may send."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import resource
-import shlex
 import socket
 import ssl
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, cast
 
 import uvicorn
@@ -19,7 +17,7 @@ from lacre.errors import SettingsError
 from lacre.runtime.listening import BoundedConfig, BoundedProtocol, Door
 from lacre_gateway.http.gathered import GatheredTransport
 from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
-from lacre_gateway.settings import Listen, Tls
+from lacre_gateway.settings import Listen
 
 _BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
 _KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that the client closes first
@@ -72,33 +70,11 @@ def room_for(count: int) -> int:
     return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft - OTHER_FILES))
 
 
-def tls_context(tls: Tls) -> ssl.SSLContext:
-    """TLS 1.2 or newer, with the certificate that is in the files now. Raises SettingsError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, tls)
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
-    """New connections use the certificate that is in the files now. Raises SettingsError, and changes nothing then."""
-    try:
-        if stat.S_IMODE(tls.key.stat().st_mode) & stat.S_IRWXO:
-            raise SettingsError(f"listen.tls.key: {tls.key} can be read by every user: chmod 600 {shlex.quote(str(tls.key))}")
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # a try on an unused context
-        context.load_cert_chain(tls.certificate, tls.key)
-    except OSError as exc:  # ssl.SSLError is one
-        reason = "they are not PEM files of one key pair" if isinstance(exc, ssl.SSLError) else exc.strerror
-        raise SettingsError(
-            f"listen.tls: cannot use {tls.certificate} with {tls.key} ({reason}): write the certificate's chain and its key"
-        ) from exc
-
-
 class Config(BoundedConfig):
     """uvicorn's settings for one listener."""
 
-    def __init__(self, app: ASGIApp, listen: Listen, context: ssl.SSLContext | None) -> None:
+    def __init__(self, app: ASGIApp, listen: Listen, context: Callable[[], ssl.SSLContext] | None) -> None:
+        self.context = context
         door = Door(
             head_timeout=listen.header_timeout,
             connections=room_for(listen.connections),
@@ -121,7 +97,7 @@ class Config(BoundedConfig):
             timeout_graceful_shutdown=listen.drain,
             timeout_keep_alive=_KEEP_ALIVE,
             backlog=_BACKLOG,
-            ssl_context_factory=None if context is None else lambda _config, _default: context,
+            ssl_context_factory=None if context is None else lambda _config, _default: context(),
         )
 
 
@@ -144,7 +120,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, but for listening sockets; a TLS handshake has as much time as a head, and not a minute."""
-        config, loop, context = self.config, asyncio.get_running_loop(), self.config.ssl
+        config, loop, context = self.config, asyncio.get_running_loop(), self.config.context
 
         def connection(handshake: Handshake | None = None) -> asyncio.Protocol:
             made = GatheringProtocol(config, self.server_state, self.lifespan.state, loop)
@@ -170,6 +146,6 @@ class Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks, timeout=_ABORT_LIMIT)
 
 
-def make_server(app: ASGIApp, listen: Listen, context: ssl.SSLContext | None = None) -> Server:
-    """context: None serves plain HTTP."""
+def make_server(app: ASGIApp, listen: Listen, context: Callable[[], ssl.SSLContext] | None = None) -> Server:
+    """context: returns the one for a new connection. None serves plain HTTP."""
     return Server(Config(app, listen, context))
