@@ -27,6 +27,7 @@ from nats.aio.transport import TcpTransport
 
 from lacre.errors import InvalidMessage
 from lacre_fabric.nats import protocol
+from lacre_fabric.nats.login import Login
 from lacre_fabric.nats.protocol import Control, Event, NatsMessage, Oversized
 from lacre_fabric.nats.servers import HungUp, NoTls, Trust
 
@@ -90,12 +91,16 @@ class DirectClient(Client):
     everything else it does with a message.
 
     keep: bytes of the longest useful message; longer ones are dropped on arrival. look: seconds, as `LOOK`. unusable: how many
-    messages were too long, malformed, or raised an exception in their handler. trust: the certificates for each handshake.
+    messages were too long, malformed, or raised an exception in their handler. trust, login: the certificates and the
+    password for each handshake.
     """
 
-    def __init__(self, keep: int = protocol.MAX_SIZE, *, look: float = LOOK, trust: Trust | None = None) -> None:
+    def __init__(
+        self, keep: int = protocol.MAX_SIZE, *, look: float = LOOK, trust: Trust | None = None, login: Login | None = None
+    ) -> None:
         super().__init__()
         self._trust = trust
+        self._login = login
         self._look = look
         self._direct: dict[int, Take] = {}
         self._transport = NatsTransport()
@@ -147,17 +152,26 @@ class DirectClient(Client):
             if task is not None:
                 task.cancel()
         self._reader.reset()
+        if self._login is not None:
+            credential = self._login.next()
+            self.options |= {"user": credential.name, "password": credential.password}
         try:
             await super()._process_connect_init()
         except ConnectionError as exc:
             raise HungUp from exc
         if not self.is_connected:
             raise HungUp
+        if self._login is not None:
+            self._login.accepted()
 
     async def _process_err(self, err_msg: str) -> None:
-        """Ends the connection for good only if the server rejects the credential. The library does so for every error."""
+        """Ends the connection for good only if the server rejects the credential and its file has no other.
+
+        The library does so for every error.
+        """
         said = err_msg.lower()
-        if "authorization violation" in said or "permissions violation" in said:
+        replaced = self.is_connected and self._login is not None and self._login.has_other()
+        if ("authorization violation" in said and not replaced) or "permissions violation" in said:
             await super()._process_err(said)
         else:
             await self._process_op_err(nats.errors.Error(f"nats: {said}"))

@@ -31,6 +31,7 @@ from lacre.runtime.json_objects import object_in
 from lacre.transport.fault_words import fault_in_words
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import DirectClient
+from lacre_fabric.nats.login import Login
 from lacre_fabric.nats.protocol import DESCRIPTION, MAX_SIZE, STATUS
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.servers import Servers, Trust, distrusted
@@ -119,7 +120,9 @@ class Connection:
         failed: list[FabricUnavailable] = []
         for _ in urls:
             try:
-                return await cls._open(urls, trust, DirectClient(keep, trust=trust), credential, purpose)
+                return await cls._open(
+                    urls, trust, DirectClient(keep, trust=trust, login=Login(credential)), credential, purpose
+                )
             except FabricRefused:
                 raise
             except FabricUnavailable as exc:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,10 +53,14 @@ TOLD_BY_WORKERS: Final = ("reply", "presence")  # `reply.POOL.GATEWAY.REQUEST`, 
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A name and a password for nats-server, in a 0600 file. `name` is also the role, which inbox subjects contain."""
+    """A name and a password for nats-server, in a 0600 file. `name` is also the role, which inbox subjects contain.
+
+    file: where it was read. A replaced password is read there again (see `login`).
+    """
 
     name: str
     password: str = field(repr=False)
+    file: Path | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def new(cls, name: str) -> Credential:
@@ -67,7 +71,7 @@ class Credential:
         """Raises SettingsError."""
         try:
             members = Members.parse(read_secret(path), "the credential")
-            return cls(members.text("name"), members.text("password"))
+            return cls(members.text("name"), members.text("password"), path)
         except InvalidMessage as exc:
             raise SettingsError(f"{path} is not a fabric credential: `lacre up` writes them") from exc
 
@@ -78,7 +82,7 @@ class Credential:
         return cls.load(path)
 
     def save(self, path: Path) -> None:
-        write_secret(path, json.dumps(asdict(self)).encode())
+        write_secret(path, json.dumps({"name": self.name, "password": self.password}).encode())
 
 
 @dataclass(frozen=True, slots=True)

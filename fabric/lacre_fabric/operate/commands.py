@@ -392,6 +392,30 @@ def fabric_accounts(state: State = None) -> None:
     typer.echo(nats_conf.encode({"accounts": accounts(site_of(state).replicated_roles())}).decode(), nl=False)
 
 
+@fabric_app.command("replace")
+def fabric_replace(
+    name: Annotated[str, typer.Argument(help="The credential, such as gateway-g1; `fabric/NAME.json` in the state folder.")],
+    state: State = None,
+) -> None:
+    """Replace the password of a NATS credential while everything runs. Prints what to do next.
+
+    A process that has the new file uses it once the servers know it, and the old password until then.
+    """
+    from lacre.errors import SettingsError
+    from lacre_fabric.nats.roles import Credential
+
+    site = site_of(state)
+    known = sorted(file.stem for file in site.credential_file("any").parent.glob("*.json"))
+    if name not in known:
+        raise SettingsError(
+            f"no credential {name}: choose one of {', '.join(known) or 'those that `lacre fabric accounts` makes'}"
+        )
+    file = site.credential_file(name)
+    Credential.new(name).save(file)
+    typer.echo(f"1. copy {file} to the processes that use it; they need no restart")
+    typer.echo("2. run `lacre fabric accounts` and reload the NATS servers with its output (`lacre up`: restart it)")
+
+
 @fabric_app.command("bundles")
 def fabric_bundles(
     nats: Annotated[str, typer.Option(help="The NATS server's address, as nats://HOST:PORT.")],
