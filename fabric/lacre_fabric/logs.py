@@ -42,11 +42,27 @@ _VALUES: Final = re.compile(r"[(<\n].*", re.DOTALL)  # where arguments, objects 
 Log = structlog.typing.FilteringBoundLogger
 
 
-def make_log(stream: TextIO) -> Log:
-    """A log that writes to `stream`. It belongs to one app; no global configuration changes."""
+class Level:
+    """The structlog processor that drops lines below a level. The level may change while the process runs."""
+
+    def __init__(self, name: str) -> None:
+        """name: `info`, `warning` or `error`."""
+        self.set(name)
+
+    def set(self, name: str) -> None:
+        self._least: int = logging.getLevelNamesMapping()[name.upper()]
+
+    def __call__(self, _logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if structlog.processors.NAME_TO_LEVEL[method] < self._least:
+            raise structlog.DropEvent
+        return event
+
+
+def make_log(stream: TextIO, level: Level | None = None) -> Log:
+    """A log that writes to `stream`. It belongs to one app; no global configuration changes. level: None: all lines."""
     log: Log = structlog.wrap_logger(
         structlog.WriteLogger(stream),  # one write per line
-        processors=PROCESSORS,
+        processors=PROCESSORS if level is None else (level, *PROCESSORS),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )

@@ -57,6 +57,7 @@ def create_app(gateway: Gateway) -> GatewayApp:
     app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for the answers to other methods
     limit = AddressLimit(gateway.settings.limits.calls_per_address)
     limit.install(app)
+    gateway.calls.append(limit)
     limited = [Depends(limit.check)]
     app.add_api_route("/v1/manifest", serve_manifest, methods=_READ, include_in_schema=False, dependencies=limited)
     app.add_api_route(OWN_USAGE_PATH, own_usage, methods=_READ, include_in_schema=False, dependencies=limited)

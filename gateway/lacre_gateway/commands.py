@@ -5,13 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lacre_gateway.audit import commands as audit
 from lacre_gateway.budget import commands as budget
 from lacre_gateway.policy import commands as policy
+
+if TYPE_CHECKING:
+    from lacre_gateway.settings import GatewaySettings
 
 
 def register(app: typer.Typer) -> None:
@@ -46,9 +49,14 @@ def gateway(
     from lacre_gateway.settings import load
 
     with last_words():
-        found = load(settings)
-        if instance is not None:
-            found = found.as_instance(instance)
+
+        def read() -> GatewaySettings:
+            found = load(settings)
+            if instance is not None:
+                found = found.as_instance(instance)
+            return found if process is None else found.for_process(process, port or found.listen.port)
+
+        found = read()
         if process is None and found.processes > 1:
             from lacre_gateway.processes import serve_all
 
@@ -56,7 +64,7 @@ def gateway(
             return
         from lacre_gateway.serve import serve
 
-        serve(found if process is None else found.for_process(process, port or found.listen.port))
+        serve(found, read)
 
 
 def doctor(

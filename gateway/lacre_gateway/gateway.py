@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -39,6 +39,7 @@ from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.settlement import Settlement
 from lacre_gateway.budget.webhook import WebhookSender
+from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.headers import Action, OuterHeaders
 from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.observe.metrics import Metrics
@@ -46,7 +47,7 @@ from lacre_gateway.observe.queues import REMEDY as QUEUES_REMEDY
 from lacre_gateway.observe.queues import Queues
 from lacre_gateway.observe.tracing import Tracer
 from lacre_gateway.policy.live import LiveRules, Status
-from lacre_gateway.settings import GatewaySettings, shipped
+from lacre_gateway.settings import GatewayLimits, GatewaySettings, shipped
 
 # Of an explanation: how often its prompt is computed, and how many states of layers are read. A state costs a prompt's token.
 _RUNS: Final = {Action.EXPLAIN: (MAX_PARTS + 1, 0), Action.LENS: (MAX_PARTS + 2, MAX_LENS_TOKENS * MAX_LENS_LAYERS)}
@@ -55,11 +56,28 @@ MAX_REVOKED: Final = 16  # revocations of one read with an event each; above it,
 ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON, HTTP and padding add more bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """changed: the tables and keys that took over. restart: those in the file that count only after a restart."""
+
+    changed: tuple[str, ...] = ()
+    restart: tuple[str, ...] = ()
+
+
+class ReloadsSettings(Protocol):
+    """See `admin.reloading.SettingsReload`. restart: as in `Changes`. refused: why newer settings were; empty if none were."""
+
+    restart: tuple[str, ...]
+    refused: str
+
+    async def reload(self, actor: str | None = None) -> Changes: ...
+
+
 @dataclass(slots=True)
 class Gateway:
     """The parts of a running gateway. fabric: None until it is connected. ending: set when it is to drain and end. clock:
     seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it. doors: of its listeners,
-    by name.
+    by name. calls: the limits of calls of its apps. reloading: replaces settings, if they came from a file.
     """  # fmt: skip
 
     settings: GatewaySettings
@@ -85,6 +103,8 @@ class Gateway:
     fabric: GatewayFabric | None = None
     queues: Queues = field(init=False)
     doors: dict[str, Door] = field(default_factory=dict)
+    calls: list[AddressLimit] = field(default_factory=list)
+    reloading: ReloadsSettings | None = None
     ending: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -118,6 +138,15 @@ class Gateway:
             await self.webhook.close()
         if self.tracer is not None:
             await self.tracer.close()
+
+    def apply(self, limits: GatewayLimits) -> None:
+        """Uses new limits from the next request on. Those that are read for each request are in `settings`."""
+        self.limits.set(in_flight=limits.requests_in_flight, concurrent=limits.concurrent_per_subject)
+        self.bodies.set(total=limits.body_bytes, each=limits.body_bytes_per_subject)
+        self.refusals.set(limits.refused_per_minute, limits.refused_per_address)
+        self.authenticator.set_failures(limits.failed_auth_per_minute)
+        for calls in self.calls:
+            calls.ceiling = limits.calls_per_address
 
     async def reload(self, actor: str | None = None) -> Status:
         """Activates the rules that are on the disk. actor: `<tenant>/<subject>` of the caller. Raises PolicyError."""

@@ -3,7 +3,7 @@
 Rules:
 - HTTP is served from the start, so that `readyz` can say what is missing; the fabric may come later, and may go and come back.
 - New rules are activated while requests are served: on SIGHUP, and when their files change. Certificates and CAs likewise: the
-  gateway's own, those for NATS, and those of issuers.
+  gateway's own, those for NATS, and those of issuers. Settings are read again on SIGHUP (see `admin.reloading`).
 - On SIGTERM, SIGINT or an administrator's call, `readyz` says no at once. For `listen.drain_delay` seconds, new requests are
   still accepted; a second signal ends that.
 - Then running streams have `listen.drain` seconds to finish, after which they are aborted. Their usage is settled, and outcomes
@@ -16,10 +16,10 @@ import asyncio
 import contextlib
 import gc
 import logging.config
+import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,13 +33,14 @@ from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks, watched_files
 from lacre.runtime.watched_files import WatchedFiles
 from lacre_fabric.keys.secret_files import read_ed25519
-from lacre_fabric.logs import PROCESSORS, make_log
+from lacre_fabric.logs import PROCESSORS, Level, make_log
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.work.contract import FabricUnavailable
-from lacre_gateway.admin.api import create_admin
+from lacre_gateway.admin.listener import AdminListener
+from lacre_gateway.admin.reloading import SettingsReload
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.auth.jwks_remote import RemoteKeys
@@ -54,20 +55,23 @@ _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
 # New objects after which the collector looks for cycles among them. A request makes some hundreds, and hardly a cycle.
 _COLLECT_AFTER: Final = 20_000
-_PAST_DRAIN: Final = 2.0  # seconds: the time that a server needs to end after its drain
 _GOES_ON: Final = tasks.Restart("unreadable files change nothing: the last good rules and certificates stay active")
 
 _LOOKS_AGAIN: Final = tasks.Restart("each look at the queues is independent of the last one")
 _KEEPS_ON: Final = tasks.Restart("what it rotates and erases is on the disk, and it can repeat both")
 
 
-def serve(settings: GatewaySettings) -> None:
-    """Runs until SIGTERM or SIGINT. Raises SettingsError if it cannot start: a port is taken, a file is missing."""
+def serve(settings: GatewaySettings, read: Callable[[], GatewaySettings]) -> None:
+    """Runs until SIGTERM or SIGINT. Raises SettingsError if it cannot start: a port is taken, a file is missing.
+
+    read: the settings that are on the disk now, as this process uses them. Raises SettingsError.
+    """
+    level = Level(settings.log_level)
     logging.config.dictConfig(standard_logging("ext://sys.stderr"))
     # For the fabric's own loggers; the gateway's belongs to the app.
-    structlog.configure(processors=list(PROCESSORS), logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(processors=[level, *PROCESSORS], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(tasks.run(_run(settings)))
+        runner.run(tasks.run(_run(settings, read, level)))
 
 
 @dataclass(slots=True)
@@ -86,38 +90,38 @@ class _Link:
             await self.fabric.close()
 
 
-async def _run(settings: GatewaySettings) -> None:
+async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], level: Level) -> None:
     key = read_ed25519(settings.signing_key)
     Credential.load(settings.nats.credentials)  # reports a wrong file at the start
     allow_connections(settings.listen.connections)
-    link, log = _Link(), make_log(sys.stderr).bind(gateway=settings.instance)
+    link, log = _Link(), make_log(sys.stderr, level).bind(gateway=settings.instance)
     certificate = None if settings.listen.tls is None else watched(settings.listen.tls, log)
     context = None if certificate is None else lambda: certificate.value
     with ExitStack() as listeners:
         listener = listeners.enter_context(bind(settings.listen, shared=settings.shared))
         gateway = build(settings, key, log, link.manifest)
-        servers = [(make_server(create_app(gateway), settings.listen, context), listener)]
-        if settings.admin is not None:
-            admin = settings.listen.model_copy(update={"host": settings.admin.host, "port": settings.admin.port})
-            at = listeners.enter_context(bind(admin))
-            encrypted = None if settings.admin.loopback else context
-            servers.append((make_server(create_admin(gateway), admin, encrypted), at))
-        gateway.doors = {name: server.config.door for name, (server, _) in zip(("public", "admin"), servers, strict=False)}
+        server = make_server(create_app(gateway), settings.listen, context)
+        admin = AdminListener(gateway, context)
+        gateway.doors["public"] = server.config.door
+        parent = os.getppid() if settings.shared else None
+        gateway.reloading = SettingsReload(gateway, admin, level, read, parent)
         gateway.authenticator.start()
-        _on_signals(gateway, servers[0][0])
+        _on_signals(gateway, server)
         running = [
-            tasks.start("drain", partial(_drained, gateway, servers[0][0])),
+            tasks.start("drain", partial(_drained, gateway, server)),
             tasks.start("fabric", partial(_keep_connected, gateway, link)),
             tasks.start("queues", gateway.queues.watch, restart=_LOOKS_AGAIN),
             tasks.start("audit logs", _keeper(gateway).run, restart=_KEEPS_ON),
             *reloading(gateway, partial(_certificates, gateway, link, certificate)),
         ]
-        for _, socket in servers:
-            log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
+        log.info("listening", host=listener.getsockname()[0], port=listener.getsockname()[1])
+        admin.open()
         _settle_memory()
         try:
-            await _serve(servers, patience=settings.listen.drain + _PAST_DRAIN)
+            await server.serve(sockets=[listener])
+            await server.settle()
         finally:
+            await admin.close()
             await tasks.together(*(each.close() for each in running))
             await gateway.feed.close()
             await gateway.close()
@@ -130,19 +134,6 @@ def _settle_memory() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)
-
-
-async def _serve(servers: Sequence[tuple[Server, socket.socket]], *, patience: float) -> None:
-    """Runs until the first of them has ended; meanwhile the others keep serving. patience: seconds for their end."""
-    (first, listener), *others = servers
-    beside = [tasks.start("admin API", partial(server.serve, sockets=[at])) for server, at in others]
-    try:
-        await first.serve(sockets=[listener])
-        await first.settle()
-    finally:
-        for server, _ in others:
-            server.should_exit = True
-        await tasks.together(*(each.close(patience=patience) for each in beside))
 
 
 def _on_signals(gateway: Gateway, server: Server) -> None:
@@ -176,8 +167,8 @@ Files = Callable[[], Iterator[WatchedFiles[Any]]]
 
 
 def reloading(gateway: Gateway, certificates: Files) -> list[tasks.Background]:
-    """Activates changes: rules and certificates on SIGHUP. Certificates also by themselves, and rules if the settings name a
-    folder of them.
+    """Activates changes: settings, rules and certificates on SIGHUP. Certificates also by themselves, and rules if the settings
+    name a folder of them.
     """
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
@@ -187,7 +178,10 @@ def reloading(gateway: Gateway, certificates: Files) -> list[tasks.Background]:
             hung_up.clear()
             for each in certificates():
                 await asyncio.to_thread(each.refresh)
-            with contextlib.suppress(PolicyError):  # `reload` reports it
+            if gateway.reloading is not None:
+                with contextlib.suppress(SettingsError):  # `reload` reports it, and likewise below
+                    await gateway.reloading.reload()
+            with contextlib.suppress(PolicyError):
                 await gateway.reload()
 
     running = [

@@ -259,10 +259,14 @@ class GatewaySettings(Table):
     issuers: Annotated[tuple[Issuer, ...], Field(min_length=1)]
     limits: GatewayLimits = GatewayLimits()
     models: dict[str, ModelLimits] = Field(default_factory=dict)
+    log_level: Literal["info", "warning", "error"] = "info"
     _process: int | None = PrivateAttr(default=None)
     _shared: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
+    def _whole(self) -> GatewaySettings:
+        return self._consistent()
+
     def _consistent(self) -> GatewaySettings:
         if self.limits.grant_lifetime < self.limits.queue_limit + GRANT_MARGIN:
             raise PydanticCustomError(
@@ -278,6 +282,13 @@ class GatewaySettings(Table):
         if len(set(names)) != len(names):
             raise PydanticCustomError("issuers", "issuers: each issuer may appear once; put all its keys in one jwks")
         return self
+
+    def checked(self) -> GatewaySettings:
+        """These settings, which were put together from two files. Raises SettingsError if they do not fit together."""
+        try:
+            return self._consistent()
+        except PydanticCustomError as exc:
+            raise SettingsError(f"{exc.message()} (some of the new settings need a restart)") from exc
 
     @property
     def shared(self) -> bool:

@@ -177,9 +177,9 @@ async def test_decisions_go_on_while_it_reloads(scene: Scene) -> None:
 async def test_hanging_up(scene: Scene, stage: Stage) -> None:
     """SIGHUP reloads at once, also where nobody watches; what is broken is told, and the next one is heard as well."""
     gateway = replace(stage.gateway, rules=scene.rules)
-    running = reloading(gateway, None)
+    running = reloading(gateway, lambda: iter(()))
     try:
-        assert [each.name for each in running] == ["reload"]
+        assert [each.name for each in running] == ["reload", "certificates"]
         (scene.folder / "strict.cedar").write_text("forbid (")
         os.kill(os.getpid(), signal.SIGHUP)
         await until(lambda: scene.rules.status.refused, 30)

@@ -122,6 +122,38 @@ TWO = pytest.mark.parametrize("running", [("", 2)], indirect=True)
 
 
 @TWO
+async def test_settings_reach_all_processes(running: Running) -> None:
+    """By an administrator's call to one of them. A file that is wrong changes none, and requests are served meanwhile."""
+    running.app.go_on.set()
+    good = running.settings.read_text()
+    token = running.issuer.token(scope="lacre:admin", sub="root")
+
+    async def call(method: str, number: int, path: str) -> dict[str, Any]:
+        async with httpx2.AsyncClient(trust_env=False, timeout=60, headers={"authorization": f"Bearer {token}"}) as http:
+            said: dict[str, Any] = (await http.request(method, f"http://127.0.0.1:{running.admin + number}{path}")).json()
+            return said
+
+    def reloaded() -> list[str]:
+        return sorted(
+            {
+                line["gateway"]
+                for line in running.logged()
+                if line["event"] == "settings reloaded" and "limits" in line["reason"]
+            }
+        )
+
+    running.settings.write_text(f"{good}\n[limits]\nqueue_limt = 3\n")
+    assert "queue_limt" in (await call("POST", 0, "/v1/reload"))["settings"]["fault"]
+    running.settings.write_text(f"{good}\n[limits]\nqueue_limit = 3\n".replace("processes = 2", "processes = 3"))
+    told = (await call("POST", 0, "/v1/reload"))["settings"]
+    assert told == {"changed": ["limits"], "restart": ["processes"], "fault": None}
+    await until(lambda: len(reloaded()) == 2, 60)
+    for number in (0, 1):
+        assert (await call("GET", number, "/v1/status"))["settings"]["restart"] == ["processes"]
+    await running.serves()
+
+
+@TWO
 async def test_several_processes(running: Running) -> None:
     """They share a port and nothing else; one that is killed comes back, and the others serve meanwhile."""
     running.app.go_on.set()

@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from lacre import __version__, problems
-from lacre.errors import LacreError, UsageError
+from lacre.errors import LacreError, SettingsError, UsageError
 from lacre_gateway.admin.gauges import Gauges
 from lacre_gateway.admin.reports import (
     TENANT,
@@ -42,6 +42,7 @@ from lacre_gateway.admin.reports import (
     Revoke,
     Revoked,
     Rules,
+    SettingsReport,
     StatusReport,
     TenantReport,
     TenantsReport,
@@ -90,6 +91,7 @@ def create_admin(gateway: Gateway) -> FastAPI:
     app.state.gateway, app.state.gauges = gateway, gauges
     app.state.limit = AddressLimit(gateway.settings.limits.calls_per_address)
     app.state.limit.install(app)
+    gateway.calls.append(app.state.limit)
     app.add_middleware(AccessLog, log=gateway.log, lines=gateway.lines)
     answer_with_problems(app)
     app.add_exception_handler(LacreError, _mapped)
@@ -268,6 +270,9 @@ async def status(request: Request, asking: Asking) -> StatusReport:
         },
         audit_entries=gateway.audit.size,
         rules=Rules(policy_set=rules.policy_set, since=rules.since, reloads=rules.reloads, refusals=rules.refusals),
+        settings=None
+        if (settings := gateway.reloading) is None
+        else SettingsReport(restart=list(settings.restart), fault=settings.refused or None),
     )
 
 
@@ -340,14 +345,38 @@ async def revoke(asking: Asking, asked: Revoke) -> Revoked:
 
 @_routes.post("/v1/reload", responses={409: {"model": Reloaded}})
 async def reload(response: Response, asking: Asking) -> Reloaded:
-    """Activates the rules that are on the disk. 409: they do not hold, and the last good ones stay."""
+    """Activates the settings and the rules that are on the disk. 409: either does not hold, and the last good ones stay.
+
+    Several processes are all told to; the answer is this one's.
+    """
     gateway = await asking.may(AdminAction.RELOAD)
     try:
         await gateway.reload(asking.actor)
     except PolicyError as exc:
+        refused: PolicyError | None = exc
+    else:
+        refused = None
+    settings = await _settings(gateway, asking.actor)  # last: it may move this listener, which ends a while after that
+    if refused is not None or (settings is not None and settings.fault is not None):
         response.status_code = 409
-        return Reloaded(taken=False, policy_set=gateway.rules.status.policy_set, fault=exc.fault, file=exc.place or None)
-    return Reloaded(taken=True, policy_set=gateway.rules.status.policy_set)
+    return Reloaded(
+        taken=refused is None,
+        policy_set=gateway.rules.status.policy_set,
+        fault=None if refused is None else refused.fault,
+        file=None if refused is None else refused.place or None,
+        settings=settings,
+    )
+
+
+async def _settings(gateway: Gateway, actor: str) -> SettingsReport | None:
+    """None if they came from no file."""
+    if gateway.reloading is None:
+        return None
+    try:
+        changes = await gateway.reloading.reload(actor)
+    except SettingsError as exc:
+        return SettingsReport(restart=list(gateway.reloading.restart), fault=str(exc))
+    return SettingsReport(changed=list(changes.changed), restart=list(changes.restart))
 
 
 @_routes.post("/v1/drain", status_code=202)

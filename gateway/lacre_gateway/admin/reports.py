@@ -51,6 +51,16 @@ class Rules(Report):
     refusals: int
 
 
+class SettingsReport(Report):
+    """Settings that were read again. changed: tables that took over just now. restart: keys in the file that count only after a
+    restart. fault: why the settings on the disk were refused, with the key; null if they were not.
+    """
+
+    changed: list[str] = []
+    restart: list[str] = []
+    fault: str | None = None
+
+
 class StatusReport(Report):
     """missing: what is missing before requests can be served, and who can help. seconds: since the start."""
 
@@ -64,6 +74,7 @@ class StatusReport(Report):
     pools: dict[str, dict[str, PoolReport]]  # by region
     audit_entries: int
     rules: Rules
+    settings: SettingsReport | None = None
 
 
 class Used(Report):
@@ -202,12 +213,15 @@ class BudgetChanged(Report):
 
 
 class Reloaded(Report):
-    """fault, file: why the rules on the disk were refused, in a word, and in which file."""
+    """taken, policy_set, fault, file: of the rules. fault, file: why those on the disk were refused, in a word, and in which
+    file.
+    """
 
     taken: bool
     policy_set: str
     fault: str | None = None
     file: str | None = None
+    settings: SettingsReport | None = None
 
 
 class Revoke(Report):

@@ -190,6 +190,8 @@ RELOADED: Final = "reloaded"
 TOPPED_UP: Final = "budget-topped-up"
 RESET: Final = "budget-reset"
 RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the named set is the one that stays
+SETTINGS_RELOADED: Final = "settings-reloaded"  # target: the tables that changed
+SETTINGS_REFUSED: Final = "settings-refused"  # reason: the key, and what is wrong with it, without its value
 # count: requests of one minute that were refused after their callers had used up their limits of refusals
 UNRECORDED: Final = "unrecorded"
 # target: whose public keys a newer manifest changed, as `pool/<name>`, `receipts/<name>` or `gateway`; count: its version

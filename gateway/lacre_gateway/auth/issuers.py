@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
 
+from lacre.errors import SettingsError
 from lacre_fabric.logs import Log
 from lacre_gateway.auth.claims import ClaimNames
 from lacre_gateway.auth.jwks import KeySet
@@ -41,3 +44,32 @@ def _keys(issuer: Issuer, place: str, log: Log) -> KeySet | RemoteKeys:
         return keys
     timing = Timing(stale_limit=issuer.stale_limit)
     return RemoteKeys(issuer.issuer, issuer.jwks_url, issuer.algorithms, place=place, log=log, timing=timing, ca=issuer.ca)
+
+
+async def prepared(
+    issuers: Sequence[Issuer], before: Sequence[Issuer], known: Sequence[TrustedIssuer], log: Log, undo: AsyncExitStack
+) -> list[TrustedIssuer]:
+    """The issuers of new settings. before, known: the tables of the present settings, and their issuers, in order.
+
+    Unchanged ones keep their keys. Keys of new ones are read or fetched here, so that no request waits for them. undo: gets
+    what must be closed if they are not used. Raises SettingsError.
+    """
+    kept = {_source(table): one.keys for table, one in zip(before, known, strict=True)}
+    found = []
+    for number, (table, fresh) in enumerate(zip(issuers, trusted(issuers, log), strict=True)):
+        keys, new = kept.get(_source(table)), fresh.keys
+        if isinstance(keys, RemoteKeys) or (isinstance(keys, KeySet) and keys == new):
+            found.append(replace(fresh, keys=keys))
+            continue
+        if isinstance(new, RemoteKeys):
+            undo.push_async_callback(new.close)
+            if fault := await new.fetched():
+                raise SettingsError(f"issuers.{number}: the keys of {fresh.issuer} cannot be fetched: {fault}")
+        found.append(fresh)
+    return found
+
+
+def _source(issuer: Issuer) -> tuple[object, ...]:
+    """Where its keys come from, and how they are read."""
+    jwks = None if issuer.jwks is None else str(issuer.jwks)
+    return issuer.issuer, jwks, issuer.jwks_url, issuer.algorithms, issuer.ca, issuer.stale_limit

@@ -65,6 +65,11 @@ class KeySet:
         """Whether the other set has every key of this one, for the same use."""
         return all(name in other._keys and _same(key, other._keys[name]) for name, key in self._keys.items())
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeySet) and self._single == other._single and self <= other <= self
+
+    __hash__ = None  # type: ignore[assignment]  # sets are compared, and never looked up
+
     def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
         """The key of this id, bound to this algorithm; None if there is none."""
         if not isinstance(alg, str) or not (kid is None or isinstance(kid, str)):

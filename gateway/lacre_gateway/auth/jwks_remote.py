@@ -134,6 +134,11 @@ class RemoteKeys:
         if self._keeping is None:
             self._keeping = tasks.start("issuer keys", self._keep)
 
+    async def fetched(self) -> str:
+        """Fetches them now. Returns why that failed; empty if it did not."""
+        await self._look()
+        return self._failure
+
     async def close(self) -> None:
         if self._keeping is not None:
             await self._keeping.close()

@@ -31,10 +31,14 @@ class FailureThrottle:
     """Fixed one-minute windows of failed authentications for each address."""
 
     def __init__(self, per_minute: int) -> None:
-        self._ceiling = per_minute
-        self._limit = RateLimitItemPerMinute(per_minute)
+        self.set(per_minute)
         self._counts = FixedWindowRateLimiter(MemoryStorage())
         self._verifying: Counter[str] = Counter()
+
+    def set(self, per_minute: int) -> None:
+        """Another limit begins another count."""
+        self._ceiling = per_minute
+        self._limit = RateLimitItemPerMinute(per_minute)
 
     @contextmanager
     def verifying(self, address: str) -> Iterator[None]:
@@ -72,12 +76,15 @@ class RefusalThrottle:
     """
 
     def __init__(self, per_subject: int, per_address: int, clock: Callable[[], float]) -> None:
-        self._limits = {"subject": per_subject, "address": per_address}
+        self.set(per_subject, per_address)
         self._clock = clock
         self.report: Callable[[int], None] = lambda _count: None
         self._window = 0
         self._counts: Counter[tuple[str, Hashable]] = Counter()
         self.unrecorded = 0  # requests of this minute that this limit refused
+
+    def set(self, per_subject: int, per_address: int) -> None:
+        self._limits = {"subject": per_subject, "address": per_address}
 
     def check(self, subject: Hashable, address: str) -> None:
         """subject: who asks, or who asks for what. Raises Refusal (429)."""

@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import re
@@ -31,6 +32,7 @@ from lacre.errors import Detail, InvalidMessage, LacreError
 from lacre.jose import dpop
 from lacre.jose.jws import b64u, read_object
 from lacre.problems import Problem
+from lacre.runtime import tasks
 from lacre_fabric.work.revocations import subject_key, token_key
 from lacre_gateway.auth import claims as says
 from lacre_gateway.auth.claims import BadClaim, ClaimNames, Principal, bound_key, moment
@@ -46,6 +48,8 @@ MAX_TOKEN: Final = 16 * 1024
 MAX_VERDICTS: Final = 16_384
 MAX_PROOFS: Final = 65_536  # proofs to remember; the fabric still knows the request of a forgotten one
 _RETRY: Final = 5.0  # seconds, while no token can be accepted
+# Seconds in which requests may still wait for a replaced issuer: two documents, and the time between two fetches.
+_LAST_ANSWERS: Final = 15.0
 
 _CREDENTIALS: Final = re.compile(rb"(bearer|dpop) +([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)", re.IGNORECASE)
 # The types of access tokens (RFC 9068 section 2.1), and the type that most issuers use: never a proof or a logout token.
@@ -222,6 +226,7 @@ class Authenticator:
         self._throttle = throttle
         self._clock = clock
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._leaving: list[TrustedIssuer] = []
         self._proofs: OrderedDict[bytes, None] = OrderedDict()
 
     @property
@@ -234,8 +239,30 @@ class Authenticator:
         for issuer in self.issuers:
             issuer.keys.start()
 
+    def replace(self, issuers: Sequence[TrustedIssuer]) -> None:
+        """Judges all tokens by these issuers from now on. Nothing that was judged before is remembered."""
+        if tuple(issuers) == self.issuers:
+            return
+        kept = [issuer.keys for issuer in issuers]
+        leaving = [issuer for issuer in self.issuers if not any(issuer.keys is keys for keys in kept)]
+        self.issuers = tuple(issuers)
+        self._by_name = {issuer.issuer: issuer for issuer in issuers}
+        self._verdicts = OrderedDict()
+        self.start()
+        self._leaving += leaving
+        asyncio.get_running_loop().call_later(_LAST_ANSWERS, self._let_go, leaving)
+
+    def set_failures(self, per_minute: int) -> None:
+        """How often tokens of one address may fail in a minute."""
+        self._throttle.set(per_minute)
+
+    def _let_go(self, leaving: Sequence[TrustedIssuer]) -> None:
+        self._leaving = [issuer for issuer in self._leaving if issuer not in leaving]
+        for issuer in leaving:
+            tasks.detach("old issuer", issuer.keys.close())
+
     async def close(self) -> None:
-        for issuer in self.issuers:
+        for issuer in (*self.issuers, *self._leaving):
             await issuer.keys.close()
 
     async def authenticate(
@@ -280,8 +307,10 @@ class Authenticator:
         digest = hashlib.sha256(authorization or b"").digest()
         verdict = self._verdicts.get(digest)
         if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
+            remembered = self._verdicts
             verdict = await self._verified(authorization, address)
-            self._remember(digest, verdict)
+            if remembered is self._verdicts:  # otherwise the issuers were replaced meanwhile
+                self._remember(digest, verdict)
         return verdict
 
     async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:

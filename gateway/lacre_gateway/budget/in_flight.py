@@ -66,10 +66,14 @@ class RequestLimits:
     """Counts the running requests of this process."""
 
     def __init__(self, *, in_flight: int, concurrent: int) -> None:
-        self._in_flight = in_flight
-        self._concurrent = concurrent
+        self.set(in_flight=in_flight, concurrent=concurrent)
         self._running: Counter[Hashable] = Counter()
         self.running = 0
+
+    def set(self, *, in_flight: int, concurrent: int) -> None:
+        """Running requests stay, also above a lower limit."""
+        self._in_flight = in_flight
+        self._concurrent = concurrent
 
     @contextmanager
     def slot(self, subject: Hashable) -> Iterator[None]:
@@ -97,10 +101,14 @@ class BodyBytes:
     """
 
     def __init__(self, *, total: int, each: int) -> None:
-        self._total = total
-        self._each = each
+        self.set(total=total, each=each)
         self._of: Counter[Hashable] = Counter()
         self.held = 0
+
+    def set(self, *, total: int, each: int) -> None:
+        """Bodies that are held stay, also above a lower limit."""
+        self._total = total
+        self._each = each
 
     @contextmanager
     def room(self, subject: Hashable) -> Iterator[BodyReservation]:

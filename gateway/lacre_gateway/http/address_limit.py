@@ -30,14 +30,17 @@ _UNKNOWN: Final = "unknown"  # all callers without a known address share one cou
 
 
 class AddressLimit:
-    """The limit of one app, over all its limited routes together. per_minute: calls of one address or IPv6 /64."""
+    """The limit of one app, over all its limited routes together. per_minute: calls of one address or IPv6 /64.
+
+    `ceiling` may change it while the app serves.
+    """
 
     def __init__(self, per_minute: int) -> None:
-        self._ceiling = per_minute
+        self.ceiling = per_minute
         self._limiter = Limiter(_network, storage_uri="memory://", strategy="fixed-window", key_style="endpoint")
         self._limiter.enabled = True  # even if `RATELIMIT_ENABLED` says no
         self._limiter.logger.propagate = False  # it would log the address; the access log has each refusal
-        self.check = self._limiter.limit(f"{per_minute}/minute")(_counted)
+        self.check = self._limiter.limit(lambda: f"{self.ceiling}/minute")(_counted)
 
     def install(self, app: FastAPI) -> None:
         """For the app's routes that depend on `check`, a FastAPI dependency."""
@@ -46,7 +49,7 @@ class AddressLimit:
     def _answer(self, request: Request, _error: Exception) -> Response:
         limit, keys = request.state.view_rate_limit
         seconds = self._limiter.limiter.get_window_stats(limit, *keys).reset_time - time.time()
-        details: Details = {"limit": NAME, "scope": "address", "ceiling": self._ceiling, "unit": "requests"}
+        details: Details = {"limit": NAME, "scope": "address", "ceiling": self.ceiling, "unit": "requests"}
         refusal = Refusal(problems.RATE_LIMITED, retry_after=max(seconds, 0.0), details=details)
         return problem_response(request, refusal)
 

@@ -144,7 +144,7 @@ class Background:
         self._closing = True
         if patience > 0:
             await asyncio.wait({self.task}, timeout=patience)
-        await end(self.task, limit=limit)
+        await end(self.task, limit=limit, expected=(_Died,))  # `_ended` logs its failure
 
     async def _run(self) -> None:
         if self.restart is None:

@@ -21,7 +21,7 @@ EVERY: Final = 1.0  # seconds between looks: a few calls of stat(2) each
 
 T = TypeVar("T")
 _File = tuple[int, int, int, int, int] | None
-# What is told: None after new files were taken, else why they were refused.
+# Called with None after new files were taken, or with the reason why they were refused.
 Tell = Callable[[str | None], None]
 
 
