@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -18,12 +19,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from cryptography import x509
 
 import lacre
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.doctor import State, examine
 from lacre_gateway.settings import shipped
+from parts.certificates import Ca
 from parts.chat_app import ChatApp
 from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.stage import GatewayProcess, LiveStage
@@ -108,6 +111,7 @@ async def running(tmp_path: Path, issuer: Issuer, request: pytest.FixtureRequest
         tables = f"{listen}\n[admin]\nport = {admin}\n{issuer_table(ISSUER, AUDIENCE, tmp_path / 'jwks.json')}"
         running = Running.configured(cluster.site, "g1", [cluster.server.url], shipped(), tables, drain=20)
         running.settings.write_text(f"processes = {processes}\n{running.settings.read_text()}")
+        Ca(tmp_path / "ca").issue(running.settings.parent, "own")  # for a test that serves TLS
         running.app, running.issuer, running.token, running.admin = app, issuer, issuer.token(), admin
         running.start()
         try:
@@ -119,6 +123,34 @@ async def running(tmp_path: Path, issuer: Issuer, request: pytest.FixtureRequest
 
 
 TWO = pytest.mark.parametrize("running", [("", 2)], indirect=True)
+
+
+async def named(port: int) -> str:
+    """The name in the certificate that a new connection gets, whoever signed it."""
+    client = ssl.create_default_context()
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client)
+    [name] = x509.load_der_x509_certificate(writer.get_extra_info("ssl_object").getpeercert(binary_form=True)).subject
+    writer.close()
+    return str(name.value)
+
+
+@pytest.mark.parametrize("running", [('tls = {certificate = "own.pem", key = "own.key"}', 2)], indirect=True)
+async def test_a_renewed_certificate_needs_no_signal(running: Running, tmp_path: Path) -> None:
+    """All processes use it, and one that was written wrong in between changes nothing."""
+    port, folder = int(running.base_url.rpartition(":")[2]), running.settings.parent
+
+    async def everywhere(name: str) -> bool:
+        return {await named(port) for _ in range(12)} == {name}  # the kernel gives each to either
+
+    assert await everywhere("own")
+    second = Ca(tmp_path / "second").issue(tmp_path, "second")
+    (folder / "own.key").write_bytes(second.key.read_bytes())  # and its certificate not yet
+    await until(lambda: sum(line["event"].startswith("certificate refused") for line in running.logged()) == 2, 30)
+    assert await everywhere("own")
+    (folder / "own.pem").write_bytes(second.certificate.read_bytes())
+    await until(lambda: everywhere("second"), 30)
+    await until(lambda: sum(line["event"] == "certificate taken" for line in running.logged()) == 2, 30)
 
 
 @TWO
