@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lacre_gateway.admin import budget_commands
 from lacre_gateway.audit import commands as audit
 from lacre_gateway.budget import commands as budget
 from lacre_gateway.policy import commands as policy
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
         app.command()(gateway)
         app.command()(revoke)
         budget.register(app)
+        budget_commands.register(budget.budget)
         app.command()(doctor)
         from lacre_fabric.operate.commands import token_app
 

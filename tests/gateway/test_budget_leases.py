@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -98,6 +99,15 @@ def test_a_reset_leaves_the_whole_ceiling_of_the_plan() -> None:
         record, added = raised(account, record, None, number)
         assert (added, record.added_to(kind, 1)) == ({"reset": 600, "once more": 0}[number], 700)
     assert raised(account, record, 5000, "top-up")[1] == 100, "a number counts once"
+
+
+def test_a_number_counts_once_whatever_the_clock_says() -> None:
+    """A gateway whose clock is far off counts no addition of its window, not even its own; it still adds none twice."""
+    account, kind = Account("key", "name", "g1", LONGEST), LimitKind.TOKENS_PER_DAY
+    record, _ = raised(account, None, 10, "a")
+    unseen = replace(record, raised={})
+    record, added = raised(account, unseen, 70, "a")
+    assert (added, record.added_to(kind, 1)) == (10, 10)
 
 
 def test_additions_are_bounded_and_forgotten() -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final
@@ -168,6 +169,8 @@ def _with_body(request: Request, body: bytes) -> Request:
     return Request(request.scope, receive)
 
 
+_OURS: Final = re.compile(r"[a-z_]{1,32}|[0-9]{1,6}")
+_MOST_NOTED: Final = 4  # wrong arguments that the log names
 _CALLER: Final = "caller"
 _open: Final = APIRouter(route_class=_Limited)
 _routes: Final = APIRouter(route_class=_Guarded)
@@ -314,7 +317,8 @@ async def _changed(asking: AdminCaller, asked: BudgetNamed, amount: int | None) 
         subject=asked.sub or "",
     )  # fmt: skip
     if scope is None:
-        raise UsageError("the plans have no such limit")
+        noted = f"plans.toml has no {asked.limit.value} for this budget: {asked.target}"
+        raise Refusal(INVALID, details={"limit": asked.limit.value, "reason": "no-such-limit"}, noted=noted)
     number = asked.id or secrets.token_hex(8)
     added, window = await gateway.change_budget(scope, asked.limit, amount, number, asking.actor)
     return BudgetChanged(
@@ -392,6 +396,15 @@ async def _mapped(request: Request, error: Exception) -> Response:
     return await _invalid(request, error) if isinstance(error, UsageError) else problem_response(request, refusal_for(error))
 
 
-async def _invalid(request: Request, _error: Exception) -> Response:
-    """Does not echo the request."""
-    return problem_response(request, Refusal(INVALID))
+async def _invalid(request: Request, error: Exception) -> Response:
+    """Does not echo the request. The log gets which arguments do not fit, and none of their values."""
+    if isinstance(error, RequestValidationError):
+        noted = "; ".join(f"{_place(each['loc'])}: {each['type']}" for each in error.errors()[:_MOST_NOTED])
+    else:
+        noted = str(error)
+    return problem_response(request, Refusal(INVALID, noted=noted))
+
+
+def _place(names: Sequence[object]) -> str:
+    """Names of ours; another name is the caller's own text."""
+    return ".".join(str(name) if _OURS.fullmatch(str(name)) else "?" for name in names)

@@ -1,4 +1,4 @@
-"""`lacre budget show`."""
+"""`lacre budget show`. The commands that ask a running gateway are in `admin.budget_commands`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lacre_gateway.budget.plans import Plans
     from lacre_gateway.budget.report import Line
 
-budget = typer.Typer(no_args_is_help=True, help="How much of their limits callers have used and forfeited.")
+budget = typer.Typer(no_args_is_help=True, help="How much of their limits callers have used, and changes of these limits.")
 
 
 def register(app: typer.Typer) -> None:

@@ -73,7 +73,9 @@ class Draw:
         for change in self.changing:
             record = record or Record(self.account.name)
             limit = change.kind, change.window
-            before = record.raised.get(limit, {})
+            # A gateway whose clock is far off does not count its own additions. It still makes none of them twice.
+            own = {name: each.amount for name, each in record.added.get(limit, {}).items()}
+            before = {**own, **record.raised.get(limit, {})}
             if change.number in before:
                 results.append((change, before[change.number]))
                 continue

@@ -82,6 +82,7 @@ _UNITS: Final = {"concurrent-requests": "requests at once"}
 _REASONS: Final = {
     "missing": "None was sent.",
     "revoked": "It was revoked.",
+    "no-such-limit": "The plans have no such limit for this budget.",
     "shape": "Another shape would be allowed.",
     "kem": "Another key encapsulation would be allowed.",
 }
