@@ -254,7 +254,7 @@ async def test_who_met_a_limit(stage: Stage, worker: FakeWorker, client: httpx2.
     await stage.gateway.close()
     document = AUDIT.read_text()
     [sql] = re.findall(r'--sql "(SELECT [^"]*exceeded[^"]*)"', document)
-    names, rows = indexes.ask(indexes.build(LogReader(stage.folder / "audit")), sql)
+    names, rows = indexes.ask(indexes.build([LogReader(stage.folder / "audit")]), sql)
     assert names == ["subject", "exceeded", "requests"]
     assert [(who, limit.partition("@")[0], times) for who, limit, times in rows] == [
         ("alice", "user:free/requests_per_minute", 2), ("bob", "user:free/requests_per_minute", 1),
