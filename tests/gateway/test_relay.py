@@ -124,6 +124,17 @@ async def test_denial_proves_that_it_was_recorded(stage: Stage, client: httpx2.A
     assert (proof.members["reserved_tokens"], proof.members["address"]) == (None, "192.0.2.1")
 
 
+@pytest.mark.usefixtures("worker")
+async def test_known_callers_are_told_the_manifests_version(stage: Stage, client: httpx2.AsyncClient) -> None:
+    for version in (2, 3):
+        await stage.publish(stage.document(version))
+        served, denied = await stage.post(client), await stage.post(client, lacre_max_tokens="40000")
+        assert (served.status_code, denied.status_code) == (200, 403)
+        assert served.headers["lacre-manifest"] == denied.headers["lacre-manifest"] == str(version)
+    stranger = await stage.post(client, "no token")
+    assert stranger.status_code == 401 and "lacre-manifest" not in stranger.headers
+
+
 @pytest.mark.parametrize(("limit", "waited", "rest"), [(30.0, 0.0, 30.0), (10.0, 3.0, 7.0), (10.0, 9.9, 1.0), (0.2, 5.0, 0.2)])
 def test_what_was_waited_for_budgets_counts_against_the_queue(limit: float, waited: float, rest: float) -> None:
     assert rest_of_queue(limit, waited) == pytest.approx(rest)

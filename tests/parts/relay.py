@@ -29,7 +29,7 @@ from lacre.trust.chain import ConnectionString
 from lacre.trust.manifest import Document, Manifest, ModelEntry, Pool, PoolKey, RootStatement
 from lacre.trust.routes import ModelRoute
 from lacre.trust.signing import sign_manifest, sign_statement
-from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
+from lacre.wire.header import MANIFEST_VERSION, MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SHAPES, shape_named
 from parts import audited
@@ -43,7 +43,8 @@ Respond = Callable[[httpx2.Request], httpx2.Response | None]
 class Relay:
     """app: the ASGI app behind the seal. `requests` keeps every outer request, `bodies` every sealed one.
 
-    beside: other pools of this gateway, by name; what they have of their own is the worker's.
+    beside: other pools of this gateway, by name; what they have of their own is the worker's. names: the version that it names
+    in its answers.
     """
 
     app: asgi.App
@@ -68,9 +69,11 @@ class Relay:
     fault: httpx2.TransportError | None = None
     beside: Mapping[str, Relay] = field(default_factory=dict)
     routes: Mapping[str, ModelRoute] = field(default_factory=dict)
+    names: int | None = None
 
     def __post_init__(self) -> None:
         self._documents: dict[int, bytes] = {}
+        self._statements: dict[object, tuple[str, ...]] = {}
         self.key = PrivateKey.generate(1, self.kem)
         for each in self.beside.values():
             each.gateway_key = self.gateway_key
@@ -105,8 +108,11 @@ class Relay:
         return self._documents[self.version]
 
     def _sign(self) -> bytes:
-        statement = RootStatement(raw_public_key(self.signer), self.clock() + 10 * self.lifetime)
-        return Document((sign_statement(statement, self.root),), sign_manifest(self.manifest(), self.signer)).encode()
+        """Under the same statement for as long as root and signer stay the same: a chain only grows."""
+        if (keys := (self.root, self.signer)) not in self._statements:
+            statement = RootStatement(raw_public_key(self.signer), self.clock() + 10 * self.lifetime)
+            self._statements[keys] = sign_statement(statement, self.root)
+        return Document((self._statements[keys],), sign_manifest(self.manifest(), self.signer)).encode()
 
     async def answer(self, request: httpx2.Request) -> httpx2.Response:
         if (other := self.beside.get(request.headers.get("lacre-pool", ""))) is not None:
@@ -125,6 +131,7 @@ class Relay:
         chunks = [chunk async for chunk in answer]
         proved = self.audit(audited.proof(audited.entry(request.headers, request.content), self.gateway_key))
         headers = {"content-type": MEDIA_TYPE_RESPONSE, **({} if proved is None else {audit_proof.HEADER: proved.header()})}
+        headers |= {} if self.names is None else {MANIFEST_VERSION: str(self.names)}
         bent = self.bend(chunks)
         return httpx2.Response(200, headers=headers, stream=Stream(bent, self.fault if len(bent) < len(chunks) else None))
 

@@ -24,7 +24,7 @@ from lacre import problems
 from lacre.evidence import audit_proof
 from lacre.evidence.audit_proof import AuditProof
 from lacre.runtime import tasks
-from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
+from lacre.wire.header import MANIFEST_VERSION, MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.refusal import RawHeaders, Refusal
@@ -75,7 +75,8 @@ class Exchange:
     is one.
 
     since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
-    limits: header fields about the caller's limits. stall_limit: seconds that a client may leave a piece unread.
+    limits: header fields about the caller's limits. manifest: the version, which a known caller is told. stall_limit: seconds
+    that a client may leave a piece unread.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, stall_limit: float = STALL_LIMIT) -> None:
@@ -93,6 +94,7 @@ class Exchange:
         self._body_until = 0.0  # on the loop's clock
         self.recorded: asyncio.Future[Recorded] | None = None
         self.limits: RawHeaders = []
+        self.manifest: int | None = None
         self.since = time.monotonic()
         self.first_byte: float | None = None
         self.received = self.sent = self.records = 0
@@ -152,7 +154,7 @@ class Exchange:
         """Starts the answer. It has no Content-Length: only the seal shows its end. proof: that it was recorded."""
         self.status = 200
         self.first_byte = time.monotonic()
-        headers = [*_ANSWER_HEADERS, *self.limits, _audit(proof)]
+        headers = [*_ANSWER_HEADERS, *self._told(), _audit(proof)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, pieces: Sequence[bytes]) -> None:
@@ -189,7 +191,7 @@ class Exchange:
         if not waits:
             await self._drop(_SKIM_TIME, _SKIM_BYTES)
         answer, document = refusal.answer(self.request_id)
-        headers = [*answer, *self.limits]
+        headers = [*answer, *self._told()]
         with contextlib.suppress(AuditUnavailable):
             if self.recorded is not None:
                 headers.append(_audit((await asyncio.shield(self.recorded)).proof()))
@@ -201,6 +203,10 @@ class Exchange:
         if linger:
             await self._drop(LINGER, MAX_SEALED_REQUEST)
             await self.end()
+
+    def _told(self) -> RawHeaders:
+        version = [] if self.manifest is None else [(MANIFEST_VERSION.encode(), b"%d" % self.manifest)]
+        return [*self.limits, *version]
 
     async def _drop(self, seconds: float, limit: int) -> None:
         """Reads and drops the rest of the body, within limits."""

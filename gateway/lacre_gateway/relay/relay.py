@@ -104,6 +104,8 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     )
     principal = access.principal
     exchange.known()
+    if gateway.feed.ready:
+        exchange.manifest = gateway.feed.manifest.version
     with _charged(gateway, exchange, principal):
         await _permitted(gateway, exchange, access)
 

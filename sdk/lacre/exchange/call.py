@@ -61,7 +61,7 @@ from lacre.exchange.sealed_answer import (
 )
 from lacre.exchange.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
 from lacre.jose.jws import b64u
-from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, Problem, details
+from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, UNKNOWN_POOL, Problem, details
 from lacre.runtime import forks
 from lacre.trust.chain import Trusted
 from lacre.trust.manifest import MAX_DOCUMENT, Manifest, ModelEntry, Pool, PoolKey
@@ -75,10 +75,12 @@ ORIGIN: Final = f"https://{AUTHORITY}"
 DEFAULT_KEMS: Final = (Kem.XWING,)
 MANIFEST_PATH: Final = "/v1/manifest"
 SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym as long as it lives
-MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off, the manifest would not have verified
-REFRESH_PAUSE: Final = 30.0  # seconds before a failed refresh is tried again, while the present manifest is still valid
+# Seconds before a failed refresh is tried again, while the present manifest is still valid. Also between refreshes because a
+# gateway names a newer version: nobody signs its word.
+REFRESH_PAUSE: Final = 30.0
 # of a manifest's lifetime: the client fetches a new one then, so no request meets an expired manifest
 REFRESH_BEFORE: Final = 0.5
+_BEHIND: Final = (UNKNOWN_KEY, UNKNOWN_POOL)  # the gateway's manifest differs from the client's
 
 
 @dataclass(slots=True)
@@ -150,6 +152,7 @@ class Sealing:
         self._missed_at = float("-inf")  # time of the last failed refresh
         self._fetches = 0
         self._doubted = False
+        self._named = 0  # the highest version that a gateway named since the last fetch
         self._sticky = b""  # the key for routes; empty before the first manifest that has some
         self._scope = Scope(float("-inf"))
         self._last: Facts | None = None
@@ -235,6 +238,7 @@ class Sealing:
         """None once the answer's head is there."""
         outer = sent_outer((yield send))
         opening.facts.request_id = outer.request_id
+        self._named = max(self._named, outer.manifest or 0)
         if outer.status != 200:
             document = yield from read_all(MAX_PROBLEM)
             with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept if it holds
@@ -254,9 +258,9 @@ class Sealing:
 
     def _mended(self, call: CallState, problem: Problem) -> Steps[bool]:
         """Whether the gateway's objection may be settled now."""
-        if problem is UNKNOWN_KEY:
+        if behind := problem in _BEHIND:
             yield from self._refresh(call)
-        return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
+        return behind or (problem is INVALID_TOKEN and (yield Renew()) is True)
 
     def now(self) -> float:
         """Seconds since the epoch."""
@@ -321,7 +325,7 @@ class Sealing:
         with self._lock:
             self._sticky = self._sticky or key  # threads may overtake
             if self._trusted is None or trusted.manifest.version >= self._trusted.manifest.version:  # threads may overtake
-                self._trusted, self._fetched_at, self._doubted = trusted, now, False
+                self._trusted, self._fetched_at, self._doubted, self._named = trusted, now, False, 0
             self._fetches += 1
 
     def _proved(self, call: CallState, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
@@ -356,6 +360,8 @@ class Sealing:
             now = self._clock()
             if 0 <= now - self._missed_at < REFRESH_PAUSE and now < self._trusted.manifest.expires_at:
                 return False
+            if self._named > self._trusted.manifest.version and not 0 <= now - self._fetched_at < REFRESH_PAUSE:
+                return True
             lifetime = self._trusted.manifest.expires_at - self._fetched_at
             return now >= self._fetched_at + lifetime * REFRESH_BEFORE
 
@@ -475,18 +481,5 @@ class Sealing:
             return self._scope
 
     def _correct_clock(self, opening: Opening, scope: Scope) -> bool:
-        """Whether the answer is the worker's `#date` problem with a usable date (RFC 9458 section 6.5.2).
-
-        The correction holds in the request's own scope, and in no later one.
-        """
-        if opening.problem_type != DATE.type:
-            return False
-        try:
-            theirs = email.utils.parsedate_to_datetime(opening.head.get("date")).timestamp()
-        except (ValueError, OverflowError):  # OverflowError: for numbers that no date can hold
-            return False
-        offset = theirs - self._clock()
-        if abs(offset) > MAX_CORRECTION:
-            return False
-        scope.offset = offset
-        return True
+        """Whether the answer is the worker's `#date` problem with a usable date (RFC 9458 section 6.5.2)."""
+        return opening.problem_type == DATE.type and scope.correct(opening.head.get("date"), self._clock())

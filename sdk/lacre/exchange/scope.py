@@ -6,6 +6,10 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off, the manifest would not have verified
 
 
 @dataclass(slots=True)
@@ -29,3 +33,17 @@ class Scope:
             return self.salt
         derived = hmac.new(bytes.fromhex(self.salt), cache_scope.encode(), hashlib.sha256)
         return derived.hexdigest()[: len(self.salt)]
+
+    def correct(self, date: str, now: float) -> bool:
+        """Whether this is a usable date of a worker. The correction holds in this scope, and in no later one.
+
+        now: seconds since the epoch, by this machine's clock.
+        """
+        try:
+            offset = parsedate_to_datetime(date).timestamp() - now
+        except (ValueError, OverflowError):  # OverflowError: for numbers that no date can hold
+            return False
+        if abs(offset) > MAX_CORRECTION:
+            return False
+        self.offset = offset
+        return True

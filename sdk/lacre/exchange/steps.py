@@ -50,7 +50,7 @@ class Renew:
 class Outer:
     """What the gateway's own response says. audit: its `Lacre-Audit`. request_id: its `Lacre-Request-Id`, if well-formed.
     speaks_for: whom the token in the request names. token_expires: when that token says that it expires, in seconds since the
-    epoch.
+    epoch. manifest: the version that the gateway has, as its `Lacre-Manifest` says.
     """  # fmt: skip
 
     status: int
@@ -60,6 +60,7 @@ class Outer:
     speaks_for: Mapping[str, object] = field(default_factory=dict)
     request_id: str | None = None
     token_expires: float | None = None
+    manifest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

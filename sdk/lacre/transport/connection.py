@@ -14,10 +14,12 @@ from lacre.jose import dpop
 from lacre.jose.dpop import ProofKey
 from lacre.transport.dial import Outside
 from lacre.transport.oauth import checked
+from lacre.wire.header import MANIFEST_VERSION
 
 # seconds to wait for a second free connection beside the one that a call holds: enough for a short request to end
 POOL_BESIDE: Final = 2.0
 _REQUEST_ID: Final = re.compile(r"[0-9A-Za-z-]{1,64}")  # ours has 32 hexadecimal digits
+MAX_VERSION_DIGITS: Final = 16  # a manifest's version is an integer that every JSON parser holds exactly
 READ_HERE: Final = "this answer is read"
 
 
@@ -75,11 +77,16 @@ def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:
         speaks_for={} if token is None else audit_proof.speaks_for(token),
         request_id=_request_id(headers.get("lacre-request-id")),
         token_expires=None if token is None else audit_proof.expires(token),
+        manifest=_version(headers.get(MANIFEST_VERSION)),
     )
 
 
 def _request_id(told: str | None) -> str | None:
     return told if told is not None and _REQUEST_ID.fullmatch(told) else None
+
+
+def _version(told: str | None) -> int | None:
+    return int(told) if told is not None and told.isascii() and told.isdecimal() and len(told) < MAX_VERSION_DIGITS else None
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -22,6 +22,7 @@ from lacre.wire import framing
 MEDIA_TYPE_REQUEST: Final = "message/ohttp-chunked-req"
 MEDIA_TYPE_RESPONSE: Final = "message/ohttp-chunked-res"
 MEDIA_TYPE_KEYS: Final = "application/ohttp-keys"
+MANIFEST_VERSION: Final = "lacre-manifest"  # of an answer: the version that the gateway has; nobody signs it
 SEALED_PATH: Final = "/v1/sealed"  # where a gateway takes sealed requests
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # where an application without a gateway does (RFC 9540 section 4)
 # The host name of the application inside the seal. RFC 2606: it never resolves, so a request that escaped its seal reaches no

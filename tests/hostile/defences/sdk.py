@@ -295,7 +295,7 @@ MUTATIONS: Final = Mutation.of(
     (
         "workers: clock",
         "an absurd clock correction is ignored",
-        "lacre.exchange.call:Sealing._correct_clock",
+        "lacre.exchange.scope:Scope.correct",
         "if abs(offset) > MAX_CORRECTION:",
     ),
     (
