@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from chart.rendering import CASES, NEEDED, Rendered, render, template
 from chart.test_settings import gateway_settings, worker_settings
+from lacre_fabric.operate import model_routes
+from lacre_gateway.settings import AuditKeeping
 from parts import strict_yaml
 
 pytestmark = pytest.mark.slow
@@ -93,9 +96,10 @@ def test_placement_and_mounts_are_the_operator_s(company: Rendered) -> None:
 
 
 def test_every_part_takes_variables_volumes_and_places(tmp_path: Path) -> None:
-    affinity = {"nodeAffinity": {}}
+    affinity, tolerated = {"nodeAffinity": {}}, {"key": "t", "operator": "Exists"}
     own = "".join(
         f"{part}: {{env: [{{name: A, value: b}}], affinity: {{nodeAffinity: {{}}}}, "
+        "nodeSelector: {n: m}, tolerations: [{key: t, operator: Exists}], priorityClassName: p, "
         "extraVolumes: [{name: v, emptyDir: {sizeLimit: 1Mi}}], extraVolumeMounts: [{name: v, mountPath: /v}]}\n"
         for part in ("gateway", "workers", "signer", "nats")
     )
@@ -104,6 +108,11 @@ def test_every_part_takes_variables_volumes_and_places(tmp_path: Path) -> None:
     found = Rendered(tuple(strict_yaml.load_all(template(CASES["defaults"], values))), {})
     for pod in found.pods:
         assert pod.spec["affinity"] == affinity
+        assert (pod.spec["nodeSelector"], pod.spec["tolerations"], pod.spec["priorityClassName"]) == (
+            {"n": "m"},
+            [tolerated],
+            "p",
+        )
         assert {"name": "v", "emptyDir": {"sizeLimit": "1Mi"}} in pod.spec["volumes"]
         for container in pod.containers:
             assert {"name": "A", "value": "b"} in container["env"]
@@ -120,6 +129,44 @@ def test_the_cases_of_rules_lie_in_their_folders(company: Rendered) -> None:
     ]  # fmt: skip
     said = [each["projected"] for each in render("on").of_component("gateway")[0].spec["volumes"] if "projected" in each]
     assert said[0]["sources"][1]["configMap"]["items"] == [{"key": "no-cases", "path": "no-cases"}]
+
+
+def test_alerts_of_budgets_are_signed_and_sent(company: Rendered) -> None:
+    alerts = gateway_settings(company).alerts
+    assert alerts is not None
+    assert (alerts.url, str(alerts.ca)) == ("https://hooks.corp.example:8444/lacre", "/etc/lacre/issuers/corp.pem")
+    assert alerts.limits == ("tokens_per_day",)
+    (gateway,) = company.of_component("gateway")
+    (mount,) = [each for each in gateway.main["volumeMounts"] if alerts.secret.is_relative_to(each["mountPath"])]
+    (volume,) = [each["secret"] for each in gateway.spec["volumes"] if each["name"] == mount["name"]]
+    items = [{"key": "secret", "path": alerts.secret.name}]
+    assert volume == {"secretName": "corp-webhook", "defaultMode": 0o400, "items": items}, (
+        "the gateway takes a private file alone"
+    )
+
+
+def test_audit_logs_are_rotated_and_kept(company: Rendered) -> None:
+    assert gateway_settings(company).audit_logs == AuditKeeping(rotate_days=30, rotate_entries=10_000_000, keep_days=730)
+    assert gateway_settings(render("defaults")).audit_logs == AuditKeeping()
+
+
+def test_the_signer_publishes_the_routes(company: Rendered, tmp_path: Path) -> None:
+    """As `lacre manifest publish` reads them, against the pools of the same values."""
+    data = company.one("ConfigMap", "r-lacre-signer")["data"]
+    (tmp_path / "routes.toml").write_text(data["routes.toml"])
+    found = model_routes.read(tmp_path / "routes.toml", json.loads(data["site.json"])["pools"])
+    ways = {name: [(each.pool, each.model, each.share) for each in route.targets] for name, route in found.items()}
+    assert ways == {
+        "assistant": [("gpu", "large", 95), ("vllm", "qwen3-8b", 5)],
+        "mixtral": [("elsewhere", "mixtral", 0), ("gpu", "large", 0)],
+    }
+    assert [found[name].sticky for name in ("assistant", "mixtral")] == [True, False]
+    for pod in company.of_component("signer"):
+        (publish,) = [each for each in pod.containers if each["name"] == "publish"]
+        file = publish["command"][publish["command"].index("--routes") + 1]
+        assert {"name": "settings", "mountPath": file, "subPath": "routes.toml", "readOnly": True} in publish["volumeMounts"]
+    for pod in render("defaults").of_component("signer"):
+        assert all("--routes" not in each["command"] for each in pod.containers), "the state's own routes stay"
 
 
 def test_no_pool_is_made_that_was_not_named(case: str) -> None:

@@ -47,7 +47,7 @@ def others(chart: Rendered) -> dict[str, list[Party]]:
     policy = chart.values["networkPolicy"]
     named = {
         kind: [like(peer, f"{kind} {i}") for i, peer in enumerate(policy[kind])]
-        for kind in ("clients", "scrapers", "dns", "issuers", "collectors", "kms", "upstreams")
+        for kind in ("clients", "scrapers", "dns", "issuers", "collectors", "webhooks", "kms", "upstreams")
     }
     cidrs = [{"ipBlock": {"cidr": each}} for each in chart.values["nats"]["external"].get("cidrs", ())]
     return named | {"their nats": [like(peer, f"their nats {i}") for i, peer in enumerate(cidrs)]}
@@ -71,6 +71,8 @@ def asked(chart: Rendered) -> Iterator[tuple[str, str, int]]:
         yield "gateway", "issuers", urlsplit(issuer["issuer"]).port or 443
     if "tracing" in gateway:
         yield "gateway", "collectors", urlsplit(gateway["tracing"]["endpoint"]).port or 443
+    if "alerts" in gateway:
+        yield "gateway", "webhooks", urlsplit(gateway["alerts"]["url"]).port or 443
     for pool, worker in ((worker["pool"], worker) for worker in settings(chart, "worker")):
         upstream = worker.get("upstream", {})
         for origin in (*upstream.get("origins", ()), *filter(None, [upstream.get("origin")])):

@@ -100,6 +100,23 @@ MISTAKES = {
         "workers.models[0].name=m,workers.models[0].path=/models/m.gguf,workers.models[0].projector=mmproj.gguf",
         "/models/0/projector",
     ),
+    "alerts that no policy lets through": (
+        "gateway.alerts.url=https://a.example,gateway.alerts.secret=s",
+        "networkPolicy.webhooks:",
+    ),
+    "alerts that nobody signs": ("gateway.alerts.url=https://a.example", "'/gateway/alerts'"),
+    "alerts in the clear": ("gateway.alerts.url=http://a.example,gateway.alerts.secret=s", "/gateway/alerts/url"),
+    "an authority of alerts that nobody brings": (
+        "gateway.alerts.url=https://a.example,gateway.alerts.secret=s,gateway.alerts.ca=/etc/lacre/issuers/b.pem,"
+        "networkPolicy.webhooks[0].ipBlock.cidr=10.0.0.0/24",
+        "gateway.alerts: /etc/lacre/issuers/b.pem is in no certificate",
+    ),
+    "logs of no day": ("gateway.audit.logs.rotate_days=0", "/audit/logs/rotate_days"),
+    "a route to no pool": (
+        "routes.a.pools[0].pool=none,routes.a.pools[0].model=smollm2-135m",
+        "routes: a: there is no model smollm2-135m in a pool none",
+    ),
+    "a route to no model": ("routes.a.pools[0].pool=default", "routes: a: there is no model a in a pool default"),
     "a private key of a signer": ("modelSigners.a=-----BEGIN PRIVATE KEY-----", "'/modelSigners/a'"),
     "no pool": ("pools.default=null", "pools: name at least one"),
     "a pool of models and of an upstream": (
