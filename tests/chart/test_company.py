@@ -99,7 +99,7 @@ def test_every_part_takes_variables_volumes_and_places(tmp_path: Path) -> None:
     affinity, tolerated = {"nodeAffinity": {}}, {"key": "t", "operator": "Exists"}
     own = "".join(
         f"{part}: {{env: [{{name: A, value: b}}], affinity: {{nodeAffinity: {{}}}}, "
-        "nodeSelector: {n: m}, tolerations: [{key: t, operator: Exists}], priorityClassName: p, "
+        "nodeSelector: {disk: fast}, tolerations: [{key: t, operator: Exists}], priorityClassName: p, "
         "extraVolumes: [{name: v, emptyDir: {sizeLimit: 1Mi}}], extraVolumeMounts: [{name: v, mountPath: /v}]}\n"
         for part in ("gateway", "workers", "signer", "nats")
     )
@@ -108,11 +108,9 @@ def test_every_part_takes_variables_volumes_and_places(tmp_path: Path) -> None:
     found = Rendered(tuple(strict_yaml.load_all(template(CASES["defaults"], values))), {})
     for pod in found.pods:
         assert pod.spec["affinity"] == affinity
-        assert (pod.spec["nodeSelector"], pod.spec["tolerations"], pod.spec["priorityClassName"]) == (
-            {"n": "m"},
-            [tolerated],
-            "p",
-        )
+        assert pod.spec["nodeSelector"] == {"disk": "fast"}
+        assert pod.spec["tolerations"] == [tolerated]
+        assert pod.spec["priorityClassName"] == "p"
         assert {"name": "v", "emptyDir": {"sizeLimit": "1Mi"}} in pod.spec["volumes"]
         for container in pod.containers:
             assert {"name": "A", "value": "b"} in container["env"]
