@@ -24,6 +24,7 @@ from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import export, series
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import Event, Intent, Outcome, encode
+from lacre_gateway.audit.feed import read
 from lacre_gateway.audit.journal import MAX_GROUP
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.audit.store import Store
@@ -81,7 +82,7 @@ def fill(store: Store, requests: int) -> None:
 def exported(root: Path, public: bytes, form: export.Format, path: Path, since: float | None) -> None:
     exporter = export.Exporter(form, since)
     with path.open("w") as file:
-        for entry in export.read(root, public):
+        for entry in read(root, public):
             if entry is not None:
                 file.writelines(line + "\n" for line in exporter.lines(entry))
 

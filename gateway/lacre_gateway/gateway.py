@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.work.contract import FabricUnavailable, GatewayFabric
 from lacre_fabric.work.revocations import Revocation
-from lacre_gateway.audit.entries import KEYS_ROTATED, RESET, REVOKED, TOPPED_UP, UNRECORDED, Event
+from lacre_gateway.audit.entries import KEYS_ROTATED, MANIFEST, RESET, REVOKED, TOPPED_UP, UNRECORDED, Event
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.pseudonyms import Pseudonyms
@@ -110,7 +111,7 @@ class Gateway:
     def __post_init__(self) -> None:
         self.queues = Queues(self.log, self.connected, self._places)
         self.revocations.report = self.tell_revoked
-        self.feed.report = self.tell_keys
+        self.feed.report = self.tell_manifest
 
     def _places(self) -> list[tuple[str, str]]:
         """The queues that this gateway publishes to first: pool and region."""
@@ -195,8 +196,10 @@ class Gateway:
         for key in keys:
             self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, target=key))
 
-    def tell_keys(self, before: Manifest, now: Manifest) -> None:
-        """Records which public keys a newer manifest changed."""
+    def tell_manifest(self, before: Manifest, now: Manifest) -> None:
+        """Records a newer manifest, and which public keys it changed."""
+        digest = hashlib.sha256(self.feed.document).hexdigest()
+        self.audit.append(Event(time=round(self.clock(), 3), event=MANIFEST, target=digest, count=now.version))
         for target in changed_keys(before, now):
             self.audit.append(Event(time=round(self.clock(), 3), event=KEYS_ROTATED, target=target, count=now.version))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import re
@@ -19,10 +20,11 @@ from lacre.errors import SettingsError
 from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import export, series
+from lacre_gateway.audit import series
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import AdminIntent, Event, parse
-from lacre_gateway.audit.export import Cursor, Exporter, Format
+from lacre_gateway.audit.export import Exporter, Format
+from lacre_gateway.audit.feed import Cursor, read
 from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import LogReader, Wrong
@@ -69,7 +71,7 @@ def logs(pristine: Path, tmp_path: Path) -> Path:
 
 def exported(root: Path, form: Format, since: float | None = None, until: float | None = None) -> list[str]:
     exporter = Exporter(form, since, until)
-    return [line for entry in export.read(root, PUBLIC) if entry is not None for line in exporter.lines(entry)]
+    return [line for entry in read(root, PUBLIC) if entry is not None for line in exporter.lines(entry)]
 
 
 def test_json_lines_hold_every_entry(pristine: Path) -> None:
@@ -161,7 +163,7 @@ def test_following_goes_over_a_rotation(tmp_path: Path) -> None:
 
     async def follow() -> list[tuple[str, int]]:
         log, seen = opened(folder), []
-        reading = export.read(folder, PUBLIC, follow=True)
+        reading = read(folder, PUBLIC, follow=True)
 
         def some() -> None:
             while (entry := next(reading)) is not None:
@@ -210,16 +212,23 @@ def test_commands_know_all_logs(logs: Path, tmp_path: Path) -> None:
     assert "retention erased the log" in lacre("check-receipt", proof, logs).stderr
 
 
-async def test_rotated_keys_are_events(stage: Stage) -> None:
+async def test_newer_manifests_and_their_keys_are_events(stage: Stage) -> None:
     await stage.publish(stage.document(2))  # the same keys
     await stage.publish(stage.document(3, pools=stage.pools(stage.keys.pool)))
-    await stage.publish(stage.document(4, pools={}, gateway_key=bytes(range(32))))
-    due = [(f"pool/{POOL}", 3), ("gateway", 4), (f"pool/{POOL}", 4), (f"receipts/{POOL}", 4)]
+    last = stage.document(4, pools={}, gateway_key=bytes(range(32)))
+    await stage.publish(last)
+    due = [
+        ("manifest", 2), ("manifest", 3), (f"pool/{POOL}", 3), ("manifest", 4), ("gateway", 4), (f"pool/{POOL}", 4),
+        (f"receipts/{POOL}", 4),
+    ]  # fmt: skip
+    told: list[dict[str, Any]] = []
 
-    def rotated() -> list[tuple[str, int]]:
-        return [(entry["target"], entry["count"]) for entry in stage.entries("event") if entry["event"] == "keys-rotated"]
+    def recorded() -> list[tuple[str, int]]:
+        told[:] = [entry for entry in stage.entries("event") if entry["event"] in ("manifest", "keys-rotated")]
+        return [(entry["event"] if entry["event"] == "manifest" else entry["target"], entry["count"]) for entry in told]
 
-    await until(lambda: rotated() == due, why=rotated)
+    await until(lambda: recorded() == due, why=recorded)
+    assert told[3]["target"] == hashlib.sha256(last).hexdigest()
 
 
 # what a running gateway keeps
@@ -287,8 +296,8 @@ def test_retention(logs: Path) -> None:
 
 def test_a_cursor_of_an_erased_log(logs: Path) -> None:
     series.erase(logs, PUBLIC)
-    with pytest.raises(SettingsError, match="it was erased"):
-        next(export.read(logs, PUBLIC, Cursor(ORIGIN, 3)))
-    assert next(entry.origin for entry in export.read(logs, PUBLIC) if entry is not None) == f"{ORIGIN}/2"
+    with pytest.raises(SettingsError, match="erased before its entries from 3 on"):
+        next(read(logs, PUBLIC, Cursor(ORIGIN, 3)))
+    assert next(entry.origin for entry in read(logs, PUBLIC) if entry is not None) == f"{ORIGIN}/2"
     with pytest.raises(Wrong):
-        next(export.read(logs, PUBLIC, Cursor(f"{ORIGIN}/2", 99)))
+        next(read(logs, PUBLIC, Cursor(f"{ORIGIN}/2", 99)))

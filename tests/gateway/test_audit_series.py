@@ -10,22 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import series, tiles
 from lacre_gateway.audit.check import verify
-from lacre_gateway.audit.entries import Event, encode, parse
-from lacre_gateway.audit.log import AuditLog
+from lacre_gateway.audit.entries import encode, parse
 from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
-from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome
+from parts.auditing import KEY, ORIGIN, PUBLIC, erased, intent, opened, outcome, rotated
 from parts.bent import flipped
 from parts.waiting import until
-
-
-async def rotated(log: AuditLog, actor: str | None = None) -> None:
-    before = log.origin
-    log.rotate(actor)
-    await until(lambda: log.origin != before)
 
 
 async def restarted(folder: Path) -> None:
@@ -67,19 +59,6 @@ def wrong(root: Path, *kept: bytes) -> Wrong:
     found = verify(root, PUBLIC, kept).wrong
     assert found is not None
     return found
-
-
-def erased(root: Path, number: int, *, told: bool = True) -> None:
-    """As retention does it: first the record in the newest log, then the files."""
-    folder = series.place(root, number)
-    reader = LogReader(folder, PUBLIC)
-    if told:
-        store = Store(root, KEY, ORIGIN)
-        event = Event(time=9.0, event=kinds.ERASED, target=reader.checkpoint.origin, count=reader.size)
-        store.commit(encode(event))
-        store.published(store.publication(()).write())
-        store.close()
-    series.erase(folder, PUBLIC)
 
 
 def test_each_log_links_to_the_one_before(logs: Path) -> None:
@@ -284,4 +263,4 @@ def test_files_that_belong_to_no_log(logs: Path) -> None:
         assert (wrong(logs).place, wrong(logs).why) == (name, "no such file belongs to a log")
         (logs / name).unlink()
     (logs / "tile/entries/900").write_bytes(tiles.encode_bundle([b"{}"] * 256))
-    assert wrong(logs).place == "tile/entries/900"
+    assert wrong(logs).place == "tile/entries/900" and "copied while the gateway wrote it" in wrong(logs).why

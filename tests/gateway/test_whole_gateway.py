@@ -7,16 +7,20 @@ import json
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from lacre.evidence import checkpoints
 from lacre.evidence.audit_proof import AuditProof
 from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit import series
 from lacre_gateway.audit.check import AuditResult, check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
 from parts.small_disk import NO_DISK, filled, small_disk
 from parts.stage import EchoStage
+from parts.up import run
 
 LIVES = 20
 
@@ -101,3 +105,37 @@ async def test_full_disk(tmp_path: Path, disk: Path) -> None:
         resumed = events(gateway, kinds.RESUMED)
         assert resumed and all(event["count"] for event in resumed[:1])
         assert set(load.failed) == {"Unavailable"}, load.failed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_rotation(tmp_path: Path) -> None:
+    """By the command, twice, with requests running: none fails, no entry is lost, and each log holds the last one's end."""
+    async with EchoStage.standing(tmp_path) as gateway:
+        await gateway.start()
+        async with gateway.load() as load:
+            for number in (2, 3):
+                served = load.whole
+                await gateway.until(lambda served=served: load.whole >= served + 20)
+                said = await asyncio.to_thread(run, "audit", "rotate", str(gateway.audit))
+                assert (said.returncode, said.stdout) == (0, f"the log continues in {gateway.audit / f'log-{number}'}\n")
+            served = load.whole
+            await gateway.until(lambda: load.whole >= served + 20)
+        assert await gateway.kill(signal.SIGTERM) == 0
+    assert not load.failed, load.failed
+    readers = list(series.readers(gateway.audit, gateway.key))
+    verdict = verify(gateway.audit, gateway.key, [proof.checkpoint for proof in load.proofs[:: len(load.proofs) // 20]])
+    assert (verdict.wrong, verdict.logs, verdict.under_way, verdict.torn) == (None, 3, 0, 0), verdict.words
+    for before, after in pairwise(readers):
+        assert json.loads(after.entry(0))["checkpoint"].encode() == before.note
+        assert json.loads(before.entry(before.size - 1))["event"] == kinds.ROTATED
+    by_origin = {reader.checkpoint.origin: reader for reader in readers}
+    for proof in load.proofs:
+        check_receipt(proof, by_origin[checkpoints.parse(proof.checkpoint).origin])
+    assert {checkpoints.parse(proof.checkpoint).origin for proof in load.proofs} == set(by_origin)
+    told = [json.loads(entry) for reader in readers for entry in reader.entries()]
+    intents = {entry["request_id"] for entry in told if entry["kind"] == "intent"}
+    ends = [entry["request_id"] for entry in told if entry["kind"] == "outcome"]
+    assert {proof.members["request_id"] for proof in load.proofs} <= intents == set(ends) and len(ends) == len(intents)
+    assert verdict.requests == len(intents) >= load.whole
+    assert any(json.loads(reader.entry(0))["open"] for reader in readers[1:])  # a request was under way

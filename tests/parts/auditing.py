@@ -10,8 +10,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jose.jws import raw_public_key
 from lacre_fabric.logs import make_log
-from lacre_gateway.audit.entries import Intent, Outcome
+from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit import series
+from lacre_gateway.audit.entries import Event, Intent, Outcome, encode
 from lacre_gateway.audit.log import AuditLog
+from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.audit.store import Store
+from parts.waiting import until
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = raw_public_key(KEY)
@@ -49,3 +54,22 @@ async def written(folder: Path, requests: int, key: Ed25519PrivateKey = KEY) -> 
         log.append(intent(number))
         await log.append(outcome(number)) if number % 50 == 0 else log.append(outcome(number))
     await log.close()
+
+
+async def rotated(log: AuditLog, actor: str | None = None) -> None:
+    before = log.origin
+    log.rotate(actor)
+    await until(lambda: log.origin != before)
+
+
+def erased(root: Path, number: int, *, told: bool = True) -> None:
+    """As retention does it: first the record in the newest log, then the files."""
+    folder = series.place(root, number)
+    reader = LogReader(folder, PUBLIC)
+    if told:
+        store = Store(root, KEY, ORIGIN)
+        event = Event(time=9.0, event=kinds.ERASED, target=reader.checkpoint.origin, count=reader.size)
+        store.commit(encode(event))
+        store.published(store.publication(()).write())
+        store.close()
+    series.erase(folder, PUBLIC)

@@ -8,7 +8,6 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -111,7 +110,7 @@ class _Chain:
         while number < series.newest(self._root):
             number += 1
             self.result.logs = number
-            with _named(number):
+            with series.named(number):
                 note = self._log(number, note, anchors)
         if self._story.ended is not None:
             raise Wrong(
@@ -153,12 +152,9 @@ class _Chain:
         """What remains of an erased log: its checkpoints, and the proof of its first entry."""
         if self.result.erased < self.result.logs - 1:
             raise Wrong(series.PROOF, "the log was erased, and an older one was not")
-        note = read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE) or b""
-        last = _verified(note, self._key, CHECKPOINT)
-        if first.checkpoint != note or first.index:
-            raise Wrong(series.PROOF, "it does not prove the first entry under the last checkpoint")
+        note = series.remains(folder, self._key) or b""
+        last = checkpoints.parse(note)
         try:
-            first.verify(self._key)
             self._story.begin(before, complete=False)
             self._story.follow(0, first.entry)
         except LacreError as exc:
@@ -203,15 +199,6 @@ def _taken(anchors: list[Checkpoint], origin: str) -> list[Checkpoint]:
     own = [anchor for anchor in anchors if anchor.origin == origin]
     anchors[:] = [anchor for anchor in anchors if anchor.origin != origin]
     return own
-
-
-@contextmanager
-def _named(number: int) -> Iterator[None]:
-    """Puts the log's folder before the place of a fault."""
-    try:
-        yield
-    except Wrong as exc:
-        raise exc if number == 1 else Wrong(f"{series.name(number)}/{exc.place}", exc.why) from exc
 
 
 class _Walk:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import select
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -25,6 +26,7 @@ KeyOption = Annotated[
     str | None,
     typer.Option(help="The gateway's key, base64url (`gateway_key` in the manifest); default: the log's own."),
 ]
+_FLUSHED_AFTER: Final = 4096  # entries: an export that is cut off repeats at most so many with its cursor
 
 
 def register(app: typer.Typer) -> None:
@@ -181,24 +183,40 @@ def audit_export(
 ) -> None:
     """Print the entries of all linked logs for other systems, one a line. `lacre audit verify` tells whether the logs hold."""
     from lacre_gateway.audit import export
+    from lacre_gateway.audit.feed import Cursor, PlacedEntry, read
 
     named = next((known for known in export.FORMATS if known == form), None)
     if named is None:
         raise SettingsError(f"--format {form}: pass jsonl, cef or ocsf")
     public, exporter = parse_key(key), export.Exporter(named, seconds(since), seconds(until))
-    start = None if cursor is None else export.Cursor.load(cursor)
+    start = None if cursor is None else Cursor.load(cursor)
     if start is not None:
         exporter.look_back(folder, public, start)
-    last: export.PlacedEntry | None = None
-    for entry in export.read(folder, public, start, follow=follow):
-        if entry is not None:
-            sys.stdout.writelines(line + "\n" for line in exporter.lines(entry))
-            last = entry
-            continue
+    unsaved: list[PlacedEntry] = []
+
+    def flush() -> None:
         sys.stdout.flush()
-        if cursor is not None and last is not None:  # after the flush: a crash repeats lines, and loses none
-            export.Cursor(last.origin, last.index + 1).save(cursor)
-            last = None
+        if cursor is not None and unsaved:  # after the flush: a crash repeats lines, and loses none
+            Cursor(unsaved[-1].origin, unsaved[-1].index + 1).save(cursor)
+        unsaved.clear()
+
+    for entry in read(folder, public, start, follow=follow):
+        if entry is None:
+            flush()
+            if follow and _reader_is_gone():
+                raise BrokenPipeError
+            continue
+        sys.stdout.writelines(line + "\n" for line in exporter.lines(entry))
+        unsaved.append(entry)
+        if len(unsaved) == _FLUSHED_AFTER:
+            flush()
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that no one reads any more. Without this, a quiet log would be followed for ever."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    return any(found & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, found in poller.poll(0))
 
 
 @audit_app.command("tail")
@@ -210,7 +228,7 @@ def audit_tail(
 ) -> None:
     """Print the newest entries, one a line."""
     from lacre_gateway.audit import series
-    from lacre_gateway.audit.export import Cursor, read
+    from lacre_gateway.audit.feed import Cursor, read
     from lacre_gateway.audit.reader import LogReader
 
     newest = LogReader(series.place(folder, series.newest(folder)), parse_key(key))
@@ -220,6 +238,8 @@ def audit_tail(
             typer.echo(entry.data.decode())
         else:
             sys.stdout.flush()
+            if follow and _reader_is_gone():
+                raise BrokenPipeError
 
 
 @audit_app.command("query")

@@ -12,7 +12,6 @@ Application Lifecycle (6002).
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -20,93 +19,22 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from lacre._version import __version__
-from lacre.errors import InvalidMessage, SettingsError
-from lacre.runtime.json_objects import parse_object
-from lacre.runtime.private_files import replace
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import series
 from lacre_gateway.audit.entries import Annex, Event, Intent, LogLink, Outcome, parse
-from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Wrong, read_file
+from lacre_gateway.audit.feed import Cursor, PlacedEntry, place_of
+from lacre_gateway.audit.reader import LogReader
 
 Format = Literal["jsonl", "cef", "ocsf"]
 
 OCSF_VERSION: Final = "1.8.0"
-_POLL: Final = 0.5  # seconds between two looks for new entries
-_MAX_CURSOR: Final = 4096  # bytes of the file
 _LOOK_BACK: Final = 65536  # entries before a cursor in which the intents of later outcomes are looked for
 _CALLER: Final = ("subject", "tenant", "issuer", "groups", "address", "action", "pool", "model")
 _OTHER: Final = 99  # OCSF: an activity that the class has no number for; `activity_name` says which
 _LIFECYCLE: Final = {kinds.STARTED: 3, kinds.STOPPED: 4, kinds.RELOADED: 8}  # Start, Stop, Update
 _GRAVE: Final = frozenset({kinds.RECOVERED, kinds.RESUMED, kinds.UNRECORDED, kinds.RELOAD_REFUSED})
-_NOTABLE: Final = frozenset({kinds.REVOKED, kinds.ERASED, kinds.KEYS_ROTATED})
+_NOTABLE: Final = frozenset({kinds.REVOKED, kinds.ERASED, kinds.KEYS_ROTATED, kinds.TOPPED_UP, kinds.RESET})
 _BAD: Final = frozenset({"broken", "interrupted"})
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """Where an export goes on: the next index of the log with this origin."""
-
-    origin: str
-    index: int
-
-    @classmethod
-    def load(cls, path: Path) -> Cursor | None:
-        """None if there is no file yet. Raises SettingsError."""
-        data = read_file(path, _MAX_CURSOR)
-        if data is None:
-            return None
-        try:
-            members = parse_object(data, "it")
-            origin, index = members["origin"], members["index"]
-        except (InvalidMessage, KeyError):
-            origin, index = None, None
-        if not isinstance(origin, str) or type(index) is not int or index < 0:
-            raise SettingsError(f"{path} is not the cursor of an export: name another file, or remove it to export all again")
-        return cls(origin, index)
-
-    def save(self, path: Path) -> None:
-        """Raises OSError."""
-        replace(path, json.dumps({"origin": self.origin, "index": self.index}).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedEntry:
-    """An entry, and where it is."""
-
-    origin: str
-    index: int
-    data: bytes
-
-
-def read(root: Path, key: bytes | None, start: Cursor | None = None, *, follow: bool = False) -> Iterator[PlacedEntry | None]:
-    """The entries of all logs from the cursor on; None each time there are no more for now. Raises Wrong or SettingsError."""
-    number, at = (1, 0) if start is None else (_number(root, key, start), start.index)
-    while True:
-        newer = series.newest(root) > number  # first: then the read below sees the end of this log
-        folder = series.place(root, number)
-        if series.erased(folder) is None:
-            reader = LogReader(folder, key)
-            if reader.size < at:
-                raise Wrong(CHECKPOINT, f"the log was rolled back: {at} entries were exported, and it has {reader.size}")
-            origin = reader.checkpoint.origin
-            yield from (PlacedEntry(origin, index, data) for index, data in enumerate(reader.entries(at), at))
-            at = reader.size
-        if newer:
-            number, at = number + 1, 0
-            continue
-        yield None
-        if not follow:
-            return
-        time.sleep(_POLL)
-
-
-def _number(root: Path, key: bytes | None, start: Cursor) -> int:
-    for number in series.kept(root):
-        if LogReader(series.place(root, number), key).checkpoint.origin == start.origin:
-            return number
-    raise SettingsError(
-        f"there is no log {start.origin} in {root}, or it was erased: remove the cursor to export all that is left"
-    )
 
 
 @dataclass(slots=True)
@@ -121,7 +49,11 @@ class Exporter:
 
     def look_back(self, root: Path, key: bytes | None, start: Cursor) -> None:
         """Reads the intents before a cursor, so that later outcomes can name their callers."""
-        reader = LogReader(series.place(root, _number(root, key, start)), key)
+        number, _ = place_of(root, key, start)
+        folder = series.place(root, number)
+        if series.erased(folder) is not None:
+            return
+        reader = LogReader(folder, key)
         for index, data in enumerate(reader.entries(max(0, start.index - _LOOK_BACK), start.index)):
             self.lines(PlacedEntry(start.origin, index, data))
 

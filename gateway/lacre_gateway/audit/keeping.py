@@ -4,6 +4,7 @@ Rules:
 - `lacre audit rotate` leaves a file beside the log. The gateway rotates, and then removes it.
 - Erasure is the decision of the settings alone. Someone who can write to the disk could hide a change by asking for it.
 - The gateway records an erasure, in the newest log, before it begins. It goes from the oldest log on.
+- A full disk must not prevent the erasure that would make room. So a part of it is held in reserve, for the record of it.
 - A clock that is far ahead must not erase everything. So the time for this is the newest one that an earlier process recorded,
   and the time that this process has run. After a long pause an erasure is late, until the next start.
 """
@@ -21,7 +22,7 @@ from typing import Final
 from lacre.errors import LacreError
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import series
+from lacre_gateway.audit import reserve, series
 from lacre_gateway.audit.entries import Event, parse
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import LogReader
@@ -81,6 +82,8 @@ class Keeper:
         if seldom and self._keeping.keep_days is not None:
             for number in await asyncio.to_thread(self._due):
                 await self._erase(number)
+        if seldom and self._audit.writable:  # last, because it must not take the room that an erasure needs
+            await asyncio.to_thread(reserve.hold, self._root)
 
     async def _rotate(self) -> None:
         origin = self._audit.origin
@@ -116,6 +119,15 @@ class Keeper:
         if not series.unfinished(folder):
             reader = await asyncio.to_thread(LogReader, folder, self._key)
             origin, size = reader.checkpoint.origin, reader.size
-            await self._audit.append(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))
+            await self._recorded(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))
             self._log.info("audit log erased", origin=origin, entries=size)
         await asyncio.to_thread(series.erase, folder, self._key)
+
+    async def _recorded(self, event: Event) -> None:
+        """Waits for the entry, on a full disk with the room in reserve."""
+        recorded = self._audit.append(event)
+        while not recorded.done():
+            await asyncio.wait([recorded], timeout=_TRY)
+            if not self._audit.writable:
+                await asyncio.to_thread(reserve.give_up, self._root)
+        await recorded

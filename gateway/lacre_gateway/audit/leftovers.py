@@ -1,6 +1,9 @@
 """Partial tiles that wider ones have replaced, and tiles that no checkpoint covers yet: `verify` checks them too.
 
-A crash between two steps may leave such files. They must agree with the log, because other readers may have taken them for it.
+Rules:
+- A crash between two steps may leave such files. A commit is in the journal before any tile has it, and a tile appears whole.
+  So those of a crash agree with the log. Any that does not agree was altered, and other readers may have taken it for the log.
+- Names that begin with a dot are unfinished files, and belong to nobody.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from lacre_gateway.audit.edge import Edge
 from lacre_gateway.audit.reader import Snapshot, Wrong, read_file
 
 _NAME: Final = re.compile(r"tile/(?P<level>[0-9]|entries)/(?P<index>(x[0-9]{3}/)*[0-9]{3})(\.p/(?P<width>[1-9][0-9]{0,2}))?")
+_PAST: Final = "it is past the end of the log: the log was cut, or copied while the gateway wrote it. Then copy it again"
 
 
 def named(folder: Path) -> Mapping[str, tuple[int | None, int, int]]:
@@ -47,7 +51,10 @@ def check(files: Mapping[str, tuple[int | None, int, int]], edge: Edge, snapshot
             found = tiles.decode_bundle(data) if level is None else tiles.split_tile(data)
         except InvalidMessage as exc:
             raise Wrong(name, str(exc)) from exc
-        if found != _due(edge, snapshot, level, index, width):
+        due = _due(edge, snapshot, level, index, width)
+        if due is None:
+            raise Wrong(name, _PAST)
+        if found != due:
             raise Wrong(name, "it does not agree with the log, which has a wider one")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 import time
 from collections import deque
@@ -32,7 +33,7 @@ from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import series
+from lacre_gateway.audit import reserve, series
 from lacre_gateway.audit.entries import Entry, Event, Intent, Outcome, encode, parse
 from lacre_gateway.audit.journal import MAX_GROUP
 from lacre_gateway.audit.reader import LogReader
@@ -46,6 +47,7 @@ _RETRY: Final = 1.0  # seconds between attempts to publish
 _IDLE: Final = 1.0  # seconds without an entry, after which the tiles are updated, or a failed write is tried again
 _PUBLISH_AFTER: Final = 1024  # entries; keeps the journal small and a restart quick
 _MAX_WAITING: Final = MAX_GROUP // 2  # of one commit: each may bring an annex
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OWN: Final = frozenset({kinds.RESUMED, kinds.STOPPED})  # written again at each attempt
 
 
@@ -120,7 +122,12 @@ class AuditLog:
         self._next_commit = 0.0
         self._loop = asyncio.get_running_loop()
         try:
-            self._resume(folder, key)
+            try:
+                self._resume(folder, key)
+            except OSError as exc:
+                if exc.errno not in _FULL or not reserve.give_up(folder):
+                    raise
+                self._resume(folder, key)
         except (OSError, LacreError) as exc:
             self._store.close()
             reason = exc.strerror if isinstance(exc, OSError) else exc

@@ -186,6 +186,7 @@ class LogReader:
         self.note = loaded.note
         self.checkpoint = checkpoints.parse(self.note)
         self._tile = lru_cache(_CACHED_TILES)(lambda level, index: self._snapshot.tile(level, index, tiles.WIDTH))
+        self._sound_tile = lru_cache(_CACHED_TILES)(self._compared)
 
     @property
     def size(self) -> int:
@@ -200,6 +201,26 @@ class LogReader:
                 return
             yield from self._snapshot.bundle(bundle, tiles.WIDTH)[max(0, begin - start) : stop - start]
         yield from self._edge.entries[max(0, begin - first) : max(0, stop - first)]
+
+    def proven(self, begin: int = 0) -> Iterator[bytes]:
+        """Entries from index `begin` on, each compared with the signed tree. Raises Wrong."""
+        first = self._edge.first(None)
+        for bundle in range(begin // tiles.WIDTH, first // tiles.WIDTH):
+            entries = self._snapshot.bundle(bundle, tiles.WIDTH)
+            if _tile_root(list(map(merkle.leaf_hash, entries))) != self._signed(1, bundle):
+                raise Wrong(tiles.tile(None, bundle), "its entries are not the signed ones")
+            yield from entries[max(0, begin - bundle * tiles.WIDTH) :]
+        yield from self._edge.entries[max(0, begin - first) :]
+
+    def _signed(self, level: int, index: int) -> bytes:
+        """The hash at a place of a tile level, as the signed tree has it. Raises Wrong."""
+        return self._edge.hash(level, index) or self._sound_tile(level, index // tiles.WIDTH)[index % tiles.WIDTH]
+
+    def _compared(self, level: int, index: int) -> list[bytes]:
+        hashes = self._tile(level, index)
+        if _tile_root(hashes) != self._signed(level + 1, index):
+            raise Wrong(tiles.tile(level, index), "its hashes are not the signed ones")
+        return hashes
 
     def entry(self, index: int) -> bytes:
         """Raises SettingsError if there is no entry of this index, or Wrong."""
@@ -222,6 +243,13 @@ class LogReader:
     def root(self, size: int) -> bytes:
         """The root of the tree of the first `size` entries."""
         return merkle.root_hash(size, self.node)
+
+
+def _tile_root(hashes: list[bytes]) -> bytes:
+    """The one hash over a full tile."""
+    while len(hashes) > 1:
+        hashes = list(map(merkle.node_hash, hashes[::2], hashes[1::2]))
+    return hashes[0]
 
 
 def own_key(folder: Path) -> bytes:

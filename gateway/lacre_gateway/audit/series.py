@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ from lacre.jose.jws import raw_public_key
 from lacre.runtime.private_files import replace, sync_folder
 from lacre_gateway.audit import journal, tiles
 from lacre_gateway.audit.entries import LogLink, encode, parse
-from lacre_gateway.audit.reader import CHECKPOINT, KEY, OPEN, LogReader, Wrong, read_file
+from lacre_gateway.audit.reader import CHECKPOINT, KEY, OPEN, LogReader, Wrong, own_key, read_file
 
 ASKED: Final = "rotate"  # a file beside the first log: someone asks for a rotation
 PROOF: Final = "erased"  # in an erased log: the proof of its first entry
@@ -80,9 +81,40 @@ def erased(folder: Path) -> AuditProof | None:
         raise Wrong(PROOF, f"it is damaged ({exc})") from exc
 
 
+def remains(folder: Path, key: bytes | None) -> bytes | None:
+    """The last checkpoint of an erased log; None if the log was not erased. Raises Wrong or SettingsError.
+
+    key: the gateway's; default: the one that the log itself names. Who erased the log is not said: see `kinds.ERASED`.
+    """
+    first = erased(folder)
+    if first is None:
+        return None
+    note = read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE) or b""
+    try:
+        checkpoints.verify(note, public := own_key(folder) if key is None else key)
+    except LacreError as exc:
+        raise Wrong(CHECKPOINT, str(exc)) from exc
+    if first.checkpoint != note or first.index:
+        raise Wrong(PROOF, "it does not prove the first entry under the last checkpoint")
+    try:
+        first.verify(public)
+    except LacreError as exc:
+        raise Wrong(PROOF, str(exc)) from exc
+    return note
+
+
 def kept(root: Path) -> Iterator[int]:
     """The numbers of the logs that were not erased, the oldest first."""
     return (number for number in range(1, newest(root) + 1) if not (place(root, number) / PROOF).exists())
+
+
+@contextmanager
+def named(number: int) -> Iterator[None]:
+    """Puts the log's folder before the place of a fault."""
+    try:
+        yield
+    except Wrong as exc:
+        raise exc if number == 1 else Wrong(f"{name(number)}/{exc.place}", exc.why) from exc
 
 
 def was_erased(root: Path, origin: str) -> bool:

@@ -6,6 +6,7 @@
     checkpoints             one published checkpoint for each 256 entries or more, the oldest first
     open                    ids of requests without an outcome at some size of the log; saves reading it from the start
     lock                    held by the process that writes
+    reserve                 room for the day the disk is full (`reserve.py`)
     log-2, log-3, …         the logs that continue this one (`series.py`); the last one is written
 
 Rules:

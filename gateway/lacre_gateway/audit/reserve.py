@@ -1,0 +1,42 @@
+"""Room on the disk that is held for the day it is full: for the start of a gateway, and for the record of an erasure.
+
+Without it, a gateway could not erase old logs on a full disk, because it records each erasure first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Final
+
+from lacre.runtime.private_files import sync_folder
+
+NAME: Final = "reserve"
+_BYTES: Final = 128 * 1024  # some commits of some entries each, the tiles over them, and the remains of an erased log
+
+
+def hold(root: Path) -> None:
+    """Makes the file beside the first log, if there is room and none yet. Raises OSError, but not for a full disk."""
+    path, beside = root / NAME, root / f".{NAME}.new"
+    if path.exists():
+        return
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, os.urandom(_BYTES))  # a file system could store zeros in no space
+        os.fsync(handle)
+        whole = os.fstat(handle).st_size == _BYTES
+    except OSError:
+        whole = False
+    finally:
+        os.close(handle)
+    beside.replace(path) if whole else beside.unlink()
+
+
+def give_up(root: Path) -> bool:
+    """Frees the room. Whether there was any. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        (root / NAME).unlink()
+        sync_folder(root)
+        return True
+    return False
