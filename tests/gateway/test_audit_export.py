@@ -16,15 +16,16 @@ from typing import Any
 
 import pytest
 
+from lacre._version import __version__ as lacre_version
 from lacre.errors import SettingsError
 from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import series
 from lacre_gateway.audit.check import verify
-from lacre_gateway.audit.entries import AdminIntent, Event, parse
+from lacre_gateway.audit.entries import AdminIntent, Event, encode, parse
 from lacre_gateway.audit.export import Exporter, Format
-from lacre_gateway.audit.feed import Cursor, read
+from lacre_gateway.audit.feed import Cursor, PlacedEntry, read
 from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import LogReader, Wrong
@@ -114,6 +115,13 @@ def test_cef(pristine: Path) -> None:
     assert [head[4] for head, _ in read if head[4] not in ("intent", "outcome")] == [
         "started", "rotated", "link", "admin", "revoked", "stopped",
     ]  # fmt: skip
+
+
+def test_cef_of_an_odd_name() -> None:
+    """No event has such a name today."""
+    entry = PlacedEntry(ORIGIN, 0, encode(Event(time=1.0, event="a|b\\c\nd"))[0])
+    (line,) = Exporter("cef").lines(entry)
+    assert line.startswith(f"CEF:0|Lacre|Gateway|{lacre_version}|a\\|b\\\\c d|Gateway event a\\|b\\\\c d|1|rt=1000 ")
 
 
 def test_ocsf(pristine: Path) -> None:
