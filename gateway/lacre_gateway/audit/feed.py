@@ -1,7 +1,7 @@
 """The entries of all linked logs in order, each compared with its signed tree: what an export reads.
 
 Rules:
-- Nothing is left out in silence. A log that is missing, altered, or erased without a record ends the reading.
+- No entry is missing in silence. A log that is missing, altered, or erased without a record ends the reading.
 - Each log but the first must begin with the last checkpoint of the log before.
 - A log that retention erases before it was read ends the reading too: its entries are lost to the reader, and it must know.
 """

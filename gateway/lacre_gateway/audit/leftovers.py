@@ -3,7 +3,7 @@
 Rules:
 - A crash between two steps may leave such files. A commit is in the journal before any tile has it, and a tile appears whole.
   So those of a crash agree with the log. Any that does not agree was altered, and other readers may have taken it for the log.
-- Names that begin with a dot are unfinished files, and belong to nobody.
+- Files whose names begin with a dot are unfinished, and are not checked.
 """
 
 from __future__ import annotations
