@@ -213,7 +213,7 @@ def audit_export(
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that no one reads any more. Without this, a quiet log would be followed for ever."""
+    """Whether the reader of a pipe has closed it. Without this, a quiet log would be followed for ever."""
     poller = select.poll()
     poller.register(sys.stdout.fileno(), 0)
     return any(found & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, found in poller.poll(0))
