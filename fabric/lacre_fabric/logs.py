@@ -32,7 +32,7 @@ FIELDS: Final = frozenset({
     "event", "level", "time", "logger", "error", "at",
     "request_id", "method", "route", "status", "duration", "address", "problem",
     "pool", "model", "action", "outcome", "reason", "kind", "denied", "role", "remedy", "version", "host", "port", "seconds",
-    "node", "key_id", "issuer", "gateway", "process", "task", "traceback", "number", "accepted", "limit", "scope",
+    "node", "key_id", "issuer", "gateway", "process", "task", "traceback", "number", "accepted", "limit", "scope", "id",
 })  # fmt: skip
 MAX_TEXT: Final = 256
 MAX_TRACEBACK: Final = 16 * 1024  # characters: about a hundred frames; a recursion error must not fill a disk

@@ -297,7 +297,11 @@ def build(
     revocations = RevocationList(log, clock)
     rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
     metrics = Metrics()
-    webhook = None if settings.alerts is None else WebhookSender(settings.alerts, log, clock)
+    budgets = Ledger(
+        lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, approver=Approver(key), clock=clock
+    )
+    # By the ledger's time, which is the message server's: receivers reject signatures of a clock that is off.
+    webhook = None if settings.alerts is None else WebhookSender(settings.alerts, log, budgets.now)
     requests = RequestLimits(in_flight=limits.requests_in_flight, concurrent=limits.concurrent_per_subject)
     gateway = Gateway(
         settings=settings,
@@ -308,14 +312,7 @@ def build(
         bodies=BodyBytes(total=limits.body_bytes, each=limits.body_bytes_per_subject),
         lines=LineLimit(log, clock),
         refusals=RefusalThrottle(limits.refused_per_minute, limits.refused_per_address, clock),
-        budgets=Ledger(
-            lambda: rules.current.plans,
-            settings.instance,
-            log,
-            longest=limits.longest_stream,
-            approver=Approver(key),
-            clock=clock,
-        ),
+        budgets=budgets,
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
         pseudonyms=Pseudonyms(key),
@@ -341,5 +338,5 @@ def build(
     gateway.refusals.report = gateway.tell_unrecorded
     if webhook is not None and settings.alerts is not None:
         kinds = [LimitKind(name) for name in settings.alerts.limits]
-        gateway.budgets.alerts = BudgetAlerts(webhook.send, kinds, settings.instance, lambda: rules.current.plans.currency)
+        budgets.alerts = BudgetAlerts(webhook.send, kinds, settings.instance, lambda: rules.current.plans.currency)
     return gateway

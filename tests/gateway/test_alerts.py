@@ -6,7 +6,9 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import io
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,17 +18,20 @@ import pytest
 import structlog
 
 from lacre.errors import SettingsError
+from lacre_fabric.logs import Log, make_log
 from lacre_gateway.budget.alerts import BudgetAlerts
 from lacre_gateway.budget.lease import Account, Need
 from lacre_gateway.budget.plans import LimitKind
-from lacre_gateway.budget.webhook import MAX_WAITING, WebhookEvent, WebhookSender, read_keys, signed
+from lacre_gateway.budget.webhook import MAX_WAITING, TRIES, WebhookEvent, WebhookSender, read_keys, signed
 from lacre_gateway.settings import Webhook
+from parts.certificates import Ca
 from parts.fake_worker import Script
 from parts.waiting import until
 
 from .conftest import PutUp
 
 KEY, OLD = bytes(range(32)), bytes(24)
+NOW = 1_800_000_000.5
 DAY = LimitKind.TOKENS_PER_DAY
 
 
@@ -64,9 +69,9 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiver(*statuses: int) -> AsyncIterator[Receiver]:
+async def receiver(*statuses: int, context: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]:
     made = Receiver(list(statuses))
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=context)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made
@@ -79,17 +84,26 @@ async def receiver(*statuses: int) -> AsyncIterator[Receiver]:
 
 
 @asynccontextmanager
-async def sender(folder: Path, url: str, tries: tuple[float, ...] = (0.0, 0.0, 0.0)) -> AsyncIterator[WebhookSender]:
-    settings = Webhook(url=url, secret=written(folder, KEY, OLD))
-    made = WebhookSender(settings, structlog.get_logger(), lambda: 1_800_000_000.5, tries)
+async def sender(
+    folder: Path, url: str, tries: tuple[float, ...] = (0.0, 0.0, 0.0), log: Log | None = None, ca: Path | None = None
+) -> AsyncIterator[WebhookSender]:
+    settings = Webhook(url=url, secret=written(folder, KEY, OLD), ca=ca)
+    made = WebhookSender(settings, log or structlog.get_logger(), lambda: NOW, tries)
     try:
         yield made
     finally:
         await made.close()
 
 
-def event(number: int = 1) -> WebhookEvent:
-    return WebhookEvent(f"msg_{number}", "budget.threshold", 1_800_000_000.25, {"level": 80})
+def event(number: int = 1, until: float | None = None) -> WebhookEvent:
+    return WebhookEvent(f"msg_{number}", "budget.threshold", NOW - 0.25, {"level": 80}, until, {"limit": "tokens_per_day"})
+
+
+def lost(log: io.StringIO) -> list[tuple[str, str, int]]:
+    """What the log says of alerts that were given up: id, reason, tries."""
+    lines = [line for line in map(json.loads, log.getvalue().splitlines()) if line["event"] == "alert given up"]
+    assert all(line["limit"] == "tokens_per_day" and "[alerts]" in line["remedy"] for line in lines)
+    return [(line["id"], line["reason"], line["number"]) for line in lines]
 
 
 async def test_an_event_is_signed_as_the_specification_says(tmp_path: Path) -> None:
@@ -131,11 +145,89 @@ async def test_a_failed_event_delays_no_other(tmp_path: Path) -> None:
 
 
 async def test_what_waits_for_a_receiver_that_hangs_is_bounded(tmp_path: Path) -> None:
-    async with receiver(0) as hook, sender(tmp_path, hook.url) as sending:
-        for number in range(3 * MAX_WAITING):
-            sending.send(event(number))
+    """And each alert that is lost has its line: those for which there was no room, and those that wait at the end."""
+    log = io.StringIO()
+    async with receiver(0) as hook:
+        async with sender(tmp_path, hook.url, log=make_log(log)) as sending:
+            for number in range(MAX_WAITING + 2):
+                sending.send(event(number))
+            await until(lambda: len(hook.got) == 1)
+            assert len(sending._waiting) == MAX_WAITING
+        sending.send(event(900))
+    told = lost(log)
+    assert told[:2] == [(f"msg_{MAX_WAITING + number}", "too many alerts wait", 0) for number in range(2)]
+    assert {reason for _, reason, _ in told[2:]} == {"the gateway ends"}
+    assert {number for number, _, _ in told} == {f"msg_{number}" for number in (*range(MAX_WAITING + 2), 900)}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "reason", "tries"), [((500,), "500", 3), ((302,), "302", 3), ((410,), "410", 1), ((500, 204), None, 2)]
+)
+async def test_an_alert_that_is_given_up_says_why(
+    tmp_path: Path, statuses: tuple[int, ...], reason: str | None, tries: int
+) -> None:
+    log = io.StringIO()
+    async with receiver(*statuses) as hook, sender(tmp_path, hook.url, log=make_log(log)) as sending:
+        sending.send(event())
+        await until(lambda: sending._task is not None and sending._task.done())
+        assert lost(log) == ([] if reason is None else [("msg_1", reason, tries)])
+        assert hook.url not in log.getvalue()
+    assert lost(log) == ([] if reason is None else [("msg_1", reason, tries)])
+
+
+async def test_an_alert_of_a_window_that_is_over_is_not_tried_again(tmp_path: Path) -> None:
+    log = io.StringIO()
+    async with receiver(500) as hook, sender(tmp_path, hook.url, log=make_log(log)) as sending:
+        sending.send(event(1, until=NOW - 1))
+        sending.send(event(2, until=NOW + 1))
+        await until(lambda: sending._task is not None and sending._task.done())
+    assert [fields["webhook-id"] for fields, _ in hook.got].count("msg_1") == 1
+    assert sorted(lost(log)) == [("msg_1", "the limit's window has ended", 1), ("msg_2", "500", 3)]
+
+
+def test_tries_outlast_a_nights_maintenance() -> None:
+    assert 6 * 3600 < sum(TRIES) < 24 * 3600
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted", "fault"), [("localhost", True, 0), ("hooks.example", True, 1), ("localhost", False, 1)]
+)
+async def test_a_private_address_is_proved_by_its_certificate(tmp_path: Path, host: str, trusted: bool, fault: int) -> None:
+    """The name leads to this machine. Nothing is sent to a server whose certificate is another's, or of an unknown CA."""
+    ca, other = Ca(tmp_path, "ours"), Ca(tmp_path, "other")
+    pair, log = ca.issue(tmp_path, "hook", host), io.StringIO()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pair.certificate, pair.key)
+    async with receiver(204, context=context) as hook:
+        url = f"https://localhost:{hook.port}/hook"
+        async with sender(tmp_path, url, log=make_log(log), ca=(ca if trusted else other).file) as sending:
+            sending.send(event())
+            await until(lambda: sending._task is not None and sending._task.done())
+    assert len(hook.got) == 1 - fault
+    assert ("certificate" in log.getvalue()) == bool(fault)
+    assert [number for number, _, _ in lost(log)] == ["msg_1"] * fault
+
+
+async def test_nobody_listens(tmp_path: Path) -> None:
+    log = io.StringIO()
+    async with receiver(204) as hook:
+        url = hook.url
+    async with sender(tmp_path, url, log=make_log(log)) as sending:
+        sending.send(event())
+        await until(lambda: sending._task is not None and sending._task.done())
+    assert [(number, tries) for number, _, tries in lost(log)] == [("msg_1", 3)]
+
+
+async def test_signatures_have_the_time_of_the_message_server(put_up: PutUp, tmp_path: Path) -> None:
+    """Receivers reject a signature that is minutes off, which this machine's clock may be."""
+    written(tmp_path, KEY)
+    async with receiver(204) as hook:
+        stage = await put_up(settings=f'alerts = {{ url = "{hook.url}", secret = "webhook-secret" }}')
+        stage.gateway.budgets._offset = 86_400.0
+        assert stage.gateway.webhook is not None
+        stage.gateway.webhook.send(event())
         await until(lambda: len(hook.got) == 1)
-        assert len(sending._waiting) <= MAX_WAITING
+    assert abs(float(hook.got[0][0]["webhook-timestamp"]) - stage.gateway.clock() - 86_400) < 60
 
 
 @pytest.mark.parametrize(

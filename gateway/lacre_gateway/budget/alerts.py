@@ -71,4 +71,6 @@ class BudgetAlerts:
             "currency": self._currency() if money else None, "resets_at": ends(counter.kind, counter.window),
             "gateway": self._gateway,
         }  # fmt: skip
-        return WebhookEvent(f"msg_{hashlib.sha256(named.encode()).hexdigest()[:32]}", TYPE, now, data)
+        noted = {"limit": counter.kind.value, "scope": account.key, "kind": f"{level} %"}
+        number = f"msg_{hashlib.sha256(named.encode()).hexdigest()[:32]}"
+        return WebhookEvent(number, TYPE, now, data, ends(counter.kind, counter.window), noted)

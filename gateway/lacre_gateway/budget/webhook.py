@@ -1,11 +1,13 @@
 """Sends events to an operator's webhook, signed as Standard Webhooks 1.0 says, in the background.
 
 Rules:
-- `send` returns at once. At most `MAX_WAITING` events wait; further ones are dropped, and the log says so.
-- One event is sent at a time, and one try takes `TIME_LIMIT` at most. A failed event waits for its next try while others go on,
-  and is given up after the last of `TRIES`.
+- `send` returns at once. At most `MAX_WAITING` events wait; further ones are dropped.
+- One event is sent at a time, and one try takes `TIME_LIMIT` at most. A failed event waits for its next try while others go on.
+  It is given up after the last of `TRIES`, and when it is out of date.
+- Each event that is not delivered has a line in the log, with its id, its limit and its budget's digest.
 - An event keeps its id over all tries, and also when several gateways report it: receivers count an id once.
 - The log names neither the address nor anything of the answer: an address may hold a secret.
+- The operator chose the address, so it may be a private one. Over https, the certificate proves who is there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +41,8 @@ from lacre_gateway.settings import Webhook
 
 MAX_WAITING: Final = 256  # events of 1 KiB
 TIME_LIMIT: Final = 10.0  # seconds for one try
-TRIES: Final = (0.0, 5.0, 30.0, 120.0, 600.0)  # seconds before each try: a receiver may be restarted meanwhile
+# Seconds before each try: a receiver may be restarted meanwhile, or be away for a night's maintenance.
+TRIES: Final = (0.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 7200.0, 14400.0)
 _LOOK: Final = 0.25  # seconds between two looks for events that are due
 _PREFIX: Final = "whsec_"
 _SECRET_BYTES: Final = range(24, 65)  # of the specification
@@ -51,12 +54,16 @@ _IDS: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no full stop, which separate
 
 @dataclass(frozen=True, slots=True)
 class WebhookEvent:
-    """id: the same for the same event, from any gateway. time: when it happened, in seconds since the epoch."""
+    """id: the same for the same event, from any gateway. time: when it happened, in seconds since the epoch. until: when it is
+    out of date; None: never. noted: facts for the log, which hold no name.
+    """
 
     id: str
     type: str
     time: float
     data: dict[str, Any]
+    until: float | None = None
+    noted: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> bytes:
         at = datetime.fromtimestamp(self.time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -104,9 +111,10 @@ class _Waiting:
 
 
 class WebhookSender:
-    """Used on one event loop. Ends with `close`, which forgets what still waits.
+    """Used on one event loop. Ends with `close`, which gives up what still waits.
 
-    Raises SettingsError: a mistake ends the start, and not each try.
+    clock: seconds since the epoch, for signatures: receivers reject one that is minutes off. Raises SettingsError: a mistake
+    ends the start, and not each try.
     """
 
     def __init__(
@@ -125,42 +133,56 @@ class WebhookSender:
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
         self._task: asyncio.Task[object] | None = None
-        self._full = False
+        self._closing = False
 
     def send(self, event: WebhookEvent) -> None:
         """Returns at once."""
         assert _IDS.fullmatch(event.id)  # noqa: S101 - a mistake of the program
-        if len(self._waiting) >= MAX_WAITING:
-            if not self._full:
-                self._log.error("alerts dropped", remedy="check the webhook of [alerts]: too many alerts wait for it")
-            self._full = True
+        if self._closing or len(self._waiting) >= MAX_WAITING:
+            self._lost(_Waiting(0.0, 0, event), "the gateway ends" if self._closing else "too many alerts wait")
             return
-        self._full = False
         heapq.heappush(self._waiting, _Waiting(time.monotonic() + self._tries[0], next(self._numbers), event))
         if self._task is None or self._task.done():
             self._task = tasks.detach("alerts", self._run())
 
     async def close(self) -> None:
+        self._closing = True
         if self._task is not None:
             await tasks.end(self._task)
+        for waiting in self._waiting:
+            self._lost(waiting, "the gateway ends")
+        self._waiting.clear()
         await self._client.aclose()
+
+    def _lost(self, waiting: _Waiting, reason: str) -> None:
+        event = waiting.event
+        told = {"reason": reason, "number": waiting.tried, "id": event.id, **event.noted}
+        self._log.error("alert given up", remedy="check the webhook of [alerts]", **told)
 
     async def _run(self) -> None:
         while self._waiting:
             if (left := self._waiting[0].due - time.monotonic()) > 0:
                 await asyncio.sleep(min(left, _LOOK))
                 continue
-            waiting = heapq.heappop(self._waiting)
-            fault = await self._try(waiting.event)
+            # It stays among those that wait until it is delivered or given up, so that `close` finds it.
+            waiting = self._waiting[0]
+            event, fault = waiting.event, None
+            if waiting.tried and event.until is not None and self._clock() >= event.until:
+                heapq.heappop(self._waiting)
+                self._lost(waiting, "the limit's window has ended")
+                continue
+            fault = await self._try(event)
+            self._waiting.remove(waiting)
+            heapq.heapify(self._waiting)
             if fault is None:
                 continue
             waiting.tried += 1
-            if waiting.tried < len(self._tries) and fault != str(_GONE):
-                self._log.warning("alert not delivered", reason=fault, number=waiting.tried)
-                waiting.due = time.monotonic() + self._tries[waiting.tried]
-                heapq.heappush(self._waiting, waiting)
-            else:
-                self._log.error("alert given up", reason=fault, number=waiting.tried, remedy="check the webhook of [alerts]")
+            if waiting.tried == len(self._tries) or fault == str(_GONE):
+                self._lost(waiting, fault)
+                continue
+            self._log.warning("alert not delivered", reason=fault, number=waiting.tried, id=event.id, **event.noted)
+            waiting.due = time.monotonic() + self._tries[waiting.tried]
+            heapq.heappush(self._waiting, waiting)
 
     async def _try(self, event: WebhookEvent) -> str | None:
         """The fault, in our own words; None: it was delivered. The answer's body is not read."""
@@ -174,3 +196,6 @@ class WebhookSender:
             return "it took too long"
         except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
             return fault_in_words(exc, "`ca` of [alerts]")
+        except Exception as exc:  # noqa: BLE001 - foreign text: any failure is a failed try
+            tasks.failed("alerts", exc)
+            return "the connection failed"
