@@ -20,7 +20,7 @@ def values_file(site: Site) -> Path:
 
 
 def write_values(site: Site, changed: str = "") -> None:
-    """Writes `chart/pools.yaml`: every pool of the site. JSON is YAML too. changed: a pool whose values are written anew.
+    """Writes `chart/pools.yaml`: every pool of the site. JSON is YAML too. changed: a pool whose values change.
 
     Other pools keep what the file says. A pool that it did not name gets no values, because an operator's own file has them.
     Raises SettingsError.
