@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chart.rendering import CASES, NEEDED, Rendered, render, template
+from chart.rendering import CASES, NEEDED, Object, Rendered, render, template
 from chart.test_settings import gateway_settings, worker_settings
 from lacre_fabric.operate import model_routes
 from lacre_gateway.settings import AuditKeeping
@@ -165,6 +165,21 @@ def test_the_signer_publishes_the_routes(company: Rendered, tmp_path: Path) -> N
         assert {"name": "settings", "mountPath": file, "subPath": "routes.toml", "readOnly": True} in publish["volumeMounts"]
     for pod in render("defaults").of_component("signer"):
         assert all("--routes" not in each["command"] for each in pod.containers), "the state's own routes stay"
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {'a"b<c\\': {"pools": [{"pool": "default", "model": "smollm2-135m", "share": 10**6}]}}], ids=["none", "odd"]
+)
+def test_routes_are_removed_and_have_odd_names(tmp_path: Path, said: Object) -> None:
+    (values := tmp_path / "routes.yaml").write_text(json.dumps({"routes": said}))
+    made = render("defaults", "--values", str(values))
+    data = made.one("ConfigMap", "r-lacre-signer")["data"]
+    (tmp_path / "routes.toml").write_text(data["routes.toml"])
+    found = model_routes.read(tmp_path / "routes.toml", json.loads(data["site.json"])["pools"])
+    assert {name: [target.members() for target in route.targets] for name, route in found.items()} == {
+        name: route["pools"] for name, route in said.items()
+    }
+    assert all("--routes" in pod.containers[1]["command"] for pod in made.of_component("signer"))
 
 
 def test_no_pool_is_made_that_was_not_named(case: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,8 @@ import pytest
 from lacre.errors import SettingsError
 from lacre.trust.chain import verify
 from lacre.trust.routes import MAX_ROUTES, MAX_TARGETS, ModelRoute, RouteTarget
-from lacre_fabric.operate import model_routes
+from lacre_fabric.operate import model_routes, pools
+from lacre_fabric.operate.account_reload import AccountFiles
 from lacre_fabric.operate.site import Site
 
 GOOD = """
@@ -54,14 +56,22 @@ def test_each_manifest_has_them_until_others_come(site: Site, tmp_path: Path) ->
         model_routes.record(site.folder, routes)
         assert published(site) == ROUTES == published(Site(site.folder, site.pools))
     assert (site.folder / "trust" / "routes.json").stat().st_mode & 0o777 == 0o600
-    model_routes.record(site.folder, model_routes.read(written(tmp_path, ""), site.pools))
+    model_routes.record(site.folder, model_routes.read(written(tmp_path, "[routes]"), site.pools))
     assert published(site) == {}
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[routes", "not TOML"), (b"\xff", "UTF-8"), ("[route.a]", "unknown route"), ("routes = 1", "object"),
+        ("[routes", "not TOML"), ("", r"only \[routes\] to remove"), ("# nothing", "has no routes"), ("\0", "not TOML"),
+        ('[routes.small]\npools = [{ pool = "default", share = 9223372036854775808 }]', "most"),
+        ('[routes.small]\npools = [{ pool = "default", share = true }]', "integer"),
+        ('[routes.small]\npools = [{ pool = "default", share = nan }]', "integer"),
+        ('[routes.small]\npools = [{ pool = "default" }]\n[routes.small]\npools = []', "not TOML"),
+        ("[[routes.a.pools]]\npool = 'default'\nmodel = 'b'\n[[routes.b.pools]]\npool = 'default'\nmodel = 'a'", "model 'b'"),
+        ('[[routes]]\nname = "a"', "object"), ('[[pools]]\nname = "a"', "unknown pools"),
+        ('[routes.small]\nsticky = "yes"\npools = [{ pool = "default" }]', "sticky"),
+        (b"\xff", "UTF-8"), ("[route.a]", "unknown route"), ("routes = 1", "object"),
         ("routes.a = 1", "object"), ("[routes.a]", "pools"), ("[routes.a]\npools = []", "1 to 8"),
         ("[routes.a]\npool = []", "unknown pool"), ("[routes.a]\npools = [1]", "object"),
         ('[routes.a]\npools = [{ pool = "default", shares = 1 }]', "unknown shares: a pool has model, pool, share"),
@@ -118,3 +128,19 @@ def test_a_damaged_file_stops_no_manifest(site: Site, content: bytes) -> None:
     path.write_bytes(content)
     assert published(site) == ROUTES, "those of the last manifest"
     assert path.read_bytes() == content
+
+
+async def test_a_pool_that_routes_need_is_not_removed(site: Site, tmp_path: Path) -> None:
+    """Neither on a running site nor offline; nothing is changed before."""
+    (site.folder / "site.json").write_text(
+        json.dumps({"pools": site.pools, "nats": {"url": ["nats://nats.example:4222"]}, "gateway": "https://x.example"})
+    )
+    model_routes.record(site.folder, ROUTES | {"next": ModelRoute((RouteTarget("canary", "new", 1),))})
+    files = AccountFiles((tmp_path / "accounts.json",))
+    for removing in (pools.remove, pools.withdraw):
+        with pytest.raises(pools.PoolInUse, match="lead nowhere: next; publish others"):
+            await removing(site, "canary", files)
+    assert set(Site.load(site.folder).pools) == set(site.pools) and site.receipt_file("canary").exists()
+    await pools.withdraw(site, "canary", files, force=True)
+    assert "canary" not in Site.load(site.folder).pools
+    assert model_routes.without(site.folder, {"default": ["small"]}) == ["next"]

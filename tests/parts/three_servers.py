@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 from lacre.trust.chain import verify
 from lacre_fabric.nats.connection import Connection
@@ -23,6 +25,8 @@ from lacre_fabric.work.frames import FrameKind
 from parts.fabric import Kept, new_work, read
 from parts.nats_cluster import NatsCluster
 from parts.waiting import until
+
+ONE_POOL: Final[Mapping[str, Sequence[str]]] = MappingProxyType({"a": ("m1",)})
 
 
 class Deployment(Kept):
@@ -81,12 +85,17 @@ async def _work(worker: NatsWorker) -> None:
 
 
 @asynccontextmanager
-async def deployed(folder: Path) -> AsyncIterator[Deployment]:
-    site = Site(folder / "site", {"a": ("m1",)}, replicas=3)
+async def deployed(folder: Path, pools: Mapping[str, Sequence[str]] = ONE_POOL) -> AsyncIterator[Deployment]:
+    site = Site(folder / "site", pools, replicas=3)
     site.create()
     cluster = NatsCluster(folder, site.replicated_roles(), site.pools, plain=True)
     nats = {"url": list(cluster.servers.urls)}
-    members = {"pools": {"a": ["m1"]}, "replicas": 3, "nats": nats, "gateway": "https://lacre.example"}
+    members = {
+        "pools": {pool: list(models) for pool, models in pools.items()},
+        "replicas": 3,
+        "nats": nats,
+        "gateway": "https://lacre.example",
+    }
     (site.folder / "site.json").write_text(json.dumps(members))
     try:
         cluster.start()

@@ -69,7 +69,7 @@ def test_routes_are_published_kept_and_removed(own: Up, tmp_path: Path) -> None:
     routes.write_text("[routes.assistant]\npools = []")
     refused = run("manifest", "publish", "--routes", str(routes), "--state", str(own.state), up=own)
     assert refused.returncode == 1 and str(routes) in refused.stderr.replace("\n", "")
-    routes.write_text("")
+    routes.write_text("[routes]")
     own.command("manifest", "publish", "--routes", str(routes))
     wait_until(lambda: "routes" not in manifest(own))
 

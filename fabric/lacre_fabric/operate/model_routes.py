@@ -6,7 +6,8 @@
 
 Rules:
 - A file is checked whole before any of it counts, against the limits of the manifest and the pools of the state folder.
-- A file replaces all routes that there were before. One without routes removes them.
+- A file replaces all routes that there were before. The table `[routes]` alone removes them. An empty file is refused: it may
+  be a half-written one.
 - A pool or model that leaves the state folder also leaves the routes of the next manifest.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -46,9 +48,13 @@ def read(path: Path, pools: Served) -> Routes:
         raise SettingsError(f"{path}: not TOML: {exc}") from exc
     if unknown := set(said) - {"routes"}:
         raise SettingsError(f"{path}: unknown {', '.join(sorted(unknown))}: write each route as [routes.NAME]")
-    _check_words(path, said.get("routes", {}))
+    if "routes" not in said:
+        raise SettingsError(
+            f"{path}: it has no routes: write each one as [routes.NAME], or only [routes] to remove all of them"
+        )
+    _check_words(path, said["routes"])
     try:
-        routes = routes_of(Members({"routes": {}, **said}, "the file").named_objects("routes"))
+        routes = routes_of(Members(said, "the file").named_objects("routes"))
     except InvalidMessage as exc:
         raise SettingsError(f"{path}: {exc}") from exc
     if (size := len(_encoded(routes))) > MAX_ENCODED:
@@ -85,6 +91,16 @@ def signed(folder: Path, pools: Served, root: bytes, now: float) -> Routes:
         log.error("routes.damaged", reason=str(exc), remedy="the last routes are published; repair them within a day")
     left = {name: _left(name, route, pools) for name, route in found.items()}
     return {name: route for name, route in left.items() if route.targets}
+
+
+def without(folder: Path, pools: Served) -> Sequence[str]:
+    """The names of the routes that lead to none of these pools. Those of a damaged file are not known. folder: of the state."""
+    with suppress(SettingsError):
+        found = _recorded(_file(folder)).items()
+        return [
+            name for name, route in found if not any(target.model in pools.get(target.pool, ()) for target in route.targets)
+        ]
+    return []
 
 
 def _encoded(routes: Routes) -> bytes:

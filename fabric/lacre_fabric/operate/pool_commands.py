@@ -100,7 +100,10 @@ def pool_remove(
     apply: Apply = None,
     wait: Wait = 60.0,
     offline: Offline = False,
-    force: Annotated[bool, typer.Option("--force", help="Also if it has live workers or queued requests: they end.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also if it has live workers or queued requests, or if routes lead only there: they end."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a pool from a running deployment, and destroy its keys. Other pools do not notice.
@@ -115,7 +118,7 @@ def pool_remove(
     if not yes:
         typer.confirm(f"destroy the keys of {name}?", abort=True)
     if offline:
-        gone = asyncio.run(pools.withdraw(site, name, files))
+        gone = asyncio.run(pools.withdraw(site, name, files, force=force))
         _tell_steps(site, chart_pools.removed(gone, name, files.paths(site)[0]), files)
     else:
         asyncio.run(pools.remove(site, name, files, typer.echo, force=force))

@@ -27,7 +27,7 @@ from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.secret_files import destroy, write_secret
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
-from lacre_fabric.operate import behind, known_pools, pool_names, pool_upstreams
+from lacre_fabric.operate import behind, known_pools, model_routes, pool_names, pool_upstreams
 from lacre_fabric.operate.account_reload import AGAIN, AccountFiles, NotTaken, bundles, connected, has_bundle, teach
 from lacre_fabric.operate.allowed_check import check_allowed
 from lacre_fabric.operate.chart_pools import write_values
@@ -117,6 +117,8 @@ async def remove(
     """
     with _only_one(site):
         site, gone = _leaving(site, pool)
+        if not force:
+            _check_routes(gone, pool)
         async with connected(site, "provisioner") as connection:
             if not force:
                 await _check_unused(site, connection, pool)
@@ -137,13 +139,15 @@ async def remove(
     return gone
 
 
-async def withdraw(site: Site, pool: str, files: AccountFiles) -> Site:
+async def withdraw(site: Site, pool: str, files: AccountFiles, *, force: bool = False) -> Site:
     """Takes the pool out of the state folder and the accounts, and destroys its keys here, without contact to NATS.
 
-    Counterpart of `prepare`. Raises SettingsError.
+    Counterpart of `prepare`. force: also if routes lead only there; otherwise that raises PoolInUse. Raises SettingsError.
     """
     with _only_one(site):
         site, gone = _leaving(site, pool)
+        if not force:
+            _check_routes(gone, pool)
         async with site.changing():
             _keep(gone)
         files.write(gone, ())
@@ -189,6 +193,16 @@ async def _check_unused(site: Site, connection: Connection, pool: str) -> None:
     if state.in_use:
         raise PoolInUse(
             f"the pool {pool} has {state.in_use}: stop its workers, which finish their requests first, or add --force"
+        )
+
+
+def _check_routes(gone: Site, pool: str) -> None:
+    """Raises PoolInUse."""
+    if left := model_routes.without(gone.folder, gone.pools):
+        named = ", ".join(left)
+        raise PoolInUse(
+            f"without the pool {pool} these routes lead nowhere: {named}; publish others with "
+            "`lacre manifest publish --routes`, or add --force"
         )
 
 

@@ -54,6 +54,9 @@ def up(
             help="A GGUF file with which the model reads images. Default: what this state served last.", metavar="FILE"
         ),
     ] = None,
+    routes: Annotated[
+        Path | None, typer.Option(help="A file with all routes of models to pools (docs/routes.md). Default: those so far.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
     kms: OpeningKms = None,
@@ -86,6 +89,7 @@ def up(
                 signers=signers,
                 adapters=adapters,
                 projector=None if projector is None else _unresolved(projector),
+                routes=None if routes is None else _unresolved(routes),
                 schedule=schedule,
                 kms=kms,
                 workers=workers,

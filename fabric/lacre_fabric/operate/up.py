@@ -20,7 +20,7 @@ from lacre.runtime import file_locks, folders, tasks
 from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
-from lacre_fabric.operate import behind, default_model, dev_issuer, floods, model_digests, served_models, stores
+from lacre_fabric.operate import behind, default_model, dev_issuer, floods, model_digests, model_routes, served_models, stores
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
@@ -82,6 +82,7 @@ async def running(
     signers: Sequence[Path] = (),
     adapters: Mapping[str, Path] = served_models.NO_ADAPTERS,
     projector: Path | None = None,
+    routes: Path | None = None,
     schedule: Schedule | None = None,
     kms: str | None = None,
     workers: int = 1,
@@ -94,6 +95,7 @@ async def running(
       state's settings, or the default model.
     - signers: public keys in PEM, one of which must have signed each model; default: those in the state's settings.
     - adapters: of the only model, by name, beside those in the state's settings. projector: of the only model, to read images.
+    - routes: a file with all of them; None: unchanged.
     - port: 0 picks a free one.
     - schedule: for the pool keys. kms: the address of the key that wraps them, and the keys of sealed models; None: unchanged.
     - workers: their number in the pool. as_shipped: serves the default model's shipped file, not the type that is the fastest.
@@ -111,6 +113,7 @@ async def running(
         port = _free(port)
         if not as_shipped:
             served = replace(served, default=await _default(served, tell))
+        routed = None if routes is None else model_routes.read(routes, site.pools)
         if kms is not None:
             site.check_kms(kms)
         named = await _read_models(site, served, site.kms if kms is None else kms)
@@ -119,6 +122,8 @@ async def running(
         site.create()
         async with site.changing():
             model_digests.record(site.models_file, POOL, named)
+            if routed is not None:
+                model_routes.record(site.folder, routed)
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
             connection, children = await _start(site, supervisor, port, served, workers)

@@ -226,9 +226,12 @@ class LiveStage(Standing):
 
 
 @asynccontextmanager
-async def connected_node(site: Site, url: str, app: asgi.App, pool: str = POOL, *, slots: int) -> AsyncIterator[Node]:
-    """A node that is connected, and does not run yet, with the keys of the site's own worker."""
-    keys, counts, credential = KeyRing(site.keys_folder(pool)), WorkCounts(), site.credential(f"worker-{pool}-{NODE}")
+async def connected_node(
+    site: Site, url: str, app: asgi.App, pool: str = POOL, *, slots: int, credential_of: str = ""
+) -> AsyncIterator[Node]:
+    """A node that is connected, and does not run yet, with the keys of the site's worker. credential_of: the role's name."""
+    keys, counts = KeyRing(site.keys_folder(pool)), WorkCounts()
+    credential = site.credential(credential_of or f"worker-{pool}-{NODE}")
     models = tuple(site.pools[pool])
     fabric = await NatsWorker.connect(
         url, credential, pool, NODE, models, slots=slots, keys=keys.fingerprints, counts=counts.now
