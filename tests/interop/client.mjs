@@ -27,10 +27,12 @@ import {
 } from "./errors.mjs";
 import { exchange, jsonObject, MAX_PROBLEM, mediaType, PROBLEM, problemOf } from "./http.mjs";
 import { MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, SealedRequest } from "./ohttp.mjs";
+import { ordered } from "./routes.mjs";
 import { chooseKey, clock, parseConnectionString, readReceipt, Trust } from "./trust.mjs";
 
 const OHTTP_KEY = "https://iana.org/assignments/http-problem-types#ohttp-key";
 const DATE = "https://iana.org/assignments/http-problem-types#date";
+const AWAY = new Set(["urn:lacre:problem:no-worker", "urn:lacre:problem:unavailable"]);
 const MAX_EVENT = 1024 * 1024; // of one server-sent event
 
 /** `kems`: the names of those accepted, X-Wing alone unless the caller says otherwise (section 3). */
@@ -51,14 +53,19 @@ export class Client {
   }
 
   /** Gives the pieces of the answer's text as they arrive; what it returns at the end are the totals. */
-  async *chat(messages, { pool = "default", model, maxTokens = 512 } = {}) {
+  async *chat(messages, { pool, model, maxTokens = 512 } = {}) {
     if (!(this.#manifest?.exp > clock())) this.#manifest = await this.#trust.fetch();
+    const ways = waysOf(this.#manifest, pool, model);
     const once = new Set([OHTTP_KEY, DATE]); // what is worth one more try, each once (section 14)
     for (let attempts = 1; ; attempts++) {
       try {
-        const totals = yield* this.#attempt(messages, { pool, model, maxTokens });
-        return { ...totals, attempts };
+        const totals = yield* this.#attempt(messages, { ...ways[0], maxTokens });
+        return { ...totals, ...ways[0], attempts };
       } catch (error) {
+        if (error instanceof ProblemError && AWAY.has(error.type) && ways.length > 1) {
+          ways.shift(); // it did not run, so the next pool of the route may have it (section 2)
+          continue;
+        }
         if (!(error instanceof ProblemError || error instanceof ApiError) || !once.delete(error.type)) throw error;
         if (error instanceof ProblemError && error.type === OHTTP_KEY) this.#manifest = await this.#trust.fetch();
         else if (error instanceof ApiError && error.type === DATE && error.date) this.#offset = error.date - clock();
@@ -133,6 +140,16 @@ export class Client {
       ...headers,
     };
   }
+}
+
+/** Where a call may go: the caller's pool, or those of the route that has the model's name. */
+function waysOf(manifest, pool, model) {
+  const asked = model ?? manifest.pools.get("default")?.defaultModel;
+  const route = pool === undefined ? manifest.routes.get(asked) : undefined;
+  if (route === undefined) return [{ pool: pool ?? "default", model }];
+  const there = ordered(route).filter((way) => manifest.pools.has(way.pool));
+  if (there.length === 0) throw new NoUsableKeyError(`no pool of the route ${asked} is in the manifest`);
+  return there.map((way) => ({ pool: way.pool, model: way.model }));
 }
 
 /** The pool and the outer headers of a call (section 12), or an error where the manifest does not have what is asked. */
@@ -302,7 +319,7 @@ const round = (ms) => Math.round(ms * 1000) / 1000;
 function readArguments() {
   const options = {
     kem: { type: "string", default: "xwing" },
-    pool: { type: "string", default: "default" },
+    pool: { type: "string" },
     model: { type: "string" },
     "max-tokens": { type: "string", default: "512" },
   };

@@ -16,6 +16,7 @@ import {
 } from "./errors.mjs";
 import { KEMS, parseKeyConfiguration, suiteOf } from "./keys.mjs";
 import { MAX_SEALED_REQUEST, SealedRequest } from "./ohttp.mjs";
+import { ordered } from "./routes.mjs";
 import { chooseKey, MAX_DOCUMENT, parseConnectionString, readReceipt, Trust, verifyDocument } from "./trust.mjs";
 
 const NOW = 1_780_000_000;
@@ -147,6 +148,40 @@ test("a statement or manifest that is not right is refused", () => {
   }
   throws(() => verified(new Uint8Array(MAX_DOCUMENT + 1)), TrustError);
   throws(() => verified(ascii("{")), TrustError);
+});
+
+test("routes of a manifest", () => {
+  const way = { pool: "default", share: 95, later: 1 };
+  const { routes } = verified(simple({ routes: { m: { pools: [way, { pool: "p", model: "n" }], later: 1 } } }));
+  const both = [{ pool: "default", model: "m", share: 95 }, { pool: "p", model: "n", share: 0 }];
+  same(routes.get("m"), both);
+  same(verified(simple()).routes.size, 0, "a manifest without routes");
+  for (const wrong of [
+    [],
+    { m: [] },
+    { m: {} },
+    { m: { pools: [] } },
+    { m: { pools: Array.from({ length: 9 }, (_, i) => ({ pool: `p${i}` })) } },
+    { m: { pools: [way, way] } },
+    { m: { pools: [{}] } },
+    { m: { pools: [{ pool: "a b" }] } },
+    { m: { pools: [{ pool: "p", model: null }] } },
+    { m: { pools: [{ pool: "p", share: -1 }] } },
+    { m: { pools: [{ pool: "p", share: 1000001 }] } },
+    { m: { pools: [{ pool: "p", share: 0.5 }] } },
+    { m: { pools: [way], sticky: 1 } },
+    { "": { pools: [way] } },
+    Object.fromEntries(Array.from({ length: 257 }, (_, i) => [`r${i}`, { pools: [way] }])),
+  ]) {
+    throws(() => verified(simple({ routes: wrong })), TrustError, JSON.stringify(wrong).slice(0, 80));
+  }
+});
+
+test("a draw falls on each pool by its share", () => {
+  const ways = [["a", 2], ["b", 0], ["c", 1]].map(([pool, share]) => ({ pool, model: "m", share }));
+  const firsts = [0, 1, 2].map((drawn) => ordered(ways, () => drawn).map(({ pool }) => pool).join(""));
+  same(firsts, ["abc", "abc", "cab"]);
+  same(ordered(ways.map((way) => ({ ...way, share: 0 })))[0].pool, "a", "without shares, the first has all");
 });
 
 test("the newest manifest is remembered", () => {

@@ -20,6 +20,7 @@ import httpx2
 import pytest
 
 from lacre.evidence.receipts import Receipt
+from lacre.trust.routes import ModelRoute, RouteTarget
 from lacre.wire.header import Kem
 from parts.bent import flipped, swapped, without
 from parts.chat_app import ChatApp, reply
@@ -293,3 +294,40 @@ async def test_a_stream_that_does_not_end_well(datas: tuple[str, ...], error: st
     assert (ran.pieces, ran.error["error"]) == (["one"], error)
     ran = await chat(app=lambda _scope, _receive, send: reply(send, 404, json.loads(BROKEN)))
     assert ran.error == {"error": "ApiError", "message": "404: the engine failed", "type": "server_error"}
+
+
+WAY = ModelRoute((RouteTarget("canary", "new", 1), RouteTarget("default", "tiny")))
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal", "pools"),
+    [
+        (["--model", "assistant"], None, ["canary"]),
+        (["--model", "assistant"], "urn:lacre:problem:no-worker", ["canary", "default"]),
+        (["--model", "assistant"], "urn:lacre:problem:unavailable", ["canary", "default"]),
+        (["--model", "assistant"], FORBIDDEN, ["canary"]),
+        (["--model", "tiny"], None, ["default"]),
+        ([], None, ["default"]),
+        (["--pool", "canary"], None, ["canary"]),
+    ],
+)
+async def test_a_route_leads_to_its_pools(options: list[str], refusal: str | None, pools: list[str]) -> None:
+    canary = Relay(ChatApp(), model="new")
+    if refusal is not None:
+        canary.respond = lambda _request: problem(503, str(refusal))
+    ran = await chat(*options, beside={"canary": canary}, routes={"assistant": WAY})
+    sealed = [("canary", each) for each in canary.sealed] + [("default", each) for each in ran.gateway.relay.sealed]
+    assert [(pool, request.headers["lacre-pool"]) for pool, request in sealed] == [(pool, pool) for pool in pools]
+    if refusal == FORBIDDEN:
+        assert ran.error["type"] == FORBIDDEN
+        return
+    assert ran.totals is not None, ran.error
+    assert (ran.totals["pool"], ran.totals["attempts"]) == (pools[-1], len(pools))
+    app = canary.app if pools[-1] == "canary" else ran.gateway.relay.app
+    assert isinstance(app, ChatApp)
+    assert json.loads(app.bodies[-1])["model"] == ("new" if pools[-1] == "canary" else "tiny")
+
+
+async def test_a_route_without_a_pool_of_the_manifest() -> None:
+    ran = await chat("--model", "assistant", routes={"assistant": ModelRoute(WAY.targets[:1])})
+    assert (ran.error["error"], ran.paths) == ("NoUsableKeyError", [MANIFEST])

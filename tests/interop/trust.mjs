@@ -6,6 +6,7 @@ import { fromBase64url, toBase64url } from "./bytes.mjs";
 import { ConfigurationError, LacreError, NoUsableKeyError, TrustError } from "./errors.mjs";
 import { exchange, problemOf, readUpTo } from "./http.mjs";
 import { parseKeyConfiguration } from "./keys.mjs";
+import { readRoutes } from "./routes.mjs";
 
 export const MAX_DOCUMENT = 1024 * 1024;
 export const MAX_TOKEN = 524288;
@@ -131,6 +132,7 @@ function readManifest(claims) {
     exp: time(claims.exp),
     gatewayKey: key32(claims.gateway_key),
     pools: new Map(pools),
+    routes: readRoutes(claims.routes),
   };
 }
 
