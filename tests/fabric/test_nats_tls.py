@@ -22,6 +22,7 @@ from lacre_fabric.settings import NatsServers, parse
 from lacre_fabric.work.contract import FabricRefused, FabricUnavailable, FabricUntrusted
 from parts.certificates import DAY, Ca
 from parts.nats_cluster import EXAMPLE, NatsCluster, Node
+from parts.waiting import until
 
 PROVISIONER = Credential.new("provisioner")
 FOR_CLIENTS = 'key_file: "node.key"\n  min_version: "1.2"'
@@ -63,6 +64,16 @@ async def test_a_server_is_trusted_by_the_ca_of_the_settings_alone(tmp_path: Pat
         assert await connects(servers)
         for ca in (other.file, None):
             assert "not signed by a trusted CA: set nats.ca to the CA" in await refusal(replace(servers, ca=ca))
+
+
+async def test_the_end_of_a_server_brings_no_warning_of_the_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = single(tmp_path)
+    async with running(cluster) as servers:
+        connection = await Connection.open(servers, PROVISIONER)
+        cluster.stop()
+        await until(lambda: not connection.connected)
+        await connection.close()
+    assert [each.getMessage() for each in caplog.records if each.name == "asyncio"] == []
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,10 @@ class NatsTransport(TcpTransport):
             if plain is not None:
                 plain.transport.abort()
             raise
+        # The library makes the stream by hand. At the end of TLS it would ask to stay half open, and asyncio would warn.
+        stream = None if self._io_writer is None else self._io_writer.transport.get_protocol()
+        if isinstance(stream, asyncio.StreamReaderProtocol):
+            stream._over_ssl = True  # type: ignore[attr-defined]  # as asyncio's own streams do
 
     async def wait_closed(self) -> None:
         if not self._aborted:
