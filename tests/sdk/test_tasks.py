@@ -44,6 +44,23 @@ async def test_the_register_names_what_lives_and_closing_is_no_death(caplog: pyt
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("work", "said"), [(returns, []), (fails, ["background work failed as it was closed: keeper"])])
+async def test_work_that_ends_by_itself_when_it_is_closed_is_no_death(
+    work: tasks.Work, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    closing = asyncio.Event()
+
+    async def until_closed() -> None:
+        await closing.wait()
+        await work()
+
+    background = tasks.start("keeper", until_closed)
+    asyncio.get_running_loop().call_later(0.01, closing.set)
+    await background.close(patience=5)
+    background.check()
+    assert caplog.messages == said
+
+
 @pytest.mark.parametrize(("work", "cause"), [(fails, ZeroDivisionError), (returns, type(None))])
 async def test_in_a_library_a_death_is_logged_and_raised_at_the_next_check(
     work: tasks.Work, cause: type, caplog: pytest.LogCaptureFixture
