@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,13 @@ from structlog.testing import capture_logs
 
 from lacre.errors import LacreError, SettingsError, UntrustedRoot
 from lacre.trust.chain import verify
+from lacre.trust.manifest import MAX_DOCUMENT
 from lacre.trust.manifest_store import VersionFile, VersionMemory, accept
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.operate import behind
 from lacre_fabric.operate.behind import StateBehind
-from lacre_fabric.operate.catching_up import CaughtUp, catch_up
+from lacre_fabric.operate.catching_up import CaughtUp, catch_up, newest, served
 from lacre_fabric.operate.fabric_check import Severity
 from lacre_fabric.operate.rotation import Schedule, publish, rotate, tend
 from lacre_fabric.operate.site import Site
@@ -110,6 +114,47 @@ async def test_a_shorter_chain_is_refused_and_catches_up(copied: Copied) -> None
     await copied.feed.refresh()
     assert copied.feed.manifest.version == 4  # one was spent on the attempt without a signer
     assert behind.why(copied.old, await copied.connection.manifest()) is None
+
+
+async def test_a_gateway_has_seen_more_than_the_fabric(copied: Copied) -> None:
+    """NATS lost its storage too, and got the old folder's manifest: every process ignores that one."""
+    before = await copied.connection.manifest() or b""
+    copied.site.authority.rotate_signer(time.time())
+    for _ in range(3):
+        await publish(copied.site, copied.connection)
+    seen, root = await copied.connection.manifest() or b"", copied.old.root
+    assert newest([before, seen, b"{}"], root) == newest([seen, before], root) == seen
+    assert newest([b"{}", b""], root) is None
+    async with copied.old.changing():
+        done = catch_up(copied.old, newest([before, seen], root), time.time())
+    assert (done.version, done.statements) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "status, content, said", [(200, b"{}", None), (503, b"", "serves no manifest"), (200, bytes(MAX_DOCUMENT + 2**20), None)]
+)
+def test_what_a_gateway_serves(status: int, content: bytes, said: str | None) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/v1/manifest" else 404)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client hangs up when it has enough
+                self.wfile.write(content)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        if said is None:
+            found = served(url)
+            assert found == content[: len(found)]
+            assert len(found) < MAX_DOCUMENT + 2**20
+        else:
+            with pytest.raises(SettingsError, match=said):
+                served(url)
+        thread.join()
+    with pytest.raises(SettingsError, match="serves no manifest"):
+        served(url)  # nobody listens
 
 
 async def test_two_copies_that_both_went_on_are_told_apart(copied: Copied) -> None:

@@ -23,8 +23,10 @@ from lacre_fabric.keys.secret_files import read_secret
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
-from lacre_fabric.operate.rotation import NotTakenUp, Schedule, publish, retire, rotate, upkeep
+from lacre_fabric.operate import behind
+from lacre_fabric.operate.rotation import NotTakenUp, Schedule, publish, retire, rotate, tend, upkeep
 from lacre_fabric.operate.site import Site
+from lacre_fabric.operate.stores import provision_site
 from parts.fabric import POOLS, LiveFabric, Parties
 from parts.waiting import until
 
@@ -204,6 +206,16 @@ async def test_queues_that_the_message_server_lost_are_made_again(tended: Tended
 
     tended.background(upkeep(tended.site, tended.connection, Schedule(), provisioning=True))
     await until(there)
+
+
+async def test_a_manifest_that_the_message_server_lost_is_published_again(tended: TendedSite) -> None:
+    """Also if the last one is young: a process that starts without a memory would have none for hours."""
+    await tended.connection.jetstream.delete_stream("KV_trust")
+    await provision_site(tended.site, tended.connection)
+    assert await behind.published(tended.connection) is None
+    for _ in range(2):
+        await tend(tended.site, tended.connection, Schedule())
+        assert verify(await tended.connection.manifest() or b"", tended.site.root, time.time()).manifest.version == 2
 
 
 @pytest.mark.slow

@@ -128,13 +128,16 @@ async def published(connection: Connection) -> bytes | None:
     return stored.value or None
 
 
-async def check(site: Site, connection: Connection, *, new_root: bool = False) -> None:
-    """new_root: the manifest of another root may be there. Raises StateBehind, which says what to put back, SettingsError or
-    FabricUnavailable.
+async def check(site: Site, connection: Connection, *, new_root: bool = False) -> bool:
+    """Whether the fabric has a manifest at all. new_root: it may be of another root.
+
+    Raises StateBehind, which says what to put back, SettingsError or FabricUnavailable.
     """
-    found = why(site, await published(connection))
+    there = await published(connection)
+    found = why(site, there)
     if found is not None and not (new_root and found == OTHER_ROOT):
         raise StateBehind(f"{site.folder} is behind: {found}. {remedy(site.folder, found)}")
+    return there is not None
 
 
 def remedy(folder: Path, found: str) -> str:

@@ -1,5 +1,7 @@
 """`lacre state catch-up`: a state folder that is behind takes from the fabric what is public: statements, version, key ids.
 
+NATS may have lost its storage too, or have an older manifest. Gateways remember the newest one that they saw, and serve it.
+
 Rules:
 - Only a document that this state's first root leads to is taken. Private keys are not on the fabric, and none is invented.
 - The newest file is written last: after a crash at any point the same command does the rest.
@@ -7,18 +9,23 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import httpx2
+
 from lacre.errors import SettingsError
+from lacre.exchange.call import MANIFEST_PATH
 from lacre.jose.jws import raw_public_key
 from lacre.trust.chain import MAX_FUTURE, follow
-from lacre.trust.manifest import Document, Manifest, fingerprint
+from lacre.trust.manifest import MAX_DOCUMENT, Document, Manifest, fingerprint
 from lacre_fabric.keys.root_and_signer import Chain
 from lacre_fabric.keys.secret_files import read_ed25519, write_secret
 from lacre_fabric.operate import behind
 from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site
 
+_ANSWER: Final = 10.0  # seconds for a gateway's answer
 _NOT_OURS: Final = "the fabric has no manifest that this folder's root leads to: there is nothing to catch up with"
 
 
@@ -29,6 +36,26 @@ class CaughtUp:
     version: int
     statements: int
     todo: tuple[str, ...]
+
+
+def served(base_url: str) -> bytes:
+    """The document that the gateway serves. Raises SettingsError if it serves none."""
+    found = bytearray()
+    try:
+        with httpx2.Client(timeout=_ANSWER).stream("GET", f"{base_url}{MANIFEST_PATH}") as response:
+            for piece in response.raise_for_status().iter_bytes():
+                found += piece
+                if len(found) > MAX_DOCUMENT:
+                    break
+    except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
+        raise SettingsError(f"the gateway at {base_url} serves no manifest: {type(exc).__name__}") from exc
+    return bytes(found)
+
+
+def newest(documents: Sequence[bytes], root: bytes) -> bytes | None:
+    """The one with the most statements, then with the highest version. None if `root` leads to none of them."""
+    known = [(len(one.chain), one.version, each) for each in documents if (one := behind.of_document(each, root)) is not None]
+    return max(known, key=lambda one: one[:2])[2] if known else None
 
 
 def catch_up(site: Site, published: bytes | None, now: float) -> CaughtUp:

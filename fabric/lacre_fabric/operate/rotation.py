@@ -229,17 +229,18 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
     stop the rest.
 
     wait: seconds for workers to load or drop a key. Raises the first failure once everything was tried. A state folder that is
-    behind the fabric does nothing: its keys may be older than those in use.
+    behind the fabric does nothing: its keys may be older than those in use. A manifest that NATS lost is due at once: a process
+    that starts without a memory has none.
     """
     failures = Failures()
-    now = time.time()
+    now, there = time.time(), True
     with failures.kept():
-        await behind.check(site, connection)
+        there = await behind.check(site, connection)
     if any(isinstance(error, behind.StateBehind) for error in failures.errors):
         failures.raised()
     failures.errors.clear()  # without the fabric, each step below fails by itself or does not need it
     with failures.kept():
-        if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # below -MAX_FUTURE the clock was set back
+        if not there or not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # below -MAX_FUTURE the clock was set back
             await publish(site, connection)
 
     async def renew(pool: str) -> None:

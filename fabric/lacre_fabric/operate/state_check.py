@@ -14,6 +14,7 @@ from lacre_fabric.operate.site import Site
 from lacre_fabric.work.revocations import StoreMark
 
 _PUBLISH: Final = "run `lacre manifest publish`"
+_FIRST: Final = f"if the folder is from a backup, run `lacre state catch-up` first; then {_PUBLISH}"
 # Where `lacre up` has processes keep them.
 _MEMORIES: Final = ("gateway/manifests", "gateway/manifests/*", "workers/*/manifests*")
 
@@ -40,7 +41,7 @@ def _state(
     site: Site, published: bytes | None, fabric: LastSigned | None, entries: tuple[tuple[str, ...], ...]
 ) -> FabricFinding:
     if published is None:
-        return FabricFinding("state", Severity.WRONG, "the fabric has no manifest", _PUBLISH)
+        return FabricFinding("state", Severity.WRONG, "the fabric has no manifest", _FIRST)
     older = behind.why(site, published)
     if older is not None:
         return FabricFinding("state", Severity.WRONG, older, behind.remedy(site.folder, older))

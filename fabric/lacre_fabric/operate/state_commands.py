@@ -102,7 +102,8 @@ def state_settle(
     from lacre_fabric.work.contract import FabricUnavailable
 
     site = site_of(state)
-    stores.decide(site.folder, 0.0 if keep_tokens else time.time())
+    decided = time.time()
+    stores.decide(site.folder, 0.0 if keep_tokens else decided)
 
     async def run() -> None:
         async with provisioner(site) as connection:
@@ -114,7 +115,7 @@ def state_settle(
     except FabricUnavailable as exc:
         typer.echo(f"decided; it takes effect at the next `lacre up`, `keys tend` or `manifest publish` ({exc})")
     else:
-        typer.echo("settled")
+        typer.echo("settled" if keep_tokens else f"settled: gateways refuse tokens issued before {_date(decided)}")
 
 
 def _passphrase(file: Path | None, *, confirm: bool) -> str:
@@ -136,7 +137,8 @@ def _date(seconds: float) -> str:
 def catch_up(state: State = None) -> None:
     """Take the root statements, the version and the used key ids from the fabric, after the restore of an older folder.
 
-    It takes only what this folder's root leads to. Private keys are not on the fabric: it names those that are missing.
+    If the gateway of `site.json` serves a newer manifest than the fabric has, it takes that one. It takes only what this
+    folder's root leads to. Private keys are on neither: it names those that are missing.
     """
     from lacre_fabric.operate import behind, catching_up
 
@@ -144,7 +146,14 @@ def catch_up(state: State = None) -> None:
 
     async def run() -> catching_up.CaughtUp:
         async with provisioner(site) as connection, site.changing():
-            return catching_up.catch_up(site, await behind.published(connection), time.time())
+            there = await behind.published(connection)
+            known = [] if there is None else [there]
+            try:
+                known.append(await asyncio.to_thread(catching_up.served, site.base_url))
+            except SettingsError as exc:
+                typer.echo(f"not compared with the gateway: {exc}", err=True)
+            newest = catching_up.newest(known, site.authority.chain().roots[0])
+            return catching_up.catch_up(site, newest or there, time.time())
 
     done = asyncio.run(run())
     typer.echo(f"version {done.version}, {done.statements} root statements added")
