@@ -17,8 +17,8 @@ import anyio
 import httpx2
 import pytest
 
+from lacre.cli.output import say_csv
 from lacre.errors import InvalidMessage, RefusedError, SettingsError
-from lacre_gateway.admin.budget_commands import say_csv
 from lacre_gateway.admin.calls import MAX_ANSWER, AdminApi, address_of, admin_token
 from lacre_gateway.admin.reports import TenantsReport
 from lacre_gateway.settings import Admin, GatewaySettings

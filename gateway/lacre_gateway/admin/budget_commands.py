@@ -4,8 +4,6 @@ log.
 
 from __future__ import annotations
 
-import csv
-import io
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,7 +53,7 @@ def tenants(
     as_csv: AsCsv = False,
 ) -> None:
     """List every tenant with its plan, its users and what they have used in the present windows."""
-    from lacre.cli.output import error_as_json, say_json, say_table
+    from lacre.cli.output import error_as_json, say_csv, say_json, say_table
     from lacre_gateway.admin.reports import TenantsReport
 
     with error_as_json(as_json), _api(admin, token_file, ca, settings, state) as api:
@@ -197,17 +195,6 @@ def _change(api: AdminApi, path: str, body: dict[str, object], *, as_json: bool)
         return
     until = "" if done.resets_at is None else f" until {date(done.resets_at)}"
     say(f"{printable(done.name)}: {done.limit} raised by {_amount(done.limit, done.added)}{until} (id {printable(done.id)})")
-
-
-def say_csv(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A cell that a spreadsheet would take for a formula gets an apostrophe: names come from foreign tokens."""
-    from lacre.cli.output import write
-
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\r\n")
-    lines.writerow(headings)
-    lines.writerows([f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell for cell in row] for row in rows)
-    write(text.getvalue())
 
 
 def _named(limit: str, currency: str) -> str:

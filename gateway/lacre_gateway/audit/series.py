@@ -128,6 +128,11 @@ def readers(root: Path, key: bytes | None) -> Iterator[LogReader]:
     return (LogReader(place(root, number), key) for number in kept(root))
 
 
+def entries(root: Path, key: bytes | None = None) -> Iterator[bytes]:
+    """Of all logs that were not erased, the oldest first. Raises Wrong or SettingsError."""
+    return (entry for reader in readers(root, key) for entry in reader.entries())
+
+
 def last_time(reader: LogReader) -> float:
     """The time of the newest entry that has one, in seconds since the epoch; only an annex has none. 0 without entries."""
     for index in range(reader.size - 1, -1, -1):

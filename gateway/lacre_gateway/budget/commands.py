@@ -53,6 +53,47 @@ def show(
         raise typer.Exit(1)
 
 
+@budget.command()
+def report(
+    audit: Annotated[list[Path], typer.Option(help="The audit log of a gateway; repeat it for all gateways.")],
+    by: Annotated[
+        str, typer.Option(help="What the rows are, with commas: tenant, user, issuer, model, pool, plan, day, month.")
+    ] = "tenant,month",
+    since: Annotated[datetime | None, typer.Option(help="Requests from this time on, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Requests before this time, UTC.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row, for programs.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (RFC 4180), for a spreadsheet.")] = False,
+) -> None:
+    """Add up what tenants and users have used, from audit logs and their successors. `lacre audit verify` checks the logs."""
+    from dataclasses import astuple
+
+    from lacre.cli.output import say_csv, say_json, say_table
+    from lacre_gateway.audit import series
+    from lacre_gateway.audit.commands import seconds
+    from lacre_gateway.audit.entries import parse
+    from lacre_gateway.budget.bill import COUNTS, bill, groups_of
+    from lacre_gateway.budget.plans import money
+
+    groups = groups_of(by)
+    made = bill((parse(entry) for folder in audit for entry in series.entries(folder)), groups, seconds(since), seconds(until))
+    headings = (*groups, *COUNTS)
+    rows = [(*place, *map(str, astuple(line)[:-1]), money(line.money)) for place, line in made.lines.items()]
+    if as_json:
+        for place, line in made.lines.items():
+            say_json(dict(zip(headings, (*place, *astuple(line)), strict=True)))
+    elif as_csv:
+        say_csv(headings, rows)
+    else:
+        say_table(headings, rows)
+    for folder in audit:
+        if (erased := series.newest(folder) - len(list(series.kept(folder)))) > 0:
+            typer.echo(f"warning: {erased} logs of {folder} were erased: their requests are missing", err=True)
+    if made.unplaced:
+        typer.echo(f"warning: {made.unplaced} outcomes have their request in an erased or missing log: not counted", err=True)
+    if made.open:
+        typer.echo(f"{made.open} requests have no outcome yet", err=True)
+
+
 def _plans(state: Path) -> Plans | None:
     """Those of the state folder's gateway; None if there is none here."""
     from lacre_fabric.operate.site import Site
@@ -87,8 +128,8 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, app
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.nats.kv import dump
     from lacre_fabric.operate.site import Site
+    from lacre_gateway.audit import series
     from lacre_gateway.audit.entries import parse
-    from lacre_gateway.audit.reader import LogReader
     from lacre_gateway.budget.additions import nothing_counts
     from lacre_gateway.budget.callers import SCOPES
     from lacre_gateway.budget.ledger import ALIVE, GONE_AFTER
@@ -119,7 +160,7 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, app
     }
     settled = None
     if audit:
-        settled = settled_by(parse(entry) for folder in audit for entry in LogReader(folder).entries())
+        settled = settled_by(parse(entry) for folder in audit for entry in series.entries(folder))
     return list(lines(records, frozenset(alive), settled, plans))
 
 

@@ -110,15 +110,15 @@ def policy_replay(
     as_json: AsJson = False,
     key: KeyOption = None,
 ) -> None:
-    """Decide a log's requests again under other rules, and print the decisions that would change.
+    """Decide the requests of a log and its successors again under other rules, and print the decisions that would change.
 
     `lacre audit verify` tells whether the log holds.
     """
-    from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.audit import series
     from lacre_gateway.policy.replay import replay
 
     rules = _rules(against)
-    found = replay(LogReader(audit, parse_key(key)).entries(), rules.policies, seconds(since), seconds(until))
+    found = replay(series.entries(audit, parse_key(key)), rules.policies, seconds(since), seconds(until))
     if as_json:
         say_json(_replayed(found, rules.policies.digest))
     else:

@@ -7,6 +7,8 @@ Rules:
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import sys
@@ -53,6 +55,9 @@ _IN_THE_MESSAGE: Final = {kind.remedy for kind in (errors.LacreError, errors.Usa
 
 # C0 and C1 without tab and line feed: they move the cursor, name a window or fill a clipboard.
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+_FORMULAS: Final = frozenset("=+-@\t\r")  # how a formula begins, to a spreadsheet
 
 
 def pins(given: Sequence[str] | None) -> dict[str, str] | None:
@@ -116,6 +121,15 @@ def say_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, styles:
     for line in lines:
         padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
         say("  ".join(padded).rstrip())
+
+
+def say_csv(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Writes CSV (RFC 4180). A cell that a spreadsheet would take for a formula gets an apostrophe: names may be foreign."""
+    text = io.StringIO()
+    lines = csv.writer(text)
+    lines.writerow(headings)
+    lines.writerows([f"'{cell}" if cell[:1] in _FORMULAS else cell for cell in row] for row in rows)
+    write(text.getvalue())
 
 
 def _drawn(headings: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> Table:
