@@ -42,10 +42,12 @@ projector: ready  ## Install what a worker needs for models that read images.
 
 environments:  ## Install other people's programs and other Pythons, for the tests.
 	@$(PYTHON) tools/environments.py > /dev/null
+	@$(PYTHON) tools/kinds.py > /dev/null
 
 # Renders deploy/helm with a real Helm over a matrix of values, and checks it against Kubernetes' schemas and our own tests.
 chart-test: ready  ## Test the Helm chart. `test-all` does so too.
 	@$(PYTHON) tools/environments.py chart > /dev/null
+	@$(PYTHON) tools/kinds.py > /dev/null
 	$(PYTEST) tests/chart
 
 # Builds the images with buildah and runs them with podman, both as root, also as the chart's pods. Sends a sealed chat through them,

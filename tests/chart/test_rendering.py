@@ -46,6 +46,31 @@ def test_the_schemas_of_kubernetes(chart: Rendered) -> None:
     assert validated(chart.objects) == [f"looked at {len(chart.objects)} for {len(VERSIONS)} versions"]
 
 
+@cache
+def kinds() -> str:
+    helm()  # skips the test where there is no npm
+    done = subprocess.run([sys.executable, ROOT / "tools" / "kinds.py"], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def held_against_their_own(objects: object) -> list[str]:
+    """The same for kinds of other projects, by the schemas that those publish. They let unknown members pass; ours do not."""
+    command = ["node", Path(__file__).with_name("kinds") / "validate.mjs", kinds()]
+    done = subprocess.run(command, input=json.dumps(objects), check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def test_the_schemas_of_others(chart: Rendered) -> None:
+    theirs = [each for each in chart.objects if each["kind"] in OTHERS]
+    assert held_against_their_own(theirs) == [f"looked at {len(theirs)}"]
+
+
+def test_the_validator_of_others_can_say_no() -> None:
+    scaled = {"apiVersion": "keda.sh/v1alpha1", "kind": "ScaledObject", "metadata": {"name": "a"}, "spec": {}}
+    said = held_against_their_own([scaled, {**scaled, "kind": "Thing"}, {**scaled, "apiVersion": "keda.example/v1"}])
+    assert ["scaleTargetRef" in said[0], *said[1:]] == [True, "Thing a: no schema", "ScaledObject a: no schema", "looked at 3"]
+
+
 def test_every_kind_of_others_is_in_the_matrix() -> None:
     text = template(VALUES / "on.yaml")
     assert {kind for kind in OTHERS if f"kind: {kind}\n" in text} == OTHERS
