@@ -271,6 +271,26 @@ async def test_an_explanation_takes_none(app: App) -> None:
     assert "takes no images" in (await refused(app, "/v1/explain", body))["message"]
 
 
+@pytest.mark.parametrize("address", [url(png()), "http://10.0.0.1/a.png"], ids=["inside", "elsewhere"])
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/completions", "prompt"),
+        ("/v1/completions", "suffix"),
+        ("/infill", "input_prefix"),
+        ("/v1/embeddings", "input"),
+        ("/v1/rerank", "query"),
+        ("/v1/tokenize", "prompt"),
+    ],
+)
+async def test_an_api_of_texts_refuses_a_picture_by_its_member(app: App, path: str, param: str, address: str) -> None:
+    texts = {"prompt": "a", "input_suffix": "b", "documents": ["c"], "max_tokens": 3}
+    asked = {"/v1/completions": ("prompt", "max_tokens"), "/infill": ("input_suffix",), "/v1/rerank": ("documents",)}
+    body = {"model": "echo"} | {name: texts[name] for name in asked.get(path, ())} | {param: [part(CHAT, address)]}
+    error = await refused(app, path, body)
+    assert (error["code"], str(error["param"]).partition("[")[0]) == ("invalid_type", param)
+
+
 def test_no_head_breaks_a_parser() -> None:
     """Any bytes behind the right first ones give a size or none."""
     source = random.Random(3)
