@@ -69,6 +69,32 @@ def test_an_hour_that_comes_twice(tmp_path: Path) -> None:
     assert [rules.policies.decide(case(time=time).request.question()).allowed for time in times] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("zone", "before", "after"),
+    [
+        ("Europe/Berlin", "2026-03-29T00:59:59.999Z", "2026-03-29T01:00:00Z"),
+        ("America/New_York", "2026-03-08T06:59:59Z", "2026-03-08T07:00:00Z"),
+    ],
+)
+def test_an_hour_that_does_not_come(tmp_path: Path, zone: str, before: str, after: str) -> None:
+    """When summer time begins, 1:59 is followed by 3:00. A rule for 2 o'clock applies at no moment of that day."""
+    rules = RuleSet.load(made(tmp_path, f'zone = "{zone}"', "context.local_hour == 1 && context.local_minute == 59"))
+    late = RuleSet.load(made(tmp_path / "late", f'zone = "{zone}"', "context.local_hour == 3 && context.local_minute == 0"))
+    decided = [
+        (each.policies.decide(case(time=time).request.question()).allowed) for each in (rules, late) for time in (before, after)
+    ]
+    assert decided == [True, False, False, True]
+
+
+def test_half_an_hour_of_summer_time(tmp_path: Path) -> None:
+    """Lord Howe Island moves its clocks by 30 minutes: on 5 April 2026 at 15:00 UTC the hour from 1:30 to 2:00 comes again."""
+    rules = RuleSet.load(
+        made(tmp_path, 'zone = "Australia/Lord_Howe"', "context.local_hour == 1 && context.local_minute == 45")
+    )
+    times = ("2026-04-04T14:45:00Z", "2026-04-04T15:15:00Z", "2026-04-04T15:45:00Z")
+    assert [rules.policies.decide(case(time=time).request.question()).allowed for time in times] == [True, True, False]
+
+
 def test_the_zone_is_part_of_the_set(tmp_path: Path) -> None:
     """Other files, other digest and signature: a gateway reloads it, and an auditor sees it."""
     first = RuleSet.load(made(tmp_path, 'zone = "UTC"'))
