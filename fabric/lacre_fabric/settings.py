@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lacre.errors import InvalidMessage, SettingsError
+from lacre.jose.formats import MEMBER, Format
 from lacre.jose.jws import b64u_decode
 from lacre.runtime import folders
 from lacre_fabric.keys import kms
@@ -38,6 +39,7 @@ from lacre_fabric.work import model_names
 
 # bytes of a settings file: enough for some ten thousand models or issuers; bounds a read of /dev/zero
 MAX_FILE: Final = 4 * 2**20
+SETTINGS: Final = Format("settings file", "program")
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 
 
@@ -169,6 +171,11 @@ def parse(kind: type[T], text: str, path: Path) -> T:
         raise SettingsError(f"{path}: not TOML: {exc}") from exc
     except RecursionError as exc:
         raise SettingsError(f"{path}: its arrays or tables are nested too deeply; no setting needs that") from exc
+    try:
+        SETTINGS.check(values)
+    except InvalidMessage as exc:
+        raise SettingsError(f"{path}: {exc}") from exc
+    values.pop(MEMBER, None)
     return validated(kind, values, path)
 
 

@@ -114,6 +114,14 @@ class InvalidMessage(ProtocolError):
     remedy = "Check that the versions of client, gateway and worker are compatible, then report it to the operator."
 
 
+class NewerFormat(InvalidMessage):
+    """A message in a newer version of its format than this program reads. The message names the program to upgrade."""
+
+    remedy = (
+        "Upgrade the program that the message names, or use one of the version before on the other side (docs/upgrades.md)."
+    )
+
+
 class MessageTooLarge(ProtocolError):
     """A message, chunk, header or field longer than its limit; refused before it was buffered."""
 

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
 from lacre.asgi.admission import ReplayMemory, check_date, sent_at
-from lacre.errors import Expired, LacreError, UnknownKeyId
+from lacre.errors import Expired, LacreError, NewerFormat, UnknownKeyId
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u
 from lacre.runtime import tasks
@@ -233,7 +233,8 @@ class Node:
                 raise Expired("the manifest has expired, so its key no longer verifies grants")
             grant = Grant.verify(work.grant, manifest.gateway_key, now)
         except LacreError as exc:
-            log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__)
+            why = {"reason": str(exc)} if isinstance(exc, NewerFormat) else {}  # it names the program to upgrade
+            log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__, **why)
             raise _Refused(problems.INVALID_GRANT) from exc
         try:
             digest = SealedHeader.parse(work.sealed).digest

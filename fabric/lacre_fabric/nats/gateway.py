@@ -22,8 +22,9 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import Header
 
-from lacre.errors import InvalidMessage, MessageTooLarge
+from lacre.errors import InvalidMessage, MessageTooLarge, NewerFormat
 from lacre.jose.claims import Members
+from lacre.jose.formats import Format
 from lacre.runtime import tasks
 from lacre.runtime.json_objects import parse_object
 from lacre_fabric.nats import orders, subjects
@@ -52,6 +53,7 @@ from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import MAX_BYTES
 from lacre_fabric.work.revocations import Revocation, StoreMark
 
+WORK: Final = Format("work", "worker")
 # The message's headers, besides JetStream's own.
 GRANT: Final = "Grant"
 REQUEST: Final = "Request"
@@ -346,7 +348,10 @@ class NatsGateway:
 
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
         """Presence on the lobby. If the pool has its own connection, this adds nothing."""
-        heard = read_presence(subject, block, payload)
+        try:
+            heard = read_presence(subject, block, payload)
+        except NewerFormat:
+            return False  # the pool's own connection reports it, once there is work for the pool
         if heard is None:
             return False  # checked before it costs a connection: another gateway can make JetStream send its answers here
         try:

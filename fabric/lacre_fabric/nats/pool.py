@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from lacre.errors import InvalidMessage
+from lacre.errors import InvalidMessage, NewerFormat
 from lacre.runtime import tasks
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
@@ -73,7 +73,7 @@ class Heard:
 
 
 def read_presence(subject: str, block: bytes, payload: bytes) -> Heard | None:
-    """None if it is not a worker's presence message.
+    """None if it is not a worker's presence message. Raises NewerFormat.
 
     block: headers. Workers send none. With headers, it is a bucket entry that another node made JetStream send there.
     """
@@ -81,6 +81,8 @@ def read_presence(subject: str, block: bytes, payload: bytes) -> Heard | None:
         return None
     try:
         return Heard(*subjects.parse_presence(subject), Presence.parse(payload))
+    except NewerFormat:
+        raise
     except InvalidMessage:
         return None
 
@@ -117,6 +119,7 @@ class PoolSide:
         self._closed = False
         self._failed: FabricUnavailable | None = None
         self._not_before = 0.0
+        self._newer_told = -1  # the connection whose log has it
 
     # The connection
 
@@ -191,13 +194,28 @@ class PoolSide:
         return heard
 
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
-        heard = read_presence(subject, block, payload)
+        try:
+            heard = read_presence(subject, block, payload)
+        except NewerFormat as exc:
+            self._tell_newer(exc)
+            return False
         return heard is not None and self.hear(heard.region, heard.node, heard.said)
+
+    def _tell_newer(self, newer: NewerFormat) -> None:
+        """Once for each connection: a worker sends such messages again and again."""
+        if self._newer_told != self._connections:
+            self._newer_told = self._connections
+            log.error("fabric.newer_worker", pool=self.pool, reason=str(newer))
 
     def _on_reply(self, subject: str, block: bytes, payload: bytes) -> bool:
         try:
             _, request_id = subjects.parse_reply(subject)
             frame = Frame.read(block, payload)
+        except NewerFormat as exc:
+            self._tell_newer(exc)
+            if (asked := self.waiting.get(request_id)) is not None and not asked.inbound.started.is_set():
+                asked.inbound.fail(WorkerLost(str(exc)))  # else it would wait for its whole queue limit
+            return False
         except InvalidMessage:
             return False  # an invalid frame proves nothing about an attempt; if it replaced a valid one, a gap shows it
         waiting = self.waiting.get(request_id)

@@ -30,9 +30,11 @@ async def provision(
 
     pools: each with its models. regions: the home first. claims: the bounds of each pool's claims.
 
-    Queues are in memory. If NATS lost them, gateways and workers continue after this has run again. Raises FabricUnavailable.
+    Queues are in memory. If NATS lost them, gateways and workers continue after this has run again. Raises FabricUnavailable,
+    and NewerFormat before it changes the layout of a newer version.
     """
     async with connection.mapped():
+        await _check_layout(connection)
         for config in streams.streams(tuple(pools), replicas, regions, claims):
             await _stream(connection, config)
         js = connection.jetstream
@@ -43,6 +45,14 @@ async def provision(
                     await js.delete_consumer(stream, consumer.name)
             for one in wanted:
                 await js.add_consumer(stream, one)
+
+
+async def _check_layout(connection: Connection) -> None:
+    try:
+        info = await connection.jetstream.stream_info(f"KV_{subjects.TRUST_BUCKET}")
+    except nats.js.errors.NotFoundError:
+        return
+    streams.LAYOUT.check_header((info.config.metadata or {}).get(streams.LAYOUT_OF))
 
 
 async def publish_manifest(connection: Connection, document: bytes) -> None:

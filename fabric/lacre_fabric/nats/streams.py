@@ -21,9 +21,12 @@ from typing import Final
 
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, Placement, RetentionPolicy, StorageType, StreamConfig
 
+from lacre.jose.formats import Format
 from lacre_fabric.nats import revocations, subjects
 from lacre_fabric.work.contract import ACK_WAIT, CLAIM_TTL, DUPLICATE_WINDOW, MAX_DELIVER
 
+LAYOUT: Final = Format("NATS layout", "command")
+LAYOUT_OF: Final = "lacre.v"  # in the metadata of the bucket of trust: the layout's version, unless it is 1
 REPLICAS: Final = (1, 3, 5)  # of a stream: an even number tolerates no more failures than one less
 QUEUED_MESSAGES: Final = 1000  # of one pool; beyond it the gateway answers 503 at once
 QUEUED_BYTES: Final = 128 * 2**20

@@ -24,12 +24,13 @@ from nats.js.api import Header
 from nats.js.client import JetStreamContext
 
 from lacre import problems
-from lacre.errors import ProtocolError, SettingsError
+from lacre.errors import NewerFormat, ProtocolError, SettingsError
+from lacre.jose.formats import HEADER
 from lacre.runtime import tasks
 from lacre.wire.header import SealedHeader
 from lacre_fabric.nats import orders, protocol, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, Connection, headers_of
-from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST
+from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, WORK
 from lacre_fabric.nats.kv import CONFLICTS
 from lacre_fabric.nats.roles import MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
@@ -247,6 +248,12 @@ class NatsWorker:
         work = Work(request_id, self._pool, model, _digest(message.data), headers.get(GRANT, ""), message.data)
         delivery = NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
         await delivery.start()
+        try:
+            WORK.check_header(headers.get(HEADER))
+        except ProtocolError as exc:
+            log.error("work.newer" if isinstance(exc, NewerFormat) else "work.unanswerable", reason=str(exc))
+            await _turn_away(delivery)  # another worker of the pool may be upgraded already
+            return None
         return delivery
 
     def _serves(self, model: str) -> bool:

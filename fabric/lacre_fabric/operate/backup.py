@@ -27,8 +27,9 @@ from types import ModuleType
 from typing import Final
 
 from lacre import __version__
-from lacre.errors import InvalidMessage, SettingsError
+from lacre.errors import InvalidMessage, NewerFormat, SettingsError
 from lacre.jose.claims import Members
+from lacre.jose.formats import MEMBER, Format
 from lacre.runtime import private_files
 from lacre.runtime.json_objects import parse_object
 from lacre_fabric.keys import kms
@@ -37,7 +38,7 @@ from lacre_fabric.keys.kms.protocol import EncryptionContext
 from lacre_fabric.operate import stores
 from lacre_fabric.operate.stores import StoredEntry
 
-FORMAT: Final = 1
+BACKUP: Final = Format("backup", "command")  # its version is in the member `format`
 MAX_BACKUP: Final = 1 << 30  # bytes: it is made and opened in memory; a state folder has some hundred KB
 MIN_PASSPHRASE: Final = 12  # characters; the key derivation (scrypt) makes each guess cost a second
 _AGE: Final = b"age-encryption.org/v1\n"
@@ -69,7 +70,7 @@ class Backup:
         return cls(time.time(), files, entries)
 
     def encode(self) -> bytes:
-        about = {"format": FORMAT, "made_at": self.made_at, "version": __version__, "fabric": self.entries is not None}
+        about = {"format": BACKUP.version, "made_at": self.made_at, "version": __version__, "fabric": self.entries is not None}
         members = {"backup.json": json.dumps(about).encode()}
         if self.entries is not None:
             members["fabric.json"] = json.dumps({"entries": [one.members() for one in self.entries]}).encode()
@@ -88,10 +89,11 @@ class Backup:
         try:
             members = dict(_unpacked(data))
             about = Members(parse_object(members.pop("backup.json"), "the backup"), "the backup")
-            if about.count("format") > FORMAT:
-                raise SettingsError("the backup is of a newer version of Lacre: restore it with that version")
+            BACKUP.check({MEMBER: about.count("format")})
             entries = stores.parse_entries(members.pop("fabric.json")) if "fabric.json" in members else None
             made_at = about.time("made_at")
+        except NewerFormat as exc:
+            raise SettingsError(str(exc)) from exc
         except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, zlib.error, InvalidMessage) as exc:
             raise SettingsError(_DAMAGED) from exc
         return cls(made_at, {name.removeprefix("state/"): content for name, content in members.items()}, entries)

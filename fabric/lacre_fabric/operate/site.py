@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tomlkit import TOMLDocument, dumps, parse
 
 from lacre.errors import InvalidMessage, LacreError, SettingsError
+from lacre.jose.formats import Format
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks, shell
 from lacre.runtime.json_objects import parse_object
@@ -54,6 +55,7 @@ from lacre_fabric.operate import dev_issuer, model_digests, model_routes, served
 from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.work.model_names import DEFAULT_MODEL
 
+SITE: Final = Format("state folder", "command")  # its version is in site.json
 GATEWAY_ID: Final = "g1"
 NODE: Final = "n1"
 DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor waits longer
@@ -81,6 +83,10 @@ class Site:
         """The site as `lacre up` saved it, or as an operator with other NATS servers wrote it."""
         path = folder / "site.json"
         content = _read_json(path)
+        try:
+            SITE.check(content)
+        except InvalidMessage as exc:
+            raise SettingsError(f"{path}: {exc}") from exc
         pools, replicas = content.get("pools"), content.get("replicas", 1)
         if not isinstance(pools, dict) or not all(_are_names(models) for models in pools.values()):
             raise SettingsError(f'{path}: pools: write each with its models, as {{"default": ["{DEFAULT_MODEL}"]}}')

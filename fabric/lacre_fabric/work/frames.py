@@ -9,7 +9,9 @@ from enum import StrEnum
 from typing import Final
 
 from lacre.errors import InvalidMessage
+from lacre.jose.formats import HEADER, Format
 
+FRAME: Final = Format("frame", "gateway")
 ATTEMPT: Final = "A"
 SEQUENCE: Final = "S"
 KIND: Final = "K"
@@ -70,8 +72,9 @@ class Frame:
 
     @classmethod
     def parse(cls, headers: Mapping[str, str] | None, payload: bytes) -> Frame:
-        """Raises InvalidMessage."""
+        """Raises InvalidMessage or NewerFormat."""
         headers = headers or {}
+        FRAME.check_header(headers.get(HEADER))
         attempt, sequence, kind = headers.get(ATTEMPT, ""), headers.get(SEQUENCE, ""), _KINDS.get(headers.get(KIND, ""))
         if not _ATTEMPT.fullmatch(attempt) or not _SEQUENCE.fullmatch(sequence) or kind is None:
             raise InvalidMessage("a frame without an attempt, a sequence number or a kind")

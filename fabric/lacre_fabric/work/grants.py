@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import Expired, InvalidMessage
 from lacre.jose import jws
-from lacre.jose.claims import Members
+from lacre.jose.formats import Format
 
 TYP: Final = "lacre-grant+jwt"
+GRANT: Final = Format("grant", "worker")
 PSEUDONYM: Final = 16  # bytes; base64url in a grant
 _PSEUDONYM: Final = re.compile(r"[A-Za-z0-9_-]{22}")  # fixed length: a worker stores them while the caller's tasks last
 MAX_SKEW: Final = 60.0  # seconds that a gateway's clock may run ahead of a worker's
@@ -58,7 +59,7 @@ class Grant:
     @classmethod
     def verify(cls, token: str, key: bytes, now: float) -> Grant:
         """key: the manifest's `gateway_key`. Raises InvalidMessage, InvalidSignature or Expired."""
-        members = Members(jws.verify(token, key, TYP), "the grant")
+        members = GRANT.members(jws.verify(token, key, TYP))
         grant = cls(
             jti=members.text("jti"),
             iat=members.time("iat"),

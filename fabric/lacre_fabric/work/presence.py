@@ -17,9 +17,11 @@ from typing import Final
 
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
+from lacre.jose.formats import Format
 from lacre_fabric.work.contract import PRESENT_FOR, Capacity
 from lacre_fabric.work.model_counts import ModelCounts, ModelSums, parse_counts
 
+PRESENCE: Final = Format("presence", "gateway or command")
 MAX_BYTES: Final = 64 * 1024  # of one presence message: the names of a node's models and the fingerprints of its keys
 MAX_SLOTS: Final = 2**16  # of one worker, busy or free: no engine decodes so many streams at once
 MAX_MODELS: Final = 1024  # that one worker may announce
@@ -78,7 +80,7 @@ def wrong_in(data: bytes) -> frozenset[str]:
 def _members(data: bytes) -> Members:
     if len(data) > MAX_BYTES:
         raise InvalidMessage("the presence message is too long")
-    return Members.parse(data, "presence")
+    return PRESENCE.parse(data, "presence")
 
 
 def _slots(members: Members, name: str) -> int:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from lacre.errors import InvalidMessage
-from lacre.jose.claims import Members
+from lacre.jose.formats import Format
 from lacre.jose.jws import b64u
 from lacre.runtime.json_objects import parse_object
 
+REVOCATION: Final = Format("revocation", "gateway")
+STORES: Final = Format("mark of the stores", "gateway")
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 as base64url
 
 
@@ -55,7 +57,7 @@ class StoreMark:
     @classmethod
     def parse(cls, value: bytes) -> Self:
         """Raises InvalidMessage."""
-        members = Members.parse(value, "the mark of the stores")
+        members = STORES.parse(value)
         return cls(members.texts("lost"), members.time("tokens_from"))
 
 
@@ -78,7 +80,7 @@ class Revocation:
     def parse(cls, value: bytes, key: str = "") -> Self:
         """key: for entries of older versions, which do not contain it. Raises InvalidMessage."""
         said = parse_object(value, "the revocation")
-        members = Members(said, "the revocation")
+        members = REVOCATION.members(said)
         key = members.text("key") if "key" in said else key
         if not _KEY.fullmatch(key):
             raise InvalidMessage("a revocation of no token and no subject")

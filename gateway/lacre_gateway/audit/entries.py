@@ -17,8 +17,9 @@ from dataclasses import MISSING, dataclass, fields
 from operator import attrgetter
 from typing import Any, ClassVar, Final, Literal
 
-from lacre.errors import InvalidMessage, LacreError
+from lacre.errors import InvalidMessage, LacreError, NewerFormat
 from lacre.evidence.audit_proof import MAX_INTENT
+from lacre.jose.formats import Format
 from lacre.runtime.json_objects import parse_object
 
 _MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies in the intent itself
@@ -208,6 +209,8 @@ def _form(kind: type[Entry]) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(required), frozenset({"kind", *(field.name for field in fields(kind))})
 
 
+ENTRY: Final = Format("audit entry", "gateway or command")
+_VERIFY_NEWER: Final = "if a newer version of Lacre wrote it, upgrade the program that verifies the log"
 _KINDS: Final = (Intent, Annex, Outcome, AdminIntent, Event, LogLink)
 _FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
 _NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
@@ -235,13 +238,29 @@ def _short(lists: Iterable[Sequence[str]]) -> bool:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The members of an entry: exactly those of its kind. Raises InvalidMessage."""
+    """The members of an entry. Raises InvalidMessage if some of its kind are missing, and NewerFormat.
+
+    A newer version may have added members and kinds: a gateway goes on with a log to which a newer one wrote.
+    """
     members = parse_object(data, "it")
-    if not isinstance(members.get("kind"), str) or members["kind"] not in _FORMS:
+    ENTRY.check(members)
+    if not isinstance(members.get("kind"), str):
         raise InvalidMessage("it is of no known kind")
-    required, allowed = _FORMS[members["kind"]]
-    if not required <= members.keys() <= allowed:
+    if members["kind"] in _FORMS and not _FORMS[members["kind"]][0] <= members.keys():
         raise InvalidMessage(f"its fields are not those of an {members['kind']}")
+    return members
+
+
+def parse_known(data: bytes) -> dict[str, Any]:
+    """The same, for who checks a log: exactly the members of a known kind, or a gateway could hide anything in others.
+
+    Raises NewerFormat for others.
+    """
+    members = parse(data)
+    if members["kind"] not in _FORMS:
+        raise NewerFormat(f"it is of no known kind: {_VERIFY_NEWER}")
+    if not members.keys() <= _FORMS[members["kind"]][1]:
+        raise NewerFormat(f"its fields are not those of an {members['kind']}: {_VERIFY_NEWER}")
     return members
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lacre.errors import InvalidMessage
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit.entries import Annex, Intent, LogLink, Outcome, parse
+from lacre_gateway.audit.entries import Annex, Intent, LogLink, Outcome, parse_known
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Story:
 
     def follow(self, index: int, data: bytes) -> None:
         """Raises InvalidMessage, which says what is wrong."""
-        members = parse(data)
+        members = parse_known(data)
         kind = members["kind"]
         annex, self.annex = self.annex, None
         if self.ended is not None:

@@ -24,11 +24,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage
+from lacre.jose.formats import MEMBER, Format
 from lacre_gateway.budget import additions
 from lacre_gateway.budget.additions import MAX_ADDITIONS, Addition, Additions, Check, Limit, nothing_counts
 from lacre_gateway.budget.plans import LimitKind
 
-VERSION: Final = 1
+RECORD: Final = Format("budget record", "gateway")
 KEPT_WINDOWS: Final = 2
 _MOST: Final = 2**63  # of anything: far more than any ceiling, and quickly added up
 
@@ -213,7 +214,7 @@ class Record:
             kind.value: {str(number): _encode_window(window) for number, window in windows.items()}
             for kind, windows in self.windows.items()
         }
-        members: dict[str, Any] = {"v": VERSION, "name": self.name, "kinds": kinds}
+        members: dict[str, Any] = {MEMBER: RECORD.version, "name": self.name, "kinds": kinds}
         if self.added:
             members["added"] = additions.encode(self.added)
         return json.dumps(members, separators=(",", ":")).encode()
@@ -223,11 +224,11 @@ class Record:
         """Raises InvalidMessage."""
         try:
             found = json.loads(data)
-            if found["v"] != VERSION:
-                raise InvalidMessage("the budget record has another version: run all gateways in the same version")
+            RECORD.check(found)
             windows = {
                 LimitKind(kind): {int(number): _parse_window(window) for number, window in kept.items()}
                 for kind, kept in found["kinds"].items()
+                if kind in frozenset(LimitKind)  # a newer gateway may have limits of further kinds
             }
             return cls(str(found["name"]), windows, added=additions.parse(found.get("added", {})))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:

@@ -10,11 +10,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidReceipt, LacreError, WrongModel
 from lacre.jose import jws
-from lacre.jose.claims import Members
+from lacre.jose.formats import Format
 from lacre.runtime import arguments
 from lacre.trust.manifest import ModelEntry
 
 TYP: Final = "lacre-receipt+jwt"
+RECEIPT: Final = Format("receipt", "program (SDK or gateway)")
 TRAILER: Final = "lacre-receipt"  # the trailer field of the sealed answer that carries the final receipt
 # Bytes of a body that count as one unit, for the action `http`: the app behind it may not know tokens. A partial unit counts as
 # one.
@@ -58,7 +59,7 @@ class Receipt:
         """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest."""
         arguments.instance(token, str, "token")
         arguments.instance(key, bytes, "key")
-        members = Members(jws.verify(token, key, TYP), "the receipt")
+        members = RECEIPT.members(jws.verify(token, key, TYP))
         return cls(
             enc=members.text("enc"),
             model=members.text("model"),

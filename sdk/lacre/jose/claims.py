@@ -30,6 +30,10 @@ class Members:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def get(self, name: str, default: object = None) -> object:
+        """The value as it came."""
+        return self._values.get(name, default)
+
     def _get(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self._values.get(name)
         # bool is an int to Python, but not in a JSON format.

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge, UnsupportedSuite
 from lacre.jose.claims import Members
+from lacre.jose.formats import Format
 from lacre.jose.jws import b64u
 from lacre.runtime.json_objects import parse_object
 from lacre.trust.routes import ModelRoute, routes_of
@@ -22,6 +23,10 @@ from lacre.wire.header import KeyConfig
 
 ROOT_TYP: Final = "lacre-root+jwt"
 MANIFEST_TYP: Final = "lacre-manifest+jwt"
+_READER: Final = "program (SDK, gateway or worker)"
+DOCUMENT: Final = Format("manifest document", _READER)
+STATEMENT: Final = Format("root statement", _READER)
+MANIFEST: Final = Format("manifest", _READER)
 KEY_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 MAX_DOCUMENT: Final = 2**20  # bytes of `GET /v1/manifest`; some hundred pools with X-Wing keys
 MAX_CHAIN: Final = 1000  # root statements; a root that changes monthly for 80 years
@@ -63,6 +68,7 @@ class RootStatement:
 
     @classmethod
     def parse(cls, members: Members) -> RootStatement:
+        STATEMENT.check(members)
         if members.text("typ") != "lacre-root":
             raise InvalidMessage("a root statement must say typ lacre-root")
         signer = members.octets("signer", KEY_BYTES)
@@ -248,6 +254,8 @@ class Manifest:
 
     @classmethod
     def parse(cls, members: Members) -> Manifest:
+        """Raises InvalidMessage or NewerFormat."""
+        MANIFEST.check(members)
         return cls(
             issuer=members.text("iss"),
             version=members.count("ver"),
@@ -280,7 +288,7 @@ class Document:
         if len(data) > MAX_DOCUMENT:
             raise MessageTooLarge(f"the manifest document has over {MAX_DOCUMENT} bytes")
         said = parse_object(data, "the manifest document")
-        members = Members(said, "the manifest document")
+        members = DOCUMENT.members(said)
         roots = members.text_lists("roots", at_most=MAX_CHAIN)
         beside = members.text_lists("beside", at_most=MAX_CHAIN) if "beside" in said else ()
         if any(len(entry) not in (1, 2) for entry in (*roots, *beside)):

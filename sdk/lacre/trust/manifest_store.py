@@ -18,12 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-from lacre.errors import LacreError, SettingsError, UsageError
+from lacre.errors import LacreError, NewerFormat, SettingsError, UsageError
+from lacre.jose.formats import Format
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime import arguments, file_locks, folders, forks, private_files
 from lacre.trust.chain import Trusted, verify
 from lacre.trust.rollback import Seen, newest, remember
 
+SEEN: Final = Format("remembered manifest", "program (SDK, gateway or worker)")
 LOCK_WAIT: Final = 10.0  # seconds to wait for others that hold the store; each needs some milliseconds
 MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: documents of the largest size for some fifty lineages
 KEY_BYTES: Final = 32  # of `sticky_key`
@@ -160,12 +162,15 @@ def _read(path: Path) -> tuple[Seen, ...]:
         return ()
     except SettingsError:
         raise
+    except NewerFormat as exc:
+        raise SettingsError(f"{path}: {exc}") from exc
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, LacreError) as exc:
         # Never forget silently: an attacker who can damage this file must not gain a rollback by that.
         raise SettingsError(f"{path} is damaged: remove it if you know why; the next manifest counts as the first") from exc
 
 
 def _parse(value: dict[str, str]) -> Seen:
+    SEEN.check(value)
     pin, *roots = map(b64u_decode, [value["pin"], *value["roots"]])
     return Seen(pin, tuple(roots), int(value["ver"]), b64u_decode(value["document"]))
 
