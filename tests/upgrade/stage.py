@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from lacre_fabric.nats import roles
 from lacre_gateway.budget.plans import PLANS_FILE
 from parts.stage import MODEL, POOL, GatewayProcess, LiveStage, launched, own_issuer, stopped, worker_settings
+from parts.stage.processes import OwnProcess
 from parts.versions import Version, environment
 from parts.waiting import PATIENCE, until
 
@@ -36,6 +37,7 @@ PLANS = """
     cached = "1"
     completion = "1"
 """  # so that gateways of both versions draw from the same budgets
+DRAIN = 90  # seconds that an answer under way has; on a busy machine it may need them
 DRAIN_DELAY = 1  # seconds in which a gateway still accepts the connections that the balancer has just made
 
 
@@ -126,10 +128,13 @@ class Deployment(LiveStage):
         site.save(self.server.url, self.balancer.url)
         await self.publish(self.old)
         for node in NODES:
-            self.worker(worker_settings(site, node), node)
+            path = worker_settings(site, node)
+            path.write_text(path.read_text().replace("\ndrain = 5\n", f"\ndrain = {DRAIN}\n"))
+            assert f"drain = {DRAIN}" in path.read_text()
+            self.worker(path, node)
         for name in GATEWAYS:
             tables = f"drain_delay = {DRAIN_DELAY}\n{own_issuer(site)}"
-            self.gateway(tables)
+            self.gateway(tables, drain=DRAIN)
             assert self.gateways[-1].name == name
         await self.start_workers(self.old)
         await asyncio.gather(*(self._start(gateway, self.old) for gateway in self.gateways))
@@ -157,12 +162,12 @@ class Deployment(LiveStage):
         """One after the other: out of the balancer, drained, started as the other version, back in."""
         for gateway in self.gateways:
             self.balancer.on.remove(gateway.base_url)
-            assert await asyncio.to_thread(gateway.stop) == 0, gateway.said()
+            assert await drained(gateway) == 0, gateway.said()
             await self._start(gateway, version)
 
     async def roll_workers(self, version: Version) -> None:
         for worker in self.workers:
-            assert await asyncio.to_thread(worker.stop) == 0, worker.said()
+            assert await drained(worker) == 0, worker.said()
             worker.heard = 0.0
             worker.start(version.inside)
             self.stack.callback(worker.stop)
@@ -183,3 +188,9 @@ class Deployment(LiveStage):
             lambda: [load.lines()[-3:] for load in self.loads],
         )
         self.counts[state] = {load.version.name: load.answered() - before[load.version.name] for load in self.loads}
+
+
+async def drained(server: OwnProcess) -> int:
+    """Its status, once its answers under way have ended."""
+    server.process.terminate()
+    return await asyncio.to_thread(server.process.wait, DRAIN + PATIENCE)

@@ -240,7 +240,7 @@ def _short(lists: Iterable[Sequence[str]]) -> bool:
 def parse(data: bytes) -> dict[str, Any]:
     """The members of an entry. Raises InvalidMessage if some of its kind are missing, and NewerFormat.
 
-    A newer version may have added members and kinds: a gateway goes on with a log to which a newer one wrote.
+    A newer version may have added members and kinds: a gateway continues a log to which a newer one wrote.
     """
     members = parse_object(data, "it")
     ENTRY.check(members)
