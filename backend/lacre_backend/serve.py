@@ -47,6 +47,7 @@ from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file, is_name
+from lacre_fabric.work.presence import accepts_grants_of
 from lacre_fabric.work.slots import shares
 
 log = structlog.get_logger("lacre.worker")
@@ -66,7 +67,12 @@ async def _serve(settings: WorkerSettings) -> None:
         credential = Credential.load(settings.nats.credentials)
         serving = served(settings, stack)
         await keys.look()  # loading a model takes time; the first presence must announce current keys
-        claims: list[Part] = []  # set once there is a connection
+        claims: list[Part] = []  # set once there is a connection, and likewise the feed
+        feeds: list[ManifestFeed] = []
+
+        def accepting() -> list[str]:
+            return [accepts_grants_of(key) for feed in feeds if feed.known for key in feed.manifest.gateway_keys]
+
         readiness = Readiness(
             partial(_holding, settings.pool, serving, keys, raw_public_key(receipt_key)),
             [*serving.parts, lambda: claims[0]() if claims else None],
@@ -81,20 +87,29 @@ async def _serve(settings: WorkerSettings) -> None:
             slots=serving.slots,
             each=serving.each,
             sharing=serving.sharing,
-            keys=keys.fingerprints,
+            keys=lambda: (*keys.fingerprints(), *accepting()),
             able=readiness,
             region=settings.nats.region,
             counts=counts.now,
         )
         stack.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
+        feeds.append(feed)
         await feed.start()
         stack.push_async_callback(feed.close)
         probe = ClaimsProbe(fabric.try_claim)
         claims.append(probe.reason)
         await tasks.together(probe.look(), *(watched.look() for watched in serving.watched))
         readiness.follow(feed)
-        identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
+        identity = Identity(
+            settings.pool,
+            lambda: keys.keys,
+            receipt_key,
+            lambda: feed.manifest,
+            look_for_keys=_looking(keys, kept),
+            receipt_keys=lambda: keys.receipt_keys,
+            catch_up=feed.catch_up,
+        )
         node = Node(fabric, serving.app, identity, repeatable=serving.repeatable, weighs=serving.weighs, counts=counts)
         running = tasks.start("node", node.run)
         works: list[tuple[str, tasks.Work]] = [
@@ -116,7 +131,8 @@ async def _serve(settings: WorkerSettings) -> None:
 
 
 def _holding(pool: str, serving: ServedApp, keys: KeyRing, receipt_key: bytes) -> Holding:
-    return Holding(pool, tuple(serving.names), frozenset(keys.fingerprints()), receipt_key, serving.digests)
+    held = frozenset(keys.fingerprints())
+    return Holding(pool, tuple(serving.names), held, receipt_key, serving.digests, keys.receipts())
 
 
 def _report(fabric: NatsWorker, readiness: Readiness, running: tasks.Background, watched: Sequence[Probe]) -> str:

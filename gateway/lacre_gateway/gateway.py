@@ -79,6 +79,7 @@ class Gateway:
     """The parts of a running gateway. fabric: None until it is connected. ending: set when it is to drain and end. clock:
     seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it. doors: of its listeners,
     by name. calls: the limits of calls of its apps. reloading: replaces settings, if they came from a file.
+    key: signs grants and checkpoints; keys: all that it has.
     """  # fmt: skip
 
     settings: GatewaySettings
@@ -106,6 +107,8 @@ class Gateway:
     doors: dict[str, Door] = field(default_factory=dict)
     calls: list[AddressLimit] = field(default_factory=list)
     reloading: ReloadsSettings | None = None
+    keys: Sequence[Ed25519PrivateKey] = ()
+    _lacking: bytes = b""
     ending: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -139,6 +142,24 @@ class Gateway:
             await self.webhook.close()
         if self.tracer is not None:
             await self.tracer.close()
+
+    def choose_key(self, manifest: Manifest) -> None:
+        """Signs with the key that the manifest names, if this gateway has it. Otherwise goes on with the present one, which the
+        manifest may still accept.
+        """
+        due = next((key for key in self.keys if raw_public_key(key) == manifest.gateway_key), None)
+        self.budgets.approver.use(due or self.key, manifest.gateway_keys)
+        if due is None:
+            if self._lacking != manifest.gateway_key:
+                remedy = "copy the publisher's gateway/grant.pem to `signing_key`"
+                self.log.warning("signing key missing", reason="the manifest names a newer one", remedy=remedy)
+            self._lacking = manifest.gateway_key
+            return
+        if raw_public_key(self.key) != manifest.gateway_key:
+            self.key, self.pseudonyms = due, Pseudonyms(due)
+            self.log.info("signing key replaced")
+        if self.audit.public != manifest.gateway_key:
+            self.audit.rotate(key=due)
 
     def apply(self, limits: GatewayLimits) -> None:
         """Uses new limits from the next request on. Those that are read for each request are in `settings`."""
@@ -197,7 +218,8 @@ class Gateway:
             self.audit.append(Event(time=round(self.clock(), 3), event=REVOKED, target=key))
 
     def tell_manifest(self, before: Manifest, now: Manifest) -> None:
-        """Records a newer manifest, and which public keys it changed."""
+        """Records a newer manifest, and which public keys it changed. Signs with the key that it names."""
+        self.choose_key(now)
         digest = hashlib.sha256(self.feed.document).hexdigest()
         self.audit.append(Event(time=round(self.clock(), 3), event=MANIFEST, target=digest, count=now.version))
         for target in changed_keys(before, now):
@@ -246,7 +268,7 @@ class Gateway:
         missing = {}
         if not self.feed.ready:
             missing["manifest"] = "no valid manifest: publish one with `lacre manifest publish`"
-        elif self.feed.manifest.gateway_key != raw_public_key(self.key):
+        elif raw_public_key(self.key) not in self.feed.manifest.gateway_keys:
             missing["signing_key"] = "not the key in the manifest: workers will refuse every grant"
         if self.fabric is None or not self.fabric.connected:
             missing["fabric"] = "not connected to NATS"
@@ -286,11 +308,14 @@ def build(
     log: Log,
     fetch: Callable[[], Awaitable[bytes | None]],
     clock: Callable[[], float] = time.time,
+    *,
+    others: Sequence[Ed25519PrivateKey] = (),
 ) -> Gateway:
     """Builds everything except the fabric. Reads policies and key sets, and opens the audit log. Raises SettingsError.
 
-    key: signs grants and audit checkpoints. fetch: returns the manifest document for the feed. This starts neither the feed nor
-    the fetching of issuers' keys and revocations. Called on the event loop, which the audit log reports to.
+    key: signs grants and audit checkpoints; others: may have to, see `Gateway.choose_key`. fetch: returns the manifest document
+    for the feed. This starts neither the feed nor the fetching of issuers' keys and revocations. Called on the event loop,
+    which the audit log reports to.
     """
     limits = settings.limits
     issuers = trusted(settings.issuers, log)
@@ -315,6 +340,7 @@ def build(
         budgets=budgets,
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
+        keys=(key, *others),
         pseudonyms=Pseudonyms(key),
         settlement=Settlement(log),
         metrics=metrics,
@@ -328,6 +354,7 @@ def build(
             settings.audit,
             key,
             settings.audit_origin,
+            others=others,
             log=log,
             policy_set=rules.status.policy_set,
             clock=clock,

@@ -27,12 +27,12 @@ from typing import Any, Final
 
 import structlog
 import uvloop
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import SettingsError
-from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks, watched_files
 from lacre.runtime.watched_files import WatchedFiles
-from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.keys.secret_files import read_ed25519s
 from lacre_fabric.logs import PROCESSORS, Level, make_log
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.gateway import NatsGateway
@@ -91,7 +91,7 @@ class _Link:
 
 
 async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], level: Level) -> None:
-    key = read_ed25519(settings.signing_key)
+    keys = WatchedFiles([settings.signing_key], partial(read_ed25519s, settings.signing_key))
     Credential.load(settings.nats.credentials)  # reports a wrong file at the start
     allow_connections(settings.listen.connections)
     link, log = _Link(), make_log(sys.stderr, level).bind(gateway=settings.instance)
@@ -99,7 +99,7 @@ async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], l
     context = None if certificate is None else lambda: certificate.value
     with ExitStack() as listeners:
         listener = listeners.enter_context(bind(settings.listen, shared=settings.shared))
-        gateway = build(settings, key, log, link.manifest)
+        gateway = build(settings, keys.value[0], log, link.manifest, others=keys.value[1:])
         server = make_server(create_app(gateway), settings.listen, context)
         admin = AdminListener(gateway, context)
         gateway.doors["public"] = server.config.door
@@ -111,6 +111,7 @@ async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], l
             tasks.start("drain", partial(_drained, gateway, server)),
             tasks.start("fabric", partial(_keep_connected, gateway, link)),
             tasks.start("queues", gateway.queues.watch, restart=_LOOKS_AGAIN),
+            tasks.start("signing keys", partial(_keep_keys, gateway, keys), restart=_GOES_ON),
             tasks.start("audit logs", _keeper(gateway).run, restart=_KEEPS_ON),
             *reloading(gateway, partial(_certificates, gateway, link, certificate)),
         ]
@@ -149,9 +150,22 @@ def _on_signals(gateway: Gateway, server: Server) -> None:
 
 
 def _keeper(gateway: Gateway) -> Keeper:
-    settings, public = gateway.settings, raw_public_key(gateway.key)
+    settings, public = gateway.settings, gateway.audit.public
     terms = LogTerms(**settings.audit_logs.model_dump())
     return Keeper(settings.audit, public, gateway.audit, terms, log=gateway.log, clock=gateway.clock)
+
+
+async def _keep_keys(gateway: Gateway, file: WatchedFiles[tuple[Ed25519PrivateKey, ...]]) -> None:
+    """Signs with the key that the manifest names, also if its file came later than the manifest."""
+    fault = ""
+    while True:
+        await asyncio.sleep(watched_files.EVERY)
+        await asyncio.to_thread(file.look)
+        if file.fault and file.fault != fault:
+            gateway.log.error("signing key refused, the last good ones stay", reason=file.fault)
+        fault, gateway.keys = file.fault, file.value
+        if gateway.feed.ready:
+            gateway.choose_key(gateway.feed.manifest)
 
 
 async def _drained(gateway: Gateway, server: Server) -> None:

@@ -34,7 +34,9 @@ async def main(folder: Path, name: str, model: str, urls: tuple[str, ...]) -> No
     feed = ManifestFeed(fabric.connection.manifest, site.root)
     await feed.start()
     app = create_app([EchoEngine(name=model, delay=DELAY)])
-    identity = Identity(POOL, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload)
+    identity = Identity(
+        POOL, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload, receipt_keys=lambda: keys.receipt_keys
+    )
     node = Node(fabric, app, identity, repeatable=REPEATABLE)
     await asyncio.gather(node.run(), keys.watch())
 

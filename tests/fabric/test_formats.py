@@ -117,7 +117,7 @@ def test_a_frame_is_no_larger_than_the_credit_and_shows_no_content() -> None:
 
 
 def grant_of(token: str, now: float = NOW) -> Grant:
-    return Grant.verify(token, PUBLIC, now)
+    return Grant.verify(token, [PUBLIC], now)
 
 
 def receipt_of(token: str) -> Receipt:

@@ -28,9 +28,9 @@ def proven(entry: bytes) -> AuditProof:
 def audit_header(data: bytes) -> AuditProof:
     """With the first byte 0 any header; otherwise an entry that is proven, and what is written behind its header."""
     if data[:1] == b"\x00":
-        return audit_proof.of_answer(text(data[1:]), PUBLIC, EXPECTED)
+        return audit_proof.of_answer(text(data[1:]), [PUBLIC], EXPECTED)
     script = Script(data[1:])
-    return audit_proof.of_answer(proven(script.text()).header() + text(script.rest()), PUBLIC, EXPECTED)
+    return audit_proof.of_answer(proven(script.text()).header() + text(script.rest()), [PUBLIC], EXPECTED)
 
 
 def proof_written_alike(_data: bytes, proof: AuditProof) -> None:

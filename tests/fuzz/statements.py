@@ -86,11 +86,11 @@ def is_object(_data: bytes, payload: dict[str, Any]) -> None:
 
 def grant(data: bytes) -> Grant:
     token = text(data[1:]) if data[:1] == b"\x00" else sign_bytes(data[1:], SIGNER, GRANT_TYP)
-    return Grant.verify(token, raw_public_key(SIGNER), NOW)
+    return Grant.verify(token, [raw_public_key(SIGNER)], NOW)
 
 
 def grant_written_alike(_data: bytes, found: Grant) -> None:
-    assert Grant.verify(found.sign(SIGNER), raw_public_key(SIGNER), NOW) == found
+    assert Grant.verify(found.sign(SIGNER), [raw_public_key(SIGNER)], NOW) == found
 
 
 def receipt(data: bytes) -> Receipt:

@@ -59,7 +59,7 @@ class FakeWorker:
 
     async def _serve(self, delivery: MemoryDelivery) -> None:
         script = self.script
-        grant = Grant.verify(delivery.work.grant, raw_public_key(self.stage.keys.gateway), time.time())
+        grant = Grant.verify(delivery.work.grant, [raw_public_key(self.stage.keys.gateway)], time.time())
         self.grants.append(grant)
         try:
             plaintext, header, sealer = open_request(self.stage.held, delivery.work.sealed)

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-import lacre
 from lacre.errors import SettingsError
 from lacre_fabric.nats.login import Login
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.operate.commands import fabric_app
 from parts.chat_app import ChatApp
-from parts.stage import LiveStage, until
-
-CLIENTS = 3
-PAUSE = 0.1  # seconds between a client's requests
-
-
-@dataclass
-class Load:
-    """Clients that ask one question after another until `stop`. failed: by the name of the error."""
-
-    live: LiveStage
-    done: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def ask(self) -> None:
-        url, token = self.live.gateways[0].url, self.live.token("alice")
-        async with lacre.AsyncClient(url, token=token, memory=lacre.VersionMemory()) as client:
-            while not self.stop.is_set():
-                try:
-                    self.done += bool((await client.chat("Name a sea.", max_tokens=8)).text)
-                except lacre.LacreError as exc:
-                    self.failed[type(exc).__name__] += 1
-                await asyncio.sleep(PAUSE)
-
-    async def more(self, count: int = 10) -> None:
-        enough = self.done + count
-        await until(lambda: self.done >= enough or self.failed, 60)
+from parts.stage import LiveStage
+from parts.stage.steady import SteadyLoad
 
 
 def replaced(live: LiveStage, names: Sequence[str]) -> None:
@@ -61,20 +31,13 @@ async def test_passwords_under_a_steady_load(tmp_path: Path) -> None:
     """The gateway's, the worker's and the provisioner's, twice, with the SDK's own patience and no more."""
     async with LiveStage.on_air(tmp_path, ChatApp()) as live:
         names = sorted({role.credential.name for role in live.site.roles()})
-        load = Load(live)
-        asking = [asyncio.create_task(load.ask()) for _ in range(CLIENTS)]
-        try:
-            await load.more()
+        async with SteadyLoad.on(live) as load:
             for _ in range(2):
                 replaced(live, names)
                 await load.more()  # the files are new, and the server still has the old passwords
                 live.server.configure(live.site.roles())
                 live.server.reload(live.nats)
                 await load.more()
-        finally:
-            load.stop.set()
-            await asyncio.gather(*asking)
-        print(f"{load.done} requests, {load.failed.total()} failed")
         assert load.failed == {}
         said = live.gateways[0].log.read_text()
         assert '"fabric.password_replaced"' in said

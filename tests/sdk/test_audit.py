@@ -284,7 +284,7 @@ def test_header_and_file_hold_the_same() -> None:
     assert AuditProof.parse_header(PROOF.header()) == PROOF
     assert AuditProof.parse(PROOF.text()) == PROOF
     assert PROOF.text().startswith("c2sp.org/tlog-proof@v1\nextra ")
-    assert audit_proof.of_answer(PROOF.header(), PUBLIC, {"kind": "intent", "enc": "abc", "subject": "alice"}) == PROOF
+    assert audit_proof.of_answer(PROOF.header(), [PUBLIC], {"kind": "intent", "enc": "abc", "subject": "alice"}) == PROOF
 
 
 def test_a_log_of_one_entry() -> None:
@@ -321,7 +321,7 @@ def test_members_of_the_future_are_passed_over() -> None:
 )  # fmt: skip
 def test_a_header_that_is_none_or_says_something_else(header: str, expected: dict[str, object], told: str) -> None:
     with pytest.raises(InvalidAudit, match=told):
-        audit_proof.of_answer(header, PUBLIC, expected)
+        audit_proof.of_answer(header, [PUBLIC], expected)
 
 
 def spoiled(**members: object) -> AuditProof:
@@ -339,7 +339,7 @@ def spoiled(**members: object) -> AuditProof:
 )  # fmt: skip
 def test_what_is_not_proved(proof: AuditProof) -> None:
     with pytest.raises(InvalidAudit):
-        audit_proof.of_answer(proof.header(), PUBLIC, {"enc": "abc"})
+        audit_proof.of_answer(proof.header(), [PUBLIC], {"enc": "abc"})
 
 
 def test_a_file_that_is_too_long() -> None:

@@ -89,10 +89,10 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
                 digests[adapted_name(opened.name, adapter.name)] = adapted_digest(digest, adapter.digest)
     with _noted(found, "keys"), keeping(settings.kms, settings.pool) as kept:
         ring = KeyRing(settings.keys, kept)
-        keys = frozenset(ring.fingerprints())
+        keys, receipts = frozenset(ring.fingerprints()), ring.receipts()
         ring.close()
         receipt_key = raw_public_key(pool_keys.read_receipt_key(settings.receipt_key, kept))
-        return Holding(settings.pool, (*names, *digests), keys, receipt_key, digests)
+        return Holding(settings.pool, (*names, *digests), keys, receipt_key, digests, receipts)
     return None
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
 from lacre.asgi.admission import ReplayMemory, check_date, sent_at
-from lacre.errors import Expired, LacreError, NewerFormat, UnknownKeyId
+from lacre.errors import Expired, InvalidSignature, LacreError, NewerFormat, UnknownKeyId
 from lacre.evidence.receipts import TRAILER, Receipt
-from lacre.jose.jws import b64u
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import tasks
 from lacre.trust.manifest import Manifest
 from lacre.wire.header import SealedHeader
@@ -54,11 +54,16 @@ NO_MANIFEST: Final = 0.2  # seconds between checks for the first manifest
 log = structlog.get_logger("lacre.node")
 
 
+async def _nothing_newer() -> None:
+    """For a manifest that nothing replaces."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """A node's pool, and the keys with which it opens and signs.
 
-    look_for_keys: loads new keys; called before a key id counts as unknown.
+    look_for_keys: loads new keys; called before a key id counts as unknown. receipt_keys: by the id of the key that a request
+    is sealed to; `receipt_key` signs for the others. catch_up: reads the manifest again.
     """
 
     pool: str
@@ -66,6 +71,15 @@ class Identity:
     receipt_key: Ed25519PrivateKey = field(repr=False)
     manifest: Callable[[], Manifest]
     look_for_keys: Callable[[], bool] = lambda: False
+    receipt_keys: Callable[[], Mapping[int, Ed25519PrivateKey]] = dict
+    catch_up: Callable[[], Awaitable[None]] = _nothing_newer
+
+    def receipts_of(self, key_id: int) -> Ed25519PrivateKey | None:
+        """Signs receipts of requests for this key. None if the manifest names a receipt key that this worker does not have."""
+        key = self.receipt_keys().get(key_id, self.receipt_key)
+        pool = self.manifest().pools.get(self.pool)
+        due = None if pool is None else pool.receipt_key_of(key_id)
+        return key if due is None or due == raw_public_key(key) else None
 
 
 class _Refused(Exception):
@@ -74,6 +88,10 @@ class _Refused(Exception):
     def __init__(self, problem: problems.Problem) -> None:
         super().__init__(problem.slug)
         self.problem = problem
+
+
+class _UnknownSigner(_Refused):
+    """The grant is signed by no key of the manifest."""
 
 
 class _Replayed(Exception):
@@ -182,10 +200,13 @@ class Node:
             log.info("work.done", request_id=delivery.work.request_id, outcome=outcome, seconds=seconds)
 
     async def _work(self, delivery: Delivery) -> str:
-        grant = self._verify_grant(delivery)
+        grant = await self._granted(delivery)
         if delivery.again:
             raise _Refused(problems.UNCLAIMED if await self._claimed(delivery) else problems.WORKER_LOST)
         opened = self._open(delivery)
+        if (signing := self._identity.receipts_of(opened.header.key_id)) is None:
+            log.warning("receipt_key.missing", request_id=delivery.work.request_id, key_id=opened.header.key_id)
+            raise _Refused(problems.UNKNOWN_KEY)  # the client would reject its receipt
         now = self._clock()
         digest = opened.header.digest
         if self._seen.has(digest, now):
@@ -205,7 +226,7 @@ class Node:
             fair=grant.fair,
             weigh=partial(self._weigh, asyncio.get_running_loop(), delivery),
         )
-        receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
+        receipts = _Receipts(signing, grant, call.usage, now, self._clock)
         refusal = refusal or grant_check.check(opened, grant, now)
         if refusal is not None:
             await self._claim(delivery)
@@ -224,6 +245,17 @@ class Node:
         """The app calls it, from its own thread."""
         loop.call_soon_threadsafe(partial(self._fabric.weigh, delivery, sequences))
 
+    async def _granted(self, delivery: Delivery) -> Grant:
+        """Once more after reading the manifest, because the gateway's key may just have been replaced."""
+        try:
+            return self._verify_grant(delivery)
+        except _UnknownSigner:
+            before = self._identity.manifest()
+            await self._identity.catch_up()
+            if self._identity.manifest() is before:
+                raise
+        return self._verify_grant(delivery)
+
     def _verify_grant(self, delivery: Delivery) -> Grant:
         work = delivery.work
         try:
@@ -231,7 +263,10 @@ class Node:
             # Otherwise a fabric that withholds the next manifest would keep a withdrawn grant key alive
             if now >= manifest.expires_at:
                 raise Expired("the manifest has expired, so its key no longer verifies grants")
-            grant = Grant.verify(work.grant, manifest.gateway_key, now)
+            grant = Grant.verify(work.grant, manifest.gateway_keys, now)
+        except InvalidSignature as exc:
+            log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__)
+            raise _UnknownSigner(problems.INVALID_GRANT) from exc
         except LacreError as exc:
             why = {"reason": str(exc)} if isinstance(exc, NewerFormat) else {}  # it names the program to upgrade
             log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__, **why)

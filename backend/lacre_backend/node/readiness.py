@@ -43,7 +43,7 @@ Part = Callable[[], Reason | None]  # the fault that one part of the worker repo
 @dataclass(frozen=True, slots=True)
 class Holding:
     """What the worker has. keys: fingerprints of the pool's keys. receipt_key: the public part, 32 bytes. digests: of models
-    with a file, as receipts name them.
+    with a file, as receipts name them. receipts: public receipt keys of those keys that have their own, by fingerprint.
     """
 
     pool: str
@@ -51,6 +51,7 @@ class Holding:
     keys: frozenset[str]
     receipt_key: bytes
     digests: Mapping[str, str] = field(default_factory=dict)
+    receipts: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def against(manifest: Manifest, holding: Holding, now: float) -> list[Reason]:
@@ -62,7 +63,7 @@ def against(manifest: Manifest, holding: Holding, now: float) -> list[Reason]:
     if pool is None:
         known = ", ".join(sorted(manifest.pools)) or "none"
         return [Reason("pool", f"the manifest has no pool {holding.pool}, but: {known}", "correct `pool`, or publish the pool")]
-    reasons = [_receipt_key(manifest, holding), _keys(pool, holding, now)]
+    reasons = [_receipt_key(manifest, holding, now), _keys(pool, holding, now)]
     for model in holding.models:
         if model not in pool.models:
             detail = f"the manifest does not have {model} in pool {holding.pool}"
@@ -77,10 +78,19 @@ def against(manifest: Manifest, holding: Holding, now: float) -> list[Reason]:
     return [reason for reason in reasons if reason is not None]
 
 
-def _receipt_key(manifest: Manifest, holding: Holding) -> Reason | None:
-    if manifest.pools[holding.pool].receipt_key == holding.receipt_key:
+def _receipt_key(manifest: Manifest, holding: Holding, now: float) -> Reason | None:
+    """Each listed key that the worker holds has its receipt key; without such a key, the pool's counts."""
+    pool = manifest.pools[holding.pool]
+    held = [(fingerprint(key.config), key) for key in pool.keys if now < key.not_after]
+    due = {name: key.receipt_key or pool.receipt_key for name, key in held if name in holding.keys} or {"": pool.receipt_key}
+    if all(holding.receipts.get(name, holding.receipt_key) == key for name, key in due.items()):
         return None
     of = next((name for name, pool in manifest.pools.items() if pool.receipt_key == holding.receipt_key), None)
+    if of == holding.pool:
+        detail = (
+            "it lacks a receipt key that the manifest names for one of its keys. Clients and gateway would reject its receipts"
+        )
+        return Reason("receipt_key", detail, "copy all of the pool's folder `keys` to this worker, the .receipt files too")
     told = "the manifest has no pool with it" if of is None else f"it is pool {of}'s"
     detail = f"receipt_key is not the one of pool {holding.pool}: {told}. Clients and gateway would reject its receipts"
     return Reason("receipt_key", detail, "give this worker the receipt key of its pool")

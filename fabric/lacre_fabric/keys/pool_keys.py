@@ -1,4 +1,5 @@
-"""A pool's private keys as files for its workers: one `NUMBER.key` for each key. Gateways never load this module.
+"""A pool's private keys as files for its workers: one `NUMBER.key` for each key, and once its receipt key was replaced, a
+`NUMBER.receipt` beside it (see `receipt_keys`). Gateways never load this module.
 
 Rules:
 - A key is in the folder exactly as long as it may open requests. Workers load keys that appear, and destroy keys that
@@ -25,6 +26,7 @@ from lacre_fabric.keys.kms.wrapping import Keeping
 from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519_pem, parse_ed25519, read_ed25519, read_secret
 
 _SUFFIX: Final = ".key"
+_RECEIPT: Final = ".receipt"
 DEFAULT_KEMS: Final = (Kem.XWING, Kem.X25519)
 AS_THEY_ARE: Final = Keeping(None, "")
 
@@ -74,22 +76,38 @@ def public_parts(folder: Path, keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfi
 
 
 def keep_only(folder: Path, ids: Iterable[int]) -> None:
-    """Destroys every other key in `folder`, and leftovers of a crash."""
-    kept = {f"{key_id}{_SUFFIX}" for key_id in ids}
-    for path in files(folder):
+    """Destroys every other key in `folder`, with its receipt key, and leftovers of a crash."""
+    kept = {f"{key_id}{suffix}" for key_id in ids for suffix in (_SUFFIX, _RECEIPT)}
+    for path in (*files(folder), *receipt_files(folder)):
         if path.name not in kept:
             destroy(path)
-    destroy_leftovers(folder, f"*{_SUFFIX}")
+    for suffix in (_SUFFIX, _RECEIPT):
+        destroy_leftovers(folder, f"*{suffix}")
+
+
+def receipt_files(folder: Path) -> list[Path]:
+    """The receipt keys that belong to single keys."""
+    return sorted(folder.glob(f"*{_RECEIPT}"))
+
+
+def receipt_file(folder: Path, key_id: int | str) -> Path:
+    """Where the receipt key of this key is, if it has one of its own. key_id: also as the name of its file has it."""
+    return folder / f"{key_id}{_RECEIPT}"
 
 
 def make_receipt_key(path: Path, keeping: Keeping) -> None:
     """Makes the key that signs the pool's receipts if there is none. Raises SettingsError or KmsError."""
-    if path.exists():
-        return
+    if not path.exists():
+        make_receipt_keys([path], keeping)
+
+
+def make_receipt_keys(paths: Sequence[Path], keeping: Keeping) -> None:
+    """Writes one new receipt key to all of these files. Raises SettingsError or KmsError."""
     key = Ed25519PrivateKey.generate()
     content = ed25519_pem(key)
     try:
-        keeping.write(path, content, keeping.receipt_key(), raw_public_key(key))
+        for path in paths:
+            keeping.write(path, content, keeping.receipt_key(), raw_public_key(key))
     finally:
         overwrite(content)
 

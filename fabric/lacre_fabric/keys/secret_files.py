@@ -9,7 +9,8 @@ Secrets are read into a `bytearray`, which the caller overwrites after use.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,8 @@ from lacre.runtime import private_files
 from lacre.runtime.private_files import sync_folder, write_all
 from lacre.wire.wiping import overwrite
 
+_BEGIN: Final = b"-----BEGIN PRIVATE KEY-----"  # RFC 7468
+_BLOCK: Final = re.compile(_BEGIN + rb".*?-----END PRIVATE KEY-----", re.DOTALL)
 _REMEDY: Final = "`lacre up` creates such files; `lacre keys init` creates those with keys"
 
 
@@ -102,6 +105,27 @@ def read_ed25519(path: Path) -> Ed25519PrivateKey:
     content = read_secret(path)
     try:
         return parse_ed25519(content, path)
+    finally:
+        overwrite(content)
+
+
+def read_ed25519s(path: Path) -> tuple[Ed25519PrivateKey, ...]:
+    """All keys of a file: one PEM block after the other. Raises SettingsError."""
+    content = read_secret(path)
+    try:
+        blocks = _BLOCK.findall(content)
+        if len(blocks) != content.count(_BEGIN):
+            raise SettingsError(f"{path} is cut off: write it again, whole")
+        return tuple(parse_ed25519(block, path) for block in blocks) or (parse_ed25519(content, path),)
+    finally:
+        overwrite(content)
+
+
+def write_ed25519s(path: Path, keys: Sequence[Ed25519PrivateKey]) -> None:
+    """Writes them as `read_ed25519s` reads them."""
+    content = bytearray(b"".join(map(ed25519_pem, keys)))
+    try:
+        write_secret(path, content)
     finally:
         overwrite(content)
 

@@ -17,7 +17,7 @@ from lacre.wire.header import KeyConfig
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.work.contract import PRESENT_FOR
-from lacre_fabric.work.presence import MAX_NODES, keys_in
+from lacre_fabric.work.presence import MAX_NODES, accepts_grants_of, keys_in, receipts_by
 
 _LOOK: Final = 0.1  # seconds between checks of the presence received
 
@@ -67,16 +67,28 @@ async def _until(connection: Connection, pool: str, limit: float, done: Callable
 
 
 async def await_holders(
-    connection: Connection, pool: str, configs: Sequence[KeyConfig], limit: float
+    connection: Connection, pool: str, configs: Sequence[KeyConfig], limit: float, receipt_key: bytes | None = None
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Waits until every live worker of the pool holds all of these keys, for at most `limit` seconds.
 
-    Returns the workers that do and those that do not. Raises FabricUnavailable.
+    receipt_key: the one of these keys, if they have their own. Returns the workers that do and those that do not. Raises
+    FabricUnavailable.
     """
-    wanted = frozenset(map(fingerprint, configs))
+    keys = frozenset(map(fingerprint, configs))
+    wanted = keys if receipt_key is None else keys | {receipts_by(key, receipt_key) for key in keys}
     call = await _until(connection, pool, limit, lambda call: all(wanted <= keys for keys in call.holders().values()))
     have = frozenset(node for node, keys in call.holders().items() if wanted <= keys)
     return have, frozenset(call.holders()) - have
+
+
+async def await_accepting(connection: Connection, pool: str, gateway_key: bytes, limit: float) -> frozenset[str]:
+    """Waits until every live worker of the pool accepts grants of this key, for at most `limit` seconds.
+
+    Returns the workers that do not. Raises FabricUnavailable.
+    """
+    wanted = accepts_grants_of(gateway_key)
+    call = await _until(connection, pool, limit, lambda call: all(wanted in keys for keys in call.holders().values()))
+    return frozenset(node for node, keys in call.holders().items() if wanted not in keys)
 
 
 async def await_gone(connection: Connection, pool: str, configs: Sequence[KeyConfig], limit: float) -> frozenset[str]:

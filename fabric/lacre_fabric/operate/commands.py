@@ -1,6 +1,6 @@
 """The `lacre` sub-commands that provision and run a local Lacre, and change its keys.
 
-`token`, `keys`, `signer`, `root`, `fabric`, `manifest publish`; `up` and `demo` are in `start_commands`.
+`token`, `signer`, `root`, `fabric`, `manifest publish`; `up` and `demo` are in `start_commands`, `keys` in `key_commands`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,28 +17,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lacre.cli import manifest_app
-from lacre.cli.output import AsJson, say_table, waiting
-from lacre.runtime import tasks
+from lacre.cli.output import AsJson, say_table
+from lacre_fabric.operate.key_commands import date, keys_app
 from lacre_fabric.operate.pool_commands import pool_app
-from lacre_fabric.operate.start_commands import RotateHours, State, demo, up
+from lacre_fabric.operate.start_commands import State, demo, up
 from lacre_fabric.operate.state_commands import provisioner, site_of, state_app
 
 if TYPE_CHECKING:  # imported in the command that needs it
-    from lacre_fabric.keys.generations import Generation
-    from lacre_fabric.operate.rotation import Rotated
     from lacre_fabric.operate.site import Site
 
-Pools = Annotated[list[str] | None, typer.Option(help="A pool; may be repeated. Default: all pools.")]
-Grace = Annotated[
-    float | None,
-    typer.Option(help="Seconds that the old key stays in the manifest. Default: 13 hours.", min=0, metavar="SECONDS"),
-]
-KmsAddress = Annotated[
-    str | None,
-    typer.Option(help="For a new state: the address of the key that wraps the pools' keys (docs/kms.md).", metavar="ADDRESS"),
-]
 token_app = typer.Typer(name="token", help="Access tokens: issue one for development, check one.", no_args_is_help=True)
-keys_app = typer.Typer(name="keys", help="The keys of a state folder, and those of its pools.", no_args_is_help=True)
 signer_app = typer.Typer(name="signer", help="The key that signs manifests.", no_args_is_help=True)
 root_app = typer.Typer(name="root", help="The key that applications pin.", no_args_is_help=True)
 fabric_app = typer.Typer(name="fabric", help="Your own NATS servers.")
@@ -82,172 +68,13 @@ def token_issue(
     typer.echo(dev_issuer.issue(key, subject, groups=group or (), scopes=scope or (), lifetime=lifetime, bound_to=bound_to))
 
 
-@keys_app.command("init")
-def keys_init(
-    state: State = None,
-    pool: Annotated[list[str] | None, typer.Option(help="A pool; may be repeated.")] = None,
-    kms: KmsAddress = None,
-) -> None:
-    """Create missing root, signer, issuer, gateway and pool keys, and print the root key that applications pin."""
-    from lacre.jose.jws import b64u
-    from lacre_fabric.nats import subjects
-    from lacre_fabric.operate.site import Site
-    from lacre_fabric.operate.up import POOL, default_state
-    from lacre_fabric.work.model_names import DEFAULT_MODEL
-
-    for name in pool or ():
-        subjects.check_name("pool", name)
-    site = Site((state or default_state()).resolve(), dict.fromkeys(pool or [POOL], (DEFAULT_MODEL,)))
-    if kms is not None:
-        site.choose_kms(kms)
-    site.create()
-    typer.echo(f"root {b64u(site.root)}")
-
-
-@keys_app.command("rotate")
-def keys_rotate(
-    state: State = None,
-    pool: Pools = None,
-    grace: Grace = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait until the workers load the new key.", min=0)] = 30.0,
-) -> None:
-    """Create new pool keys and retire the old ones, without interrupting requests.
-
-    The workers load the new key first. Then the manifest lists both. After the grace period the old key leaves the manifest and
-    is destroyed, by `lacre up` or by the next `lacre keys tend`.
-    """
-    from lacre.errors import SettingsError
-    from lacre_fabric.operate.rotation import GRACE, Failures, retire, rotate
-
-    site = site_of(state)
-    if unknown := set(pool or ()) - set(site.pools):
-        raise SettingsError(f"unknown pool {', '.join(sorted(unknown))}: this state has {', '.join(sorted(site.pools))}")
-
-    async def run() -> None:
-        failures = Failures()  # pools are independent
-        async with provisioner(site) as connection:
-            with failures.kept():
-                await retire(site, connection)
-            for name in pool or site.pools:
-                with failures.kept(name):
-                    with waiting("waiting for the workers to load the new keys"):
-                        rotated = await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait)
-                    _tell(rotated)
-        failures.raised()
-
-    asyncio.run(run())
-
-
-@keys_app.command("rewrap")
-def keys_rewrap(
-    to: Annotated[str, typer.Option(help="The address of the key to wrap with (docs/kms.md).", metavar="ADDRESS")],
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="The address that wraps them now. Default: the state's.", metavar="ADDRESS"),
-    ] = None,
-    state: State = None,
-) -> None:
-    """Move the pools' keys and receipt keys to another key management service, or to unwrapped files.
-
-    It changes nothing until it has opened every key. After an interruption, run it again: it skips the keys that are moved.
-    """
-    from lacre_fabric.operate.rewrapping import rewrap
-
-    site = site_of(state)
-
-    async def run() -> None:
-        async with site.changing():
-            for moved in rewrap(site, source or site.kms, to):
-                typer.echo(f"{moved.path.relative_to(site.folder)}: {'already moved' if moved.before else 'moved'}")
-
-    asyncio.run(run())
-    typer.echo(f'Set kms = "{to}" in the workers\' settings, then restart the workers. Until then they keep their loaded keys.')
-
-
-@keys_app.command("tend")
-def keys_tend(
-    state: State = None,
-    rotate_hours: RotateHours = 24.0,
-    grace: Grace = None,
-    stay: Annotated[bool, typer.Option("--stay", help="Keep running until SIGTERM, and watch for clients that flood.")] = False,
-) -> None:
-    """Do what is due: create a pool key, destroy an old one, sign a new manifest, recreate lost queues. Run it hourly from cron
-    if you do not use `lacre up`.
-    """
-    from lacre_fabric.operate import behind, floods
-    from lacre_fabric.operate.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
-    from lacre_fabric.operate.stores import provision_site
-    from lacre_fabric.operate.up import until_signalled
-
-    site = site_of(state)
-    schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
-
-    async def run() -> None:
-        async with provisioner(site) as connection:
-            if stay:
-                upkept = partial(upkeep, site, connection, schedule, provisioning=True)
-                background = [tasks.start("upkeep", upkept, restart=KEPT_UP)]
-                if site.credential_file("warden").exists():
-                    watched = partial(floods.watch, site.servers, site.credential("warden"))
-                    background.append(tasks.start("floods", watched, restart=floods.WATCHED))
-                else:
-                    floods.not_watched("the state folder has no credential `warden`")
-                try:
-                    await asyncio.Event().wait()
-                finally:
-                    for each in background:
-                        await each.close()
-            else:
-                await behind.check(site, connection)
-                await provision_site(site, connection)
-                await tend(site, connection, schedule)
-
-    asyncio.run(until_signalled(run()))
-
-
-@keys_app.command("list")
-def keys_list(state: State = None, as_json: AsJson = False) -> None:
-    """Show the pools' keys and their next steps."""
-    site = site_of(state)
-    rows = [
-        (name, config.key_id, config.kem.label, _state(generation))
-        for name in site.pools
-        for generation in site.generations(name).live
-        for config in generation.configs
-    ]
-    if as_json:
-        typer.echo(json.dumps([dict(zip(("pool", "key", "kem", "state"), row, strict=True)) for row in rows], indent=2))
-        return
-    say_table(("pool", "key", "KEM", "state"), [tuple(map(str, row)) for row in rows])
-
-
-def _state(generation: Generation) -> str:
-    if generation.listed_at is None:
-        return "staged: waiting for the workers"
-    if generation.retire_at is None:
-        return f"current since {_date(generation.listed_at)}"
-    if generation.unlisted_at is None:
-        return f"leaves the manifest at {_date(generation.retire_at)}"
-    return f"destroyed after {_date(generation.unlisted_at + generation.drain)}"
-
-
-def _tell(rotated: Rotated) -> None:
-    new = ", ".join(f"{config.key_id} ({config.kem.label})" for config in rotated.listed)
-    typer.echo(f"pool {rotated.pool}: key {new}")
-    for generation in rotated.retiring:
-        ids = ", ".join(map(str, generation.ids))
-        typer.echo(f"  {ids}: {_state(generation)}")
-    for node in sorted(rotated.lacking):
-        typer.echo(f"  worker {node} has not loaded the new key: check that it reads the pool's keys", err=True)
-
-
 @signer_app.command("rotate")
 def signer_rotate(state: State = None) -> None:
     """Create a new signer. The root authorizes it, it signs the manifest, and the old key is destroyed."""
     site = site_of(state)
     _change(site, lambda: site.authority.rotate_signer(time.time()))
     chain = site.authority.chain()
-    typer.echo(f"signer until {_date(chain.until)}")
+    typer.echo(f"signer until {date(chain.until)}")
 
 
 @root_app.command("rotate")
@@ -278,7 +105,7 @@ def root_replace(state: State = None) -> None:
     url = site.connection_string(site.base_url)
     if published and not _served(url):
         typer.echo(f"the gateway at {site.base_url} does not serve the new root yet: wait until it does", err=True)
-    typer.echo(f"old pins work until {_date(until)}; move them before you rotate the signer", err=True)
+    typer.echo(f"old pins work until {date(until)}; move them before you rotate the signer", err=True)
     typer.echo(url)
 
 
@@ -480,7 +307,3 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
         say_table(("", "check", "found", "what to do"), told)
     if any(finding.verdict is Severity.WRONG for finding in found):
         raise typer.Exit(1)
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

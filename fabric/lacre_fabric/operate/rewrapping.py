@@ -90,7 +90,8 @@ def rewrap(site: Site, source: str, target: str) -> Iterator[Moved]:
     with ExitStack() as stack:
         moves = []
         for pool in site.pools:
-            destroy_leftovers(site.keys_folder(pool), "*.key")
+            for kind in ("*.key", "*.receipt"):
+                destroy_leftovers(site.keys_folder(pool), kind)
             destroy_leftovers(site.receipt_file(pool).parent, "*.pem")
             kept = [stack.enter_context(keeping(address, pool)) for address in (source, target)]
             moves += [_Move(path, context, *kept) for path, context in _keys(site, pool, kept[0])]
@@ -109,4 +110,5 @@ def _keys(site: Site, pool: str, kept: Keeping) -> Iterator[tuple[Path, Encrypti
     if missing := {key_id for one in site.generations(pool).live for key_id in one.ids} - there.keys():
         raise SettingsError(f"{folder} lacks the keys {', '.join(map(str, sorted(missing)))}: restore them first")
     yield from ((path, kept.pool_key(key_id)) for key_id, path in sorted(there.items()))
-    yield site.receipt_file(pool), kept.receipt_key()
+    for path in (*pool_keys.receipt_files(folder), site.receipt_file(pool)):
+        yield path, kept.receipt_key()

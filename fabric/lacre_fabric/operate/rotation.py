@@ -120,18 +120,28 @@ async def _publish(site: Site, connection: Connection, *, new_root: bool = False
     site.published(now)
 
 
-async def rotate(site: Site, connection: Connection, pool: str, *, grace: float = GRACE, wait: float = LOAD_WAIT) -> Rotated:
+async def rotate(
+    site: Site, connection: Connection, pool: str, *, grace: float = GRACE, wait: float = LOAD_WAIT, receipts: bool = False
+) -> Rotated:
     """Makes a new generation of the pool's keys; it is listed when this returns. grace: seconds until the old ones leave the
     manifest.
 
-    wait: seconds for the workers to load it. A worker that takes longer does not delay the others. Raises NotTakenUp if no
-    worker loaded it, SettingsError or FabricUnavailable.
+    wait: seconds for the workers to load it. A worker that takes longer does not delay the others. receipts: the new keys get a
+    new receipt key; then each worker must load them. Raises NotTakenUp if no worker loaded them, SettingsError or
+    FabricUnavailable.
     """
     _check_time("the grace", grace)
     async with site.changing():
         await behind.check(site, connection)
-        staged = _staged(site, pool)
-    have, lacking = await await_holders(connection, pool, staged.configs, wait)
+        staged = _staged(site, pool, receipts=receipts)
+        changes = site.receipt_keys(pool).changes(site.generations(pool))
+        receipt_key = site.receipt_keys(pool).of(staged) if changes else None
+    have, lacking = await await_holders(connection, pool, staged.configs, wait, receipt_key)
+    if lacking and changes:
+        raise NotTakenUp(
+            f"not every worker of pool {pool} loaded the new receipt key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
+            f"check that they are of this version and read {site.keys_folder(pool)} or a copy of it, and try again"
+        )
     if lacking and not have:
         raise NotTakenUp(
             f"no worker of pool {pool} loaded the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
@@ -151,16 +161,23 @@ def _check_time(what: str, seconds: float) -> None:
         raise SettingsError(f"{what} must be between 0 and {MAX_TIME / DAY:.0f} days")
 
 
-def _staged(site: Site, pool: str) -> Generation:
-    """The staged generation of an earlier try, or a new one with a key for each KEM of the current one."""
-    generations, folder = site.generations(pool), site.keys_folder(pool)
+def _staged(site: Site, pool: str, *, receipts: bool) -> Generation:
+    """The staged generation of an earlier try, or a new one with a key for each KEM of the current one. receipts: with a new
+    receipt key.
+    """
+    generations, folder, own = site.generations(pool), site.keys_folder(pool), site.receipt_keys(pool)
     if generations.staged is not None:
+        if receipts and not own.changes(generations):
+            with site.keeping(pool) as kept:
+                own.prepare(generations.staged.ids, None, kept, anew=True)
         return generations.staged
     # A key that was made but not saved is unknown to everyone, and its id is about to be reused.
     pool_keys.keep_only(folder, (key_id for one in generations.live for key_id in one.ids))
     kems = pool_keys.DEFAULT_KEMS if generations.current is None else [key.kem for key in generations.current.configs]
+    ids = generations.free_ids(len(kems), time.time())
     with site.keeping(pool) as kept:
-        configs = pool_keys.make(folder, generations.free_ids(len(kems), time.time()), kems, kept)
+        own.prepare(ids, generations.current, kept, anew=receipts)
+        configs = pool_keys.make(folder, ids, kems, kept)
     generations = generations.stage(configs)
     site.keep_generations(pool, generations)
     return generations.live[0]
@@ -211,6 +228,7 @@ def _destroy(site: Site, pool: str, now: float) -> tuple[Generation, ...]:
         after = after.destroyed(generation, now, MANIFEST_LIFETIME)
     if due:
         pool_keys.keep_only(site.keys_folder(pool), (key_id for one in after.live for key_id in one.ids))
+        site.receipt_keys(pool).settle(after, now)
         site.keep_generations(pool, after)
     return due
 
@@ -240,7 +258,8 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
         failures.raised()
     failures.errors.clear()  # without the fabric, each step below fails by itself or does not need it
     with failures.kept():
-        if not there or not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # below -MAX_FUTURE the clock was set back
+        fresh = -MAX_FUTURE <= now - site.published_at < REPUBLISH  # below -MAX_FUTURE the clock was set back
+        if not there or not fresh or site.grant_keys.due(now):
             await publish(site, connection)
 
     async def renew(pool: str) -> None:

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,16 +35,17 @@ from tomlkit import TOMLDocument, dumps, parse
 
 from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.jose.formats import Format
-from lacre.jose.jws import b64u, raw_public_key
+from lacre.jose.jws import b64u
 from lacre.runtime import file_locks, shell
-from lacre.runtime.json_objects import parse_object
 from lacre.trust.chain import ConnectionString, verify
 from lacre.trust.manifest import Manifest, ModelEntry, Pool
 from lacre.trust.signing import sign_manifest
 from lacre.wire.padding import SHAPES
 from lacre_fabric.keys import kms, pool_keys
 from lacre_fabric.keys.generations import Generations
+from lacre_fabric.keys.grant_keys import GrantKeys
 from lacre_fabric.keys.kms.wrapping import Keeping, keeping
+from lacre_fabric.keys.receipt_keys import ReceiptKeys
 from lacre_fabric.keys.root_and_signer import DAY, Authority
 from lacre_fabric.keys.secret_files import ed25519, read_ed25519, read_secret, write_secret
 from lacre_fabric.nats import roles, subjects
@@ -52,6 +53,7 @@ from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.streams import REPLICAS
 from lacre_fabric.operate import dev_issuer, model_digests, model_routes, served_models, settings_files
+from lacre_fabric.operate.site_file import are_names, member, read_json
 from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.work.model_names import DEFAULT_MODEL
 
@@ -82,20 +84,20 @@ class Site:
     def load(cls, folder: Path) -> Site:
         """The site as `lacre up` saved it, or as an operator with other NATS servers wrote it."""
         path = folder / "site.json"
-        content = _read_json(path)
+        content = read_json(path)
         try:
             SITE.check(content)
         except InvalidMessage as exc:
             raise SettingsError(f"{path}: {exc}") from exc
         pools, replicas = content.get("pools"), content.get("replicas", 1)
-        if not isinstance(pools, dict) or not all(_are_names(models) for models in pools.values()):
+        if not isinstance(pools, dict) or not all(are_names(models) for models in pools.values()):
             raise SettingsError(f'{path}: pools: write each with its models, as {{"default": ["{DEFAULT_MODEL}"]}}')
         for pool in pools:
             subjects.check_name("pool", pool)
         if replicas not in REPLICAS:
             raise SettingsError(f"{path}: replicas: must be one of {', '.join(map(str, REPLICAS))}")
         regions = content.get("regions", list(subjects.ONE_REGION))
-        if not _are_names(regions) or not regions or len(set(regions)) != len(regions):
+        if not are_names(regions) or not regions or len(set(regions)) != len(regions):
             raise SettingsError(f"{path}: regions: name each once, the home first")
         return cls(folder, pools, replicas=replicas, regions=tuple(map(subjects.check_region, regions)))
 
@@ -110,7 +112,7 @@ class Site:
     @property
     def servers(self) -> Servers:
         """The NATS servers: an address, or a table like `[nats]` of the settings files, without credentials."""
-        said = _member(self.folder / "site.json", "nats")
+        said = member(self.folder / "site.json", "nats")
         table = said if isinstance(said, dict) else {"url": said}
         return validated(NatsServers, table, self.folder / "site.json").servers
 
@@ -118,18 +120,18 @@ class Site:
     def is_of_one_machine(self) -> bool:
         """Whether its NATS server is the one that `lacre up` starts. True for a state without a site."""
         path = self.folder / "site.json"
-        here = not path.exists() or str(_member(path, "nats")).startswith("nats://127.0.0.1:")
+        here = not path.exists() or str(member(path, "nats")).startswith("nats://127.0.0.1:")
         return here and self.replicas == 1 and self.regions == subjects.ONE_REGION
 
     @property
     def base_url(self) -> str:
         """The gateway's current or last URL."""
-        return str(_member(self.folder / "site.json", "gateway"))
+        return str(member(self.folder / "site.json", "gateway"))
 
     def save(self, nats_url: str | Sequence[str], base_url: str) -> None:
         """Saves the addresses. Other members stay, above all those for the NATS servers' TLS. Raises SettingsError."""
         path = self.folder / "site.json"
-        before = _read_json(path) if path.exists() else {}
+        before = read_json(path) if path.exists() else {}
         nats: object = nats_url
         if isinstance(before.get("nats"), dict):
             nats = {**before["nats"], "url": nats_url}
@@ -259,6 +261,13 @@ class Site:
         return self.folder / "pools" / pool / "receipt.pem"
 
     @property
+    def grant_keys(self) -> GrantKeys:
+        return GrantKeys(self.folder)
+
+    def receipt_keys(self, pool: str) -> ReceiptKeys:
+        return ReceiptKeys(self.keys_folder(pool), self.receipt_file(pool))
+
+    @property
     def models_file(self) -> Path:
         """What the publisher recorded of the models' files: see `model_digests`."""
         return self.folder / "trust" / "models.json"
@@ -324,6 +333,7 @@ class Site:
     def sign_manifest(self, now: float | None = None) -> bytes:
         """Signs and saves the next manifest. Returns the document to publish."""
         now = time.time() if now is None else now
+        self.grant_keys.settle(now)
         chain = self.authority.renewed(now)
         manifest = sign_manifest(self._manifest(self._next_version(), now), self.authority.signer())
         document = self.authority.document(manifest, chain, now).encode()
@@ -364,9 +374,10 @@ class Site:
 
     def _manifest(self, version: int, now: float) -> Manifest:
         pools = {name: self._pool_or_last(name, models, now) for name, models in self.pools.items()}
-        gateway_key = raw_public_key(self._key("gateway/grant"))
+        gateway_key, *others = self.grant_keys.public()
         routes = model_routes.signed(self.folder, self.pools, self.authority.chain().roots[0], now)
-        return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools, routes)
+        until = now + MANIFEST_LIFETIME
+        return Manifest(self.issuer, version, now, until, gateway_key, pools, routes, tuple(others))
 
     def _pool_or_last(self, name: str, models: Sequence[str], now: float) -> Pool:
         """The pool. If its files are damaged, its entry in the last manifest, so that the other pools get their next one in
@@ -386,10 +397,12 @@ class Site:
             return last
 
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
-        keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)
-        receipt_key = pool_keys.public_receipt_key(self.receipt_file(name))
+        receipts = self.receipt_keys(name)
+        generations = self.generations(name)
+        keys, receipt_key = receipts.listed(generations, now, now + KEY_LIFETIME)
+        past = receipts.named(generations, now)
         known = model_digests.recorded(self.models_file).get(name, {})
-        return Pool({model: known.get(model, ModelEntry()) for model in models}, keys, receipt_key, SHAPES)
+        return Pool({model: known.get(model, ModelEntry()) for model in models}, keys, receipt_key, SHAPES, past)
 
     def write_settings(
         self,
@@ -480,23 +493,3 @@ def gateway_of(region: str) -> str:
 def worker_of(pool: str, region: str) -> str:
     """The credential that all of a pool's workers in a region share."""
     return f"worker-{pool}" if region == subjects.DEFAULT_REGION else f"worker-{pool}-{region}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(path.read_bytes(), "it")
-    except OSError as exc:
-        raise SettingsError(f"{path} cannot be read ({exc.strerror}): start `lacre up` on this state first") from exc
-    except InvalidMessage as exc:
-        raise SettingsError(f"{path} is damaged ({exc}): correct it, or remove it and start `lacre up` on this state") from exc
-
-
-def _member(path: Path, name: str) -> Any:
-    try:
-        return _read_json(path)[name]
-    except KeyError:
-        raise SettingsError(f"{path} has no `{name}`: add it, or start `lacre up` on this state") from None
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)

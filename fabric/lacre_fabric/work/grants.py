@@ -7,12 +7,14 @@ resolve them. They change every hour (`lacre_gateway.auth.pseudonyms`).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.errors import Expired, InvalidMessage
+from lacre.errors import Expired, InvalidMessage, InvalidSignature
 from lacre.jose import jws
 from lacre.jose.formats import Format
 
@@ -57,9 +59,9 @@ class Grant:
         return jws.sign(self.members(), key, TYP)
 
     @classmethod
-    def verify(cls, token: str, key: bytes, now: float) -> Grant:
-        """key: the manifest's `gateway_key`. Raises InvalidMessage, InvalidSignature or Expired."""
-        members = GRANT.members(jws.verify(token, key, TYP))
+    def verify(cls, token: str, keys: Sequence[bytes], now: float) -> Grant:
+        """keys: the manifest's `gateway_keys`; one of them signed. Raises InvalidMessage, InvalidSignature or Expired."""
+        members = GRANT.members(_signed_by_one(token, keys))
         grant = cls(
             jti=members.text("jti"),
             iat=members.time("iat"),
@@ -77,6 +79,14 @@ class Grant:
         if now >= grant.exp or grant.iat > now + MAX_SKEW:
             raise Expired("the grant is expired or not valid yet: check the clocks of gateway and worker")
         return grant
+
+
+def _signed_by_one(token: str, keys: Sequence[bytes]) -> dict[str, Any]:
+    """Its members. Raises InvalidMessage or InvalidSignature."""
+    for key in keys[:-1]:
+        with suppress(InvalidSignature):
+            return jws.verify(token, key, TYP)
+    return jws.verify(token, keys[-1], TYP)
 
 
 def _pair(pseudonyms: tuple[str, ...]) -> tuple[str, str]:

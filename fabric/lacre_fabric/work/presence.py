@@ -18,6 +18,7 @@ from typing import Final
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.jose.formats import Format
+from lacre.jose.jws import b64u
 from lacre_fabric.work.contract import PRESENT_FOR, Capacity
 from lacre_fabric.work.model_counts import ModelCounts, ModelSums, parse_counts
 
@@ -62,6 +63,16 @@ class Presence:
         models = _texts(members, "models", MAX_MODELS, MAX_MODEL)
         counts = parse_counts(members, COUNTS, MAX_MODEL)
         return cls(models, _slots(members, "busy"), _slots(members, "free"), _room(members, models), counts)
+
+
+def receipts_by(key: str, receipt_key: bytes) -> str:
+    """Among the fingerprints: that this worker signs receipts of requests for `key` with this receipt key."""
+    return f"{key}+{b64u(receipt_key)}"
+
+
+def accepts_grants_of(gateway_key: bytes) -> str:
+    """Among the fingerprints: that this worker's manifest has this key of the gateways."""
+    return f"grants+{b64u(gateway_key)}"
 
 
 def keys_in(data: bytes) -> frozenset[str]:

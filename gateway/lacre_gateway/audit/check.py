@@ -63,10 +63,11 @@ class AuditResult:
 def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> AuditResult:
     """Verifies a log and those that continue it.
 
-    key: the gateway's, if it is known apart from the log. kept: checkpoints (signed notes) that were kept outside it. Raises
-    SettingsError if the folder is not a log or cannot be read.
+    key: the gateway's, if it is known apart from the log; if it was replaced, any of its keys. kept: checkpoints (signed notes)
+    that were kept outside it. Raises SettingsError if the folder is not a log or cannot be read.
     """
-    chain = _Chain(folder, own_key(folder) if key is None else key)
+    own_key(folder)  # or it is no log
+    chain = _Chain(folder, key)
     try:
         chain.run(kept)
     except Wrong as exc:
@@ -96,8 +97,9 @@ def check_receipt(proof: AuditProof, reader: LogReader) -> None:
 class _Chain:
     """All logs of a folder, the oldest first."""
 
-    def __init__(self, root: Path, key: bytes) -> None:
-        self._root, self._key = root, key
+    def __init__(self, root: Path, known: bytes | None) -> None:
+        self._root, self._known = root, known
+        self._key = b""  # of the log that is verified now
         self._story = Story()
         self._erased: Checkpoint | None = None  # the last checkpoint of the newest erased log
         self._last: Checkpoint | None = None
@@ -105,7 +107,7 @@ class _Chain:
 
     def run(self, kept: Sequence[bytes]) -> None:
         """Raises Wrong."""
-        anchors = [_verified(note, self._key, _KEPT) for note in kept]
+        anchors = [self._kept(note) for note in kept]
         number, note = 0, None
         while number < series.newest(self._root):
             number += 1
@@ -121,6 +123,25 @@ class _Chain:
         if anchors:
             raise Wrong(_KEPT, f"its origin is {anchors[0].origin}, and the log's is {self.result.origin}")
 
+    def _kept(self, note: bytes) -> Checkpoint:
+        """Of any of the logs."""
+        fault: Wrong | None = None
+        for number in range(1, series.newest(self._root) + 1):
+            if not (series.place(self._root, number) / KEY).exists():
+                continue
+            try:
+                return _verified(note, series.key_of(self._root, number, self._known), _KEPT)
+            except Wrong as exc:
+                fault = fault or exc
+        raise fault or Wrong(_KEPT, "there is no log")
+
+    def _turn_to(self, number: int) -> None:
+        """Takes the key of this log, which the log before must have named if it is another one."""
+        key, before = series.key_of(self._root, number, self._known), self._key
+        if number > 1 and key != before and self.result.erased < number - 1 and self._story.next_key != key:
+            raise Wrong(KEY, "it is not the key of the log before, which does not name it")
+        self._key = key
+
     def _log(self, number: int, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
         """Verifies one log, and returns its last checkpoint. Takes its anchors from the list."""
         folder, result = series.place(self._root, number), self.result
@@ -130,6 +151,7 @@ class _Chain:
             due = series.following(self._last.origin, number - 1)
             if self._story.ended != due:
                 raise Wrong("its first entry", f"the log before does not end with the event that {due} continues it")
+        self._turn_to(number)
         first = series.erased(folder)
         if first is not None:
             return self._past(folder, first, before, anchors)

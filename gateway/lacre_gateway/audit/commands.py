@@ -231,7 +231,8 @@ def audit_tail(
     from lacre_gateway.audit.feed import Cursor, read
     from lacre_gateway.audit.reader import LogReader
 
-    newest = LogReader(series.place(folder, series.newest(folder)), parse_key(key))
+    number = series.newest(folder)
+    newest = LogReader(series.place(folder, number), series.key_of(folder, number, parse_key(key)))
     start = Cursor(newest.checkpoint.origin, max(0, newest.size - lines))
     for entry in read(folder, parse_key(key), start, follow=follow):
         if entry is not None:

@@ -198,7 +198,8 @@ UNRECORDED: Final = "unrecorded"
 # target: whose public keys a newer manifest changed, as `pool/<name>`, `receipts/<name>` or `gateway`; count: its version
 KEYS_ROTATED: Final = "keys-rotated"
 MANIFEST: Final = "manifest"  # a newer manifest is in force; target: its document's digest, hex SHA-256; count: its version
-ROTATED: Final = "rotated"  # the last entry of a log that another one continues; target: the other one's origin
+# The last entry of a log that another one continues; target: the other one's origin; reason: its key, if that is a new one
+ROTATED: Final = "rotated"
 ERASED: Final = "erased"  # retention erased an old log; target: its origin; count: its entries
 INTERRUPTED: Final = "interrupted"
 

@@ -53,7 +53,7 @@ class Exporter:
         folder = series.place(root, number)
         if series.erased(folder) is not None:
             return
-        reader = LogReader(folder, key)
+        reader = LogReader(folder, series.key_of(root, number, key))
         for index, data in enumerate(reader.entries(max(0, start.index - _LOOK_BACK), start.index)):
             self.lines(PlacedEntry(start.origin, index, data))
 

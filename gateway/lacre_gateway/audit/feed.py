@@ -81,8 +81,9 @@ def place_of(root: Path, key: bytes | None, start: Cursor) -> tuple[int, int]:
     for number in range(1, series.newest(root) + 1):
         folder = series.place(root, number)
         with series.named(number):
-            note = series.remains(folder, key)
-            last = LogReader(folder, key).checkpoint if note is None else checkpoints.parse(note)
+            own = series.key_of(root, number, key)
+            note = series.remains(folder, own)
+            last = LogReader(folder, own).checkpoint if note is None else checkpoints.parse(note)
         if last.origin == start.origin:
             if note is not None and start.index < last.size:
                 raise _lost(last.origin, start.index, "remove the cursor to export all that is left")
@@ -125,11 +126,12 @@ class _Reading:
             raise Wrong(next(iter(self.unrecorded)), "it was erased, and no later log has recorded that")
 
     def _log(self, folder: Path) -> Iterator[PlacedEntry]:
-        note = series.remains(folder, self.key)
+        key = series.key_of(self.root, self.number, self.key)
+        note = series.remains(folder, key)
         if note is not None:
             self._pass(checkpoints.parse(note), note)
             return
-        reader = LogReader(folder, self.key)
+        reader = LogReader(folder, key)
         if reader.size < self.at:
             raise Wrong(CHECKPOINT, f"the log was rolled back: {self.at} entries were exported, and it has {reader.size}")
         try:
@@ -138,7 +140,7 @@ class _Reading:
                 self.at = index + 1
                 yield PlacedEntry(reader.checkpoint.origin, index, data)
         except Wrong:
-            note = series.remains(folder, self.key)
+            note = series.remains(folder, key)
             if note is None:
                 raise
             self._pass(checkpoints.parse(note), note)  # retention was faster

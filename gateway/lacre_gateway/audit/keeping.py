@@ -97,7 +97,7 @@ class Keeper:
             return True
         if keeping.rotate_days is None:
             return False
-        first = parse(LogReader(series.place(self._root, number), self._key).entry(0))
+        first = parse(self._reader(number).entry(0))
         return bool(self._clock() - first["time"] >= keeping.rotate_days * _DAY)
 
     def _due(self) -> list[int]:
@@ -108,20 +108,23 @@ class Keeper:
             folder = series.place(self._root, number)
             if (folder / series.PROOF).exists():
                 due.extend([number] if series.unfinished(folder) else [])
-            elif now - series.last_time(LogReader(folder, self._key)) >= (self._keeping.keep_days or 0) * _DAY:
+            elif now - series.last_time(self._reader(number)) >= (self._keeping.keep_days or 0) * _DAY:
                 due.append(number)
             else:
                 break
         return due
 
+    def _reader(self, number: int) -> LogReader:
+        return LogReader(series.place(self._root, number), series.key_of(self._root, number, self._key))
+
     async def _erase(self, number: int) -> None:
         folder = series.place(self._root, number)
         if not series.unfinished(folder):
-            reader = await asyncio.to_thread(LogReader, folder, self._key)
+            reader = await asyncio.to_thread(self._reader, number)
             origin, size = reader.checkpoint.origin, reader.size
             await self._recorded(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))
             self._log.info("audit log erased", origin=origin, entries=size)
-        await asyncio.to_thread(series.erase, folder, self._key)
+        await asyncio.to_thread(series.erase, folder, series.key_of(self._root, number, self._key))
 
     async def _recorded(self, event: Event) -> None:
         """Waits for the entry, on a full disk with the room in reserve."""

@@ -29,7 +29,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import LacreError, SettingsError
 from lacre.evidence.audit_proof import AuditProof
-from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
@@ -89,20 +88,22 @@ class AuditLog:
         key: Ed25519PrivateKey,
         origin: str,
         *,
+        others: Sequence[Ed25519PrivateKey] = (),
         log: Log,
         policy_set: str | None = None,
         clock: Callable[[], float] = time.time,
         observe: Callable[[float, int], None] = lambda _seconds, _entries: None,
         under_way: Callable[[], int] = lambda: 1,
     ) -> None:
-        """Raises SettingsError if the log cannot be opened, or does not hold. origin: for a new log.
+        """Raises SettingsError if the log cannot be opened, or does not hold. origin: for a new log. others: keys that may have
+        signed the log that is there.
 
         observe: gets each commit's seconds and entries (0 for a failed one), on the log's own thread. under_way: returns how
         many running requests a commit could wait for; called on the same thread.
         """
         self._observe = observe
         self._under_way = under_way
-        self._store = Store(folder, key, origin)
+        self._store = Store(folder, key, origin, others)
         self._log = log
         self._clock = clock
         self._policy_set = policy_set
@@ -112,7 +113,8 @@ class AuditLog:
         self._publish_at = 0.0
         self._publishing: Future[Publication] | None = None
         self._tiles = ThreadPoolExecutor(1, "audit-tiles")
-        self._rotation: tuple[str | None] | None = None  # who asked for one, while it is due
+        # While one is due: who asked for it, and the next log's key if it is another one
+        self._rotation: tuple[str | None, Ed25519PrivateKey | None] | None = None
         self.recorded_before = 0.0
         self.writable = True
         self._entries: deque[_Waiting] = deque()
@@ -123,11 +125,11 @@ class AuditLog:
         self._loop = asyncio.get_running_loop()
         try:
             try:
-                self._resume(folder, key)
+                self._resume(folder)
             except OSError as exc:
                 if exc.errno not in _FULL or not reserve.give_up(folder):
                     raise
-                self._resume(folder, key)
+                self._resume(folder)
         except (OSError, LacreError) as exc:
             self._store.close()
             reason = exc.strerror if isinstance(exc, OSError) else exc
@@ -172,9 +174,18 @@ class AuditLog:
         """Of the newest log. It changes when the log was rotated."""
         return self._store.origin
 
-    def rotate(self, actor: str | None = None) -> None:
-        """Makes the thread begin a new log soon, which continues this one. It tries again while the disk refuses."""
-        self._rotation = (actor,)
+    @property
+    def public(self) -> bytes:
+        """The key of the newest log."""
+        return self._store.public
+
+    def rotate(self, actor: str | None = None, key: Ed25519PrivateKey | None = None) -> None:
+        """Makes the thread begin a new log soon, which continues this one. It tries again while the disk refuses.
+
+        key: signs the new log; default: the present one.
+        """
+        due = self._rotation
+        self._rotation = (actor, key or (due[1] if due is not None else None))
         self._wake()
 
     async def close(self) -> None:
@@ -183,15 +194,15 @@ class AuditLog:
         self._wake()
         await asyncio.to_thread(self._thread.join, _CLOSE_LIMIT)
 
-    def _resume(self, folder: Path, key: Ed25519PrivateKey) -> None:
+    def _resume(self, folder: Path) -> None:
         """Finishes what the last process left unfinished, and begins."""
         now = round(self._clock(), 3)
         opening: list[Entry] = []
         if self._store.torn:
             opening.append(Event(time=now, event=kinds.RECOVERED, count=self._store.torn))
-        left = list(self._left_open(folder, key)) if self._store.size else []
+        left = list(self._left_open(folder)) if self._store.size else []
         if self._store.size:
-            self.recorded_before = series.last_time(LogReader(self._store.folder, raw_public_key(key)))
+            self.recorded_before = series.last_time(LogReader(self._store.folder, self._store.public))
         if self._store.ended:  # a crash came between the end of that log and the next one
             self._store.rotate(now, left)
         opening += [
@@ -206,11 +217,11 @@ class AuditLog:
             self._store.commit(encoded[at : at + MAX_GROUP])
         self._store.published(self._store.publication(()).write())
 
-    def _left_open(self, folder: Path, key: Ed25519PrivateKey) -> Iterator[str]:
+    def _left_open(self, folder: Path) -> Iterator[str]:
         """The requests whose intents have no outcome, starting from the last list of them on disk."""
         size, names = self._store.still_open()
         left = dict.fromkeys(names)
-        public = raw_public_key(key)
+        public = self._store.public
         if size:
             unread: Iterator[bytes] = LogReader(self._store.folder, public).entries(size)
         else:  # without that list, requests of an older log may still be open

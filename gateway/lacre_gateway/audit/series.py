@@ -4,6 +4,7 @@ Rules:
 - The last entry of a log that was rotated says so. The first entry of the next log holds the last checkpoint before it.
 - A new log appears whole, by one rename. After a crash before that, the next start makes it again.
 - The origin of the n-th log is `<origin of the first>/<n>`, because one origin has one tree.
+- If the gateway's key was replaced, the last entry of the old log names the key of the next one.
 - Of an erased log, its checkpoints remain, and the proof of its first entry, which links it to the log before.
 """
 
@@ -123,9 +124,20 @@ def was_erased(root: Path, origin: str) -> bool:
     return any(proof is not None and checkpoints.parse(proof.checkpoint).origin == origin for proof in proofs)
 
 
+def key_of(root: Path, number: int, known: bytes | None) -> bytes:
+    """The key of one log. known: of any log of these, or None: then each log's own counts, which `verify` links.
+
+    If no log names the known key, it is the key of all, so that none holds. Raises SettingsError.
+    """
+    folders = [place(root, each) for each in range(1, newest(root) + 1)]
+    if known is None or known in {own_key(folder) for folder in folders if (folder / KEY).exists()}:
+        return own_key(place(root, number))
+    return known
+
+
 def readers(root: Path, key: bytes | None) -> Iterator[LogReader]:
-    """Of each log that was not erased, the oldest first. Raises Wrong or SettingsError."""
-    return (LogReader(place(root, number), key) for number in kept(root))
+    """Of each log that was not erased, the oldest first. key: as `key_of`. Raises Wrong or SettingsError."""
+    return (LogReader(place(root, number), key_of(root, number, key)) for number in kept(root))
 
 
 def entries(root: Path, key: bytes | None = None) -> Iterator[bytes]:

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import filelock
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -32,14 +32,15 @@ from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.checkpoints import Checkpoint
-from lacre.jose.jws import raw_public_key
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks
 from lacre.runtime.json_objects import parse_object
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import journal, series, tiles
 from lacre_gateway.audit.entries import Event, LogLink, encode
 from lacre_gateway.audit.journal import Journal
-from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, Snapshot, Wrong, load
+from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, Snapshot, Wrong, load, own_key
+from lacre_gateway.audit.story import next_key
 
 LOCK: Final = "lock"
 
@@ -83,11 +84,13 @@ class Publication:
 class Store:
     """Not thread-safe. Methods raise OSError; even then the log on disk holds, and commits stay."""
 
-    def __init__(self, folder: Path, key: Ed25519PrivateKey, origin: str) -> None:
-        """Opens or creates the log; `origin` is for a new one. Raises SettingsError."""
+    def __init__(self, folder: Path, key: Ed25519PrivateKey, origin: str, others: Sequence[Ed25519PrivateKey] = ()) -> None:
+        """Opens or creates the log; `origin` is for a new one. others: may be the key of the log that is there. Raises
+        SettingsError.
+        """
         self._root = folder
         self._key = key
-        self._public = raw_public_key(key)
+        self._keys = {raw_public_key(each): each for each in (key, *others)}
         try:
             self._lock = _locked(folder)
         except OSError as exc:
@@ -105,29 +108,35 @@ class Store:
         """Takes the newest log; on an error, this object is as before. Raises OSError or SettingsError."""
         number = series.newest(self._root)
         folder = series.place(self._root, number)
+        key = self._keys.get(own_key(folder), self._key) if (folder / KEY).exists() else self._key
         snapshot = Snapshot.take(folder)
-        loaded, ended = self._load(snapshot)
+        loaded, last = self._load(snapshot, raw_public_key(key))
+        named = None if last is None else next_key(last)
+        following = key if named is None else self._keys.get(named)
+        if following is None:
+            raise SettingsError(f"audit: signing_key lacks the key with which the log in {folder} continues: restore it there")
+        self._key, self.public, self._next = key, raw_public_key(key), following
         if loaded.note:
             origin = checkpoints.parse(loaded.note).origin
         else:
-            verifier = checkpoints.verifier_key(origin, self._public) + "\n"
+            verifier = checkpoints.verifier_key(origin, self.public) + "\n"
             tiles.write_files(folder, [(KEY, verifier.encode())])
         noted = _last_noted(folder / HISTORY)
         self._journal = Journal(folder, loaded.whole)
-        self._number, self._folder, self.origin, self._noted, self.ended = number, folder, origin, noted, ended
+        self._number, self._folder, self.origin, self._noted, self.ended = number, folder, origin, noted, last is not None
         self._edge, self._note, self.torn = loaded.edge, loaded.note or b"", loaded.torn
         self._published = snapshot.size
-        self._identity = checkpoints.key_id(origin, self._public)
+        self._identity = checkpoints.key_id(origin, self.public)
         self._partials = set(snapshot.files)
 
-    def _load(self, snapshot: Snapshot) -> tuple[Loaded, bool]:
-        """The state of a log, and whether another log continues it."""
+    def _load(self, snapshot: Snapshot, public: bytes) -> tuple[Loaded, Mapping[str, Any] | None]:
+        """The state of a log, and its last entry if another log continues it."""
         folder = snapshot.folder
         try:
-            loaded = load(snapshot, self._public)
+            loaded = load(snapshot, public)
             if loaded.note is None and (folder / "tile").exists() and not snapshot.commits:
                 raise Wrong(CHECKPOINT, "it is missing")
-            return loaded, _ended(snapshot, loaded)
+            return loaded, _end(snapshot, loaded)
         except Wrong as exc:
             raise SettingsError(
                 f"audit: the log in {folder} does not hold, or has another key ({exc}): keep it for the auditor, "
@@ -192,20 +201,26 @@ class Store:
         """Of the log that is written now."""
         return self._folder
 
-    def rotate(self, now: float, still_open: Collection[str], actor: str | None = None) -> None:
+    def rotate(
+        self, now: float, still_open: Collection[str], actor: str | None = None, key: Ed25519PrivateKey | None = None
+    ) -> None:
         """Ends this log, and begins the one that continues it. Nothing may be under way in other threads.
 
-        still_open: the requests without an outcome. Raises OSError; then `ended` says whether this log takes entries, and
-        the call can be repeated.
+        still_open: the requests without an outcome. key: signs the next log; default: this one's. Raises OSError; then `ended`
+        says whether this log takes entries, and the call can be repeated.
         """
         following = series.following(self.origin, self._number)
         if not self.ended:
-            self.commit(encode(Event(time=now, event=kinds.ROTATED, actor=actor, target=following)))
+            self._next, named = self._key, None
+            if key is not None and raw_public_key(key) != self.public:
+                self._next, named = key, b64u(raw_public_key(key))
+                self._keys[raw_public_key(key)] = key
+            self.commit(encode(Event(time=now, event=kinds.ROTATED, actor=actor, target=following, reason=named)))
             self.ended = True
         self.published(self.publication(still_open).write())
         if series.newest(self._root) == self._number:
             link = LogLink(time=now, checkpoint=self._note.decode(), open=len(still_open))
-            series.begin(series.place(self._root, self._number + 1), following, self._key, link, tuple(still_open))
+            series.begin(series.place(self._root, self._number + 1), following, self._next, link, tuple(still_open))
         old, folder = self._journal, self._folder
         self._open(following)
         old.close()
@@ -240,17 +255,18 @@ def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes
         yield (first + at) // tiles.WIDTH, row[at : at + tiles.WIDTH]
 
 
-def _ended(snapshot: Snapshot, loaded: Loaded) -> bool:
-    """Whether the last entry says that another log continues this one. Raises Wrong."""
+def _end(snapshot: Snapshot, loaded: Loaded) -> Mapping[str, Any] | None:
+    """The last entry, if it says that another log continues this one. Raises Wrong."""
     size = loaded.edge.size
     if loaded.edge.entries:
         last = loaded.edge.entries[-1]
     elif size:
         last = snapshot.bundle(size // tiles.WIDTH - 1, tiles.WIDTH)[-1]
     else:
-        return False
+        return None
     try:
-        return parse_object(last, "it").get("event") == kinds.ROTATED
+        members = parse_object(last, "it")
+        return members if members.get("event") == kinds.ROTATED else None
     except InvalidMessage as exc:
         raise Wrong(f"entry {size - 1}", str(exc)) from exc
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lacre.errors import InvalidMessage
+from lacre.jose.jws import b64u_decode
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import Annex, Intent, LogLink, Outcome, parse_known
 
@@ -17,7 +19,7 @@ class Story:
 
     before: the last checkpoint of the log before; None if there is none here. complete: whether all entries of that log were
     read. strangers: how many requests of logs that are not here have no outcome yet. ended: the origin that continues the log.
-    erased: the logs that retention erased, each with its size.
+    erased: the logs that retention erased, each with its size. next_key: of the log that continues it, if it is another one.
     """
 
     open: dict[str, int] = field(default_factory=dict)
@@ -28,10 +30,11 @@ class Story:
     strangers: int = 0
     ended: str | None = None
     erased: dict[str, int] = field(default_factory=dict)
+    next_key: bytes | None = None
 
     def begin(self, before: bytes | None, *, complete: bool) -> None:
         """Before the first entry of each log."""
-        self.before, self.complete, self.ended = before, complete, None
+        self.before, self.complete, self.ended, self.next_key = before, complete, None, None
         if not complete:
             self.open.clear()
             self.strangers = 0
@@ -94,6 +97,12 @@ class Story:
         if event == kinds.STARTED and self.strangers:
             raise InvalidMessage(f"it is a start, but {self.strangers} requests of older logs have no outcome")
         if event == kinds.ROTATED:
-            self.ended = str(members["target"])
+            self.ended, self.next_key = str(members["target"]), next_key(members)
         elif event == kinds.ERASED:
             self.erased[str(members["target"])] = members["count"]
+
+
+def next_key(members: Mapping[str, Any]) -> bytes | None:
+    """The key of the next log, as the last entry of a log names it; None if the key stays. Raises InvalidMessage."""
+    named = members.get("reason")
+    return None if named is None else b64u_decode(str(named))

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -54,7 +54,11 @@ class Approver:
     def __init__(self, key: Ed25519PrivateKey | None, public: bytes | None = None) -> None:
         assert key is not None or public is not None  # noqa: S101 - a mistake of the program
         self._key = key
-        self._public = raw_public_key(key) if key is not None else public or b""
+        self._publics: tuple[bytes, ...] = (raw_public_key(key) if key is not None else public or b"",)
+
+    def use(self, key: Ed25519PrivateKey, publics: Sequence[bytes]) -> None:
+        """Signs with this key from now on, and accepts additions of all of these."""
+        self._key, self._publics = key, tuple(publics)
 
     def sign(self, budget: str, limit: Limit, number: str, amount: int) -> Addition:
         assert self._key is not None  # noqa: S101 - a mistake of the program
@@ -64,7 +68,8 @@ class Approver:
         """The check of this budget's additions."""
 
         def genuine(limit: Limit, number: str, addition: Addition) -> bool:
-            return _verified(self._public, _signed(budget, limit, number, addition.amount), addition.signature)
+            message = _signed(budget, limit, number, addition.amount)
+            return any(_verified(public, message, addition.signature) for public in self._publics)
 
         return genuine
 

@@ -111,15 +111,19 @@ def _plans(state: Path) -> Plans | None:
 def _approver(state: Path) -> Approver | None:
     """Checks additions by the key of the state folder's gateway; None without one: limits are then shown without additions."""
     from lacre.errors import SettingsError
-    from lacre_fabric.keys.secret_files import read_ed25519
+    from lacre.jose.jws import raw_public_key
+    from lacre_fabric.keys.secret_files import read_ed25519s
     from lacre_fabric.operate.site import Site
     from lacre_gateway.budget.additions import Approver
     from lacre_gateway.settings import load as load_settings
 
     try:
-        return Approver(read_ed25519(load_settings(Site.load(state).gateway_settings).signing_key))
+        keys = read_ed25519s(load_settings(Site.load(state).gateway_settings).signing_key)
     except SettingsError:
         return None
+    approver = Approver(keys[0])
+    approver.use(keys[0], [raw_public_key(key) for key in keys])
+    return approver
 
 
 async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, approver: Approver | None) -> list[Line]:

@@ -78,7 +78,7 @@ class Ledger:
         self._gateway = gateway
         self._log = log
         self._longest = longest
-        self._approver = approver
+        self.approver = approver
         self._clock = clock
         self._offset = 0.0
         self._draws: dict[str, Draw] = {}
@@ -287,7 +287,7 @@ class Ledger:
         """Every tenant, as `tenants.tenants`. Raises FabricUnavailable."""
         if self.bucket is None:
             raise FabricUnavailable("not connected to NATS")
-        return await tenants(self.bucket, self.plans, self._approver, self.now())
+        return await tenants(self.bucket, self.plans, self.approver, self.now())
 
     async def own_usage(self, who: Principal) -> list[OwnLimit]:
         """A caller's own limits and those of its tenant, as the fabric has them. Raises UnknownPlan or FabricUnavailable."""
@@ -358,7 +358,7 @@ class Ledger:
             if not draw.known:
                 await self._read(draw)
             now = self.now()
-            record, results = draw.changed(self._approver)
+            record, results = draw.changed(self.approver)
             proposal = account.leave(record, now) if leave else account.propose(record, self._calendar.at(now), needs, now)
             account.send(proposal)
             try:
@@ -386,7 +386,7 @@ class Ledger:
     def _record(self, key: str, entry: Entry, name: str) -> Record:
         own = parsed(entry.value) if entry.value else Record(name)
         current = windows_at(max(self.now(), entry.time))  # its time is the server's
-        return own.with_others(entry.others, current, self._approver.check(key))
+        return own.with_others(entry.others, current, self.approver.check(key))
 
     async def _put(self, draw: Draw, proposal: Proposal) -> None:
         """After any result but success, the record is read again before the next try."""

@@ -18,7 +18,7 @@ from lacre.jose.jws import raw_public_key
 from lacre.trust.chain import verify
 from lacre.trust.manifest import Manifest
 from lacre.trust.manifest_store import VersionFile
-from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.keys.secret_files import read_ed25519s
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.roles import Credential
@@ -100,12 +100,17 @@ def _remembered(settings: GatewaySettings, manifest: Manifest, findings: Finding
 
 def _signing_key(settings: GatewaySettings, manifest: Manifest, findings: Findings) -> None:
     try:
-        ours = raw_public_key(read_ed25519(settings.signing_key))
+        ours = set(map(raw_public_key, read_ed25519s(settings.signing_key)))
     except LacreError:
         findings.skipped("grants", "signing_key is needed first")
         return
-    if ours == manifest.gateway_key:
+    if manifest.gateway_key in ours:
         findings.ok("grants", "the manifest names the key that this gateway signs with")
+    elif ours & set(manifest.gateway_keys):
+        findings.warn(
+            "grants", "the manifest names a newer key than signing_key has; the old one still counts for some time",
+            "copy the publisher's gateway/grant.pem to signing_key",
+        )  # fmt: skip
     else:
         findings.failed(
             "grants", "the manifest names another key than signing_key, so workers will refuse every grant",

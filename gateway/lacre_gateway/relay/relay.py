@@ -213,13 +213,14 @@ async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, dec
 @dataclass(frozen=True, slots=True)
 class _Request:
     """A well-formed request whose pool can open it; not yet allowed. asked_tokens: the ceiling that the client sent, which in
-    `question` and `ceilings` may be lower.
+    `question` and `ceilings` may be lower. key_id: of the key that it is sealed to.
     """
 
     question: Question
     asked_tokens: int
     ceilings: Reservation
     pool: Pool
+    key_id: int
     request_id: str
     digest: bytes
 
@@ -275,7 +276,7 @@ class _Request:
         return Claim(
             request_id=self.request_id,
             pool=self.question.pool,
-            receipt_key=self.pool.receipt_key,
+            receipt_key=self.pool.receipt_key_of(self.key_id) or self.pool.receipt_key,
             enc=b64u(self.digest),
             reservation=self.ceilings,
             tokens=receipts,
@@ -323,6 +324,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
         asked_tokens=outer.max_tokens,
         ceilings=gateway.ceilings(outer, header, begun.size),
         pool=_pool(gateway, question, outer, header),
+        key_id=header.key_id,
         request_id=exchange.request_id,
         digest=header.digest,
     )

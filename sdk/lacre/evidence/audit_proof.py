@@ -5,7 +5,7 @@ check-receipt` checks it against the log, today or in a year.
 
 Rules:
 - The entry must say what the client itself sent and asked for, or the proof is useless to it: `of_answer` compares.
-- Verification needs only the bytes and the manifest's `gateway_key`.
+- Verification needs only the bytes and the manifest's `gateway_key`, or another of its `gateway_keys`.
 - It does not prove that every client sees the same log. That takes comparing checkpoints (docs/audit.md).
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -100,11 +100,11 @@ class AuditProof:
             raise InvalidMessage("the audit proof is not UTF-8") from exc
 
 
-def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditProof:
+def of_answer(header: str, keys: Sequence[bytes], expected: Mapping[str, object]) -> AuditProof:
     """The proof of one answer: made by the gateway, for an entry that says what the client sent.
 
-    header: its value; empty if there is none. key: the manifest's `gateway_key`. expected: members of the entry. Raises
-    InvalidAudit.
+    header: its value; empty if there is none. keys: the manifest's `gateway_keys`; one of them signed. expected: members of the
+    entry. Raises InvalidAudit.
     """
     if not header:
         raise InvalidAudit(
@@ -115,7 +115,7 @@ def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditP
         proof = AuditProof.parse_header(header)
     except LacreError as exc:
         raise InvalidAudit("the gateway's Lacre-Audit is malformed: tell its operator") from exc
-    proof.verify(key)
+    _verified(proof, keys)
     members = proof.members
     if "enc" in expected and members.get("enc") != expected["enc"]:
         raise _of_another(proof)
@@ -123,6 +123,23 @@ def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditP
         if members.get(name) != value:
             raise InvalidAudit(f"the gateway recorded another {name} than was sent: tell its operator, and keep the proof")
     return proof
+
+
+def _verified(proof: AuditProof, keys: Sequence[bytes]) -> None:
+    """Raises InvalidAudit, with what is wrong by the first key."""
+    try:
+        proof.verify(keys[0])
+    except InvalidAudit:
+        if not any(_holds(proof, key) for key in keys[1:]):
+            raise
+
+
+def _holds(proof: AuditProof, key: bytes) -> bool:
+    try:
+        proof.verify(key)
+    except InvalidAudit:
+        return False
+    return True
 
 
 def _of_another(proof: AuditProof) -> InvalidAudit:

@@ -346,12 +346,12 @@ class Sealing:
                 )
                 raise exc from None
             newest = self._taken()[0].manifest
-            if newest.gateway_key == call.manifest.gateway_key:
+            if newest.gateway_keys == call.manifest.gateway_keys:
                 raise
         return self._proof(outer, newest, sent)
 
     def _proof(self, outer: Outer, manifest: Manifest, sent: Mapping[str, object]) -> AuditProof:
-        return audit_proof.of_answer(outer.audit, manifest.gateway_key, {**sent, **outer.speaks_for})
+        return audit_proof.of_answer(outer.audit, manifest.gateway_keys, {**sent, **outer.speaks_for})
 
     def _is_stale(self) -> bool:
         with self._lock:
@@ -389,7 +389,7 @@ class Sealing:
             raise SettingsError(f"pool {name!r} does not accept the shape {self._shape!r}: choose one of {taken}")
         kept = self._keep_identifying_fields
         prepared = prepare(call.plain, pool.models, keep_identifying_fields=kept, routed=routed)
-        verify = self._verifier(pool, prepared, pin_of(self._pin_models, call.route.model, prepared.model))
+        verify = self._verifier(pool, key, prepared, pin_of(self._pin_models, call.route.model, prepared.model))
         said = (
             (outer.POOL, name),
             (outer.MODEL, prepared.model),
@@ -429,7 +429,9 @@ class Sealing:
             sent,
         )
 
-    def _verifier(self, pool: Pool, asked: Prepared, pin: str | None) -> Callable[[bytes, AnswerHead, Trailers], Receipt]:
+    def _verifier(
+        self, pool: Pool, key: PoolKey, asked: Prepared, pin: str | None
+    ) -> Callable[[bytes, AnswerHead, Trailers], Receipt]:
         """Makes the receipt of a whole answer, from the digest of the sealed request and what the answer said. It raises
         InvalidReceipt or WrongModel.
 
@@ -437,8 +439,10 @@ class Sealing:
         """
         digests = receipts.digests_of(asked.model, pool.models.get(asked.model, ModelEntry()), pin)
 
+        receipt_key = key.receipt_key or pool.receipt_key
+
         def verify(digest: bytes, head: AnswerHead, trailers: Trailers) -> Receipt:
-            receipt = receipts.of_answer(trailers, pool.receipt_key, digest, asked.max_tokens)
+            receipt = receipts.of_answer(trailers, receipt_key, digest, asked.max_tokens)
             ran = asked.action != "inspect" and head.status < 400  # an error may come from before the model
             receipts.check_model(receipt, asked.model, digests, ran=ran)
             return receipt

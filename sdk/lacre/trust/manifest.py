@@ -42,6 +42,7 @@ DESCRIPTION: Final = (
 _HEX: Final = re.compile("[0-9a-f]{64}")
 _MOST: Final = 2**31 - 1  # tokens: what an engine can count
 _WORD: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")  # a kind, a modality, or a format of tool calls
+_OTHER_KEYS: Final = 8  # of the gateway; a signature may be tried with each
 _MODALITIES: Final = 8  # of one model; there are text, image, audio, video and few more
 
 
@@ -82,10 +83,30 @@ def fingerprint(config: KeyConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PoolKey:
-    """A public key to seal to, and the time (seconds since the epoch) after which no client should."""
+    """A public key to seal to, and the time (seconds since the epoch) after which no client should.
+
+    receipt_key: signs the receipts of requests sealed to it; None: the pool's. They differ while a receipt key is replaced.
+    """
 
     config: KeyConfig
     not_after: float
+    receipt_key: bytes | None = None
+
+    def members(self) -> dict[str, Any]:
+        own = {} if self.receipt_key is None else {"receipt_key": b64u(self.receipt_key)}
+        return {"config": b64u(self.config.encode()), "not_after": self.not_after, **own}
+
+
+@dataclass(frozen=True, slots=True)
+class PastReceiptKey:
+    """A key that signed receipts until a time (seconds since the epoch). Kept receipts can still be checked with it."""
+
+    key: bytes
+    until: float
+
+    @classmethod
+    def parse(cls, members: Members) -> PastReceiptKey:
+        return cls(members.octets("key", KEY_BYTES), members.time("until"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,29 +201,37 @@ def is_digest(text: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Workers that share keys. models: by name; the first is the default. `keys`: the newest first, without those whose suite
-    this version does not know.
+    this version does not know. receipt_key: signs receipts, unless the key of the request names another. past_receipts: keys
+    that signed receipts before.
     """
 
     models: Mapping[str, ModelEntry]
     keys: tuple[PoolKey, ...]
     receipt_key: bytes
     shapes: tuple[str, ...]
+    past_receipts: tuple[PastReceiptKey, ...] = ()
+
+    def receipt_key_of(self, key_id: int) -> bytes | None:
+        """The key of the receipts of requests that are sealed to the key of this id. None if no such key is listed."""
+        return next((key.receipt_key or self.receipt_key for key in self.keys if key.config.key_id == key_id), None)
 
     def members(self) -> dict[str, Any]:
-        keys = [{"config": b64u(key.config.encode()), "not_after": key.not_after} for key in self.keys]
+        past = [{"key": b64u(one.key), "until": one.until} for one in self.past_receipts]
         return {
             "models": {name: model.members() for name, model in self.models.items()},
             "default_model": next(iter(self.models), None),  # a JSON object has no order (RFC 8259 section 4)
-            "keys": keys,
+            "keys": [key.members() for key in self.keys],
             "receipt_key": b64u(self.receipt_key),
             "shapes": list(self.shapes),
+            **({"past_receipts": past} if past else {}),
         }
 
     @classmethod
     def parse(cls, members: Members) -> Pool:
         keys = tuple(key for key in map(_parse_key, members.objects("keys")) if key is not None)
         receipt_key = members.octets("receipt_key", KEY_BYTES)
-        return cls(_parse_models(members), keys, receipt_key, members.texts("shapes"))
+        past = tuple(map(PastReceiptKey.parse, members.objects("past_receipts"))) if "past_receipts" in members else ()
+        return cls(_parse_models(members), keys, receipt_key, members.texts("shapes"), past)
 
 
 def _parse_models(members: Members) -> dict[str, ModelEntry]:
@@ -218,8 +247,9 @@ def _parse_models(members: Members) -> dict[str, ModelEntry]:
 
 def _parse_key(members: Members) -> PoolKey | None:
     encoded, not_after = members.octets("config"), members.time("not_after")
+    receipt_key = members.octets("receipt_key", KEY_BYTES) if "receipt_key" in members else None
     try:
-        return PoolKey(KeyConfig.parse(encoded), not_after)
+        return PoolKey(KeyConfig.parse(encoded), not_after, receipt_key)
     except UnsupportedSuite:
         return None  # a future suite beside ones that we know; a pool with no known key cannot be sealed to
 
@@ -229,7 +259,7 @@ class Manifest:
     """The signed description of every pool. Times are seconds since the epoch.
 
     gateway_key verifies grants and audit checkpoints, and certifies nothing else. routes: by the name that an application asks
-    for; clients without routes ignore them.
+    for; clients without routes ignore them. other_gateway_keys: also valid, while the gateway's key is replaced.
     """
 
     issuer: str
@@ -239,8 +269,15 @@ class Manifest:
     gateway_key: bytes
     pools: Mapping[str, Pool]
     routes: Mapping[str, ModelRoute] = field(default_factory=dict)
+    other_gateway_keys: tuple[bytes, ...] = ()
+
+    @property
+    def gateway_keys(self) -> tuple[bytes, ...]:
+        """All that verify grants and audit checkpoints; first the one that gateways sign with."""
+        return (self.gateway_key, *self.other_gateway_keys)
 
     def members(self) -> dict[str, Any]:
+        others = list(map(b64u, self.other_gateway_keys))
         routes = {name: route.members() for name, route in self.routes.items()}
         return {
             "iss": self.issuer,
@@ -250,6 +287,7 @@ class Manifest:
             "gateway_key": b64u(self.gateway_key),
             "pools": {name: pool.members() for name, pool in self.pools.items()},
             **({"routes": routes} if routes else {}),
+            **({"other_gateway_keys": others} if others else {}),
         }
 
     @classmethod
@@ -264,7 +302,15 @@ class Manifest:
             gateway_key=members.octets("gateway_key", KEY_BYTES),
             pools={name: Pool.parse(pool) for name, pool in members.named_objects("pools").items()},
             routes=routes_of(members.named_objects("routes")) if "routes" in members else {},
+            other_gateway_keys=_parse_others(members) if "other_gateway_keys" in members else (),
         )
+
+
+def _parse_others(members: Members) -> tuple[bytes, ...]:
+    texts = members.texts("other_gateway_keys")
+    if len(texts) > _OTHER_KEYS:
+        raise InvalidMessage(f"the manifest must have {_OTHER_KEYS} other_gateway_keys at most")
+    return tuple(Members({"key": text}, "other_gateway_keys").octets("key", KEY_BYTES) for text in texts)
 
 
 @dataclass(frozen=True, slots=True)

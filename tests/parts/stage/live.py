@@ -240,7 +240,7 @@ async def connected_node(
     await feed.start()
     try:
         receipt_key = read_ed25519(site.receipt_file(pool))
-        identity = Identity(pool, lambda: keys.keys, receipt_key, lambda: feed.manifest)
+        identity = Identity(pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, receipt_keys=lambda: keys.receipt_keys)
         yield Node(fabric, app, identity, counts=counts)
     finally:
         await feed.close()
