@@ -5,6 +5,7 @@ Rules
 - What it needs in Python is in NAME.lock of its folder, compiled by tools/lock.sh from NAME.in. `environment("NAME")` makes
   it, outside the clone, when a test asks: what does not run costs nothing.
 - PyTorch goes into no lock file. `environment_with_torch("NAME")` installs it into the suite's own environment, which is kept.
+- `projector` alone runs in `.venv`, where `make test-heavy` puts llama-cpp-python with mtmd in place of the one without.
 - What is not there is a failure, and no reason to skip: CI must not pass without having looked.
 """
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.projector import mtmd
+from lacre_backend.engine.projector import ProjectorFile, mtmd
+from lacre_backend.settings import ModelSettings
 from parts.tiny_model import N_EMBD, write_gguf
 
 SIDE, PATCH = 32, 8  # pixels
@@ -30,8 +31,8 @@ def has_mtmd() -> bool:
 
 
 def picture(colour: Any, size: tuple[int, int] = (50, 40), kind: str = "PNG", **options: Any) -> bytes:
-    """A file of one colour. Skips the test without Pillow."""
-    image = pytest.importorskip("PIL.Image", reason="`make projector` installs Pillow")
+    """A file of one colour. Needs Pillow, which `make projector` installs."""
+    image = import_module("PIL.Image")
     written = io.BytesIO()
     mode = "RGBA" if isinstance(colour, tuple) and len(colour) == 4 else "RGB"
     image.new(mode, size, colour).save(written, kind, **options)
@@ -75,3 +76,12 @@ def tiny_projector(
     for norm in ("v.blk.0.ln1", "v.blk.0.ln2", "v.pre_ln"):
         made |= {f"{norm}.weight": np.ones(_WIDTH), f"{norm}.bias": np.zeros(_WIDTH)}
     return write_gguf(path, own | dict(more), made | dict(tensors))
+
+
+def file_at(path: Path) -> ProjectorFile:
+    return ProjectorFile(path, "sha256:1", path)
+
+
+def projecting(base: Path, projector: Path, **more: Any) -> ModelSettings:
+    """The settings of a model that reads images."""
+    return ModelSettings(path=base, name="tiny", projector=projector, context=512, threads=1, slots=1, **more)

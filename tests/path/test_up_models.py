@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ import lacre
 from lacre.client import fetch_manifest
 from lacre.jose.jws import b64u
 from lacre_backend.engine.adapters import adapted_digest
-from lacre_backend.engine.projector import projected_digest
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import find
 from lacre_backend.workshop.sealing import seal_model
 from lacre_fabric.operate.nats_server import free_port
 from parts.tiny_model import tiny_lora, tiny_model
-from parts.tiny_projector import TOKENS, has_mtmd, picture, tiny_projector
+from parts.tiny_projector import has_mtmd, tiny_projector
 from parts.up import Up, run
 
 
@@ -183,25 +181,6 @@ def test_a_projector_that_cannot_be_served_leaves_no_state(made: Made) -> None:
         done = run("up", "--state", str(state), "--port", "0", *arguments, state=state)
         assert (done.returncode, told in done.stderr) == (1, True), done.stderr
         assert [path.name for path in state.iterdir()] in ([], ["lock"])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not has_mtmd(), reason="this llama-cpp-python has no mtmd: `make projector` installs one")
-def test_a_projector_is_named_and_kept(made: Made) -> None:
-    """In the manifest by the digest of both files, with what the model reads. A restart needs no option."""
-    model, projector = made / "m.gguf", tiny_projector(made / "mmproj.gguf")
-    both = projected_digest(find(model).digest, find(projector).digest)
-    image = base64.b64encode(picture("red")).decode()
-    shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
-    for arguments in (("--model", str(model), "--projector", str(projector)), ()):
-        with Up.start(made / "state", *arguments) as up, up.client(pin_models={"m": both}) as client:
-            entry = fetch_manifest(up.url).pools["default"].models["m"]
-            assert (entry.digests, entry.modalities) == ((both,), ("text", "image"))
-            plain = client.chat("Hi.", max_tokens=4, temperature=0)
-            seen = client.chat(
-                [{"role": "user", "content": [shown, {"type": "text", "text": "Hi."}]}], max_tokens=4, temperature=0
-            )
-            assert seen.usage.prompt == plain.usage.prompt + TOKENS
 
 
 def test_adapters_that_cannot_be_served(made: Made) -> None:
