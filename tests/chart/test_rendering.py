@@ -136,6 +136,7 @@ MISTAKES = {
         "networkPolicy.webhooks[0].ipBlock.cidr=10.0.0.0/24",
         "gateway.alerts: /etc/lacre/issuers/b.pem is in no certificate",
     ),
+    "a level of logs that nobody knows": ("gateway.logLevel=debug", "/gateway/logLevel"),
     "logs of no day": ("gateway.audit.logs.rotate_days=0", "/audit/logs/rotate_days"),
     "a route to no pool": (
         "routes.a.pools[0].pool=none,routes.a.pools[0].model=smollm2-135m",

@@ -73,6 +73,7 @@ def test_everything_of_gateway_toml_can_be_said() -> None:
     assert (settings.limits.queue_limit, settings.limits.requests_in_flight) == (20.0, 512)
     assert settings.models["smollm2-135m"].context == 2048
     assert settings.listen.trusted_proxies == ("10.0.0.7",)
+    assert settings.log_level == "warning"
     assert settings.tracing is not None
     assert settings.tracing.sample == 0.1
 
