@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import unquote
 
 import httpx2
 
@@ -224,6 +225,10 @@ async def _forward(request: Request) -> Response:
     passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers} | _UNBUFFERED | _served(answer)
     if (request.method, path, answer.status_code) == ("GET", _MODELS, 200):
         return Response(_with_routes(await answer.aread(), await client.models()), 200, passed)
+    named = unquote(path.removeprefix(f"{_MODELS}/"))
+    if (request.method, answer.status_code) == ("GET", 404) and named in await client.models():
+        await answer.aclose()
+        return JSONResponse(_route_named(named), 200, passed | {"content-type": "application/json"})
     return StreamingResponse(_pieces(answer, path), answer.status_code, passed)
 
 
@@ -239,8 +244,13 @@ def _with_routes(content: bytes, names: Sequence[str]) -> bytes:
     if not isinstance(data, list):
         return content
     known = {model.get("id") for model in data if isinstance(model, dict)}
-    more = [{"id": name, "object": "model", "created": 0, "owned_by": "lacre"} for name in names if name not in known]
+    more = [_route_named(name) for name in names if name not in known]
     return json.dumps({**listed, "data": [*data, *more]}).encode() if more else content
+
+
+def _route_named(name: str) -> dict[str, Any]:
+    """As a worker describes one of its models."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "lacre"}
 
 
 def _passed_on(request: Request) -> list[tuple[str, str]]:

@@ -63,7 +63,7 @@ export class Client {
         return { ...totals, ...ways[0], attempts };
       } catch (error) {
         if (error instanceof ProblemError && AWAY.has(error.type) && ways.length > 1) {
-          ways.shift(); // it did not run, so the next pool of the route may have it (section 2)
+          ways.shift(); // it did not run, so the next pool of the route may have it (section 3)
           continue;
         }
         if (!(error instanceof ProblemError || error instanceof ApiError) || !once.delete(error.type)) throw error;

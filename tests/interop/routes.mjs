@@ -1,4 +1,4 @@
-/** Which pools a model's name leads to (section 2 of wire.md): what the manifest says, and the order for one call. */
+/** Which pools a model's name leads to (section 3 of wire.md): what the manifest says, and the order for one call. */
 
 import { randomInt } from "node:crypto";
 

@@ -74,6 +74,15 @@ def test_routes_are_published_kept_and_removed(own: Up, tmp_path: Path) -> None:
     wait_until(lambda: "routes" not in manifest(own))
 
 
+@pytest.mark.slow
+def test_up_does_not_start_with_routes_that_lead_nowhere(tmp_path: Path) -> None:
+    (routes := tmp_path / "routes.toml").write_text('[[routes.assistant.pools]]\npool = "elsewhere"\n')
+    refused = run("up", "--state", str(tmp_path / "state"), "--port", "0", "--routes", str(routes))
+    assert refused.returncode == 1 and "no pool 'elsewhere': there are default" in refused.stderr.replace("\n", " ")
+    assert not (tmp_path / "state" / "site.json").exists()
+
+
+@pytest.mark.slow
 def test_a_manifest_that_names_another_file(own: Up, tmp_path: Path) -> None:
     """The worker does not serve until the publisher takes that back."""
     (report := tmp_path / "other.json").write_text(json.dumps({"digest": "sha256:" + "0" * 64}))

@@ -144,7 +144,9 @@ async def test_programs_see_the_routes_in_the_list_of_models(relay: Relay) -> No
     async with connect_async(relay) as client, caller(client) as program:
         listed = await openai.AsyncOpenAI(http_client=program, base_url="http://proxy/v1", api_key=DOOR.key).models.list()
         assert [model.id for model in listed.data] == ["tiny", "assistant", "halves"]
-        assert (await program.get("models/tiny")).json()["id"] == "tiny"
+        for name in ("tiny", "assistant"):
+            assert (await program.get(f"models/{name}")).json()["id"] == name
+        assert (await program.get("models/none")).status_code == 404
     relay.routes, relay.version = {}, 2
     async with connect_async(relay) as client, caller(client) as program:
         plain = (await program.get("models")).content

@@ -110,10 +110,10 @@ async def running(
         stack.enter_context(_only_one(state))
         served = served_models.chosen(Site(state, {}).worker_settings(POOL), models, signers, adapters, projector)
         site = _site(state, served)
+        routed = None if routes is None else model_routes.read(routes, site.pools)
         port = _free(port)
         if not as_shipped:
             served = replace(served, default=await _default(served, tell))
-        routed = None if routes is None else model_routes.read(routes, site.pools)
         if kms is not None:
             site.check_kms(kms)
         named = await _read_models(site, served, site.kms if kms is None else kms)
