@@ -226,11 +226,14 @@ class GatewayLimits(Table):
 
 
 class AuditKeeping(Table):
-    """How long audit logs grow, and how long old ones stay. None: for ever. keep_days: from a log's last entry on."""
+    """How long audit logs grow, and how long old ones stay. None: for ever.
+
+    keep_days: from a log's last entry on; 0: until another log continues it.
+    """
 
     rotate_days: PositiveInt | None = None
     rotate_entries: Annotated[int, Field(ge=1000)] | None = None  # a log for less would cost more than its entries
-    keep_days: PositiveInt | None = None
+    keep_days: Annotated[int, Field(ge=0)] | None = None
 
 
 class ModelLimits(Table):

@@ -122,15 +122,8 @@ class Keeper:
         if not series.unfinished(folder):
             reader = await asyncio.to_thread(self._reader, number)
             origin, size = reader.checkpoint.origin, reader.size
-            await self._recorded(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))
+            recorded = self._audit.append(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))
+            await asyncio.to_thread(reserve.give_up, self._root)  # after the entry: no other one may take the room first
+            await recorded
             self._log.info("audit log erased", origin=origin, entries=size)
         await asyncio.to_thread(series.erase, folder, series.key_of(self._root, number, self._key))
-
-    async def _recorded(self, event: Event) -> None:
-        """Waits for the entry, on a full disk with the room in reserve."""
-        recorded = self._audit.append(event)
-        while not recorded.done():
-            await asyncio.wait([recorded], timeout=_TRY)
-            if not self._audit.writable:
-                await asyncio.to_thread(reserve.give_up, self._root)
-        await recorded

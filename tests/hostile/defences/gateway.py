@@ -68,4 +68,11 @@ MUTATIONS: Final = Mutation.of(
      "return value.isprintable() or not any(map(_is_unreadable, value))", "return True"),
     ("issuers: no_tenant", "a token names its tenant", "lacre_gateway.auth.issuers:trusted",
      "default_tenant=issuer.default_tenant", ""),
+    # audit logs
+    ("records: link", "a log begins with the end of the one before", "lacre_gateway.audit.story:Story._link",
+     "if self.before is not None and checkpoint.encode() != self.before:"),
+    ("records: erased_log", "an erasure is recorded", "lacre_gateway.audit.check:_Chain.run",
+     "if self._erased is not None and self._story.erased.get(self._erased.origin) != self._erased.size:"),
+    ("records: skipping_export", "an export skips only recorded erasures", "lacre_gateway.audit.feed:_Reading.rest",
+     "if self.unrecorded:"),
 )  # fmt: skip

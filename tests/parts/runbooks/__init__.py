@@ -37,7 +37,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def _programs(folder: Path) -> AsyncIterator[Stage]:
+async def programs(folder: Path) -> AsyncIterator[Stage]:
+    """Those of `examples/site`, with which a session makes its own deployment."""
     for program in (_ROOT / "examples" / "site").iterdir():
         (folder / program.name).symlink_to(program)
     yield Stage()
@@ -45,7 +46,7 @@ async def _programs(folder: Path) -> AsyncIterator[Stage]:
 
 def stage_of(name: str) -> Callable[[Path], AbstractAsyncContextManager[Stage]]:
     if name not in STAGES:
-        return _programs
+        return programs
     module = importlib.import_module(f"parts.runbooks.{name.replace('-', '_')}")
     staged: Callable[[Path], AbstractAsyncContextManager[Stage]] = module.staged
     return staged
