@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Final
 
 from lacre.runtime.private_files import sync_folder
 
 NAME: Final = "reserve"
+_SPARE: Final = 8  # times the reserve: on a fuller disk, it would take the room that the log needs next
 _BYTES: Final = 128 * 1024  # some commits of some entries each, the tiles over them, and the remains of an erased log
 
 
 def hold(root: Path) -> None:
-    """Makes the file beside the first log, if there is room and none yet. Raises OSError, but not for a full disk."""
+    """Makes the file beside the first log, if there is room to spare and none yet. Raises OSError, but not for a full disk."""
     path, beside = root / NAME, root / f".{NAME}.new"
-    if path.exists():
+    if path.exists() or shutil.disk_usage(root).free < _SPARE * _BYTES:
         return
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
