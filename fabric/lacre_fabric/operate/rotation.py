@@ -139,8 +139,8 @@ async def rotate(
     have, lacking = await await_holders(connection, pool, staged.configs, wait, receipt_key)
     if lacking and changes:
         raise NotTakenUp(
-            f"not every worker of pool {pool} loaded the new receipt key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
-            f"check that they are of this version and read {site.keys_folder(pool)} or a copy of it, and try again"
+            f"not every worker of pool {pool} loaded the new receipt key within {wait:.0f} s ({', '.join(sorted(lacking))}). "
+            f"Check that they are of this version and read {site.keys_folder(pool)} or a copy of it, and try again"
         )
     if lacking and not have:
         raise NotTakenUp(
