@@ -144,8 +144,9 @@ class Gateway:
             await self.tracer.close()
 
     def choose_key(self, manifest: Manifest) -> None:
-        """Signs with the key that the manifest names, if this gateway has it. Otherwise keeps the present one, which the manifest
-        may still accept.
+        """Signs with the key that the manifest names, if this gateway has it.
+
+        Otherwise it keeps the present one, which the manifest may still accept.
         """
         due = next((key for key in self.keys if raw_public_key(key) == manifest.gateway_key), None)
         self.budgets.approver.use(due or self.key, manifest.gateway_keys)
