@@ -17,6 +17,7 @@ from lacre_gateway.settings import Listen
 from parts.fake_worker import FakeWorker
 from parts.issuer import Issuer
 from parts.stage import Stage
+from parts.waiting import PATIENCE, until
 
 REASONED = (401, 403, 429, 503)  # of an operator's questions: why was I refused?
 PutUp = Callable[..., Awaitable[Stage]]
@@ -73,8 +74,8 @@ async def served(
     with bind(settings) as listener:
         server = make_server(app, settings, context)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.started or serving.done(), PATIENCE)
+        assert server.started, serving.exception()
         try:
             yield server, listener.getsockname()[1]
         finally:

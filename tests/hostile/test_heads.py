@@ -30,7 +30,7 @@ from lacre_gateway.settings import Listen
 from parts.issuer import Issuer
 from parts.keys import MODEL
 from parts.stage import Stage
-from parts.waiting import until
+from parts.waiting import PATIENCE, until
 
 OUTER_HEADERS = {
     "content-type": MEDIA_TYPE_REQUEST, "lacre-pool": "default", "lacre-model": MODEL, "lacre-action": "chat",
@@ -81,10 +81,10 @@ async def opened(
 ) -> AsyncIterator[Port]:
     settings = Listen(port=0, drain=1, header_timeout=HEAD_TIMEOUT, **listen)  # type: ignore[arg-type]
     with bind(settings) as listener:
-        server = make_server(app or honest.app, settings, context)
+        server = make_server(app or honest.app, settings, None if context is None else lambda: context)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.started or serving.done(), PATIENCE)
+        assert server.started, serving.exception()
         port = Port(server, listener.getsockname()[1])
         try:
             yield port
