@@ -56,7 +56,7 @@ async def test_both_orders_of_a_rolling_upgrade_and_back(tmp_path: Path, old: Ve
             assert shown["pools"].keys() == {"default"}
         await site.stop_gateways()
         logs = {version.name: [audit(version, site.audit_of(name)) for name in GATEWAYS] for version in (old, new)}
-    assert logs["old"] == logs["new"]
+    assert logs["old"] == [{name: log[name] for name in before} for before, log in zip(logs["old"], logs["new"], strict=True)]
     assert all(log["ok"] for log in logs["new"])
     assert sum(log["requests"] for log in logs["new"]) >= sum(whole.values())
 
