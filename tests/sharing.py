@@ -17,6 +17,10 @@ from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 LONGEST: Final = (
+    "tests/docs/test_runbooks.py",
+    "tests/upgrade/test_rolling.py",
+    "tests/path/test_routed_cluster.py",
+    "tests/path/test_pool_under_load.py",
     "tests/path/test_resume.py",
     "tests/path/test_resume_calls.py",
     "tests/ecosystem/test_pythons.py",
@@ -42,7 +46,7 @@ LONGEST: Final = (
     "tests/hostile/test_credentials.py",
     "tests/sdk/test_surroundings.py",
 )
-SPLIT: Final = ("tests/hostile/test_mutations.py",)
+SPLIT: Final = ("tests/hostile/test_mutations.py", "tests/docs/test_runbooks.py")
 PARTS: Final = 16  # of a split file
 ALONE: Final = ("tests/chaos/test_chaos.py", "tests/hostile/test_running_site.py")
 
