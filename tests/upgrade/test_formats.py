@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], dict[str, Any]]
     ),
     "manifest": (as_members(Manifest.parse), trust.manifest().members()),
     "remembered manifest": (of_memory, {}),  # made in the test
-    "grant": (signed(lambda token: Grant.verify(token, PUBLIC, NOW), grants.TYP), GRANTED.members()),
+    "grant": (signed(lambda token: Grant.verify(token, [PUBLIC], NOW), grants.TYP), GRANTED.members()),
     "receipt": (
         signed(lambda token: Receipt.verify(token, PUBLIC), receipts.TYP),
         Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True).members(),

@@ -437,7 +437,13 @@ MUTATIONS: Final = Mutation.of(
         "lacre.evidence.audit_proof:of_answer",
         "if members.get(name) != value:",
     ),
-    ("records: key", "an audit proof is by the gateway's key", "lacre.evidence.audit_proof:of_answer", "proof.verify(key)", ""),
+    (
+        "records: key",
+        "an audit proof is by the gateway's key",
+        "lacre.evidence.audit_proof:of_answer",
+        "_verified(proof, keys)",
+        "",
+    ),
     (
         "records: name",
         "an audit entry names the token's subject",
