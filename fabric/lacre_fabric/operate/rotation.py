@@ -161,7 +161,7 @@ def _check_time(what: str, seconds: float) -> None:
         raise SettingsError(f"{what} must be between 0 and {MAX_TIME / DAY:.0f} days")
 
 
-def _staged(site: Site, pool: str, *, receipts: bool) -> Generation:
+def _staged(site: Site, pool: str, *, receipts: bool = False) -> Generation:
     """The staged generation of an earlier try, or a new one with a key for each KEM of the current one. receipts: with a new
     receipt key.
     """
