@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import SettingsError
+from lacre.evidence import checkpoints
 from lacre.jose.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
@@ -19,12 +20,13 @@ from lacre_gateway.audit import feed, series
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.log import AuditLog
-from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
 from parts.auditing import KEY, ORIGIN, PUBLIC, intent, outcome
 from parts.waiting import until
 
 NEW = Ed25519PrivateKey.from_private_bytes(b"n" * 32)
+THIEF = Ed25519PrivateKey.from_private_bytes(b"t" * 32)
 NEW_PUBLIC = raw_public_key(NEW)
 STRANGER = raw_public_key(Ed25519PrivateKey.from_private_bytes(b"s" * 32))
 
@@ -85,6 +87,47 @@ def test_a_key_that_the_log_before_does_not_name(tmp_path: Path, own: bytes) -> 
     series.begin(log / "log-2", f"{ORIGIN}/2", NEW, LogLink(time=2.0, checkpoint=note, open=0), ())
     wrong = verify(log, own).wrong
     assert wrong is not None and "does not name it" in str(wrong)
+    with pytest.raises(Wrong, match=r"log-2/key: .* does not name it"):
+        list(feed.read(log, own))
+    with pytest.raises(Wrong, match="does not name it"):
+        list(series.entries(log, own))
+
+
+def continued_by_a_thief(log: Path) -> None:
+    """Whoever writes to the disk, without any key of the gateway, replaces what follows an erased log."""
+    end = (log / "checkpoint").read_text()
+    origin = LogReader(log / "log-2").checkpoint.origin
+    shutil.rmtree(log / "log-2")
+    series.begin(log / "log-2", origin, THIEF, LogLink(time=2.0, checkpoint=end, open=0), ())
+    store = Store(log, THIEF, ORIGIN)
+    store.commit(encode(Event(time=3.0, event=kinds.ERASED, target=ORIGIN, count=checkpoints.parse(end.encode()).size)))
+    store.published(store.publication(()).write())
+    store.close()
+
+
+def test_a_strange_key_after_an_erased_log(logs: Path) -> None:
+    series.erase(logs, PUBLIC)
+    continued_by_a_thief(logs)
+    wrong = verify(logs, PUBLIC).wrong
+    assert wrong is not None and wrong.place == "log-2/key"
+    with pytest.raises(Wrong, match=r"log-2/key"):
+        list(feed.read(logs, PUBLIC))
+    assert verify(logs, NEW_PUBLIC).wrong is not None
+
+
+def test_a_key_that_an_erased_log_named(tmp_path: Path) -> None:
+    """With the newest key all of it verifies. The oldest one leads nowhere any more."""
+    asyncio.run(replaced(tmp_path / "audit"))
+    log = tmp_path / "audit"
+    store = Store(log, NEW, ORIGIN)
+    store.commit(encode(Event(time=3.0, event=kinds.ERASED, target=ORIGIN, count=LogReader(log).size)))
+    store.published(store.publication(()).write())
+    store.close()
+    series.erase(log, PUBLIC)
+    assert verify(log, NEW_PUBLIC).wrong is None and verify(log).wrong is None
+    assert len([entry for entry in feed.read(log, NEW_PUBLIC) if entry is not None]) == LogReader(log / "log-2").size
+    wrong = verify(log, PUBLIC).wrong
+    assert wrong is not None and wrong.place == "log-2/key"
 
 
 def test_a_crash_before_the_next_log(logs: Path) -> None:

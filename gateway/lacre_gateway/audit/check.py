@@ -138,8 +138,10 @@ class _Chain:
     def _turn_to(self, number: int) -> None:
         """Takes the key of this log, which the log before must have named if it is another one."""
         key, before = series.key_of(self._root, number, self._known), self._key
-        if number > 1 and key != before and self.result.erased < number - 1 and self._story.next_key != key:
-            raise Wrong(KEY, "it is not the key of the log before, which does not name it")
+        erased = self.result.erased == number - 1  # then its last entry, which would name the key, is gone
+        named = series.leads_to(self._root, number, self._known) if erased else self._story.next_key == key
+        if number > 1 and key != before and not named:
+            raise Wrong(KEY, series.NOT_NAMED)
         self._key = key
 
     def _log(self, number: int, before: bytes | None, anchors: list[Checkpoint]) -> bytes:

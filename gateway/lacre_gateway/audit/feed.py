@@ -81,7 +81,7 @@ def place_of(root: Path, key: bytes | None, start: Cursor) -> tuple[int, int]:
     for number in range(1, series.newest(root) + 1):
         folder = series.place(root, number)
         with series.named(number):
-            own = series.key_of(root, number, key)
+            own = series.vouched_key(root, number, key)
             note = series.remains(folder, own)
             last = LogReader(folder, own).checkpoint if note is None else checkpoints.parse(note)
         if last.origin == start.origin:
@@ -126,7 +126,7 @@ class _Reading:
             raise Wrong(next(iter(self.unrecorded)), "it was erased, and no later log has recorded that")
 
     def _log(self, folder: Path) -> Iterator[PlacedEntry]:
-        key = series.key_of(self.root, self.number, self.key)
+        key = series.vouched_key(self.root, self.number, self.key)
         note = series.remains(folder, key)
         if note is not None:
             self._pass(checkpoints.parse(note), note)

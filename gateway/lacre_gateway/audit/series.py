@@ -30,6 +30,7 @@ from lacre.runtime.private_files import replace, sync_folder
 from lacre_gateway.audit import journal, tiles
 from lacre_gateway.audit.entries import LogLink, encode, parse
 from lacre_gateway.audit.reader import CHECKPOINT, KEY, OPEN, LogReader, Wrong, own_key, read_file
+from lacre_gateway.audit.story import next_key
 
 ASKED: Final = "rotate"  # a file beside the first log: someone asks for a rotation
 PROOF: Final = "erased"  # in an erased log: the proof of its first entry
@@ -38,6 +39,7 @@ _UNFINISHED: Final = ".log-next"
 _REMAINS: Final = ".erasing"
 _PATIENCE: Final = 30.0  # seconds that `lacre audit rotate` waits for the gateway
 _TRY: Final = 0.1  # seconds between two looks for the new log
+NOT_NAMED: Final = "it is not the key of the log before, which does not name it"
 _MAX_PROOF: Final = 256 * 1024  # bytes; an entry has at most 64 KiB, in base64
 
 
@@ -135,9 +137,34 @@ def key_of(root: Path, number: int, known: bytes | None) -> bytes:
     return known
 
 
+def vouched_key(root: Path, number: int, known: bytes | None) -> bytes:
+    """As `key_of`, if each change of key up to this log was named. Raises Wrong or SettingsError."""
+    for at in range(2, number + 1):
+        before, own = key_of(root, at - 1, known), key_of(root, at, known)
+        if own != before and not (
+            leads_to(root, at, known) if _was_erased(root, at - 1) else _names(root, at - 1, before, own)
+        ):
+            raise Wrong(KEY, NOT_NAMED)
+    return key_of(root, number, known)
+
+
+def leads_to(root: Path, number: int, known: bytes | None) -> bool:
+    """Whether this log or a later one has the known key: then its links vouch for those before, whatever named their keys."""
+    return known is None or any(own_key(place(root, at)) == known for at in range(number, newest(root) + 1))
+
+
+def _was_erased(root: Path, number: int) -> bool:
+    return (place(root, number) / PROOF).exists()
+
+
+def _names(root: Path, number: int, key: bytes, following: bytes) -> bool:
+    reader = LogReader(place(root, number), key)
+    return next_key(parse(reader.entry(reader.size - 1))) == following
+
+
 def readers(root: Path, key: bytes | None) -> Iterator[LogReader]:
-    """Of each log that was not erased, the oldest first. key: as `key_of`. Raises Wrong or SettingsError."""
-    return (LogReader(place(root, number), key_of(root, number, key)) for number in kept(root))
+    """Of each log that was not erased, the oldest first. key: as `vouched_key`. Raises Wrong or SettingsError."""
+    return (LogReader(place(root, number), vouched_key(root, number, key)) for number in kept(root))
 
 
 def entries(root: Path, key: bytes | None = None) -> Iterator[bytes]:
