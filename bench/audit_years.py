@@ -57,9 +57,10 @@ def entries_of(number: int) -> Iterator[bytes]:
 
 @contextmanager
 def step(name: str, told: Callable[[], str] = lambda: "") -> Iterator[None]:
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
     yield
-    print(f"{name:<42}{time.perf_counter() - began:>10.3f} s  {told()}", flush=True)
+    wall, cpu = time.perf_counter() - began, time.process_time() - computed
+    print(f"{name:<42}{wall:>10.3f} s  {cpu:>8.3f} s of CPU  {told()}", flush=True)
 
 
 def size_of(folder: Path) -> str:
