@@ -149,7 +149,7 @@ def vouched_key(root: Path, number: int, known: bytes | None) -> bytes:
 
 
 def leads_to(root: Path, number: int, known: bytes | None) -> bool:
-    """Whether this log or a later one has the known key: then its links vouch for those before, whatever named their keys."""
+    """Whether this log or a later one has the known key: then its links vouch for those before, whose keys need no name."""
     return known is None or any(own_key(place(root, at)) == known for at in range(number, newest(root) + 1))
 
 
