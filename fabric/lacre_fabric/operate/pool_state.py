@@ -90,9 +90,9 @@ async def observe(
         listening = [await connection.client.subscribe(subjects.presence(pool, "*", "*"), cb=heard.hear) for pool in names]
     try:
         deadline = time.monotonic() + seconds
-        queued = {pool: await _queued(connection, pool, regions) for pool in names}
         while time.monotonic() < deadline:
             await asyncio.sleep(_LOOK)
+        queued = {pool: await _queued(connection, pool, regions) for pool in names}
     finally:
         for subscription in listening:
             with suppress(nats.errors.Error):  # a lost connection has no subscriptions
