@@ -43,7 +43,7 @@ LOAD_WAIT: Final = 30.0  # seconds for the workers to load a new key, or to drop
 MAX_TIME: Final = 366 * DAY
 LOOK: Final = 1.0  # seconds between checks for due work
 LOOK_FOR_QUEUES: Final = 10.0  # seconds between checks of the queues, which take several calls
-AGAIN: Final = 30.0  # seconds from a failure to the next try
+AGAIN: Final = 30.0  # seconds from a failure to the next try, after several in a row
 
 log = structlog.get_logger("lacre.upkeep")
 
@@ -299,10 +299,13 @@ KEPT_UP: Final = tasks.Restart("each round checks again what is due, and every s
 async def upkeep(
     site: Site, connection: Connection, schedule: Schedule, *, again: float = AGAIN, provisioning: bool = False
 ) -> None:
-    """Runs `tend` forever. After a failure it retries in `again` seconds: the fabric may come back, or a disk may get space.
+    """Runs `tend` forever. After failures it retries in 1, 2, 4, … and at most `again` seconds.
+
+    The fabric may come back, a disk may get space, and a cluster that has just started chooses its leaders.
 
     provisioning: also recreates missing queues, for a NATS server that does not restart together with this process.
     """
+    pause = 1.0
     while True:
         failures, site = Failures(), known_pools.current(site)
         if provisioning:
@@ -312,6 +315,8 @@ async def upkeep(
         with suppress(LacreError, OSError):  # `tend` has logged the failure
             await tend(site, connection, schedule)
             if not failures.errors:
+                pause = 1.0
                 await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
                 continue
-        await asyncio.sleep(again)
+        await asyncio.sleep(min(pause, again))
+        pause = min(2 * pause, again)
