@@ -293,6 +293,24 @@ async def test_a_state_of_lacre_up_is_refused(tmp_path: Path) -> None:
         await pools.add(site, "legal", ["large"], FILES)
 
 
+async def test_a_command_that_stays_is_ended_with_its_children(tmp_path: Path) -> None:
+    """A child that is left holds the pipe, and may still write files when the next try has begun."""
+    files = AccountFiles(apply=f"sleep 60 & echo $! > {tmp_path}/child; wait", apply_limit=1.0)
+    async with asyncio.timeout(20):
+        with pytest.raises(SettingsError, match="--apply: the command did not end within 1 s"):
+            await files.applied()
+    child = int((tmp_path / "child").read_text())
+    await until(lambda: not _runs(child))
+
+
+def _runs(process: int) -> bool:
+    """Whether it is there, and not merely unread by its parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_files_alone(tmp_path: Path) -> None:
     bundles_of_one_pool(tmp_path)
     for _ in range(2):

@@ -13,11 +13,14 @@ to reload can be restarted instead, one at a time.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 from lacre.errors import LacreError, SettingsError
@@ -48,12 +51,14 @@ class AccountFiles:
     """Where the accounts are written for the NATS servers, and how they get there.
 
     named: files that the servers include, or that `apply` brings to them. apply: a shell command to run after each writing.
+    It has no terminal, and must end within `apply_limit` seconds.
     Without `named`, it is the bundle of NATS if there is one, or else `accounts.json` in the state folder.
     """
 
     named: tuple[Path, ...] = ()
     apply: str | None = None
     wait: float = WAIT
+    apply_limit: float = APPLY_LIMIT
 
     def paths(self, site: Site) -> tuple[Path, ...]:
         if self.named:
@@ -78,21 +83,24 @@ class AccountFiles:
         """Runs the operator's command. Raises SettingsError if it fails."""
         if self.apply is None:
             return
-        process = await asyncio.create_subprocess_shell(
-            self.apply, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        )
-        try:
-            async with asyncio.timeout(APPLY_LIMIT):
-                output, _ = await process.communicate()
-        except TimeoutError as exc:
-            raise SettingsError(f"--apply: the command did not end within {APPLY_LIMIT:.0f} s") from exc
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode:
-            said = output.decode(errors="replace").strip()[-_MAX_OUTPUT:]
-            raise SettingsError(f"--apply: the command ended with {process.returncode}: {said}")
+        with TemporaryFile() as output:  # no pipe: a child that stays would hold it open
+            process = await asyncio.create_subprocess_shell(
+                self.apply, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+            try:
+                async with asyncio.timeout(self.apply_limit):
+                    await process.wait()
+            except TimeoutError as exc:
+                raise SettingsError(f"--apply: the command did not end within {self.apply_limit:.0f} s") from exc
+            finally:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):  # it has just ended
+                        os.killpg(process.pid, signal.SIGKILL)  # with its children
+                    await process.wait()
+            if process.returncode:
+                output.seek(0)
+                said = output.read().decode(errors="replace").strip()[-_MAX_OUTPUT:]
+                raise SettingsError(f"--apply: the command ended with {process.returncode}: {said}")
 
 
 async def teach(steps: Sequence[tuple[Site, Collection[str]]], files: AccountFiles) -> None:
