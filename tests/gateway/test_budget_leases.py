@@ -129,3 +129,13 @@ def test_an_addition_that_cannot_be_read_spoils_its_part_alone(amount: object) -
     bad = json.dumps({"v": 1, "name": "x", "kinds": {}, "added": {kind.value: {"1": {"b": [amount, "x"]}}}}).encode()
     assert record.with_others([bad], {kind: 1}, GENUINE).added_to(kind, 1) == 10
     assert not GENUINE((kind, 1), "b", Addition(1, "not base64url!"))
+
+
+def test_an_addition_to_an_unknown_limit_spoils_nothing() -> None:
+    """A newer gateway may add to limits of further kinds: its draws still count."""
+    kind = LimitKind.TOKENS_PER_DAY
+    record, _ = raised(Account("key", "name", "g1", LONGEST), None, 10, "a")
+    drawn = {kind.value: {"1": {"settled": 7, "shares": {}}}, "pictures_per_day": {"1": {"of": "another shape"}}}
+    newer = {"v": 1, "name": "x", "kinds": drawn, "added": {"pictures_per_day": {"a week": {"b": 1}}}}
+    read = Record("name").with_others([record.encode(), json.dumps(newer).encode()], {kind: 1}, GENUINE)
+    assert (read.used(kind, 1), read.added_to(kind, 1)) == (7, 10)

@@ -97,10 +97,11 @@ def encode(additions: Additions) -> dict[str, dict[str, dict[str, list[int | str
 
 
 def parse(found: Mapping[str, Mapping[str, Mapping[str, tuple[int, str]]]]) -> Additions:
-    """Raises ValueError, TypeError, KeyError or AttributeError."""
+    """Skips limits of unknown kinds. Raises ValueError, TypeError, KeyError or AttributeError."""
     return {
         (LimitKind(kind), int(window)): {name: _addition(*values) for name, values in kept.items()}
         for kind, windows in found.items()
+        if kind in frozenset(LimitKind)  # a newer gateway may have limits of further kinds
         for window, kept in windows.items()
     }
 
