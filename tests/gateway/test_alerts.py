@@ -9,6 +9,7 @@ import hmac
 import io
 import json
 import ssl
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -117,6 +118,15 @@ async def test_an_event_is_signed_as_the_specification_says(tmp_path: Path) -> N
     content = f"{fields['webhook-id']}.{fields['webhook-timestamp']}.".encode() + body
     due = [base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode() for key in (KEY, OLD)]
     assert fields["webhook-signature"].split(" ") == [f"v1,{each}" for each in due]
+
+
+def test_a_client_that_cannot_be_made_shows_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address may hold a secret, and this error is printed."""
+    monkeypatch.setenv("HTTPS_PROXY", "socks9://x")
+    settings = Webhook(url="https://hooks.example/s3cret", secret=written(tmp_path, KEY))
+    with pytest.raises(SettingsError, match=r"^alerts: .*correct SSL_CERT_FILE, SSL_CERT_DIR and the \*_PROXY") as caught:
+        WebhookSender(settings, structlog.get_logger())
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_known_signature() -> None:

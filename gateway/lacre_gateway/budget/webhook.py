@@ -48,6 +48,7 @@ _PREFIX: Final = "whsec_"
 _SECRET_BYTES: Final = range(24, 65)  # of the specification
 _MAX_SECRETS: Final = 2  # the new one and, while receivers change, the old one
 _REMEDY: Final = "Make one: printf 'whsec_%s' \"$(openssl rand -base64 32)\" > FILE; chmod 600 FILE"
+_NO_CLIENT: Final = "correct SSL_CERT_FILE, SSL_CERT_DIR and the *_PROXY variables"
 _GONE: Final = 410  # the receiver wants no more of it
 _IDS: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no full stop, which separates the signed parts
 
@@ -128,8 +129,8 @@ class WebhookSender:
         context = None if settings.ca is None else trusting(settings.ca, "alerts.ca")
         try:
             self._client = make_client(self._url, context)
-        except FetchFailed as exc:
-            raise SettingsError(f"alerts: {exc}") from exc
+        except FetchFailed:  # its text has the address
+            raise SettingsError(f"alerts: no client for the webhook: {_NO_CLIENT}") from None
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
         self._task: asyncio.Task[object] | None = None
