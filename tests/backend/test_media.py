@@ -33,9 +33,9 @@ def png(width: int = 2, height: int = 3) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def jpeg(width: int, height: int, *, before: bytes = b"\xff\xe0\x00\x04ab") -> bytes:
+def jpeg(width: int, height: int, *, before: bytes = b"\xff\xe0\x00\x04ab", scans: int = 1) -> bytes:
     frame = b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\x01\x11\x00"
-    return b"\xff\xd8" + before + frame + b"\xff\xda\x00\x02\xff\xd9"
+    return b"\xff\xd8" + before + frame + b"\xff\xda\x00\x02" * scans + b"\xff\xd9"
 
 
 def gif(width: int, height: int) -> bytes:
@@ -134,9 +134,13 @@ async def test_a_model_of_texts_takes_no_audio(app: App, path: str, format: str,
     assert "The model `echo` takes no audio" in error["message"]
 
 
-@pytest.mark.parametrize(
-    "data", [png(7, 5), jpeg(7, 5), jpeg(7, 5, before=b""), gif(7, 5), lossy(7, 5), lossless(7, 5), extended(7, 5)]
-)
+WHOLE: Final = (
+    png(7, 5), jpeg(7, 5), jpeg(7, 5, before=b""), jpeg(7, 5, before=b"\xff" * 99), jpeg(7, 5, scans=100), gif(7, 5),
+    lossy(7, 5), lossless(7, 5), extended(7, 5),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("data", WHOLE, ids=range(len(WHOLE)))
 def test_every_format_is_read(data: bytes) -> None:
     kinds = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
     kind = next(name for first, name in kinds.items() if data.startswith(first))
@@ -194,6 +198,9 @@ BROKEN: Final = {
     "no width": (url(png(0, 5)), "head is broken"),
     "a jpeg without a frame": (url(b"\xff\xd8\xff\xda\0\2\xff\xd9", "image/jpeg"), "head is broken"),
     "a jpeg of fillers": (url(b"\xff\xd8" + b"\xff" * 5000, "image/jpeg"), "head is broken"),
+    "a jpeg of fillers before a whole one": (url(jpeg(7, 5, before=b"\xff" * 70_000), "image/jpeg"), "head is broken"),
+    "a jpeg of empty segments": (url(jpeg(7, 5, before=b"\xff\xe0\0\2" * 70_000), "image/jpeg"), "head is broken"),
+    "a jpeg of many scans": (url(jpeg(7, 5, scans=101), "image/jpeg"), "more than 100 scans"),
 }
 
 

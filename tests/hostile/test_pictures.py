@@ -31,8 +31,14 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
 
 
-def shown(data: bytes) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}}
+def shown(data: bytes, kind: str = "png") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def scanned(scans: int) -> dict[str, Any]:
+    """A progressive JPEG of 28 x 28 pixels: its head, and so many scans."""
+    head = b"\xff\xd8\xff\xc2" + struct.pack(">HBHHB", 11, 8, 28, 28, 1) + b"\1\x11\0"
+    return shown(head + b"\xff\xda\0\x08\1\1\0\1\x3f\0\0" * scans + b"\xff\xd9", "jpeg")
 
 
 def heard() -> dict[str, Any]:
@@ -83,6 +89,8 @@ test_too_many = told("have the worker decode any number of small pictures", "a r
     "array_above_max_length", [SMALL] * (MAX_MEDIA + 1), max_prompt_tokens=100_000)  # fmt: skip
 test_cut_off = told("send a picture whose head alone is right", "a picture that cannot be decoded is the caller's error",
     "invalid_image", [shown(png(28, 28)[:40]), LOOK], most=1)  # fmt: skip
+test_many_scans = told("send a picture of many near-empty scans, each of which costs a pass over all of it",
+    "a photo's scans are counted before anything is decoded", "invalid_image", [scanned(200_000), LOOK])  # fmt: skip
 _TWICE: Final = "{% for m in messages %}{{ m.content }}{% if 'again' in m.content %}{{ m.content }}{% endif %}{% endfor %}"
 test_twice = told("have the template show a picture twice, or not at all", "a template shows each picture once, in order",
     "unsupported_value", [SMALL, {"type": "text", "text": "again"}], template=_TWICE)  # fmt: skip

@@ -20,11 +20,13 @@ from typing import Any, ClassVar, Final, Literal
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.parsed import Echoed, validated
+from lacre_backend.engine.pictures import MAX_SCANS, has_many_scans
 
 MAX_MEDIA: Final = 16  # in one request: each costs a model hundreds of tokens
 MAX_BYTES: Final = 5 * 2**20  # of one, decoded: a sealed request of 7 MiB has room for no more in base64
 MAX_PIXELS: Final = 2**24  # of a picture: a decoder takes four bytes for each, so 64 MiB
 MAX_SIDE: Final = 2**14  # pixels: decoders multiply both sides
+_MAX_MARKS: Final = 2**14  # of a JPEG, fillers too, before its size: photos have some tens, and all requests wait meanwhile
 _MAX_URL_HEAD: Final = 256  # characters of a data URL before its data
 _DATA: Final = re.compile(r"data:([a-z0-9.+-]+/[a-z0-9.+-]+)(?:;[a-z0-9.+-]+=[a-z0-9.+-]+)*;base64,", re.IGNORECASE)
 # Types that say the same as another
@@ -202,6 +204,8 @@ def _media(kind: MediaKind, media_type: str, data: str, param: str, at: str) -> 
         raise _invalid(kind, f"its first bytes are those of {found}, not of the type that it is said to have", param)
     if kind == "image":
         _check_size(_SIZES[found](content), param)
+        if found == _JPEG and has_many_scans(content):
+            raise _invalid("image", f"it has more than {MAX_SCANS} scans", param)
     return Media(kind, found, content, at)
 
 
@@ -247,7 +251,9 @@ def _gif_size(data: bytes) -> tuple[int, int] | None:
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Segments up to the frame's head (ITU T.81, B.2.2): each a mark, and a length that counts itself."""
     at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    for _ in range(_MAX_MARKS):
+        if at + 9 > len(data) or data[at] != 0xFF:
+            return None
         mark = data[at + 1]
         if mark == 0xFF:  # a filler
             at += 1

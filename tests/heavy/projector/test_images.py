@@ -113,6 +113,17 @@ def test_a_huge_picture_is_refused_before_it_is_decoded() -> None:
         decoded(picture("red", (4100, 4100), compress_level=1))
 
 
+def test_a_photo_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    """Each scan costs a pass over the whole picture, and takes a dozen bytes."""
+    photo = picture("red", kind="JPEG", progressive=True)
+    last = photo.rindex(b"\xff\xda")
+    assert 1 < photo.count(b"\xff\xda") < 20, "a real one has few"
+    repeated = photo[last:-2] * 100 + photo[-2:]
+    assert decoded(photo).width == 50
+    with pytest.raises(ImageRefused, match="more than 100 scans"):
+        decoded(photo[:last] + repeated)
+
+
 @pytest.mark.parametrize("size", [(201, 1), (1, 201), (16384, 80)])
 def test_a_line_is_no_picture(size: tuple[int, int]) -> None:
     with pytest.raises(ImageRefused, match="200 times"):
