@@ -160,6 +160,15 @@ def last_words() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def of_command(level: int = logging.WARNING) -> None:
+    """For every command that does not say otherwise: our loggers write from this level up, and to stderr."""
+    structlog.configure(
+        processors=list(PROCESSORS),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),  # what is stderr when the line is written
+    )
+
+
 def only_errors() -> None:
     """For a command that reports what it finds: our loggers write only errors, and to stderr. The data goes to stdout."""
     structlog.configure(

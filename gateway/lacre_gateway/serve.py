@@ -69,7 +69,11 @@ def serve(settings: GatewaySettings, read: Callable[[], GatewaySettings]) -> Non
     level = Level(settings.log_level)
     logging.config.dictConfig(standard_logging("ext://sys.stderr"))
     # For the fabric's own loggers; the gateway's belongs to the app.
-    structlog.configure(processors=[level, *PROCESSORS], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(
+        processors=[level, *PROCESSORS],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),  # above it, `level` decides
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(tasks.run(_run(settings, read, level)))
 

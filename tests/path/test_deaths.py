@@ -134,8 +134,9 @@ async def test_a_signer(site: EchoStage, tmp_path: Path) -> None:
     try:
         signer.until(lambda: signer.works({"upkeep", "floods"}))
         assert signer.register() == {"upkeep": True, "floods": True}
-        signer.kill("upkeep", until=lambda: "background work starts again: upkeep" in signer.said())
-        assert "Doom" in signer.said()
+        signer.kill("upkeep", until=lambda: lines(signer, "background work starts again", "upkeep"))
+        (death,) = lines(signer, "background work starts again", "upkeep")
+        assert "Doom" in str(death["traceback"])
         assert not signer.ended()
     finally:
         signer.stop()

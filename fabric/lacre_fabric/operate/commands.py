@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre.cli import manifest_app
+from lacre.cli import beginnings, manifest_app
 from lacre.cli.output import AsJson, say_table
 from lacre_fabric.operate.key_commands import date, keys_app
 from lacre_fabric.operate.pool_commands import pool_app
@@ -36,6 +36,8 @@ def register(app: typer.Typer) -> None:
     """Adds the commands if the packages that they need are installed."""
     if find_spec("nats") is None or find_spec("pydantic") is None:
         return
+    if _begin not in beginnings:
+        beginnings.append(_begin)
     app.add_typer(token_app)
     for group in (keys_app, signer_app, root_app, fabric_app, pool_app, state_app):
         app.add_typer(group)
@@ -43,6 +45,12 @@ def register(app: typer.Typer) -> None:
     if find_spec("fastapi") is not None and find_spec("llama_cpp") is not None:
         app.command()(up)
         app.command()(demo)
+
+
+def _begin() -> None:
+    from lacre_fabric import logs
+
+    logs.of_command()
 
 
 @token_app.command("issue")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
@@ -178,11 +180,16 @@ def keys_tend(
     """Do what is due: create a pool key, destroy an old one, sign a new manifest, recreate lost queues. Run it hourly from cron
     if you do not use `lacre up`.
     """
+    from lacre_fabric import logs
     from lacre_fabric.operate import behind, floods
     from lacre_fabric.operate.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
     from lacre_fabric.operate.stores import provision_site
     from lacre_fabric.operate.up import until_signalled
 
+    if stay:
+        logs.configure(sys.stderr)
+    else:
+        logs.of_command(logging.INFO)  # nobody watches a timer's command: its log tells of each rotation
     site = site_of(state)
     schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
 

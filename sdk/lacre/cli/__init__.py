@@ -11,8 +11,9 @@ Open `ask.py` first: the smallest command. `output.py` prints, and `surroundings
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 from lacre._version import __version__
 
@@ -26,7 +27,7 @@ try:
 except ModuleNotFoundError as exc:
     raise SystemExit("the lacre command needs an extra: pip install 'lacre[cli]'") from exc
 
-__all__ = ["app", "main", "manifest_app"]
+__all__ = ["app", "beginnings", "main", "manifest_app"]
 
 GROUP = "lacre.commands"
 
@@ -38,6 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+# What other packages do before each command that is theirs, or may be: they set up their log.
+beginnings: Final[list[Callable[[], None]]] = []
+
 app.command()(chat.chat)
 app.command()(ask.ask)
 app.command()(explain.explain)
@@ -46,7 +50,8 @@ app.command()(usage.usage)
 app.command()(proxy.proxy)
 app.command()(login.login)
 app.command()(login.logout)
-app.add_typer(manifest.manifest_app)
+_OWN: Final = frozenset({"chat", "ask", "explain", "status", "usage", "proxy", "login", "logout"})
+app.add_typer(manifest.manifest_app)  # to which another package adds
 
 
 def _version(wanted: bool) -> None:
@@ -57,9 +62,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 - its callback reads it
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Options of the command itself."""
+    for begin in () if context.invoked_subcommand in _OWN else beginnings:
+        begin()
 
 
 def main() -> NoReturn:
