@@ -6,7 +6,8 @@ import json
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass
+import tarfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,38 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Cluster:
-    """What the printed commands would do to one. secrets: their entries' files. done: every step, in its order."""
+    """What the printed commands would do to one.
+
+    secrets: their entries' files. done: every step, in its order. archived: the files in the archive that the signer's Secret took;
+    mode: the archive's.
+    """
 
     secrets: dict[str, dict[str, Path]]
     done: list[str]
+    archived: list[str] = field(default_factory=list)
+    mode: int = 0
 
     @classmethod
     def after(cls, printed: str) -> Cluster:
         cluster = cls({}, [])
         for line in printed.splitlines():
             words = shlex.split(line.partition(" | ")[0], comments=True)
-            if words[:1] == ["tar"]:
-                subprocess.run(words, check=True)
-                cluster.done.append("tar")
+            if "tar -cf" in line or words[:1] == ["rm"]:
+                subprocess.run(["sh", "-c", f"umask 022; {line}"], check=True)
+                cluster.done.append("rm" if words[0] == "rm" else "tar")
             elif words[3:6] == ["create", "secret", "generic"]:
                 cluster.secrets[words[6]] = cluster._entries(words[7:])
+                cluster._look(cluster.secrets[words[6]].get("state.tar"))
                 cluster.done.append(words[6])
             elif words[:1] in (["kubectl"], ["helm"]):
                 cluster.done.append(" ".join(word for word in words if word not in ("-n", "lacre")))
         return cluster
+
+    def _look(self, archive: Path | None) -> None:
+        if archive is not None:
+            with tarfile.open(archive) as opened:
+                self.archived = [each.name for each in opened if each.isfile()]
+            self.mode = archive.stat().st_mode & 0o777
 
     @staticmethod
     def _entries(options: list[str]) -> dict[str, Path]:
@@ -82,6 +96,7 @@ def worker(chart: Rendered, pool: str) -> tuple[set[str], set[str]]:
 
 def test_the_printed_commands_fit_the_chart(site: Path) -> None:
     add = ("pool", "add", "--offline", "--state", str(site))
+    (site / "state.tar").touch(0o644)  # as earlier versions left it
     legal = Cluster.after(lacre(*add, "legal", "--model", "large"))
     vllm = Cluster.after(lacre(*add, "vllm", "--model", "qwen", "--upstream", "http://127.0.0.1:8000"))
     assert legal.done == [
@@ -92,6 +107,7 @@ def test_the_printed_commands_fit_the_chart(site: Path) -> None:
         "lacre-pool-legal-keys",
         "tar",
         "lacre-signer",
+        "rm",
         f"helm upgrade deploy/helm/lacre -f {site}/chart/pools.yaml -f mine.yaml --wait",
     ]
     assert {path.name for path in legal.secrets["lacre-pool-legal-keys"].values()} == {"1.key", "2.key"}
@@ -103,11 +119,12 @@ def test_the_printed_commands_fit_the_chart(site: Path) -> None:
         mounted, named = worker(chart, pool)
         assert {f"lacre-pool-{pool}", f"lacre-pool-{pool}-keys"} <= mounted
         assert cluster.secrets[f"lacre-pool-{pool}"].keys() == named
-        assert all(path.exists() for entries in cluster.secrets.values() for path in entries.values())
-    listed = subprocess.run(["tar", "-tf", str(site / "state.tar")], check=True, capture_output=True, text=True).stdout
-    assert {name.split("/")[0] for name in listed.split()} == {name.split("/")[0] for name in ARCHIVED}
-    assert "pools/vllm/receipt.pem" in listed
-    assert "root.pem" not in listed
+        assert all(path.exists() for entries in cluster.secrets.values() for path in entries.values() if path.suffix != ".tar")
+        assert cluster.mode == 0o600
+    assert {name.split("/")[0] for name in vllm.archived} == {name.split("/")[0] for name in ARCHIVED}
+    assert "pools/vllm/receipt.pem" in vllm.archived
+    assert "root.pem" not in vllm.archived
+    assert not (site / "state.tar").exists()
 
 
 def test_the_way_back(site: Path) -> None:

@@ -51,6 +51,21 @@ def test_what_was_set_for_a_model_stays(site: Site) -> None:
     assert tables(site) == [{"name": "large", "path": "/models/other.gguf"}], "another file is another model"
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, None])
+def test_others_have_no_way_into_the_folder(tmp_path: Path, mode: int | None) -> None:
+    """Also if somebody made it before, with a plain `mkdir`."""
+    folder = tmp_path / "state"
+    if mode is not None:
+        folder.mkdir()
+        folder.chmod(mode)
+    before = os.umask(0)
+    try:
+        Site(folder, {"default": ("small",)}).create()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("content", ["models = 1", "pool = 'default'"])
 def test_a_file_of_another_shape_is_not_overwritten(site: Site, content: str) -> None:
     path = site.worker_settings("default")

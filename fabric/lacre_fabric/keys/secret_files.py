@@ -33,6 +33,20 @@ def write_secret(path: Path, content: bytes | bytearray) -> None:
     private_files.replace(path, content, discard=destroy)
 
 
+def private_folder(folder: Path) -> None:
+    """Makes the folder, or takes an existing one away from group and others. Raises SettingsError if that is not permitted.
+
+    A folder of another owner, such as a mounted volume, may be open to a group.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_mode & (0o077 if status.st_uid == os.geteuid() else 0o007):
+        try:
+            folder.chmod(0o700)
+        except OSError as exc:
+            raise SettingsError(f"others can read {folder}: its owner must close it with chmod o-rwx") from exc
+
+
 def read_secret(path: Path, remedy: str = _REMEDY) -> bytearray:
     """remedy: what to do about a file that cannot be read. Raises SettingsError if it is missing, or readable by group or
     others.

@@ -46,13 +46,11 @@ def _kept(before: object, pool: str) -> object:
 def added(site: Site, pool: str, accounts: Path) -> list[str]:
     """The commands for a new pool: the servers know it before the manifest names it."""
     keys, credential = site.keys_folder(pool), site.credential_file(worker_of(pool, site.regions[0]))
-    archive = site.folder / "state.tar"
     return [
         *_to_servers(accounts),
         _secret(f"lacre-pool-{pool}", **{"receipt.pem": site.receipt_file(pool), "nats.json": credential}),
         f"{_create(f'lacre-pool-{pool}-keys')} --from-file={_quoted(keys)} {_APPLY}",
-        f"tar -cf {_quoted(archive)} -C {_quoted(site.folder)} {_ARCHIVED}",
-        _secret("lacre-signer", **{"state.tar": archive}),
+        *_to_signer(site),
         _upgrade(site),
     ]
 
@@ -83,6 +81,17 @@ def _to_servers(accounts: Path) -> list[str]:
         _secret("lacre-nats", **{"accounts.json": accounts}),
         "kubectl -n lacre rollout restart statefulset/lacre-nats",
         "kubectl -n lacre rollout status statefulset/lacre-nats --timeout=15m",
+    ]
+
+
+def _to_signer(site: Site) -> list[str]:
+    """The archive has private keys: nobody else can read it, and it goes once the cluster has it."""
+    archive = site.folder / "state.tar"
+    name = _quoted(archive)
+    return [
+        f"(umask 077; rm -f {name}; tar -cf {name} -C {_quoted(site.folder)} {_ARCHIVED})",  # an old file would keep its mode
+        _secret("lacre-signer", **{"state.tar": archive}),
+        f"rm -f {name}",
     ]
 
 

@@ -47,7 +47,7 @@ from lacre_fabric.keys.grant_keys import GrantKeys
 from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.keys.receipt_keys import ReceiptKeys
 from lacre_fabric.keys.root_and_signer import DAY, Authority
-from lacre_fabric.keys.secret_files import ed25519, read_ed25519, read_secret, write_secret
+from lacre_fabric.keys.secret_files import ed25519, private_folder, read_ed25519, read_secret, write_secret
 from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
@@ -161,8 +161,8 @@ class Site:
         return self.folder / "logs" / f"{name}.log"
 
     def create(self) -> None:
-        """Creates what is missing, and keeps the rest."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Creates what is missing, and keeps the rest. Takes the folder away from others. Raises SettingsError."""
+        private_folder(self.folder)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.authority.create(time.time())
         for name in ("issuer", "gateway/grant"):

@@ -1,0 +1,39 @@
+"""What the commands that `lacre pool` prints for a cluster do on the operator's machine."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from lacre_fabric.operate import chart_pools
+from lacre_fabric.operate.site import Site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "state", {"default": ("small",), "legal": ("large",)})
+    site.create()
+    site.save("tls://lacre-nats.lacre.svc:4222", "https://lacre.example.com")
+    site.replicated_roles()  # makes the credentials
+    return site
+
+
+def run(step: str) -> None:
+    subprocess.run(["sh", "-c", f"umask 022; {step}"], check=True)
+
+
+def test_nobody_else_can_read_the_archive_of_the_keys(site: Site) -> None:
+    steps = chart_pools.added(site, "legal", site.folder / "accounts.json")
+    archive = site.folder / "state.tar"
+    archive.touch(0o644)  # as an older command left it
+    [place] = [place for place, step in enumerate(steps) if "tar -cf" in step]
+    run(steps[place])
+    assert archive.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(archive) as opened:
+        assert {"signer.pem", "pools/legal/receipt.pem"} <= set(opened.getnames())
+    assert "create secret generic lacre-signer" in steps[place + 1]
+    run(steps[place + 2])
+    assert not archive.exists()
