@@ -23,8 +23,7 @@ pytestmark = pytest.mark.slow
 class Cluster:
     """What the printed commands would do to one.
 
-    secrets: their entries' files. done: every step, in its order. archived: the files in the archive that the signer's Secret took;
-    mode: the archive's.
+    secrets: their entries' files. done: every step, in its order. archived: the files in the signer's archive. mode: the archive's.
     """
 
     secrets: dict[str, dict[str, Path]]
@@ -130,11 +129,14 @@ def test_the_printed_commands_fit_the_chart(site: Path) -> None:
 def test_the_way_back(site: Path) -> None:
     lacre("pool", "add", "legal", "--model", "large", "--offline", "--state", str(site))
     gone = Cluster.after(lacre("pool", "remove", "legal", "--yes", "--offline", "--state", str(site)))
-    assert [step.split()[0] + step.split()[-1] for step in (gone.done[0], gone.done[-1])] == [
+    assert [step.split()[0] + step.split()[-1] for step in (gone.done[3], gone.done[-1])] == [
         "helm--wait",
         "kubectl--ignore-not-found",
     ]
-    assert gone.done[1:-1] == [
+    assert gone.done[:3] == ["tar", "lacre-signer", "rm"]
+    assert "pools/default/receipt.pem" in gone.archived
+    assert not {"pools/legal/receipt.pem", "pools/legal/keys/1.key"} & set(gone.archived)
+    assert gone.done[4:-1] == [
         "lacre-nats",
         "kubectl rollout restart statefulset/lacre-nats",
         "kubectl rollout status statefulset/lacre-nats --timeout=15m",

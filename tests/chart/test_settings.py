@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -197,6 +198,60 @@ def test_the_state_is_seeded_once(tmp_path: Path) -> None:
     seeded(archive, state, keys, made=made)
     assert (keys / "new/1.key").exists()
     assert not (keys / "default/1.key").exists()
+
+
+def names(state: Path, *pools: str) -> None:
+    """The chart mounts such a file into the state."""
+    (state / "site.json").write_text(json.dumps({"pools": {pool: ["m1"] for pool in pools}}))
+
+
+@pytest.mark.parametrize("volume", [True, False], ids=["keys on a volume", "keys in the state"])
+def test_a_removed_pool_is_destroyed_and_can_come_back(tmp_path: Path, volume: bool) -> None:
+    archive, made, state, keys = (tmp_path / name for name in ("state.tar", "made", "state", "keys"))
+    for folder in (state, keys / "default", keys / "gone"):
+        folder.mkdir(parents=True)
+    place = (keys,) if volume else ()
+    Site(made, {"default": ("m1",), "gone": ("m1",)}).create()
+    names(state, "default", "gone")
+    seeded(archive, state, *place, made=made)
+    old = (state / "pools/gone/keys/1.key").read_bytes()
+    (made / "pools/gone/receipt.pem").unlink()  # as `lacre pool remove` leaves the folder: generations.json stays
+    for path in (made / "pools/gone/keys").iterdir():
+        path.unlink()
+    seeded(archive, state, *place, made=made)
+    assert (state / "pools/gone/keys/1.key").exists(), "the values still name it"
+
+    held = (state / "pools/gone/keys/1.key").open("rb")  # sees what is written in place
+    kept = {path: path.read_bytes() for path in (state / "pools/default").rglob("*") if path.is_file()}
+    names(state, "default")
+    seeded(archive, state, *place)
+    with held:
+        assert held.read() == bytes(len(old))
+    assert not (state / "pools/gone").exists()
+    assert not list((keys / "gone").iterdir())
+    assert {path: path.read_bytes() for path in kept} == kept
+
+    (made / "pools/gone/generations.json").unlink()
+    Site(made, {"default": ("m1",), "gone": ("m1",)}).create()
+    names(state, "default", "gone")
+    seeded(archive, state, *place, made=made)
+    for name in ("receipt.pem", "generations.json", "keys/1.key"):
+        assert (state / "pools/gone" / name).read_bytes() == (made / "pools/gone" / name).read_bytes()
+    assert (state / "pools/gone/keys/1.key").read_bytes() != old
+
+
+def test_a_removed_pool_whose_volume_is_gone(tmp_path: Path) -> None:
+    archive, made, state, keys = (tmp_path / name for name in ("state.tar", "made", "state", "keys"))
+    for folder in (state, keys / "default", keys / "gone"):
+        folder.mkdir(parents=True)
+    Site(made, {"default": ("m1",), "gone": ("m1",)}).create()
+    seeded(archive, state, keys, made=made)
+    shutil.rmtree(keys / "gone")
+    shutil.rmtree(made / "pools/gone")
+    names(state, "default")
+    seeded(archive, state, keys, made=made)
+    assert not (state / "pools/gone").exists()
+    assert (state / "pools/default/keys/1.key").exists()
 
 
 def test_the_manifest_names_the_files_of_the_values(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lacre_fabric.operate import chart_pools
 from lacre_fabric.operate.site import Site
+
+Steps = Callable[[Site, str, Path], list[str]]
 
 
 @pytest.fixture
@@ -25,8 +28,9 @@ def run(step: str) -> None:
     subprocess.run(["sh", "-c", f"umask 022; {step}"], check=True)
 
 
-def test_nobody_else_can_read_the_archive_of_the_keys(site: Site) -> None:
-    steps = chart_pools.added(site, "legal", site.folder / "accounts.json")
+@pytest.mark.parametrize("command", [chart_pools.added, chart_pools.removed])
+def test_nobody_else_can_read_the_archive_of_the_keys(site: Site, command: Steps) -> None:
+    steps = command(site, "legal", site.folder / "accounts.json")
     archive = site.folder / "state.tar"
     archive.touch(0o644)  # as an older command left it
     [place] = [place for place, step in enumerate(steps) if "tar -cf" in step]

@@ -56,11 +56,16 @@ def added(site: Site, pool: str, accounts: Path) -> list[str]:
 
 
 def removed(site: Site, pool: str, accounts: Path) -> list[str]:
-    """The commands for a pool that goes: the manifest no longer names it before the servers forget it."""
+    """The commands for a pool that goes: the manifest no longer names it before the servers forget it.
+
+    The signer destroys its copy of the keys once neither its archive nor the values have the pool. Claims outlive an upgrade.
+    """
+    left = f"secret/lacre-pool-{pool} secret/lacre-pool-{pool}-keys pvc/lacre-keys-{pool}"
     return [
+        *_to_signer(site),
         _upgrade(site),
         *_to_servers(accounts),
-        f"kubectl -n lacre delete secret lacre-pool-{pool} lacre-pool-{pool}-keys --ignore-not-found",
+        f"kubectl -n lacre delete {left} --ignore-not-found",
     ]
 
 
