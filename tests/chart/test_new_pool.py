@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 class Cluster:
     """What the printed commands would do to one.
 
-    secrets: their entries' files. done: every step, in its order. archived: the files in the signer's archive. mode: the archive's.
+    secrets: their entries' files. done: every step, in its order. archived: the files in the signer's archive. mode: its own.
     """
 
     secrets: dict[str, dict[str, Path]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -9,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lacre_fabric.operate import chart_pools
+from lacre.errors import SettingsError
+from lacre_fabric.operate import chart_pools, pools
+from lacre_fabric.operate.account_reload import AccountFiles
 from lacre_fabric.operate.site import Site
 
+FILES = AccountFiles()
 Steps = Callable[[Site, str, Path], list[str]]
 
 
@@ -41,3 +46,23 @@ def test_nobody_else_can_read_the_archive_of_the_keys(site: Site, command: Steps
     assert "create secret generic lacre-signer" in steps[place + 1]
     run(steps[place + 2])
     assert not archive.exists()
+
+
+def test_a_removal_goes_on_whichever_file_could_not_be_written(site: Site) -> None:
+    chart = site.folder / "chart"
+    chart.touch()  # where a folder should be
+    with pytest.raises(OSError, match="chart"):
+        asyncio.run(pools.withdraw(site, "legal", FILES))
+    chart.unlink()
+    asyncio.run(pools.withdraw(Site.load(site.folder), "legal", FILES))
+    assert set(json.loads(chart_pools.values_file(site).read_text())["pools"]) == {"default"}
+    assert not site.receipt_file("legal").exists()
+
+
+def test_the_steps_of_a_removal_can_be_had_again(site: Site) -> None:
+    asyncio.run(pools.withdraw(site, "legal", FILES))
+    gone = asyncio.run(pools.withdraw(Site.load(site.folder), "legal", FILES))
+    assert set(gone.pools) == {"default"}
+    for name in ("lega1", "default/keys", ".."):
+        with pytest.raises(SettingsError):
+            asyncio.run(pools.withdraw(Site.load(site.folder), name, FILES))

@@ -132,29 +132,30 @@ async def remove(
             leaving = replace(site, pools={**gone.pools, pool: site.pools.get(pool, ())})
             await teach(((leaving, (pool,)), (gone, ())), files)
             tell("accounts: every NATS server has dropped them")
-        async with site.changing():
-            _destroy(site, pool)
-        tell("keys: destroyed")
         write_values(gone)
+        async with site.changing():
+            _destroy(site, pool)  # last: what it leaves makes the pool known, so that an interrupted removal can go on
+        tell("keys: destroyed")
     return gone
 
 
 async def withdraw(site: Site, pool: str, files: AccountFiles, *, force: bool = False) -> Site:
     """Takes the pool out of the state folder and the accounts, and destroys its keys here, without contact to NATS.
 
-    Counterpart of `prepare`. force: also if routes lead only there; otherwise that raises PoolInUse. Raises SettingsError.
+    Counterpart of `prepare`. For a pool that was removed before, it does the same again. force: also if routes lead only there;
+    otherwise that raises PoolInUse. Raises SettingsError.
     """
     with _only_one(site):
-        site, gone = _leaving(site, pool)
+        site, gone = _leaving(site, pool, again=True)
         if not force:
             _check_routes(gone, pool)
         async with site.changing():
             _keep(gone)
         files.write(gone, ())
         await files.applied()
+        write_values(gone)
         async with site.changing():
             _destroy(site, pool)
-        write_values(gone)
     return gone
 
 
@@ -234,16 +235,17 @@ def _credential_files(site: Site, pool: str) -> list[Path]:
     return [site.credential_file(worker_of(pool, region)) for region in site.regions]
 
 
-def _leaving(site: Site, pool: str) -> tuple[Site, Site]:
+def _leaving(site: Site, pool: str, *, again: bool = False) -> tuple[Site, Site]:
     """The site now, and without the pool. Raises SettingsError for an unknown pool.
 
-    A pool of which an interrupted removal left something is known.
+    A pool of which an interrupted removal left something is known. again: so is one that was removed.
     """
     subjects.check_name("pool", pool)
     site = known_pools.current(site)
     gone = replace(site, pools={name: models for name, models in site.pools.items() if name != pool})
     left = (site.receipt_file(pool), *_credential_files(site, pool))
-    if pool not in site.pools and not any(path.exists() for path in left):
+    known = pool in site.pools or any(path.exists() for path in left)
+    if not known and not (again and site.receipt_file(pool).parent.is_dir()):
         raise SettingsError(f"unknown pool {pool}: this state has {', '.join(sorted(site.pools))}")
     if not gone.pools:
         raise SettingsError(f"{pool} is the only pool, and a site needs one: add another first")
