@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import ssl
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -257,3 +258,29 @@ def test_a_file_of_the_same_size_and_time_is_another_one(tmp_path: Path) -> None
     other.replace(file)
     assert found.refresh()
     assert found.value == "two"
+
+
+def test_of_two_threads_the_one_that_reads_last_decides(tmp_path: Path) -> None:
+    path, begun, go = tmp_path / "value", threading.Event(), threading.Event()
+
+    def read() -> str:
+        content = path.read_text()
+        if content == "second":
+            begun.set()
+            assert go.wait(30)
+        return content
+
+    path.write_text("first")
+    watched = WatchedFiles([path], read)
+    path.write_text("second")
+    slow = threading.Thread(target=watched.refresh)
+    slow.start()
+    assert begun.wait(30)
+    path.write_text("the third")
+    quick = threading.Thread(target=watched.refresh)
+    quick.start()
+    quick.join(0.5)  # it may have to wait for the other one
+    go.set()
+    for thread in (slow, quick):
+        thread.join()
+    assert watched.value == "the third"

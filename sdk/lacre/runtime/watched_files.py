@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -46,20 +47,23 @@ class WatchedFiles(Generic[T]):
         self._paths = tuple(paths)
         self._read = read
         self._tell = tell
+        self._lock = threading.RLock()  # a slow reader must not put an older value over a newer one
         self._seen = self._tried = _state(self._paths)  # before reading: a later change must not go unnoticed
         self.fault = ""
         self.value = read()
 
     def look(self) -> bool:
         """Takes new files once they have come to rest. Returns whether the value is a new one."""
-        now = _state(self._paths)
-        rests, self._seen = now == self._seen, now
-        return rests and (now != self._tried or bool(self.fault)) and self._take(now)
+        with self._lock:
+            now = _state(self._paths)
+            rests, self._seen = now == self._seen, now
+            return rests and (now != self._tried or bool(self.fault)) and self._take(now)
 
     def refresh(self) -> bool:
         """Takes new files now, just before they are needed. Returns whether the value is a new one."""
-        now = _state(self._paths)
-        return now != self._tried and self._take(now)
+        with self._lock:
+            now = _state(self._paths)
+            return now != self._tried and self._take(now)
 
     def _take(self, now: tuple[_File, ...]) -> bool:
         self._tried = now
