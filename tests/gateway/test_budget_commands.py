@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -80,6 +81,10 @@ async def test_a_top_up_and_a_reset(put_up: PutUp, tmp_path: Path) -> None:
         for added in (0, 0):  # the top-up is more than was used
             done = await typed("reset", "--limit", "tokens_per_day", *ALICE, "--json")
             assert json.loads(done.stdout)["added"] == added, done.stderr
+    intents = [each["target"] for each in stage.entries("admin")]
+    assert intents[:2] == ["user/acme/alice/free/tokens_per_day+1000#ticket-7"] * 2
+    assert re.fullmatch(r"tenant-on-plan/acme/free/money_per_month\+250000#[0-9a-f]{16}", intents[2])
+    assert re.fullmatch(r"user/acme/alice/free/tokens_per_day#[0-9a-f]{16}", intents[3])
     told = [(each["event"], each["actor"], each["count"]) for each in stage.entries("event") if "budget" in each["event"]]
     assert (
         told

@@ -110,6 +110,15 @@ def test_a_number_counts_once_whatever_the_clock_says() -> None:
     assert (added, record.added_to(kind, 1)) == (10, 10)
 
 
+def test_a_repeated_number_counts_once_more_under_another_key() -> None:
+    """A new signing key ends the additions of the old one: to repeat one is how an administrator makes it count again."""
+    account, kind = Account("key", "name", "g1", LONGEST), LimitKind.TOKENS_PER_DAY
+    of_old_key = Approver(Ed25519PrivateKey.generate()).sign("key", (kind, 1), "a", 10)
+    record = Record("name").raised_by((kind, 1), "a", of_old_key)
+    record, added = raised(account, replace(record, raised={}), 70, "a")
+    assert (added, record.added_to(kind, 1)) == (70, 70)
+
+
 def test_additions_are_bounded_and_forgotten() -> None:
     account, record = Account("key", "name", "g1", LONGEST), None
     for number in range(MAX_ADDITIONS):

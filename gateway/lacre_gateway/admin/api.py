@@ -310,7 +310,10 @@ async def reset(asking: Asking, asked: Reset) -> BudgetChanged:
 
 async def _changed(asking: AdminCaller, asked: BudgetNamed, amount: int | None) -> BudgetChanged:
     """Raises Refusal, UsageError or FabricUnavailable."""
-    gateway = await asking.may(AdminAction.BUDGET, asked.target)
+    number = asked.id or secrets.token_hex(8)
+    raise_by = "" if amount is None else f"+{amount}"
+    # The change may be stored although this process ends before it records the result: so the intent names it already.
+    gateway = await asking.may(AdminAction.BUDGET, f"{asked.target}{raise_by}#{number}")
     issuer = "" if asked.sub is None else issuer_named(gateway.settings.issuers, asked.issuer).issuer
     scope = named_scope(
         gateway.budgets.plans, asked.scope, asked.limit, plan=asked.plan or "", tenant=asked.tenant or "", issuer=issuer,
@@ -319,7 +322,6 @@ async def _changed(asking: AdminCaller, asked: BudgetNamed, amount: int | None) 
     if scope is None:
         noted = f"plans.toml has no {asked.limit.value} for this budget: {asked.target}"
         raise Refusal(INVALID, details={"limit": asked.limit.value, "reason": "no-such-limit"}, noted=noted)
-    number = asked.id or secrets.token_hex(8)
     added, window = await gateway.change_budget(scope, asked.limit, amount, number, asking.actor)
     return BudgetChanged(
         id=number, key=scope.key, name=scope.name, limit=asked.limit.value, window=window, added=added,

@@ -70,11 +70,13 @@ class Draw:
     def changed(self, approver: Approver) -> tuple[Record | None, list[tuple[CeilingChange, int | None]]]:
         """The record with the changes that wait, and the result of each once the record is written."""
         record, results = self.record, list[tuple[CeilingChange, int | None]]()
+        genuine = approver.check(self.account.key)
         for change in self.changing:
             record = record or Record(self.account.name)
             limit = change.kind, change.window
             # A gateway whose clock is far off does not count its own additions. It still makes none of them twice.
-            own = {name: each.amount for name, each in record.added.get(limit, {}).items()}
+            added = record.added.get(limit, {})
+            own = {name: each.amount for name, each in added.items() if genuine(limit, name, each)}
             before = {**own, **record.raised.get(limit, {})}
             if change.number in before:
                 results.append((change, before[change.number]))
@@ -82,7 +84,7 @@ class Draw:
             amount = change.amount
             if amount is None:
                 amount = max(0, self.used(change.kind, change.window, record) - sum(before.values()))
-            full = len(record.added.get(limit, {})) >= MAX_ADDITIONS
+            full = len(added) >= MAX_ADDITIONS and change.number not in added
             results.append((change, None if full and amount else amount))
             if amount and not full:
                 addition = approver.sign(self.account.key, limit, change.number, amount)
