@@ -78,6 +78,7 @@ SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and 
 # Seconds before a failed refresh is tried again, while the present manifest is still valid. Also between refreshes because a
 # gateway names a newer version: nobody signs its word.
 REFRESH_PAUSE: Final = 30.0
+POOL_PAUSE: Final = 2.0  # seconds between looks for a pool that the manifest lacks: it may have been added a moment ago
 # of a manifest's lifetime: the client fetches a new one then, so no request meets an expired manifest
 REFRESH_BEFORE: Final = 0.5
 _BEHIND: Final = (UNKNOWN_KEY, UNKNOWN_POOL)  # the gateway's manifest differs from the client's
@@ -209,6 +210,9 @@ class Sealing:
         while True:
             yield from self._learn(retries.rest)
             call.trusted, call.fetches = self._taken()
+            if call.route.lacks_its_pool(call.manifest) and not 0 <= self._clock() - self._fetched_at < POOL_PAUSE:
+                yield from self._refresh(call)
+                call.trusted, call.fetches = self._taken()
             send, opening, sent = self._seal(call)
             try:
                 refusal = yield from self._attempt(call, send, opening, sent)

@@ -57,6 +57,10 @@ class CallRoute:
     def of(cls, plain: Plain, pool: str | None) -> CallRoute:
         return cls(plain, plain.overrides.pool or pool)
 
+    def lacks_its_pool(self, manifest: Manifest) -> bool:
+        """Whether the caller chose a pool that this manifest does not have."""
+        return self.pool is not None and self.pool not in manifest.pools
+
     def found(self, manifest: Manifest, key: bytes, sealable: Callable[[Pool], bool]) -> tuple[Destination, Pool]:
         """Where the next attempt goes. key: see `sticky_seed`. sealable: whether the client can seal to a pool. Raises
         UsageError or SettingsError.
