@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SDK = ROOT / "sdk"
 TYPING = ROOT / "typing_tests"
 # Bytes of the SDK's own files, compressed one by one as they are in the wheel. The generated sync half takes 12 kB of them, and
-# logging in as a person 12 kB.
-MAX_WHEEL = 280_000
+# logging in as a person 12 kB; routes, formats and usage came to 8 kB.
+MAX_WHEEL = 300_000
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import lacre
 from lacre import problems
-from lacre.exchange.call import REFRESH_PAUSE
+from lacre.exchange.call import POOL_PAUSE, REFRESH_PAUSE
 from lacre.trust.routes import ModelRoute, RouteTarget
 from parts.chat_app import ChatApp
 from parts.relay import MANIFEST, Relay, clocked, connect, refusing, served
@@ -45,6 +45,26 @@ def test_the_next_call_but_one_knows_the_newer_manifest() -> None:
     assert program.ask(REFRESH_PAUSE) == ("tiny", 1), "this answer names it"
     assert program.ask() == ("new", 2)
     assert program.ask(REFRESH_PAUSE) == ("new", 2), "the client has what the gateway names"
+
+
+def test_a_pool_that_was_added_a_moment_ago() -> None:
+    """A client that chose it sends nothing before it knows it, so no answer could tell it of the newer manifest."""
+    program = Program()
+    chosen, added = clocked(program.relay, lambda: program.now, pool="canary"), dict(program.relay.beside)
+    program.relay.beside.clear()
+
+    def asked() -> int:
+        with pytest.raises(lacre.UsageError, match="the manifest has no pool 'canary'"):
+            chosen.post("/chat/completions", json={"model": "new", "messages": [{}]})
+        return len([request for request in program.relay.requests if request.url.path == MANIFEST])
+
+    assert (asked(), asked()) == (1, 1), "it has just looked"
+    program.now += POOL_PAUSE
+    assert (asked(), asked()) == (2, 2)
+    program.relay.beside.update(added)
+    program.relay.version = 2
+    program.now += POOL_PAUSE
+    assert chosen.post("/chat/completions", json={"model": "new", "messages": [{}]}).json()["model"] == "new"
 
 
 @pytest.mark.parametrize("named", [None, 1, 0])
