@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 
 from lacre import problems
+from lacre_gateway.admin.reports import Reset
 from parts.stage import Stage, until
 
 from .conftest import PutUp
@@ -166,3 +168,11 @@ async def test_refusals_have_a_limit(put_up: PutUp) -> None:
     await stage.gateway.close()
     events = [(event["event"], event["count"]) for event in recorded(stage, "event")]
     assert events[-2:] == [("unrecorded", 3), ("stopped", None)]
+
+
+@pytest.mark.parametrize("odd", ["a\u2028b", "a\x9bb", "a\x7fb", "a\nb"])
+def test_names_of_budgets_are_names(odd: str) -> None:
+    """They go into the audit log before anyone is asked whether the caller may do that."""
+    for names in ({"scope": "user", "tenant": "acme", "sub": odd, "plan": "free"}, {"scope": "plan", "plan": odd}):
+        with pytest.raises(ValidationError, match="characters that no name has"):
+            Reset.model_validate({**names, "limit": "tokens_per_day"})

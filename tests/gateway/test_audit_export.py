@@ -163,6 +163,8 @@ def test_a_cursor_goes_on_where_it_was(logs: Path, tmp_path: Path) -> None:
     assert "rolled back" in lacre("export", logs, "--cursor", cursor).stderr
     Cursor("else/where", 1).save(cursor)
     assert "remove the cursor" in lacre("export", logs, "--cursor", cursor).stderr
+    skipping = lacre("export", logs, "--until", "2026-01-01", "--cursor", cursor)
+    assert skipping.returncode != 0 and "would skip later entries" in skipping.stderr
     assert "pass jsonl, cef or ocsf" in lacre("export", logs, "--format", "xml").stderr
 
 

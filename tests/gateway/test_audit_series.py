@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lacre.errors import SettingsError
 from lacre_gateway.audit import series, tiles
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import encode, parse
@@ -264,3 +265,10 @@ def test_files_that_belong_to_no_log(logs: Path) -> None:
         (logs / name).unlink()
     (logs / "tile/entries/900").write_bytes(tiles.encode_bundle([b"{}"] * 256))
     assert wrong(logs).place == "tile/entries/900" and "copied while the gateway wrote it" in wrong(logs).why
+
+
+def test_an_empty_folder_is_no_next_log(logs: Path) -> None:
+    (logs / "log-9").mkdir()
+    with pytest.raises(SettingsError, match="log-9 is no log"):
+        opened(logs)
+    assert list((logs / "log-9").iterdir()) == []

@@ -168,6 +168,8 @@ class BudgetNamed(Report):
         for name, value in (("tenant", self.tenant), ("sub", self.sub), ("plan", self.plan)):
             if (value is not None) != (name in _NAMES[self.scope]):
                 raise ValueError(f"a budget of this scope has these names: {', '.join(_NAMES[self.scope])}")
+            if value is not None and not is_name(value):
+                raise ValueError(f"{name} has characters that no name has")
         if self.issuer is not None and self.scope != USER:
             raise ValueError("only users have an issuer")
         if self.limit is LimitKind.CONCURRENT_STREAMS:

@@ -188,6 +188,8 @@ def audit_export(
     named = next((known for known in export.FORMATS if known == form), None)
     if named is None:
         raise SettingsError(f"--format {form}: pass jsonl, cef or ocsf")
+    if cursor is not None and until is not None:
+        raise SettingsError("--until with --cursor would skip later entries for good: leave one of them out")
     public, exporter = parse_key(key), export.Exporter(named, seconds(since), seconds(until))
     start = None if cursor is None else Cursor.load(cursor)
     if start is not None:

@@ -111,6 +111,8 @@ class Store:
         key = self._keys.get(own_key(folder), self._key) if (folder / KEY).exists() else self._key
         snapshot = Snapshot.take(folder)
         loaded, last = self._load(snapshot, raw_public_key(key))
+        if number > 1 and not loaded.note:  # a rotation makes a log with its first entry by one rename
+            raise SettingsError(f"audit: {folder} is no log, and the log before it does not continue there: remove it")
         named = None if last is None else next_key(last)
         following = key if named is None else self._keys.get(named)
         if following is None:
