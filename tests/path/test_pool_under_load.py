@@ -1,7 +1,7 @@
 """A pool comes and goes on three message servers with TLS, while applications call another pool.
 
 All of it is real: nats-server, two gateways and the workers are processes, and each application is an SDK client over HTTP. The
-clients do not resume. They ask again as is their default: while servers read accounts, a gateway may miss a worker for seconds.
+clients do not resume. They ask again as is their default: docs/pools.md says what happens without.
 """
 
 from __future__ import annotations
