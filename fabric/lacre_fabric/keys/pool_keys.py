@@ -21,6 +21,7 @@ from lacre.jose.jws import raw_public_key
 from lacre.wire.header import Kem, KeyConfig
 from lacre.wire.opening import PrivateKey
 from lacre.wire.wiping import overwrite
+from lacre_fabric.keys.generations import KEY_IDS
 from lacre_fabric.keys.kms.envelope import WrappedKey, is_sealed
 from lacre_fabric.keys.kms.wrapping import Keeping
 from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519_pem, parse_ed25519, read_ed25519, read_secret
@@ -73,6 +74,14 @@ def public_parts(folder: Path, keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfi
     for key in keys:
         key.destroy()
     return tuple(sorted((key.config for key in keys), key=lambda config: config.key_id))
+
+
+def complete(folder: Path, kems: Sequence[Kem], keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfig, ...]:
+    """Makes a key for each KEM that has none in `folder`. Returns the public parts of all, ordered by id."""
+    there = public_parts(folder, keeping)
+    missing = [kem for kem in kems if kem not in {config.kem for config in there}]
+    free = [key_id for key_id in KEY_IDS if key_id not in {config.key_id for config in there}]
+    return (*there, *make(folder, free[: len(missing)], missing, keeping))
 
 
 def keep_only(folder: Path, ids: Iterable[int]) -> None:

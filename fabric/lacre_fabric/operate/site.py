@@ -175,10 +175,9 @@ class Site:
         (self.folder / "issuer.jwks").write_text(json.dumps(key_set))
 
     def _create_keys(self, pool: str, kept: Keeping) -> None:
-        """Creates the first keys if there are none. The manifest lists them in this order."""
+        """Creates the first keys, or what an interrupted run left of them. The manifest lists them in this order."""
         if not self._generations_file(pool).exists():
-            folder = self.keys_folder(pool)
-            configs = pool_keys.public_parts(folder, kept) or pool_keys.make(folder, (1, 2), pool_keys.DEFAULT_KEMS, kept)
+            configs = pool_keys.complete(self.keys_folder(pool), pool_keys.DEFAULT_KEMS, kept)
             self.keep_generations(pool, Generations().stage(configs).list_staged(time.time(), 0))
 
     @asynccontextmanager
@@ -346,6 +345,7 @@ class Site:
         keys.
         """
         self.authority.settle()
+        self.grant_keys.published(now)
         write_secret(self.folder / "trust" / "published", str(now).encode())
         for pool in self.pools:
             try:
