@@ -11,6 +11,7 @@ import pytest
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.site import Site
 from parts.fabric import LiveFabric, Parties
+from parts.tended import POOL, TendedSite
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +49,13 @@ async def own(tmp_path: Path) -> AsyncIterator[Parties]:
         await live.provision()
         async with Parties.of(live) as parties:
             yield parties
+
+
+@pytest.fixture(params=[(POOL,)])
+async def tended(nats: LiveFabric, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[TendedSite]:
+    """Its pools are the fixture's parameter."""
+    async with TendedSite.on(nats, tmp_path / "state", *request.param) as tended:
+        yield tended
 
 
 @pytest.fixture

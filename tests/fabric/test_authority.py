@@ -149,6 +149,6 @@ def test_a_damaged_chain_is_no_new_beginning(site: Site, content: str) -> None:
         site.sign_manifest(NOW)
 
 
-@pytest.mark.parametrize("change", ["signer", "root", "keys"])
+@pytest.mark.parametrize("change", ["signer", "root", "keys", pytest.param("receipts", marks=pytest.mark.slow)])
 def test_a_crash_at_any_step_leaves_a_working_site(crashed: Callable[[str], int], change: str) -> None:
     assert crashed(change) > 10

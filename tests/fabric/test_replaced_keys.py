@@ -35,22 +35,28 @@ def test_the_life_of_a_replacement(keys: GrantKeys) -> None:
     assert keys.stage() == new == keys.staged
     assert keys.public() == (first, new)  # workers accept it, and gateways do not use it
     for _ in range(2):
-        keys.switch(NOW + 10)
+        keys.switch(NOW, 10)
         assert keys.public() == (new, first)
-        assert (keys.staged, keys.leaving) == (None, NOW + 10)
+        assert (keys.staged, keys.leaving, keys.unpublished) == (None, NOW + 10, True)
+    keys.settle(NOW + 11)
+    assert keys.public() == (new, first), "until a manifest names the new key, the old one is the only one in use"
+    for now in (NOW + 20, NOW + 25):
+        keys.published(now)
+        assert (keys.leaving, keys.unpublished) == (NOW + 30, False)
     assert raw_public_key(read_ed25519s(keys.file)[0]) == new
-    keys.settle(NOW)
-    assert keys.public() == (new, first) and not keys.due(NOW)
-    assert keys.due(NOW + 10)
+    keys.settle(NOW + 29)
+    assert keys.public() == (new, first) and not keys.due(NOW + 29)
+    assert keys.due(NOW + 30)
     for _ in range(2):
-        keys.settle(NOW + 10)
+        keys.settle(NOW + 30)
         assert (keys.public(), keys.leaving) == ((new,), None)
 
 
 def test_a_crash_between_the_files(keys: GrantKeys) -> None:
     new = keys.stage()
     both = keys.file.read_bytes()
-    keys.switch(NOW)
+    keys.switch(NOW, 0)
+    keys.published(NOW)
     write_secret(keys.file, both)  # the file still has the old order
     assert keys.public()[0] == new
     state = (keys.file.parent / "grant_keys.json").read_bytes()
@@ -64,7 +70,7 @@ def test_a_crash_between_the_files(keys: GrantKeys) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"in_use": "AA", "leave_at": 1}', b'{"leave_at": 1}'])
 def test_a_damaged_state_is_named(keys: GrantKeys, content: bytes) -> None:
     keys.stage()
-    keys.switch(NOW)
+    keys.switch(NOW, 0)
     write_secret(keys.file.parent / "grant_keys.json", content)
     for call in (keys.public, lambda: keys.settle(NOW)):
         with pytest.raises(SettingsError, match=r"grant_keys\.json is damaged"):
@@ -128,3 +134,15 @@ def test_a_worker_takes_up_a_receipt_key_with_its_key_or_not_at_all(site: Site) 
     assert not ring.reload()
     assert set(ring.receipt_keys) == {1}
     ring.close()
+
+
+def test_first_keys_that_an_interrupted_run_left_are_completed(site: Site) -> None:
+    """A disk that was full after the first key: without the second one, older clients could not seal."""
+    before = site.generations(POOL).live[0].configs
+    (site.folder / "pools" / POOL / "generations.json").unlink()
+    (site.keys_folder(POOL) / "2.key").unlink()
+    for _ in range(2):
+        site.create()
+        one, two = site.generations(POOL).live[0].configs
+        assert (one, two.key_id, two.kem) == (before[0], 2, before[1].kem)
+        assert {number: key.config for number, key in KeyRing(site.keys_folder(POOL)).keys.items()} == {1: one, 2: two}

@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,70 +17,15 @@ from structlog.testing import capture_logs
 from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre.trust.chain import verify
-from lacre_backend.keyring import KeyRing
 from lacre_fabric.keys.secret_files import read_secret
 from lacre_fabric.nats import subjects
-from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.operate import behind
-from lacre_fabric.operate.rotation import NotTakenUp, Schedule, publish, retire, rotate, tend, upkeep
+from lacre_fabric.operate.rotation import LOOK, NotTakenUp, Schedule, publish, retire, rotate, tend, upkeep
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.stores import provision_site
-from parts.fabric import POOLS, LiveFabric, Parties
+from parts.tended import POOL, TendedSite
 from parts.waiting import until
-
-POOL = "a"
-
-
-@dataclass
-class TendedSite(Parties):
-    """A site, its provisioner's connection, and workers that hold what they say."""
-
-    site: Site
-    connection: Connection
-
-    async def holding(self, node: str = "n1", *, watches: bool = False, pool: str = POOL) -> KeyRing:
-        """A live worker's keys: those of the folder as it is now, or as it becomes where it watches."""
-        ring = KeyRing(self.site.keys_folder(pool))
-        self.stack.callback(ring.close)
-        await self.worker(pool, node, keys=ring.fingerprints)
-        if watches:
-            self.background(ring.watch())
-        return ring
-
-    async def manifest(self) -> bytes:
-        """What is on the fabric."""
-        document = await self.connection.manifest()
-        assert document is not None
-        return document
-
-    async def listed(self, pool: str = POOL) -> list[int]:
-        """The ids of the pool's keys in the manifest."""
-        pools = verify(await self.manifest(), self.site.root, time.time()).manifest.pools
-        return [key.config.key_id for key in pools[pool].keys]
-
-    def in_folder(self, pool: str = POOL) -> str:
-        """The ids of the keys in the pool's folder."""
-        return " ".join(sorted(path.stem for path in self.site.keys_folder(pool).iterdir()))
-
-    def damage(self) -> tuple[Path, bytes]:
-        """The file that pool `a` cannot be read without, and what was in it."""
-        path = self.site.folder / "pools" / POOL / "generations.json"
-        before = path.read_bytes()
-        path.write_bytes(b"{")
-        return path, before
-
-
-@pytest.fixture(params=[(POOL,)])
-async def tended(nats: LiveFabric, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[TendedSite]:
-    site = Site(tmp_path / "state", {pool: POOLS[pool] for pool in request.param})
-    site.create()
-    async with Parties.of(nats) as parties:
-        connection = await parties.connect()
-        await publish(site, connection)
-        yield TendedSite(parties.stack, nats, site, connection)
-        await connection.jetstream.delete_stream("KV_trust")  # the next test makes it again
-
 
 # Pool `a` is first in every order. What fails for it is said with its name, and pool `b` gets what is due to it.
 of_two_pools = pytest.mark.parametrize("tended", [(POOL, "b")], indirect=True, ids=["two pools"])
@@ -231,6 +175,21 @@ async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_work
         return (await tended.listed())[0] >= 5
 
     await until(rotated_twice, 30)
+
+
+async def test_pauses_grow_with_each_failure_in_a_row_and_begin_anew_after_a_success(tended: TendedSite) -> None:
+    slept: list[float] = []
+    path, kept = tended.damage()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 9:
+            await asyncio.Event().wait()
+        path.write_bytes(kept if len(slept) == 7 else b"{")
+
+    tended.background(upkeep(tended.site, tended.connection, Schedule(every=None), sleep=sleep))
+    await until(lambda: len(slept) == 9)
+    assert slept == [1, 2, 4, 8, 16, 30, 30, LOOK, 1]
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])

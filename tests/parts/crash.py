@@ -49,10 +49,23 @@ def rotate_keys(site: Site, now: float) -> None:
     rotation._destroy(site, POOL, now)
 
 
+def replace_receipts(site: Site, now: float) -> None:
+    """As `rotate_keys`, for staged keys that get a new receipt key. What a crash left of one is completed."""
+    rotation._staged(site, POOL)
+    staged = rotation._staged(site, POOL, receipts=True)
+    own = {pool_keys.public_receipt_key(pool_keys.receipt_file(site.keys_folder(POOL), number)) for number in staged.ids}
+    assert len(own) == 1
+    site.keep_generations(POOL, site.generations(POOL).list_staged(now, 0))
+    site.sign_manifest(now)
+    site.published(now)
+    rotation._destroy(site, POOL, now)
+
+
 CHANGES: dict[str, Callable[[Site, float], None]] = {
     "signer": rotate_authority(lambda site: site.authority.rotate_signer),
     "root": rotate_authority(lambda site: site.authority.rotate_root),
     "keys": rotate_keys,
+    "receipts": replace_receipts,
 }
 
 
@@ -81,17 +94,21 @@ def crash(site: Site, change: Callable[[Site, float], None], now: float, step: i
 
 
 def check(site: Site, first: bytes, now: float) -> None:
-    """The site publishes what clients believe, and workers have the private key of all that it lists."""
+    """The site publishes what clients believe, and workers have the private keys of all that it lists."""
     document = site.sign_manifest(now)
-    listed = {key.config for key in verify(document, first, now).manifest.pools[POOL].keys}
+    pool = verify(document, first, now).manifest.pools[POOL]
+    listed = {key.config for key in pool.keys}
     held = KeyRing(site.keys_folder(POOL))
     assert listed
     assert listed <= {key.config for key in held.keys.values()}
+    own = {number: raw_public_key(key) for number, key in held.receipt_keys.items()}
+    shared = pool_keys.public_receipt_key(site.receipt_file(POOL))
+    assert all(pool.receipt_key_of(one.key_id) == own.get(one.key_id, shared) for one in listed)
 
 
 def unfinished(site: Site) -> list[Path]:
     """Drafts of keys."""
-    return [path for path in site.folder.rglob(".*") if {".pem", ".key"} & set(path.suffixes)]
+    return [path for path in site.folder.rglob(".*") if {".pem", ".key", ".receipt"} & set(path.suffixes)]
 
 
 def check_tidy(site: Site) -> None:
@@ -103,6 +120,7 @@ def check_tidy(site: Site) -> None:
     assert raw_public_key(read_ed25519(site.folder / "signer.pem")) == chain.signer
     live = {f"{key_id}.key" for generation in site.generations(POOL).live for key_id in generation.ids}
     assert {path.name for path in pool_keys.files(site.keys_folder(POOL))} == live
+    assert {f"{path.stem}.key" for path in pool_keys.receipt_files(site.keys_folder(POOL))} <= live
 
 
 def everywhere(original: Site, change: Callable[[Site, float], None], now: float, check: Callable[[Site], None]) -> int:

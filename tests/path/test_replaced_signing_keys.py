@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
@@ -48,6 +49,9 @@ async def test_receipt_keys_under_a_steady_load(tmp_path: Path) -> None:
     async with LiveStage.on_air(tmp_path, gateways=2, workers=1) as live:
         file = live.site.receipt_file(POOL)
         first = public_receipt_key(file)
+        kept = tmp_path / "kept"
+        async with live.client(live.token("alice")) as client:
+            kept.write_text((await client.chat("Say hello.", max_tokens=4)).receipt.text())
         async with SteadyLoad.on(live, 4, retries=0, resume=0) as load:
             for number in (1, 2):
                 before = await published(live)
@@ -65,6 +69,11 @@ async def test_receipt_keys_under_a_steady_load(tmp_path: Path) -> None:
                 assert after.receipt_key == overlap.receipt_key
                 await load.more()
         assert load.failed == {}
+        told = await asyncio.to_thread(run, "receipt", "check", str(kept), "--url", live.gateways[0].url, "--json")
+        assert told.returncode == 0, told.stderr
+        past = json.loads(told.stdout)
+        assert past["key"] == b64u(first)
+        assert past["until"] == after.past_receipts[0].until
         assert first not in {public_receipt_key(path) for path in file.parent.rglob("*.receipt")}
         for process in (*live.gateways, *live.workers):
             said = process.log.read_text()

@@ -7,7 +7,10 @@
 Rules:
 - A new receipt key comes with new pool keys. A client that seals to such a key has the manifest that names both, so it accepts
   the receipt. A client with an older manifest seals to an older key, and gets a receipt of the older receipt key.
-- A receipt key is written before the pool key that it belongs to: no worker ever holds the pool key alone.
+- A receipt key is written before the pool key that it belongs to, so no worker holds the pool key alone. The exception is a
+  staged key that gets one later: it is listed only once every worker has both.
+- All keys of a generation have the same receipt key. A crash between the files is repaired before the keys are listed
+  (`complete`).
 - Once no key is left that the old receipt key belongs to, `receipt.pem` gets the new one. The old one is overwritten, and the
   manifest names its public part as a past one.
 """
@@ -20,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u
@@ -27,13 +32,16 @@ from lacre.trust.manifest import PastReceiptKey, PoolKey
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.generations import Generation, Generations
+from lacre_fabric.keys.kms.protocol import KmsError
 from lacre_fabric.keys.kms.wrapping import Keeping
-from lacre_fabric.keys.secret_files import read_secret, write_secret
+from lacre_fabric.keys.secret_files import destroy_leftovers, read_secret, write_secret
 
 _PAST: Final = "past_receipts.json"
 MAX_PAST: Final = 64  # in the manifest; one replacement each month for five years
 # Seconds after the last request was taken in which its stream may still be signed for: the longest that a gateway allows
 _LAST_STREAM: Final = 3600.0
+
+log = structlog.get_logger("lacre.keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,25 @@ class ReceiptKeys:
             for path in paths:
                 _copy(source, path)
 
+    def complete(self, staged: Generation) -> bool:
+        """Whether each of these staged keys has the same receipt key. Completes what an interrupted run left, if it can.
+
+        If not, one of the files is damaged. No client knows these keys yet, so they may get a new one.
+        """
+        paths = [pool_keys.receipt_file(self.folder, key_id) for key_id in staged.ids]
+        there = [path for path in paths if path.exists()]
+        if not there:
+            return True
+        try:
+            public = {path: pool_keys.public_receipt_key(path) for path in there}
+        except (SettingsError, KmsError) as exc:
+            log.warning("receipt_key.damaged", reason=str(exc), remedy="the staged pool keys get a new one")
+            return False
+        for path in paths:  # they are written in this order, so the first one is the newest
+            if public.get(path) != public[there[0]]:
+                _copy(there[0], path)
+        return True
+
     def listed(self, generations: Generations, now: float, until: float) -> tuple[tuple[PoolKey, ...], bytes]:
         """The keys that a manifest lists, and the pool's receipt key in it, which is that of the newest ones."""
         newest = self.of(generations.current)
@@ -78,6 +105,7 @@ class ReceiptKeys:
         """Call it when keys are gone, with those that are left. If none belongs to the old receipt key, replaces that. Can be
         repeated.
         """
+        destroy_leftovers(self.file.parent, self.file.name)
         old = self.of(None)
         if not generations.live or any(self.of(one) == old for one in generations.live):
             return

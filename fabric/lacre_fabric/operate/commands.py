@@ -124,12 +124,12 @@ def _change(site: Site, change: Callable[[], object]) -> bool:
     from lacre_fabric.work.contract import FabricUnavailable
 
     async def run() -> bool:
-        try:
-            async with provisioner(site) as connection, site.changing():
-                await behind.check(site, connection)  # a change by an old copy would fork the chain
-        except FabricUnavailable as exc:
-            typer.echo(f"not compared with the fabric: {exc}", err=True)
         async with site.changing():
+            try:
+                async with provisioner(site) as connection:
+                    await behind.check(site, connection)  # a change by an old copy would fork the chain
+            except FabricUnavailable as exc:
+                typer.echo(f"not compared with the fabric: {exc}", err=True)
             change()
         try:
             async with provisioner(site) as connection:

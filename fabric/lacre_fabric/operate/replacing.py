@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from lacre.runtime import tasks
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.key_holders import await_accepting
-from lacre_fabric.operate.rotation import GRACE, LOAD_WAIT, NotTakenUp, publish
+from lacre_fabric.operate import behind
+from lacre_fabric.operate.rotation import GRACE, LOAD_WAIT, NotTakenUp, check_time, publish_now
 from lacre_fabric.operate.site import Site
 
 
@@ -29,24 +30,35 @@ async def replace_grant(site: Site, connection: Connection, *, grace: float = GR
     While an old key is still to leave, it changes nothing. wait: seconds for the workers to read the manifest. Raises
     NotTakenUp if one did not, SettingsError or FabricUnavailable; then a later run continues.
     """
+    check_time("the grace", grace)
     keys = site.grant_keys
-    if (leave_at := keys.leaving) is not None and not keys.due(time.time()):
-        return GrantReplaced(keys.public()[0], leave_at, before=True)
     async with site.changing():
+        await behind.check(site, connection)
+        if keys.leaving is not None and not keys.due(time.time()):
+            return await _replaced_before(site, connection)
         keys.settle(time.time())
         new = keys.stage()
-    await publish(site, connection)
+        await publish_now(site, connection)
     lacking = [f"{pool}/{node}" for pool, node in await _lacking(site, connection, new, wait)]
     if lacking:
         raise NotTakenUp(
             f"not every worker read the manifest with the new key within {wait:.0f} s ({', '.join(lacking)}): check that they "
             "are of this version, and try again"
         )
-    leave_at = time.time() + grace
     async with site.changing():
-        keys.switch(leave_at)
-    await publish(site, connection)
-    return GrantReplaced(new, leave_at)
+        if keys.staged != new:  # another process that waited for the same workers replaced it
+            return await _replaced_before(site, connection)
+        keys.switch(time.time(), grace)
+        await publish_now(site, connection)
+        return GrantReplaced(new, keys.leaving or time.time())
+
+
+async def _replaced_before(site: Site, connection: Connection) -> GrantReplaced:
+    """Publishes the manifest that names the key, if that run could not. Call it inside `Site.changing`."""
+    keys = site.grant_keys
+    if keys.unpublished:
+        await publish_now(site, connection)
+    return GrantReplaced(keys.public()[0], keys.leaving or time.time(), before=True)
 
 
 async def _lacking(site: Site, connection: Connection, key: bytes, wait: float) -> list[tuple[str, str]]:

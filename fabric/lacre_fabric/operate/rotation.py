@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -88,8 +88,8 @@ class Schedule:
     grace: float = GRACE
 
     def __post_init__(self) -> None:
-        _check_time("the time between rotations", self.every or 0)
-        _check_time("the grace", self.grace)
+        check_time("the time between rotations", self.every or 0)
+        check_time("the grace", self.grace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,11 @@ async def publish(site: Site, connection: Connection, *, new_root: bool = False)
     new_root: also replaces the manifest of another root.
     """
     async with site.changing():
-        await _publish(site, connection, new_root=new_root)
+        await publish_now(site, connection, new_root=new_root)
 
 
-async def _publish(site: Site, connection: Connection, *, new_root: bool = False) -> None:
+async def publish_now(site: Site, connection: Connection, *, new_root: bool = False) -> None:
+    """As `publish`, for a caller that holds `Site.changing`."""
     await behind.check(site, connection, new_root=new_root)
     now, site = time.time(), known_pools.current(site)
     await publish_manifest(connection, site.sign_manifest(now))
@@ -130,14 +131,40 @@ async def rotate(
     new receipt key; then each worker must load them. Raises NotTakenUp if no worker loaded them, SettingsError or
     FabricUnavailable.
     """
-    _check_time("the grace", grace)
+    check_time("the grace", grace)
     async with site.changing():
         await behind.check(site, connection)
         staged = _staged(site, pool, receipts=receipts)
-        changes = site.receipt_keys(pool).changes(site.generations(pool))
-        receipt_key = site.receipt_keys(pool).of(staged) if changes else None
-    have, lacking = await await_holders(connection, pool, staged.configs, wait, receipt_key)
-    if lacking and changes:
+        receipt_key = _new_receipt_key(site, pool)
+    listed = False
+    while not listed:
+        have, lacking = await await_holders(connection, pool, staged.configs, wait, receipt_key)
+        _check_taken_up(site, pool, have, lacking, wait, receipts=receipt_key is not None)
+        async with site.changing():
+            # Another process that waited for these keys may have listed them, or given them a new receipt key.
+            generations, waited_for = site.generations(pool), receipt_key
+            if generations.staged == staged:
+                receipt_key = _new_receipt_key(site, pool)
+                if receipt_key != waited_for:
+                    continue  # some workers may lack it
+                site.keep_generations(pool, generations.list_staged(time.time(), grace))
+            await publish_now(site, connection)
+            listed = True
+    live = site.generations(pool).live
+    return Rotated(pool, staged.configs, tuple(one for one in live if one.retire_at is not None), lacking)
+
+
+def _new_receipt_key(site: Site, pool: str) -> bytes | None:
+    """The receipt key of the staged keys, if it is another one than that of the current keys."""
+    generations, own = site.generations(pool), site.receipt_keys(pool)
+    return own.of(generations.staged) if own.changes(generations) else None
+
+
+def _check_taken_up(
+    site: Site, pool: str, have: frozenset[str], lacking: frozenset[str], wait: float, *, receipts: bool
+) -> None:
+    """Raises NotTakenUp. receipts: the keys come with a new receipt key, so each worker must have them."""
+    if lacking and receipts:
         raise NotTakenUp(
             f"not every worker of pool {pool} loaded the new receipt key within {wait:.0f} s ({', '.join(sorted(lacking))}). "
             f"Check that they are of this version and read {site.keys_folder(pool)} or a copy of it, and try again"
@@ -147,16 +174,9 @@ async def rotate(
             f"no worker of pool {pool} loaded the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
             f"check that they read {site.keys_folder(pool)} or a copy of it, and try again"
         )
-    async with site.changing():
-        generations = site.generations(pool)
-        if generations.staged == staged:  # otherwise another process that waited for it has listed it
-            site.keep_generations(pool, generations.list_staged(time.time(), grace))
-        await _publish(site, connection)
-    live = site.generations(pool).live
-    return Rotated(pool, staged.configs, tuple(one for one in live if one.retire_at is not None), lacking)
 
 
-def _check_time(what: str, seconds: float) -> None:
+def check_time(what: str, seconds: float) -> None:
     if not 0 <= seconds <= MAX_TIME:  # also false for NaN
         raise SettingsError(f"{what} must be between 0 and {MAX_TIME / DAY:.0f} days")
 
@@ -167,7 +187,8 @@ def _staged(site: Site, pool: str, *, receipts: bool = False) -> Generation:
     """
     generations, folder, own = site.generations(pool), site.keys_folder(pool), site.receipt_keys(pool)
     if generations.staged is not None:
-        if receipts and not own.changes(generations):
+        whole = own.complete(generations.staged)
+        if not whole or (receipts and not own.changes(generations)):
             with site.keeping(pool) as kept:
                 own.prepare(generations.staged.ids, None, kept, anew=True)
         return generations.staged
@@ -200,7 +221,7 @@ async def _retire(site: Site, connection: Connection, wait: float, failures: Fai
     async with site.changing():
         with failures.kept():
             if any(_leaving(site, pool) for pool in site.pools):
-                await _publish(site, connection)
+                await publish_now(site, connection)
         for pool in site.pools:
             with failures.kept(pool):
                 gone[pool] = _destroy(site, pool, time.time())
@@ -259,7 +280,7 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
     failures.errors.clear()  # without the fabric, each step below fails by itself or does not need it
     with failures.kept():
         fresh = -MAX_FUTURE <= now - site.published_at < REPUBLISH  # below -MAX_FUTURE the clock was set back
-        if not there or not fresh or site.grant_keys.due(now):
+        if not there or not fresh or site.grant_keys.to_publish(now):
             await publish(site, connection)
 
     async def renew(pool: str) -> None:
@@ -296,16 +317,30 @@ def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> boo
 KEPT_UP: Final = tasks.Restart("each round checks again what is due, and every step may be repeated", after=AGAIN)
 
 
+def pauses(most: float) -> Iterator[float]:
+    """Seconds before each next try in a row of failures: 1, 2, 4, … and at most `most`."""
+    pause = 1.0
+    while True:
+        yield min(pause, most)
+        pause = min(2 * pause, most)
+
+
 async def upkeep(
-    site: Site, connection: Connection, schedule: Schedule, *, again: float = AGAIN, provisioning: bool = False
+    site: Site,
+    connection: Connection,
+    schedule: Schedule,
+    *,
+    again: float = AGAIN,
+    provisioning: bool = False,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> None:
-    """Runs `tend` forever. After failures it retries in 1, 2, 4, … and at most `again` seconds.
+    """Runs `tend` forever. After failures it retries as `pauses(again)` says, and after a success as often as before.
 
     The fabric may come back, a disk may get space, and a cluster that has just started chooses its leaders.
 
     provisioning: also recreates missing queues, for a NATS server that does not restart together with this process.
     """
-    pause = 1.0
+    before_next = pauses(again)
     while True:
         failures, site = Failures(), known_pools.current(site)
         if provisioning:
@@ -315,8 +350,7 @@ async def upkeep(
         with suppress(LacreError, OSError):  # `tend` has logged the failure
             await tend(site, connection, schedule)
             if not failures.errors:
-                pause = 1.0
-                await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
+                before_next = pauses(again)
+                await sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
                 continue
-        await asyncio.sleep(min(pause, again))
-        pause = min(2 * pause, again)
+        await sleep(next(before_next))

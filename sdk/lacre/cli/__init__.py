@@ -20,7 +20,7 @@ from lacre._version import __version__
 try:
     import typer
 
-    from lacre.cli import ask, chat, explain, login, manifest, proxy, status, usage
+    from lacre.cli import ask, chat, explain, login, manifest, proxy, receipt, status, usage
     from lacre.cli.ending import run
     from lacre.cli.manifest import manifest_app
     from lacre.cli.surroundings import check_texts
@@ -50,7 +50,8 @@ app.command()(usage.usage)
 app.command()(proxy.proxy)
 app.command()(login.login)
 app.command()(login.logout)
-_OWN: Final = frozenset({"chat", "ask", "explain", "status", "usage", "proxy", "login", "logout"})
+_OWN: Final = frozenset({"chat", "ask", "explain", "status", "usage", "proxy", "login", "logout", "receipt"})
+app.add_typer(receipt.receipt_app)
 app.add_typer(manifest.manifest_app)  # to which another package adds
 
 

@@ -43,7 +43,7 @@ def ask(
     usage = {"prompt": reply.usage.prompt, "completion": reply.usage.completion, "cached": reply.usage.cached}
     told = {"id": reply.id, "model": reply.model, "text": reply.text, "finish_reason": reply.finish_reason, "usage": usage}
     checked = client.verification.members()
-    say_json({**told, "attempts": reply.attempts, "verification": checked})
+    say_json({**told, "attempts": reply.attempts, "verification": checked, "receipt": reply.receipt.text()})
 
 
 def question(prompt: str | None, piped: str) -> str:

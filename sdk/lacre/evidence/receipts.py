@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.errors import InvalidReceipt, LacreError, WrongModel
+from lacre.errors import InvalidReceipt, LacreError, UsageError, WrongModel
 from lacre.jose import jws
 from lacre.jose.formats import Format
 from lacre.runtime import arguments
@@ -32,7 +32,8 @@ def units(size: int) -> int:
 class Receipt:
     """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file; empty if the worker knows no
     file. Counts are tokens; for the action `http`, they are `units` of the bodies: the request's as prompt, and the answer's.
-    start, end: seconds since the epoch. final: False for a cumulative receipt on a beat.
+    start, end: seconds since the epoch. final: False for a cumulative receipt on a beat. signed: the JWS that it was read from;
+    empty if it was not.
     """  # fmt: skip
 
     enc: str
@@ -43,6 +44,13 @@ class Receipt:
     start: float
     end: float
     final: bool
+    signed: str = field(default="", repr=False, compare=False)
+
+    def text(self) -> str:
+        """The signed receipt, to keep: `lacre receipt check` checks it later. Raises UsageError if it was not read from one."""
+        if not self.signed:
+            raise UsageError("this receipt was made here and is not signed: keep one of an answer")
+        return self.signed
 
     def members(self) -> dict[str, Any]:
         return {
@@ -69,6 +77,7 @@ class Receipt:
             start=members.time("start"),
             end=members.time("end"),
             final=members.flag("final"),
+            signed=token,
         )
 
 
