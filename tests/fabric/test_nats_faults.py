@@ -20,7 +20,7 @@ from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.streams import CLAIMS, QUEUED_MESSAGES
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work import contract
-from lacre_fabric.work.contract import Dispatch, FabricError, FabricUnavailable, NoWorkers, WorkerLost
+from lacre_fabric.work.contract import BEAT, PRESENT_FOR, Dispatch, FabricError, FabricUnavailable, NoWorkers, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, Parties, answer, new_work, read, sealed_bytes
 from parts.waiting import until
@@ -222,6 +222,32 @@ async def test_work_waits_for_its_queue_and_is_in_it_once(parties: Parties) -> N
     async with asyncio.timeout(15):
         delivery = await worker.pull()
     assert (delivery.work.request_id, (await gateway.backlog("a", subjects.DEFAULT_REGION)).requests) == (work.request_id, 1)
+    await delivery.drop()
+
+
+@pytest.mark.parametrize("gone", ["consumer", "stream"])
+async def test_a_queue_that_answers_again_soon_refuses_nobody(parties: Parties, gone: str) -> None:
+    """As while servers read new accounts: for a moment nothing answers the worker's pull."""
+    gateway, worker = await parties.gateway(), await parties.worker(slots=2)
+    assert await answered(worker, gateway)
+    provisioner = (await parties.connect("provisioner")).jetstream
+    stream = subjects.work_stream("a", subjects.DEFAULT_REGION)
+    if gone == "consumer":
+        await provisioner.delete_consumer(stream, subjects.consumer("m1"))
+    else:
+        await provisioner.delete_stream(stream)
+    pulling = asyncio.create_task(worker.pull())
+    deadline = time.monotonic() + PRESENT_FOR + BEAT  # what the worker announced before is no longer valid then
+    while time.monotonic() < deadline:
+        assert gateway.workers("a", "m1") == 1
+        await asyncio.sleep(0.1)
+    work = new_work()
+    dispatching = asyncio.create_task(gateway.dispatch(work))
+    await parties.live.provision()
+    await dispatching
+    async with asyncio.timeout(10):
+        delivery = await pulling
+    assert delivery.work == work
     await delivery.drop()
 
 

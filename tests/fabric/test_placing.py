@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from lacre.errors import SettingsError
 from lacre_fabric.nats import roles, streams, subjects
 from lacre_fabric.nats.accounts import accounts
+from lacre_fabric.nats.model_queue import MISSING_AFTER, NO_ANSWER, NO_QUEUE, ModelQueue
 from lacre_fabric.nats.regions import Sent, in_order
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.work.contract import BEAT
 from lacre_fabric.work.presence import MAX_SLOTS, Presence, Roster
 from lacre_fabric.work.slots import Slots, shares
+
+NO_PULL: Any = None  # a queue's state needs no connection
 
 # Regions
 
@@ -82,6 +85,44 @@ def test_a_credential_is_of_one_region() -> None:
     asked = [entry["to"] for entry in made["imports"] if "to" in entry]
     assert len(asked) == len(set(asked))
     assert {f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_a_{region}.*" for region in ("eu", "us")} <= set(asked)
+
+
+def test_workers_import_no_stream() -> None:
+    """They subscribe for each request, and nats-server crashes over that while it reads accounts."""
+    everybody = [
+        roles.worker(Credential.new("worker-a"), "a", None),
+        roles.worker(Credential.new("worker-b"), "b", None),
+        roles.gateway(Credential.new("gateway-g1"), "g1", ["a", "b"]),
+        roles.provisioner(Credential.new("provisioner")),
+    ]
+    made = accounts(everybody)
+    for pool in ("a", "b"):
+        workers = made[roles.workers_account(pool)]
+        assert all(list(entry) != ["stream"] for entry in workers["imports"])
+        assert {f"{kind}.{pool}.*" for kind in roles.TOLD_TO_WORKERS} <= {entry.get("service") for entry in workers["exports"]}
+
+
+# Model queues
+
+
+def test_a_queue_that_never_answered_is_missing_at_once() -> None:
+    queue = ModelQueue("m1", pull=NO_PULL)
+    assert queue.there
+    queue.silent(100.0)
+    assert (queue.there, queue.pause) == (False, NO_QUEUE)
+    queue.answered()
+    assert queue.there
+
+
+def test_a_queue_that_answered_is_missing_after_a_while() -> None:
+    queue = ModelQueue("m1", pull=NO_PULL)
+    for began in (100.0, 200.0):
+        queue.answered()
+        for now in (began, began + MISSING_AFTER / 2, began + MISSING_AFTER - 0.1):
+            queue.silent(now)
+            assert (queue.there, queue.pause) == (True, NO_ANSWER)
+        queue.silent(began + MISSING_AFTER)
+        assert (queue.there, queue.pause) == (False, NO_QUEUE)
 
 
 # Slots

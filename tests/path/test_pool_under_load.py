@@ -1,7 +1,7 @@
 """A pool comes and goes on three message servers with TLS, while applications call another pool.
 
 All of it is real: nats-server, two gateways and the workers are processes, and each application is an SDK client over HTTP. The
-clients do not resume. They ask again as is their default: docs/pools.md says what happens without.
+clients neither ask again nor resume, so a single refusal shows.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Deployment(Standing):
     def callers(self, pool: str) -> list[lacre.AsyncClient]:
         """One for each gateway."""
         token = self.site.token("alice")
-        return [self.client_of(gateway.url, token, None, pool=pool, retries=None) for gateway in self.gateways]
+        return [self.client_of(gateway.url, token, None, pool=pool, retries=0) for gateway in self.gateways]
 
     async def call(self, client: lacre.AsyncClient) -> None:
         while True:

@@ -11,6 +11,8 @@ Rules:
 - A worker that may read only its own bucket could then store a forged message there. It could make JetStream send it as a
   manifest, as another pool's work or as a call of JetStream's API. Across accounts, an answer returns only to the account that
   asked.
+- Workers import no stream. They subscribe for each request, and nats-server (2.15) crashes if a client subscribes to a stream
+  of another account while the server reads new accounts. So an order to a worker is a service without an answer.
 """
 
 from __future__ import annotations
@@ -163,11 +165,9 @@ def _gateway(pools: Sequence[str], regions: Sequence[str], unheard: Collection[s
     asked = (service for pool in pools for service in _of_gateways(pool, regions))
     heard = [pool for pool in pools if pool not in unheard]
     return {
-        "exports": [
-            {"stream": f"{kind}.{pool}.*", "accounts": [workers_account(pool)]} for pool in pools for kind in TOLD_TO_WORKERS
-        ],
         "imports": [
             *_asked([READ_MANIFEST, *REVOCATIONS, *BUDGETS, *asked]),
+            *(_ordered(pool, kind) for pool in pools for kind in TOLD_TO_WORKERS),
             _heard(FABRIC, MAX_DELIVERIES),
             *(_heard(workers_account(pool), f"{kind}.{pool}.*.*") for pool in heard for kind in TOLD_BY_WORKERS),
         ],
@@ -175,13 +175,9 @@ def _gateway(pools: Sequence[str], regions: Sequence[str], unheard: Collection[s
 
 
 def _workers(pool: str, regions: Sequence[str], gateways: Sequence[str]) -> Entry:
-    return {
-        "exports": [{"stream": f"{kind}.{pool}.*.*", "accounts": [*gateways, FABRIC]} for kind in TOLD_BY_WORKERS],
-        "imports": [
-            *_asked([READ_MANIFEST, *_of_workers(pool, regions)]),
-            *(_heard(account, f"{kind}.{pool}.*") for account in gateways for kind in TOLD_TO_WORKERS),
-        ],
-    }
+    heard: list[Entry] = [{"stream": f"{kind}.{pool}.*.*", "accounts": [*gateways, FABRIC]} for kind in TOLD_BY_WORKERS]
+    taken: list[Entry] = [{"service": f"{kind}.{pool}.*", "accounts": [*gateways]} for kind in TOLD_TO_WORKERS]
+    return {"exports": [*heard, *taken], "imports": _asked([READ_MANIFEST, *_of_workers(pool, regions)])}
 
 
 def _of_gateways(pool: str, regions: Sequence[str]) -> list[str]:
@@ -201,6 +197,10 @@ def _service(subject: str, asked_by: Sequence[str]) -> Entry:
 
 def _asked(services: Iterable[str]) -> list[Entry]:
     return [{"service": {"account": FABRIC, "subject": _real(subject)}, "to": subject} for subject in services]
+
+
+def _ordered(pool: str, kind: str) -> Entry:
+    return {"service": {"account": workers_account(pool), "subject": f"{kind}.{pool}.*"}}
 
 
 def _heard(account: str, subject: str) -> Entry:

@@ -35,6 +35,7 @@ from lacre_fabric.nats.revocations import RevocationReader, revoke
 from lacre_fabric.nats.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import (
+    LEADERLESS,
     QUEUE_LIMIT,
     Backlog,
     Capacity,
@@ -58,9 +59,6 @@ WORK: Final = Format("work", "worker")
 GRANT: Final = "Grant"
 REQUEST: Final = "Request"
 GATEWAY: Final = "Gateway"
-# Seconds that work may wait for its queue to have a leader. They count towards its queue limit; NATS elects a leader within
-# nine.
-LEADERLESS: Final = 10.0
 NO_QUEUE: Final = 0.25  # seconds between tries
 LOOK_LIMIT: Final = 5.0  # seconds that a lookup of unstarted requests waits for the main connection
 MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name only its own

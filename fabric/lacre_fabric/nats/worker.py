@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Protocol, Self
 
@@ -21,7 +21,6 @@ import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import Header
-from nats.js.client import JetStreamContext
 
 from lacre import problems
 from lacre.errors import NewerFormat, ProtocolError, SettingsError
@@ -32,6 +31,7 @@ from lacre_fabric.nats import orders, protocol, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, Connection, headers_of
 from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, WORK
 from lacre_fabric.nats.kv import CONFLICTS
+from lacre_fabric.nats.model_queue import ModelQueue
 from lacre_fabric.nats.roles import MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, Work
@@ -45,22 +45,12 @@ PULL: Final = 2.0  # seconds that one pull waits; a pull that NATS loses is repe
 PULL_EACH: Final = 0.5  # seconds, if there are fewer free slots than models; the models then take turns
 NOT_ABLE: Final = 0.5  # seconds between checks whether the worker can work
 _STAMP: Final = "Nats-Time-Stamp"  # header of stored messages that JetStream returns: when they were written
-NO_QUEUE: Final = 1.0  # seconds between looks for a missing queue
 IN_PROGRESS: Final = 2.0  # seconds between in-progress acks of unacked work; well within `ACK_WAIT`
 MAX_CREDIT_DIGITS: Final = 12  # of the byte count that a reader took: more than any answer has
 
 log = structlog.get_logger("lacre.fabric")
 
 Counts = Callable[[], Mapping[str, ModelCounts]]
-
-
-@dataclass(slots=True)
-class _Queue:
-    """A model's queue. there: whether it existed at the last pull."""
-
-    model: str
-    pull: JetStreamContext.PullSubscription
-    there: bool = True
 
 
 class Able(Protocol):
@@ -98,7 +88,7 @@ class NatsWorker:
         self._region = region
         self._slots = slots
         self._changed = asyncio.Event()  # a slot may be free, or the worker drains
-        self._queues: list[_Queue] = []  # the next in turn comes first
+        self._queues: list[ModelQueue] = []  # the next in turn comes first
         self._pulls: dict[str, asyncio.Task[NatsDelivery | None]] = {}  # pulls in progress, by model
         self._pullers = 0
         self._presence: tasks.Background | None = None
@@ -147,7 +137,7 @@ class NatsWorker:
         async with connection.mapped(confirmed=True):
             for model in models:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
-                self._queues.append(_Queue(model, pull))
+                self._queues.append(ModelQueue(model, pull))
             await self._say_presence()
 
     async def pull(self) -> NatsDelivery:
@@ -203,32 +193,37 @@ class NatsWorker:
                 self._queues.append(queue)
         return len(able) == len(self._queues)
 
-    async def _fetch(self, queue: _Queue, patience: float) -> NatsDelivery | None:
+    async def _fetch(self, queue: ModelQueue, patience: float) -> NatsDelivery | None:
         """One pull; None if it brought nothing. Raises FabricUnavailable."""
         denials = self.connection.denials
         try:
             (message,) = await queue.pull.fetch(1, timeout=patience if queue.there else PULL_EACH)
         except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
-            await self._look(queue, there=False)
-            await asyncio.sleep(NO_QUEUE)
+            await self._looked(queue, found=False)
+            await asyncio.sleep(queue.pause)
             return None
         except nats.errors.Error as exc:
             if isinstance(exc, TimeoutError) and self.connection.denials == denials:
-                await self._look(queue, there=self.connection.connected)
+                if self.connection.connected:  # otherwise the pull says nothing of the queue
+                    await self._looked(queue, found=True)
                 return None
             raise self.connection.unavailable(exc, denials) from exc
         async with self.connection.mapped():
-            await self._look(queue, there=True)
+            await self._looked(queue, found=True)
             delivery = await self._take(message)
             if delivery is None or self._serves(queue.model):
                 return delivery
             await _turn_away(delivery)  # the worker became unable to serve it after it pulled
         return None
 
-    async def _look(self, queue: _Queue, *, there: bool) -> None:
-        if queue.there != there:
-            queue.there = there
-            log.warning("queue.found" if there else "queue.missing", pool=self._pool, model=queue.model)
+    async def _looked(self, queue: ModelQueue, *, found: bool) -> None:
+        before = queue.there
+        if found:
+            queue.answered()
+        else:
+            queue.silent(time.monotonic())
+        if queue.there != before:
+            log.warning("queue.found" if queue.there else "queue.missing", pool=self._pool, model=queue.model)
             await self._say_presence()
 
     async def _take(self, message: Msg) -> NatsDelivery | None:

@@ -23,6 +23,8 @@ LOST_AFTER: Final = 3.0  # seconds without a frame, after the first one, until a
 PRESENT_FOR: Final = 3.0  # seconds that one presence message stays valid
 SETTLE: Final = 1.5  # seconds that a new gateway connection waits for the first presence; NoWorkers must come within 2 s
 QUEUE_LIMIT: Final = 30.0  # seconds that work may wait for a worker, by default
+# Seconds that work may wait for its queue to have a leader, of its queue limit. NATS elects a leader within nine.
+LEADERLESS: Final = 10.0
 ACK_WAIT: Final = 5.0  # seconds without an ack or an in-progress ack until NATS delivers the work again
 MAX_DELIVER: Final = 2
 DUPLICATE_WINDOW: Final = 900.0  # seconds; more than twice the window that a request's date must be in

@@ -1,0 +1,48 @@
+"""A worker's view of one model's queue: whether it counts as missing.
+
+Rules:
+- One pull without an answer does not make a queue missing. While a NATS server reads new accounts, nothing answers for some
+  milliseconds; a queue that lost its leader gets another one within nine seconds.
+- Gateways hold requests for as long (`LEADERLESS`). A worker that stopped announcing its model sooner would have them refused.
+- A queue that never answered is missing at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from nats.js.client import JetStreamContext
+
+from lacre_fabric.work.contract import LEADERLESS
+
+MISSING_AFTER: Final = LEADERLESS
+NO_ANSWER: Final = 0.1  # seconds between pulls until then: a reload takes less
+NO_QUEUE: Final = 1.0  # seconds between looks for a missing queue
+
+
+@dataclass(slots=True)
+class ModelQueue:
+    """there: whether it counts as existing, so that the worker announces its model.
+
+    silent_since: when it stopped answering, on the monotonic clock; infinite while it answers.
+    """
+
+    model: str
+    pull: JetStreamContext.PullSubscription
+    there: bool = True
+    silent_since: float = -math.inf
+
+    def answered(self) -> None:
+        self.there, self.silent_since = True, math.inf
+
+    def silent(self, now: float) -> None:
+        """NATS says that nothing listens for pulls."""
+        self.silent_since = min(self.silent_since, now)
+        self.there = now - self.silent_since < MISSING_AFTER
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next pull after one without an answer."""
+        return NO_ANSWER if self.there else NO_QUEUE
