@@ -17,8 +17,10 @@ from lacre.exchange.model_paths import KNOWN
 from lacre.problems import Problem, details
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre.wire.opening import PrivateKey
+from lacre_fabric.work.contract import FabricBusy, FabricError, FabricUnavailable, NoQueue
 from lacre_gateway.auth.throttle import RefusalThrottle
 from lacre_gateway.http.refusal import Refusal
+from lacre_gateway.relay.failures import refusal_for
 from parts.by_hand import opened
 from parts.fake_worker import PIECES, FakeWorker, Script
 from parts.issuer import Issuer
@@ -179,6 +181,20 @@ async def test_nobody_to_ask(stage: Stage, client: httpx2.AsyncClient) -> None:
     assert_problem(await stage.post(client), problems.BUSY)
     stage.gateway.fabric = None
     assert_problem(await stage.post(client), problems.UNAVAILABLE)
+
+
+@pytest.mark.parametrize(
+    ("failed", "problem"),
+    [
+        (NoQueue("none"), problems.NO_WORKER),
+        (FabricUnavailable("away"), problems.UNAVAILABLE),
+        (FabricBusy("full"), problems.UNAVAILABLE),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_what_is_in_no_queue_counts_as_without_a_worker(failed: FabricError, problem: problems.Problem) -> None:
+    """A client of a route sends a request to another pool after `NO_WORKER`."""
+    assert refusal_for(failed).problem is problem
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ import { chooseKey, clock, parseConnectionString, readReceipt, Trust } from "./t
 
 const OHTTP_KEY = "https://iana.org/assignments/http-problem-types#ohttp-key";
 const DATE = "https://iana.org/assignments/http-problem-types#date";
-const AWAY = new Set(["urn:lacre:problem:no-worker", "urn:lacre:problem:unavailable"]);
+const NO_WORKER = "urn:lacre:problem:no-worker";
 const MAX_EVENT = 1024 * 1024; // of one server-sent event
 
 /** `kems`: the names of those accepted, X-Wing alone unless the caller says otherwise (section 3). */
@@ -62,7 +62,7 @@ export class Client {
         const totals = yield* this.#attempt(messages, { ...ways[0], maxTokens });
         return { ...totals, ...ways[0], attempts };
       } catch (error) {
-        if (error instanceof ProblemError && AWAY.has(error.type) && ways.length > 1) {
+        if (error instanceof ProblemError && error.type === NO_WORKER && ways.length > 1) {
           ways.shift(); // it did not run, so the next pool of the route may have it (section 3)
           continue;
         }

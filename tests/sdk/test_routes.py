@@ -158,11 +158,10 @@ class TestCalls:
             client.post("/v1/chat/completions", json={"messages": [{}]}, headers={"lacre-model": "tiny"})
         assert served(relay) == {"default": [], "canary": ["new"] * 3}
 
-    @pytest.mark.parametrize("problem", [problems.NO_WORKER, problems.UNAVAILABLE])
     @pytest.mark.parametrize("retries", [0, None])
-    def test_a_pool_without_worker_is_passed(self, problem: problems.Problem, retries: int | None) -> None:
+    def test_a_pool_without_worker_is_passed(self, retries: int | None) -> None:
         relay = two(("canary", "new", 1), ("default", "tiny", 0))
-        relay.beside["canary"].respond = refusing(problem, retry_after="2")
+        relay.beside["canary"].respond = refusing(problems.NO_WORKER, retry_after="2")
         with connect(relay, retries=retries) as client:
             reply = client.chat("x", model="assistant")
         assert reply.attempts == 2 and served(relay) == {"default": ["tiny"], "canary": []}
@@ -177,6 +176,7 @@ class TestCalls:
             problems.UNCLAIMED,
             problems.RATE_LIMITED,
             problems.NO_GATEWAY,
+            problems.UNAVAILABLE,
         ],
     )
     def test_no_other_refusal_leads_elsewhere(self, problem: problems.Problem) -> None:
@@ -185,6 +185,15 @@ class TestCalls:
         with connect(relay, retries=0) as client, pytest.raises(lacre.LacreError):
             client.chat("x", model="assistant")
         assert not relay.sealed and len(relay.beside["canary"].sealed) == 1
+
+    def test_what_may_be_in_a_queue_stays_in_its_pool(self) -> None:
+        """The client asks the same pool again, whose worker may have the first request; and leaves it once it has none."""
+        relay = two(("canary", "new", 1), ("default", "tiny", 0))
+        canary = relay.beside["canary"]
+        canary.respond = in_turn(problems.UNAVAILABLE, problems.UNAVAILABLE, problems.NO_WORKER)
+        with connect(relay) as client:
+            assert client.chat("x", model="assistant").attempts == 4
+        assert (len(canary.sealed), served(relay)) == (3, {"default": ["tiny"], "canary": []})
 
     def test_no_pool_has_a_worker(self) -> None:
         relay = two(("canary", "new", 1), ("default", "tiny", 0))

@@ -20,6 +20,7 @@ from lacre_fabric.work.contract import (
     FabricUnavailable,
     FrameGap,
     FrameMissing,
+    NoQueue,
     NoWorkers,
     QueueFull,
     QueueTimeout,
@@ -43,6 +44,7 @@ _RETRY_LATER: Final = 5.0
 _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (DuplicateWork, problems.REPLAYED, None),
     (NoWorkers, problems.NO_WORKER, _RETRY_LATER),
+    (NoQueue, problems.NO_WORKER, _RETRY_SOON),  # as if without workers: nothing took the request, so another pool may
     (QueueFull, problems.BUSY, _RETRY_LATER),
     (QueueTimeout, problems.BUSY, _RETRY_LATER),
     (WorkerLost, problems.WORKER_LOST, None),

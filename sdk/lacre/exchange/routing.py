@@ -2,7 +2,8 @@
 
 Rules:
 - Only a route of the verified manifest leads to another pool. Nobody signs a refusal, so it chooses only among those.
-- The next pool is asked only if the request certainly did not run, because its pool has no worker or no queue.
+- The next pool is asked only if the request certainly is in no queue, because its pool has no worker or no queue. After
+  `UNAVAILABLE` it may be in one, so the pool stays the same.
 - A pool that the client cannot seal to is passed over, as long as another one of the route is left.
 - A denial is an answer: no other pool is asked in its place.
 - A call asks the pools once each without a pause, and then goes on among them at the pace of its retries.
@@ -17,14 +18,12 @@ from typing import Final, NamedTuple
 
 from lacre.errors import SettingsError, UsageError, WrongModel
 from lacre.exchange.request import AskedModel, Plain, asked_model
-from lacre.problems import NO_WORKER, UNAVAILABLE, Problem
+from lacre.problems import NO_WORKER, Problem
 from lacre.trust.manifest import Manifest, Pool
 from lacre.trust.routes import SEED, ModelRoute, sticky_seed
 
 DEFAULT_POOL: Final = "default"  # of a caller who chose none, for a model without a route
-# The pool cannot take a request now, and the request did not run: see `lacre.exchange.retry`. `UNAVAILABLE` is also said for a
-# pool whose queue is gone.
-_PASSED: Final = (NO_WORKER, UNAVAILABLE)
+_PASSED: Final = (NO_WORKER,)  # also said of a pool whose queue is gone
 
 
 class Destination(NamedTuple):
