@@ -126,8 +126,13 @@ class Gateway:
         return self.ending.is_set()
 
     def drain(self) -> None:
-        """Begins the end of this process: it is no longer ready, and ends when its streams have finished. Idempotent."""
+        """Begins the end of this process: it is no longer ready, and ends when its streams have finished. Idempotent.
+
+        Clients reuse no connection from here on.
+        """
         self.ending.set()
+        for door in self.doors.values():
+            door.draining = True
 
     async def close(self) -> None:
         """Waits until all served requests are settled and on disk. It must serve nothing from here on."""

@@ -260,6 +260,36 @@ async def test_drain(running: Running, how: str) -> None:
     assert running.entries()[-1]["event"] == "stopped"
 
 
+async def asked(at: tuple[asyncio.StreamReader, asyncio.StreamWriter], path: str) -> bytes:
+    """The head of the answer, after its body was read too."""
+    reader, writer = at
+    writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    async with asyncio.timeout(10):
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+    return head
+
+
+@pytest.mark.parametrize("running", [("drain_delay = 60", 1)], indirect=True)
+async def test_a_draining_gateway_closes_connections_that_it_kept(running: Running) -> None:
+    """Each after an answer that says so: a client never sends a request into a connection that ends."""
+    port = int(running.base_url.rpartition(":")[2])
+    kept = [await asyncio.open_connection("127.0.0.1", at) for at in (port, port, running.admin)]
+    paths = ("/healthz", "/v1/manifest", "/metrics")
+    for at, path in zip(kept, paths, strict=True):
+        assert b"connection: close" not in await asked(at, path)
+    running.process.terminate()
+    await running.not_ready()
+    kept.append(await asyncio.open_connection("127.0.0.1", port))  # a balancer that has not noticed yet
+    for at, path in zip(kept, (*paths, "/readyz"), strict=True):
+        assert b"\r\nconnection: close\r\n" in await asked(at, path)
+        async with asyncio.timeout(5):
+            assert await at[0].read() == b""
+        at[1].close()
+    running.process.terminate()
+    assert await running.ended(20) == 0
+
+
 def refuses(url: str) -> bool:
     try:
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1).close()

@@ -13,6 +13,8 @@ Rules:
   asked for. Past the first two limits, the connection that has waited longest without a running request is cut. Past `held`,
   the one that has held bytes for longest is cut. An honest head arrives in one piece and is never held.
 - A client that does not read its answer for `STALLED` seconds is cut.
+- While the listener drains, each answer that begins says `Connection: close`. Otherwise a client may send its next request into
+  a connection that ends.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Door:
     head_timeout: seconds. connections: at a time. per_address: of these, from one address or IPv6 /64; None: no limit. held:
     bytes that all connections together may hold and no application asked for. free: addresses and networks without
     `per_address`, such as a balancer's; `*` means all. encoded_slashes: whether a path may hold `%2F`. stalled: seconds that a
-    client may leave its answer unread. refused: how many requests could not be read, by status. cut: how many connections were
-    cut to make room.
+    client may leave its answer unread. draining: whether the listener is about to close. refused: how many requests could not
+    be read, by status. cut: how many connections were cut to make room.
     """
 
     head_timeout: float = 15.0
@@ -65,6 +67,7 @@ class Door:
     free: tuple[str, ...] = ()
     encoded_slashes: bool = True
     stalled: float = STALLED
+    draining: bool = False
     refused: Counter[int] = field(default_factory=Counter)
     cut: int = 0
     _inside: set[Held] = field(default_factory=set)
@@ -276,7 +279,7 @@ class BoundedProtocol(HttpToolsProtocol):
             keep_alive=head.keep_alive,
             on_response=self.on_response_complete,
         )
-        self.cycle.on_asked = self._account
+        self.cycle.on_asked, self.cycle.door = self._account, self.door
         crowded = self.limit_concurrency is not None and (
             len(self.connections) >= self.limit_concurrency or len(self.tasks) >= self.limit_concurrency
         )
@@ -430,6 +433,12 @@ class _Cycle(RequestResponseCycle):
 
     asked = False
     on_asked: Callable[[], None]
+    door: Door
+
+    async def send(self, message: Any) -> None:
+        if self.door.draining and not self.response_started:
+            self.keep_alive = False  # uvicorn then adds the header, and closes after the answer
+        await super().send(message)
 
     async def receive(self) -> Any:
         if not self.asked:
