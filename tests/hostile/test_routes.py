@@ -90,7 +90,8 @@ async def test_no_worker_of_the_only_pool(stage: Stage, gateway: GatewayOwner, v
 
 @attack("say that a pool is full, failed or lost its worker, so that another pool gets the prompt too", "gateway",
         "only a request that did not run, for want of a worker or a queue, goes to the next pool", errors.Unavailable,
-        cases=[problems.BUSY, problems.WORKER_LOST, problems.UNCLAIMED, problems.INTERNAL, problems.OVERLOADED],
+        cases=[problems.BUSY, problems.WORKER_LOST, problems.UNCLAIMED, problems.INTERNAL, problems.OVERLOADED,
+               problems.UNAVAILABLE],
         ids=lambda problem: problem.slug)  # fmt: skip
 async def test_other_refusals(stage: Stage, gateway: GatewayOwner, verdict: Verdict, case: problems.Problem) -> None:
     await stage.worker(pool=OTHER_POOL)
