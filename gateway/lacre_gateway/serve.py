@@ -3,7 +3,8 @@
 Rules:
 - HTTP is served from the start, so that `readyz` can say what is missing; the fabric may come later, and may go and come back.
 - New rules are activated while requests are served: on SIGHUP, and when their files change. Certificates and CAs likewise: the
-  gateway's own, those for NATS, and those of issuers. Settings are read again on SIGHUP (see `admin.reloading`).
+  gateway's own, those for NATS, of issuers and of the webhook, with its secret. Settings are read again on SIGHUP (see
+  `admin.reloading`).
 - On SIGTERM, SIGINT or an administrator's call, `readyz` says no at once. For `listen.drain_delay` seconds, new requests are
   still accepted; a second signal ends that.
 - Then running streams have `listen.drain` seconds to finish, after which they are aborted. Their usage is settled, and outcomes
@@ -117,7 +118,7 @@ async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], l
             tasks.start("queues", gateway.queues.watch, restart=_LOOKS_AGAIN),
             tasks.start("signing keys", partial(_keep_keys, gateway, keys), restart=_GOES_ON),
             tasks.start("audit logs", _keeper(gateway).run, restart=_KEEPS_ON),
-            *reloading(gateway, partial(_certificates, gateway, link, certificate)),
+            *reloading(gateway, partial(_watched, gateway, link, certificate)),
         ]
         log.info("listening", host=listener.getsockname()[0], port=listener.getsockname()[1])
         admin.open()
@@ -184,9 +185,9 @@ async def _drained(gateway: Gateway, server: Server) -> None:
 Files = Callable[[], Iterator[WatchedFiles[Any]]]
 
 
-def reloading(gateway: Gateway, certificates: Files) -> list[tasks.Background]:
-    """Activates changes: settings, rules and certificates on SIGHUP. Certificates also by themselves, and rules if the settings
-    name a folder of them.
+def reloading(gateway: Gateway, files: Files) -> list[tasks.Background]:
+    """Activates changes: settings, rules and files such as certificates on SIGHUP. Files also by themselves, and rules if the
+    settings name a folder of them.
     """
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
@@ -194,7 +195,7 @@ def reloading(gateway: Gateway, certificates: Files) -> list[tasks.Background]:
     async def on_signal() -> None:
         while await hung_up.wait():
             hung_up.clear()
-            for each in certificates():
+            for each in files():
                 await asyncio.to_thread(each.refresh)
             if gateway.reloading is not None:
                 with contextlib.suppress(SettingsError):  # `reload` reports it, and likewise below
@@ -204,15 +205,15 @@ def reloading(gateway: Gateway, certificates: Files) -> list[tasks.Background]:
 
     running = [
         tasks.start("reload", on_signal, restart=_GOES_ON),
-        tasks.start("certificates", partial(watched_files.watch, certificates), restart=_GOES_ON),
+        tasks.start("certificates", partial(watched_files.watch, files), restart=_GOES_ON),
     ]
     if gateway.settings.policies is not None:
         running.append(tasks.start("rules", partial(gateway.rules.watch, gateway.audit.append), restart=_GOES_ON))
     return running
 
 
-def _certificates(gateway: Gateway, link: _Link, own: Certificate | None) -> Iterator[WatchedFiles[Any]]:
-    """The files of certificates and CAs that are in use now."""
+def _watched(gateway: Gateway, link: _Link, own: Certificate | None) -> Iterator[WatchedFiles[Any]]:
+    """The files of certificates, CAs and the webhook's secret that are in use now."""
     if own is not None:
         yield own
     if link.fabric is not None:
@@ -220,6 +221,8 @@ def _certificates(gateway: Gateway, link: _Link, own: Certificate | None) -> Ite
     for issuer in gateway.authenticator.issuers:
         if isinstance(issuer.keys, RemoteKeys) and issuer.keys.trust is not None:
             yield issuer.keys.trust
+    if gateway.webhook is not None:
+        yield from gateway.webhook.files
 
 
 async def _keep_connected(gateway: Gateway, link: _Link) -> None:

@@ -96,6 +96,18 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, spoil: Callable[[bytes], byt
         read_ed25519s(path)
 
 
+def test_a_copy_that_was_cut_anywhere(tmp_path: Path) -> None:
+    """Only a cut between two keys leaves a file that can be used: it has the first key."""
+    first, both, path = ed25519_pem(FIRST), ed25519_pem(FIRST) + ed25519_pem(OTHER), tmp_path / "keys.pem"
+    for size in range(len(both)):
+        write_secret(path, both[:size])
+        if size in (len(first) - 1, len(first)) or size == len(both) - 1:
+            assert raw_public_key(read_ed25519s(path)[0]) == raw_public_key(FIRST)
+        else:
+            with pytest.raises(SettingsError, match=r"keys\.pem"):
+                read_ed25519s(path)
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     made = Site(tmp_path / "state", {POOL: ("m",)})

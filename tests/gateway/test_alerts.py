@@ -8,22 +8,27 @@ import hashlib
 import hmac
 import io
 import json
+import shutil
 import ssl
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 import structlog
 
 from lacre.errors import SettingsError
+from lacre.runtime import tasks
+from lacre.runtime.watched_files import watch
 from lacre_fabric.logs import Log, make_log
 from lacre_gateway.budget.alerts import BudgetAlerts
 from lacre_gateway.budget.lease import Account, Need
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.webhook import MAX_WAITING, TRIES, WebhookEvent, WebhookSender, read_keys, signed
+from lacre_gateway.serve import _Link, _watched
 from lacre_gateway.settings import Webhook
 from parts.certificates import Ca
 from parts.fake_worker import Script
@@ -31,7 +36,7 @@ from parts.waiting import until
 
 from .conftest import PutUp
 
-KEY, OLD = bytes(range(32)), bytes(24)
+KEY, OLD, NEW = bytes(range(32)), bytes(24), bytes([7]) * 24
 NOW = 1_800_000_000.5
 DAY = LimitKind.TOKENS_PER_DAY
 
@@ -118,6 +123,36 @@ async def test_an_event_is_signed_as_the_specification_says(tmp_path: Path) -> N
     content = f"{fields['webhook-id']}.{fields['webhook-timestamp']}.".encode() + body
     due = [base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode() for key in (KEY, OLD)]
     assert fields["webhook-signature"].split(" ") == [f"v1,{each}" for each in due]
+
+
+async def test_a_new_secret_and_a_new_ca_count_without_a_restart(tmp_path: Path) -> None:
+    """Files that cannot be used change nothing, and the log says so."""
+    old, new, log = Ca(tmp_path, "old"), Ca(tmp_path, "new"), io.StringIO()
+    pair, ca = new.issue(tmp_path, "hook", "localhost"), tmp_path / "ca.pem"
+    shutil.copy(old.file, ca)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pair.certificate, pair.key)
+
+    def told(event: str) -> bool:
+        return event in log.getvalue()
+
+    async with receiver(204, context=context) as hook:
+        url = f"https://localhost:{hook.port}/hook"
+        async with sender(tmp_path, url, (0.0,), log=make_log(log), ca=ca) as sending:
+            watching = asyncio.create_task(watch(lambda: sending.files, every=0.02))
+            sending.send(event(1))
+            await until(lambda: lost(log))
+            secret = f"whsec_{base64.b64encode(NEW).decode()}"
+            for what, path, whole in (("ca", ca, new.file.read_text()), ("secret", tmp_path / "webhook-secret", secret)):
+                path.write_text(whole[:20])
+                await until(partial(told, f"webhook {what} refused"))
+                path.write_text(whole)
+                await until(partial(told, f"webhook {what} taken"))
+            sending.send(event(2))
+            await until(lambda: hook.got)
+            await tasks.end(watching)
+    [(fields, body)] = hook.got
+    assert fields["webhook-signature"] == signed([NEW], "msg_2", int(NOW), body)["webhook-signature"]
 
 
 def test_a_client_that_cannot_be_made_shows_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,16 +318,43 @@ def test_levels() -> None:
     counter.ceiling = 120
     alerts.wrote(account, proposal, 5.0)
     assert [each.data["level"] for each in sent] == [80, 100, 80]
-    alerts.refused([(account, counter, 10), (account, counter, 21)], 5.0)
-    assert [each.data["level"] for each in sent] == [80, 100, 80, 100]
-    assert len({each.id for each in sent}) == 4
+    counter.reserve(21)
+    counter.settle(21, 0)
+    alerts.refused([(account, counter, 10)], 5.0)
+    assert len(sent) == 3
+    for _ in range(2):
+        alerts.refused([(account, counter, 21)], 5.0)
+    counter.used = 120
+    alerts.wrote(account, proposal, 5.0)
+    assert [(each.data["level"], each.data["refused"]) for each in sent[2:]] == [(80, False), (100, True), (100, False)]
+    assert len({each.id for each in sent}) == 5
+    counter.used = 100
     again, others = told()
     others.wrote(account, proposal, 9.0)
     assert [each.id for each in again] == [sent[2].id], "another gateway's alert has the same id"
     assert sent[0].data == {
         "level": 80, "budget": "alice", "key": "user.x.y", "limit": "tokens_per_day", "window": 1, "used": 80, "ceiling": 100,
-        "unit": "tokens", "currency": None, "resets_at": 2 * 86400.0, "gateway": "g1",
+        "refused": False, "unit": "tokens", "currency": None, "resets_at": 2 * 86400.0, "gateway": "g1",
     }  # fmt: skip
+
+
+def test_a_request_that_is_too_large_hides_no_alert() -> None:
+    """Nothing was booked for it, so the limit is as far from its end as before."""
+    sent, alerts = told()
+    account = Account("user.x.y", "alice", "g1", 60.0)
+    proposal = account.propose(None, {DAY: 1}, [Need({DAY: (1, 100)})], 0.0)
+    counter = account.counter(DAY, 1, 100)
+    counter.reserve(30)
+    counter.settle(30, 5)
+    alerts.refused([(account, counter, 96)], 1.0)
+    assert sent == []
+    counter.used = 75
+    alerts.refused([(account, counter, 30)], 2.0)
+    for counter.used in (85, 100):
+        alerts.wrote(account, proposal, 3.0)
+    alerts.refused([(account, counter, 30)], 4.0)
+    told_of = [(each.data["level"], each.data["used"], each.data["refused"]) for each in sent]
+    assert told_of == [(100, 75, True), (80, 85, False), (100, 100, False)]
 
 
 def test_other_limits_and_limits_of_zero_alert_nobody() -> None:
@@ -331,6 +393,8 @@ async def test_a_gateway_reads_where_to_alert_from_its_settings(put_up: PutUp, t
         await until(lambda: len(hook.got) == 1)
         data = json.loads(hook.got[0][1])["data"]
         assert (data["level"], data["limit"], data["ceiling"]) == (100, "requests_per_minute", 1)
+        assert stage.gateway.webhook is not None
+        assert [*_watched(stage.gateway, _Link(), None)] == [*stage.gateway.webhook.files]
         (tmp_path / "webhook-secret").chmod(0o640)
         with pytest.raises(SettingsError, match=r"640"):
             await put_up(settings=table)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import ssl
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from lacre_gateway.admin.listener import AdminListener
 from lacre_gateway.admin.reloading import SettingsReload
 from lacre_gateway.audit.entries import SETTINGS_REFUSED, SETTINGS_RELOADED
 from lacre_gateway.gateway import Changes
+from lacre_gateway.http.certificate import tls_context
 from lacre_gateway.http.server import bind
-from lacre_gateway.settings import Listen, load
+from lacre_gateway.settings import Listen, Tls, load
+from parts.certificates import Ca
 from parts.fake_worker import FakeWorker
 from parts.issuer import AUDIENCE, Issuer
 from parts.stage import Stage, until
@@ -209,6 +213,30 @@ async def test_the_admin_listener_moves(reloads: Reloads) -> None:
     async with asyncio.timeout(30):
         while await answers(second):
             await asyncio.sleep(0.05)
+
+
+async def test_the_admin_listener_moves_to_another_host_on_its_port(reloads: Reloads, tmp_path: Path) -> None:
+    """To every address with TLS, and back: each includes the address that it had."""
+    stage, port, ca = reloads.stage, free_port(), Ca(tmp_path / "ca")
+    pair = ca.issue(tmp_path, "admin")
+    tls = f'[listen.tls]\ncertificate = "{pair.certificate}"\nkey = "{pair.key}"\n'
+    reloads.write(tables=tls)
+    stage.gateway.settings = load(reloads.file)
+    reloads.admin._context = lambda: tls_context(Tls(certificate=pair.certificate, key=pair.key))
+    trusted = ssl.create_default_context(cafile=ca.file)
+
+    async def serves(url: str) -> bool:
+        async with httpx2.AsyncClient(trust_env=False, timeout=5, verify=trusted) as http:
+            try:
+                return (await http.get(f"{url}/v1/status")).status_code == 401
+            except httpx2.TransportError:
+                return False
+
+    for host, scheme in (("127.0.0.1", "http"), ("0.0.0.0", "https"), ("127.0.0.1", "http"), ("localhost", "http")):
+        assert await reloads.take(tables=f'{tls}[admin]\nhost = "{host}"\nport = {port}') == Changes(("admin",))
+        await until(partial(serves, f"{scheme}://127.0.0.1:{port}"))
+    with pytest.raises(SettingsError, match="admin: cannot listen"):
+        bind(Listen(host="127.0.0.1", port=port), place="admin")
 
 
 async def test_an_administrator_asks(reloads: Reloads) -> None:

@@ -24,6 +24,7 @@ from lacre.wire.wiping import overwrite
 
 _BEGIN: Final = b"-----BEGIN PRIVATE KEY-----"  # RFC 7468
 _BLOCK: Final = re.compile(_BEGIN + rb".*?-----END PRIVATE KEY-----", re.DOTALL)
+_FENCE: Final = re.compile(rb"^-", re.MULTILINE)  # begins both lines around a block, also those that are cut
 _REMEDY: Final = "`lacre up` creates such files; `lacre keys init` creates those with keys"
 
 
@@ -128,8 +129,8 @@ def read_ed25519s(path: Path) -> tuple[Ed25519PrivateKey, ...]:
     content = read_secret(path)
     try:
         blocks = _BLOCK.findall(content)
-        if len(blocks) != content.count(_BEGIN):
-            raise SettingsError(f"{path} is cut off: write it again, whole")
+        if blocks and len(_FENCE.findall(content)) != 2 * len(blocks):
+            raise SettingsError(f"{path} is cut off, or holds something else than private keys: copy it again, whole")
         return tuple(parse_ed25519(block, path) for block in blocks) or (parse_ed25519(content, path),)
     finally:
         overwrite(content)

@@ -1,4 +1,8 @@
-"""The listener of the admin API. It may move, begin or end while the gateway serves."""
+"""The listener of the admin API. It may move, begin or end while the gateway serves.
+
+If only its host changes, the old socket and the new one have the same port for a moment: an address such as `0.0.0.0` includes
+the other one. Both are shared for that moment alone, so no other process can take the port by accident.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,14 @@ from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre_gateway.admin.api import create_admin
 from lacre_gateway.gateway import Gateway
-from lacre_gateway.http.server import Server, bind, make_server
+from lacre_gateway.http.server import Server, bind, make_server, share
 from lacre_gateway.settings import GatewaySettings, Listen
 
 PAST_DRAIN: Final = 2.0  # seconds: the time that a server needs to end after its drain
 # Seconds to wait for a port: when ports of several processes move by one, each waits for the one before.
 _BOUND_WITHIN: Final = 3.0
 _AGAIN: Final = 0.1
+_PLACE: Final = "admin"
 
 Context = Callable[[], ssl.SSLContext]
 
@@ -48,7 +53,7 @@ class AdminListener:
         """Begins to serve, if the settings say so. Raises SettingsError."""
         listen = listen_of(self._gateway.settings)
         if listen is not None:
-            self._begin(listen, bind(listen), encrypted=not _loopback(self._gateway.settings))
+            self._begin(listen, bind(listen, place=_PLACE), encrypted=not _loopback(self._gateway.settings))
 
     async def prepare(self, settings: GatewaySettings, undo: AsyncExitStack) -> Callable[[], None]:
         """Binds what the new settings need. Returns what makes it take over, at once. Raises SettingsError."""
@@ -59,7 +64,7 @@ class AdminListener:
             return self._end
         if now is not None and (now.host, now.port) == (listen.host, listen.port):
             return lambda: None
-        at = await _bound(listen)
+        at = await _bound(listen, None if now is None or now.port != listen.port else self._running)
         undo.callback(at.close)
         return partial(self._move, listen, at, encrypted=not _loopback(settings))
 
@@ -108,12 +113,20 @@ def _loopback(settings: GatewaySettings) -> bool:
     return settings.admin is None or settings.admin.loopback
 
 
-async def _bound(listen: Listen) -> socket.socket:
-    """Raises SettingsError."""
+async def _bound(listen: Listen, old: _Running | None) -> socket.socket:
+    """old: the listener that has the same port on another host. Raises SettingsError."""
+    if old is not None:
+        share(old.at)
+        try:
+            at = bind(listen, shared=True, place=_PLACE)
+        finally:
+            share(old.at, shared=False)
+        share(at, shared=False)
+        return at
     deadline = asyncio.get_running_loop().time() + _BOUND_WITHIN
     while True:
         try:
-            return bind(listen)
+            return bind(listen, place=_PLACE)
         except SettingsError:
             if asyncio.get_running_loop().time() >= deadline:
                 raise

@@ -8,6 +8,7 @@ Rules:
 - An event keeps its id over all tries, and also when several gateways report it: receivers count an id once.
 - The log names neither the address nor anything of the answer: an address may hold a secret.
 - The operator chose the address, so it may be a private one. Over https, the certificate proves who is there.
+- A new secret or CA counts from the next try on. A file that cannot be used changes nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import hmac
 import itertools
 import json
 import re
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +36,7 @@ import httpx2
 from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre.runtime.authorities import trusting
+from lacre.runtime.watched_files import WatchedFiles
 from lacre.transport.fault_words import fault_in_words
 from lacre_fabric.keys.secret_files import read_secret
 from lacre_fabric.logs import Log
@@ -122,19 +126,37 @@ class WebhookSender:
         self, settings: Webhook, log: Log, clock: Callable[[], float] = time.time, tries: Sequence[float] = TRIES
     ) -> None:
         self._url = settings.url
-        self._keys = read_keys(settings.secret)
         self._log = log
         self._clock = clock
         self._tries = tries
-        context = None if settings.ca is None else trusting(settings.ca, "alerts.ca")
-        try:
-            self._client = make_client(self._url, context)
-        except FetchFailed:  # its text has the address
-            raise SettingsError(f"alerts: no client for the webhook: {_NO_CLIENT}") from None
+        self._keys = WatchedFiles([settings.secret], partial(read_keys, settings.secret), partial(self._told, "secret"))
+        self._trust: WatchedFiles[ssl.SSLContext] | None = None
+        if settings.ca is not None:
+            self._trust = WatchedFiles([settings.ca], partial(trusting, settings.ca, "alerts.ca"), partial(self._told, "ca"))
+        self._trusted = None if self._trust is None else self._trust.value  # the CAs of `_client`
+        self._client = self._make_client()
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
         self._task: asyncio.Task[object] | None = None
         self._closing = False
+
+    @property
+    def files(self) -> Sequence[WatchedFiles[Any]]:
+        """Those to look at while the gateway serves."""
+        return [self._keys] if self._trust is None else [self._keys, self._trust]
+
+    def _make_client(self) -> httpx2.AsyncClient:
+        """Raises SettingsError."""
+        try:
+            return make_client(self._url, self._trusted)
+        except FetchFailed:  # its text has the address
+            raise SettingsError(f"alerts: no client for the webhook: {_NO_CLIENT}") from None
+
+    def _told(self, what: str, reason: str | None) -> None:
+        if reason is None:
+            self._log.info(f"webhook {what} taken")
+        else:
+            self._log.error(f"webhook {what} refused, the last good one stays", reason=reason)
 
     def send(self, event: WebhookEvent) -> None:
         """Returns at once."""
@@ -185,11 +207,19 @@ class WebhookSender:
             waiting.due = time.monotonic() + self._tries[waiting.tried]
             heapq.heappush(self._waiting, waiting)
 
+    async def _renew(self) -> None:
+        """Uses the CAs of the newest file."""
+        if self._trust is not None and self._trust.value is not self._trusted:
+            old, self._trusted = self._client, self._trust.value
+            self._client = self._make_client()
+            await old.aclose()
+
     async def _try(self, event: WebhookEvent) -> str | None:
         """The fault, in our own words; None: it was delivered. The answer's body is not read."""
         body = event.body()
-        headers = signed(self._keys, event.id, int(self._clock()), body)
+        headers = signed(self._keys.value, event.id, int(self._clock()), body)
         try:
+            await self._renew()
             async with asyncio.timeout(TIME_LIMIT):
                 async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
                     return None if response.is_success else str(response.status_code)

@@ -25,15 +25,15 @@ _ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work a
 OTHER_FILES: Final = 512  # descriptors for everything except callers' connections
 
 
-def bind(listen: Listen, *, shared: bool = False) -> socket.socket:
-    """The listening socket. shared: other processes listen on the same port. Raises SettingsError."""
-    listener = reserve(listen, shared=shared)
+def bind(listen: Listen, *, shared: bool = False, place: str = "listen") -> socket.socket:
+    """The listening socket. shared: others listen on the same port. place: the table in the settings. Raises SettingsError."""
+    listener = reserve(listen, shared=shared, place=place)
     listener.listen(_BACKLOG)  # from here on connections wait in the kernel until they are served
     listener.setblocking(False)
     return listener
 
 
-def reserve(listen: Listen, *, shared: bool = False) -> socket.socket:
+def reserve(listen: Listen, *, shared: bool = False, place: str = "listen") -> socket.socket:
     """A socket that holds the address and does not listen. Raises SettingsError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -43,16 +43,21 @@ def reserve(listen: Listen, *, shared: bool = False) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if shared:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                share(listener)
             listener.bind(address)
         except BaseException:
             listener.close()
             raise
     except OSError as exc:
         raise SettingsError(
-            f"listen: cannot listen on {listen.host} port {listen.port} ({exc.strerror}): free it, or choose another port"
+            f"{place}: cannot listen on {listen.host} port {listen.port} ({exc.strerror}): free it, or choose another port"
         ) from exc
     return listener
+
+
+def share(listener: socket.socket, *, shared: bool = True) -> None:
+    """Lets other sockets of this user have the same port, if they are shared too."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
 
 
 def allow_connections(count: int) -> None:
