@@ -126,6 +126,7 @@ async def _serve(settings: WorkerSettings) -> None:
             stack.push_async_callback(tasks.start(name, work).close)
         await fabric.announce()
         await _signalled()
+        await fabric.drain()  # first: it returns work that arrives just now, which an aborted pull would lose
         await running.close()
         await node.drain(settings.drain)
 

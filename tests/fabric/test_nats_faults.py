@@ -14,7 +14,7 @@ import pytest
 from lacre import problems
 from lacre.errors import MessageTooLarge
 from lacre.runtime import tasks
-from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats import handing_back, roles, subjects
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.streams import CLAIMS, QUEUED_MESSAGES
@@ -177,6 +177,70 @@ async def test_a_drained_worker_leaves_no_pull_behind(parties: Parties) -> None:
         delivery = await staying.pull()
     assert (delivery.work, delivery._message.metadata.num_delivered) == (work, 1)
     await delivery.drop()
+
+
+async def drained_with(worker: NatsWorker) -> None:
+    """The worker drains when work has just reached it."""
+    worker._ask()
+    (pull,) = worker._pulls.values()
+    async with asyncio.timeout(10):
+        await asyncio.wait([pull])
+    await worker.drain()
+
+
+async def test_a_draining_worker_returns_work_and_another_one_answers(parties: Parties) -> None:
+    gateway, leaving, staying = await parties.gateway(), await parties.worker("a", "n1"), await parties.worker("a", "n2")
+    dispatch = await gateway.dispatch(work := new_work())
+    await drained_with(leaving)
+    async with asyncio.timeout(2):  # NATS does not wait for a missing ack
+        delivery = await staying.pull()
+    assert (delivery.work, delivery.again, delivery._message.metadata.num_delivered) == (work, False, 2)
+    assert await delivery.claim()
+    await delivery.send(FrameKind.DATA, b"x")
+    await delivery.send(FrameKind.USAGE, b"")
+    assert await read(dispatch) == [b"x", b""]
+    assert await parties.live.queued() == 0
+    await delivery.drop()
+
+
+@pytest.mark.parametrize("kept_by", ["deliveries", "claims"])
+async def test_work_that_cannot_be_returned_is_rejected(parties: Parties, kept_by: str) -> None:
+    """NATS would not deliver it a third time; without its mark, the next worker would refuse it."""
+    gateway, first, second = await parties.gateway(), await parties.worker("a", "n1"), await parties.worker("a", "n2")
+    dispatch = await gateway.dispatch(new_work())
+    if kept_by == "deliveries":
+        await drained_with(first)
+        await drained_with(second)
+    else:
+        provisioner = await parties.connect("provisioner")
+        await provisioner.jetstream.delete_stream(f"KV_{subjects.claims_bucket('a')}")
+        await drained_with(first)
+    async with asyncio.timeout(5):
+        frames = [(frame.kind, frame.payload) async for frame in dispatch.frames()]
+    assert frames == [(FrameKind.ERROR, problems.UNCLAIMED.type.encode())]
+    assert await parties.live.queued() == 0
+    await parties.live.provision()
+
+
+@pytest.mark.parametrize("of", ["sequence", "time", "stream"])
+async def test_a_mark_excuses_no_other_message(parties: Parties, of: str) -> None:
+    """A worker that may have been ended by a request is not followed by another one."""
+    await parties.live.provision(ack_wait=0.5)
+    gateway, first, second = await parties.gateway(), await parties.worker("a", "n1"), await parties.worker("a", "n2")
+    await gateway.dispatch(work := new_work())
+    delivery = await first.pull()
+    stream, sequence, time_of = handing_back._name(delivery._message).decode().split()
+    mark = {
+        "sequence": f"{stream} {int(sequence) + 1} {time_of}",
+        "time": f"{stream} {sequence} 2026-01-01T00:00:00+00:00",
+        "stream": f"WORK_a_us {sequence} {time_of}",
+    }[of]
+    await first.connection.jetstream.publish(subjects.handed_back("a", work.digest.hex()), mark.encode())
+    await die(first)
+    async with asyncio.timeout(10):
+        again = await second.pull()
+    assert (again.work, again.again) == (work, True)
+    await again.drop()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import lacre
 from lacre.errors import LacreError
 from lacre.jose.jws import b64u
 from lacre_fabric.operate.nats_server import free_port
+from lacre_fabric.operate.pool_state import observe
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.stores import provision_site
@@ -35,6 +36,7 @@ from parts.waiting import until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CALLERS = 6
+REPLACED = 6  # workers
 ANSWER = {
     "id": "c1",
     "object": "chat.completion",
@@ -70,7 +72,7 @@ class Deployment(Standing):
         policies_with(NO_LIMITS, self.folder / "policies")
         for number in range(2):
             self._start_gateway(number)
-        self.start_worker("a", "m1")
+        self.worker = self.start_worker("a", "m1")
         for gateway in self.gateways:
             await gateway.ready(60)
 
@@ -88,11 +90,11 @@ class Deployment(Standing):
         self.stack.callback(gateway.stop)
         self.gateways.append(gateway)
 
-    def start_worker(self, pool: str, model: str) -> WorkerProcess:
-        site, path = self.site, self.folder / f"worker-{pool}.toml"
+    def start_worker(self, pool: str, model: str, node: str = "n1") -> WorkerProcess:
+        site, path = self.site, self.folder / f"worker-{pool}-{node}.toml"
         path.write_text(f"""
             pool = "{pool}"
-            node = "n1"
+            node = "{node}"
             trust = "{b64u(site.root)}"
             keys = "{site.keys_folder(pool)}"
             receipt_key = "{site.receipt_file(pool)}"
@@ -107,7 +109,7 @@ class Deployment(Standing):
             name = "{model}"
             allow = ["POST /v1/chat/completions"]
         """)
-        worker = WorkerProcess(pool, path, site.log(f"worker-{pool}"))
+        worker = WorkerProcess(pool, path, site.log(f"worker-{pool}-{node}"))
         worker.start()
         self.stack.callback(worker.stop)
         return worker
@@ -131,6 +133,12 @@ class Deployment(Standing):
         """Until so many more calls have ended."""
         before = self.ended.total()
         await until(lambda: self.ended.total() >= before + number, 120)
+
+    async def is_there(self, pool: str, node: str) -> bool:
+        """Whether a worker of that name announces itself."""
+        async with connected(self.site) as connection:
+            state = (await observe(connection, (pool,), self.site.regions))[pool]
+        return any(worker.name == node for worker in state.workers)
 
     async def lacre(self, *arguments: str) -> tuple[int, str]:
         """The command's status, and what it said."""
@@ -183,6 +191,30 @@ async def test_no_request_fails_while_a_pool_comes_and_goes(deployment: Deployme
     with capsys.disabled():
         failed = deployment.ended.total() - deployment.ended["whole"]
         print(f"\n{deployment.ended.total()} requests of pool a ({added} until b was there), {failed} failed")
+    assert set(deployment.ended) == {"whole"}, deployment.ended
+
+
+async def test_no_request_fails_while_workers_are_replaced(deployment: Deployment, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each drains, and returns work that has just reached it to the queue."""
+    clients = deployment.callers("a")
+    for client in clients:
+        await until(lambda client=client: _answers(client, "m1"), 60)
+    calling = [asyncio.create_task(deployment.call(clients[number % 2])) for number in range(CALLERS)]
+    await deployment.more(20)
+    leaving = deployment.worker
+    for number in range(2, 2 + REPLACED):
+        node = f"n{number}"
+        coming = deployment.start_worker("a", "m1", node)
+        await until(lambda node=node: deployment.is_there("a", node), 60)
+        await asyncio.to_thread(leaving.stop)
+        leaving = coming
+        await deployment.more(20)
+    for task in calling:
+        task.cancel()
+    await asyncio.gather(*calling, return_exceptions=True)
+
+    with capsys.disabled():
+        print(f"\n{deployment.ended.total()} requests while {REPLACED} workers were replaced")
     assert set(deployment.ended) == {"whole"}, deployment.ended
 
 

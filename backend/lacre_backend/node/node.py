@@ -39,7 +39,7 @@ from lacre.wire.padding import SHAPES, shape_named
 from lacre_backend.node import grant_check
 from lacre_backend.node.work_counts import WorkCounts
 from lacre_fabric import logs
-from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
+from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, NoMoreWork, WorkerFabric
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
 
@@ -142,6 +142,8 @@ class Node:
                 delivery = await self._fabric.pull()
                 if self._weighs:
                     self._fabric.weigh(delivery, None)
+            except NoMoreWork:
+                await asyncio.Event().wait()  # until it is cancelled
             except FabricUnavailable as exc:
                 log.warning("fabric.unavailable", reason=str(exc))
                 await asyncio.sleep(RECONNECT)

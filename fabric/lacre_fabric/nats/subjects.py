@@ -150,6 +150,11 @@ def claim(pool: str, key: str) -> str:
     return f"$KV.{claims_bucket(pool)}.{key}"
 
 
+def handed_back(pool: str, key: str) -> str:
+    """The mark of a request that a worker returned to its queue. key: its digest in hex."""
+    return claim(pool, f"back-{key}")
+
+
 def manifest() -> str:
     return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
 

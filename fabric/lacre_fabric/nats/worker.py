@@ -30,11 +30,12 @@ from lacre.wire.header import SealedHeader
 from lacre_fabric.nats import orders, protocol, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, Connection, headers_of
 from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, WORK
+from lacre_fabric.nats.handing_back import deliveries, hand_back, was_handed_back
 from lacre_fabric.nats.kv import CONFLICTS
 from lacre_fabric.nats.model_queue import ModelQueue
 from lacre_fabric.nats.roles import MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
-from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, Work
+from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, NoMoreWork, Work
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import COUNTS, KEYS, MAX_BYTES, ROOM, WRONG
@@ -45,6 +46,7 @@ PULL: Final = 2.0  # seconds that one pull waits; a pull that NATS loses is repe
 PULL_EACH: Final = 0.5  # seconds, if there are fewer free slots than models; the models then take turns
 NOT_ABLE: Final = 0.5  # seconds between checks whether the worker can work
 _STAMP: Final = "Nats-Time-Stamp"  # header of stored messages that JetStream returns: when they were written
+LAST_PULL: Final = PULL + 0.5  # seconds until a draining worker's pulls have ended: NATS ends them in time for `PULL`
 IN_PROGRESS: Final = 2.0  # seconds between in-progress acks of unacked work; well within `ACK_WAIT`
 MAX_CREDIT_DIGITS: Final = 12  # of the byte count that a reader took: more than any answer has
 
@@ -169,7 +171,7 @@ class NatsWorker:
                 await asyncio.wait(wait, timeout=None if able else NOT_ABLE, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 changed.cancel()
-        raise FabricUnavailable("this worker is draining: it takes no more work")
+        raise NoMoreWork("this worker is draining: it takes no more work")
 
     def _arrived(self) -> NatsDelivery | None:
         """The delivery from a finished pull. Raises FabricUnavailable if the pull failed."""
@@ -183,6 +185,8 @@ class NatsWorker:
 
     def _ask(self) -> bool:
         """Starts a pull for each model that has a free slot and no pull yet. False: some models cannot be served now."""
+        if self._draining:
+            return True
         able = [queue for queue in self._queues if self._serves(queue.model)]
         patience = PULL if self._slots.roomy([queue.model for queue in able]) else PULL_EACH
         for queue in able:
@@ -243,11 +247,13 @@ class NatsWorker:
         work = Work(request_id, self._pool, model, _digest(message.data), headers.get(GRANT, ""), message.data)
         delivery = NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
         await delivery.start()
+        if delivery.again:
+            delivery.again = not await was_handed_back(self.connection, self.claims_of, work.digest, message)
         try:
             WORK.check_header(headers.get(HEADER))
         except ProtocolError as exc:
             log.error("work.newer" if isinstance(exc, NewerFormat) else "work.unanswerable", reason=str(exc))
-            await _turn_away(delivery)  # another worker of the pool may be upgraded already
+            await _hand_back(delivery)  # another worker of the pool may be upgraded already
             return None
         return delivery
 
@@ -267,6 +273,15 @@ class NatsWorker:
         return await try_claim(self.connection, self.claims_of)
 
     async def drain(self) -> None:
+        """Takes at most a few seconds. Work that arrives meanwhile returns to its queue."""
+        await self._leave(LAST_PULL)
+
+    async def close(self) -> None:
+        await self._leave(0)
+        await self.connection.close()
+
+    async def _leave(self, patience: float) -> None:
+        """patience: seconds for pulls to end by themselves. Work on its way to a pull that is given up earlier is lost here."""
         if self._draining:
             return
         self._draining = True
@@ -274,21 +289,14 @@ class NatsWorker:
         if self._presence is not None:
             await self._presence.close()
         await self._say_presence()
+        pulls, self._pulls = self._pulls, {}
+        await tasks.together(*(_returned(pull, patience) for pull in pulls.values()))
         if self.connection.connected:
             with suppress(nats.errors.Error):
                 for queue in self._queues:  # once its subscriber is gone, the server drops a waiting pull
                     await queue.pull.unsubscribe()
                 await self.connection.round_trip()
-        pulls, self._pulls = self._pulls, {}
-        brought = [waiting.result() for waiting in pulls.values() if _is_good(waiting)]
         await tasks.end(*pulls.values(), expected=(FabricUnavailable,))
-        for delivery in brought:
-            if delivery is not None:  # it arrived after the last caller left
-                await _turn_away(delivery)
-
-    async def close(self) -> None:
-        await self.drain()
-        await self.connection.close()
 
     async def _announce(self) -> None:
         while True:
@@ -331,7 +339,7 @@ class NatsDelivery:
         self.work = work
         self.attempt = self._out.attempt
         self.cancelled = self._out.cancelled
-        self.again = _deliveries(message) > 1
+        self.again = deliveries(message) > 1
 
     async def start(self) -> None:
         client = self._worker.connection.client
@@ -385,6 +393,15 @@ class NatsDelivery:
             with suppress(nats.errors.Error):
                 await subscription.unsubscribe()
 
+    async def hand_back(self) -> bool:
+        """Returns work that never started to its queue, for another worker. False: it is still here."""
+        worker = self._worker
+        if not await hand_back(worker.connection, worker.claims_of, self.work.digest, self._message):
+            return False
+        self._leave()
+        await self.drop()
+        return True
+
     async def _settle(self) -> None:
         """Acks once. The ack removes the work from the queue: after a later failure the client must resume."""
         if not self._settled:
@@ -433,22 +450,27 @@ class NatsDelivery:
         return False
 
 
+async def _returned(pull: asyncio.Task[NatsDelivery | None], patience: float) -> None:
+    """Waits for a last pull, and returns what it brings."""
+    await asyncio.wait([pull], timeout=patience)
+    if _is_good(pull) and (delivery := pull.result()) is not None:
+        await _hand_back(delivery)
+
+
+async def _hand_back(delivery: NatsDelivery) -> None:
+    """Returns work that never started to its queue, for another worker. If that fails, rejects it."""
+    if not await delivery.hand_back():
+        await _turn_away(delivery)
+
+
 async def _turn_away(delivery: NatsDelivery) -> None:
-    """Rejects work that never started. The client may send it again, to another worker."""
+    """Rejects work that never started. The client may send it again, to another worker or pool."""
     with suppress(FabricUnavailable, Cancelled):
         await delivery.reject(problems.UNCLAIMED.type)
 
 
 def _is_good(waiting: asyncio.Task[NatsDelivery | None]) -> bool:
     return waiting.done() and not waiting.cancelled() and waiting.exception() is None
-
-
-def _deliveries(message: Msg) -> int:
-    """How many times JetStream has delivered the message, including this time."""
-    try:
-        return message.metadata.num_delivered or 1
-    except (nats.errors.Error, ValueError, LookupError, ArithmeticError, OSError):
-        return 1  # its reply subject is not JetStream's: it will not be delivered again
 
 
 async def try_claim(connection: Connection, pool: str) -> float | None:

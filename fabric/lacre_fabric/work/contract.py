@@ -79,6 +79,10 @@ class NoQueue(FabricUnavailable):
     """The pool's queue does not exist, has no leader or has too many writes waiting. It did not take the work."""
 
 
+class NoMoreWork(FabricUnavailable):
+    """The worker leaves, and takes no more work."""
+
+
 class FabricRefused(FabricUnavailable):
     """The NATS server rejects the credential."""
 
@@ -230,7 +234,7 @@ class WorkerFabric(Protocol):
     async def pull(self) -> Delivery:
         """The next piece of work, as soon as there is some and its model has a free slot.
 
-        Raises FabricUnavailable if a later call may succeed, FabricLost if not.
+        Raises FabricUnavailable if a later call may succeed, NoMoreWork or FabricLost if not.
         """
 
     def weigh(self, delivery: Delivery, sequences: int | None) -> None:
