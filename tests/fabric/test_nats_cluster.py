@@ -21,13 +21,13 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.streams import streams
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import floods
-from lacre_fabric.operate.fabric_check import Severity, inspect
+from lacre_fabric.operate.fabric_check import FabricFinding, Severity, inspect
 from lacre_fabric.work.contract import FabricError
 from lacre_fabric.work.frames import FrameKind
 from parts.fabric import Kept, new_work, read
 from parts.nats_cluster import NatsCluster
 from parts.stolen_nats import published
-from parts.waiting import until
+from parts.waiting import PATIENCE, until
 
 POOLS = {"a": ("m1",)}
 CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "inspector", "warden", "gateway-g1", "worker-a-n1")}
@@ -71,21 +71,59 @@ async def connected(cluster: NatsCluster) -> AsyncIterator[Connection]:
     await connection.close()
 
 
-async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
+async def checked(cluster: NatsCluster, replicas: int = 3) -> list[FabricFinding]:
     credentials = {name.removesuffix("-g1").removesuffix("-n1"): each for name, each in CREDENTIALS.items()}
+    return await inspect(cluster.servers, POOLS, replicas, credentials)
 
+
+async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
     async def nothing_weak() -> bool:
-        weak = [each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Severity.OK]
+        weak = [each for each in await checked(cluster) if each.verdict is not Severity.OK]
         assert all("behind or offline" in each.detail for each in weak), weak
         return not weak
 
-    async def one_is_missed() -> bool:
-        found = {(each.check, each.verdict): each.detail for each in await inspect(cluster.servers, POOLS, 3, credentials)}
-        return found.get(("servers", Severity.WRONG), "").startswith("2 servers answer")
-
     await until(nothing_weak, 20)  # copies are made in the servers' own time
+
+
+async def test_the_check_names_each_stream_whose_copy_is_lost(cluster: NatsCluster) -> None:
+    """From the first moment: NATS itself calls a dead server's copy current for ten seconds, if nobody writes to the stream."""
+    names = {config.name for config in streams(tuple(POOLS), 3)}
+
+    async def all_are_named() -> bool:
+        found = {each.check: each for each in await checked(cluster)}
+        there = [each for name, each in found.items() if name in names]
+        assert not [each for each in there if each.verdict is Severity.OK], there
+        lost = {each.check for each in there if each.detail.endswith("behind or offline: n1")}
+        return lost == names and found["servers"].detail.startswith("2 servers answer")
+
     cluster.nodes[0].stop(signal.SIGKILL)
-    await until(one_is_missed, 20)  # when there are leaders again
+    await until(all_are_named, PATIENCE)  # when there are leaders again
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_the_check_goes_on_behind_a_stream_without_a_leader(cluster: NatsCluster, how: int) -> None:
+    """Killed, a server's only copy says nothing; stopped in order, the others know that it is offline."""
+    names = {config.name for config in streams(tuple(POOLS), 1)}
+    async with connected(cluster) as connection:
+        await provision(connection, POOLS, replicas=1)
+        at: dict[str | None, str | None] = {}
+
+        async def no_copies() -> bool:
+            clusters = {info.config.name: info.cluster for info in await connection.jetstream.streams_info()}
+            at.update({name: cluster and cluster.leader for name, cluster in clusters.items()})
+            return not any(cluster is None or cluster.replicas for cluster in clusters.values())
+
+        await until(no_copies, PATIENCE)
+    gone = next(node for node in cluster.nodes if node.name == at["KV_trust"])
+
+    async def only_these_are_wrong() -> bool:
+        found = {each.check: each for each in await checked(cluster, 1) if each.check in names}
+        told = {name: (each.verdict, each.detail) for name, each in found.items() if each.verdict is not Severity.OK}
+        wrong = (Severity.WRONG, "no server leads it, so it takes no writes")
+        return found.keys() == names and told == {name: wrong for name, leader in at.items() if leader == gone.name}
+
+    gone.stop(how)
+    await until(only_these_are_wrong, PATIENCE)  # when JetStream has a leader again
 
 
 async def test_a_flood_is_cut_off_at_every_server(cluster: NatsCluster) -> None:

@@ -43,8 +43,12 @@ _PROVISION: Final = "run `lacre manifest publish` to correct it"
 _ANEW: Final = "delete the stream once its content is not needed, then run `lacre manifest publish`"
 _ACCOUNTS: Final = "configure the servers with exactly what `lacre fabric accounts` prints"
 _FULL: Final = "see docs/nats.md, The way back: a credential may be stolen"
+_ELECTION: Final = "wait ten seconds, in which servers choose a leader; then check that most of them run and reach each other"
 _NEARLY_FULL: Final = 0.8  # of a stream's bytes or messages
 _PROBE: Final = 2  # seconds to live of the test entry, in a stream that supports it
+_COPIED: Final = 5.0  # seconds in which each copy must have the test entry; a server that lives needs milliseconds
+_AGAIN: Final = 0.2  # seconds until a copy that is behind is looked at again
+_OFFLINE: Final = 10118  # JSStreamOfflineErr: all servers of the stream are known to be down
 _FIXED: Final = frozenset({"storage", "retention"})  # fields that no update of a stream can change
 _CHOSEN: Final = frozenset({"retention", "duplicate_window", "placement"})  # fields that the server chooses if none are given
 _STREAM: Final = (
@@ -131,20 +135,58 @@ def _tls(servers: Servers) -> FabricFinding:
 
 
 async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> list[FabricFinding]:
-    found = []
+    """First a test entry in each stream, then a look at the copies: NATS calls a lost copy current until it misses an entry."""
+    found = {wanted.name or "": await _stream(connection, wanted) for wanted in streams}
+    end = asyncio.get_running_loop().time() + _COPIED
     for wanted in streams:
         name = wanted.name or ""
-        async with connection.mapped():
-            try:
-                info = await connection.jetstream.stream_info(name)
-            except nats.js.errors.NotFoundError:
-                found.append(FabricFinding(name, Severity.WRONG, "missing", _PROVISION))
-                continue
-        finding = _stream(name, wanted, info)
-        if finding.verdict is not Severity.WRONG:
-            finding = await _takes_writes(connection, name) or _room(name, info) or finding
-        found.append(finding)
-    return found
+        if found[name].verdict is Severity.OK and (wanted.num_replicas or 1) > 1:
+            found[name] = await _copied(connection, name, end)
+    return list(found.values())
+
+
+async def _stream(connection: Connection, wanted: StreamConfig) -> FabricFinding:
+    name = wanted.name or ""
+    info = await _info(connection, name)
+    if isinstance(info, FabricFinding):
+        return info
+    finding = _configured(name, wanted, info)
+    if finding.verdict is Severity.WRONG:
+        return finding
+    return await _takes_writes(connection, name) or _room(name, info) or finding
+
+
+async def _info(connection: Connection, name: str) -> StreamInfo | FabricFinding:
+    """Other streams answer even if this one has no leader. Raises FabricUnavailable if JetStream does not work."""
+    denials = connection.denials
+    async with connection.mapped():
+        try:
+            info = await connection.jetstream.stream_info(name)
+        except nats.js.errors.NotFoundError:
+            return FabricFinding(name, Severity.WRONG, "missing", _PROVISION)
+        except nats.js.errors.APIError as exc:
+            if exc.err_code != _OFFLINE:
+                raise
+            return _no_leader(name)
+        except TimeoutError:  # what a server says whose stream has no leader: nothing
+            if connection.denials != denials or not connection.connected:
+                raise
+            return _no_leader(name)
+    return info if info.cluster is None or info.cluster.leader else _no_leader(name)
+
+
+def _no_leader(name: str) -> FabricFinding:
+    return FabricFinding(name, Severity.WRONG, "no server leads it, so it takes no writes", _ELECTION)
+
+
+async def _copied(connection: Connection, name: str, end: float) -> FabricFinding:
+    """Waits until every copy has the test entry, until `end` of the loop's clock."""
+    while True:
+        info = await _info(connection, name)
+        finding = info if isinstance(info, FabricFinding) else _copies(name, info)
+        if finding.verdict is Severity.OK or asyncio.get_running_loop().time() >= end:
+            return finding
+        await asyncio.sleep(_AGAIN)
 
 
 async def _takes_writes(connection: Connection, name: str) -> FabricFinding | None:
@@ -174,7 +216,7 @@ def _room(name: str, info: StreamInfo) -> FabricFinding | None:
     return FabricFinding(name, Severity.WEAK, f"{used:.0%} of its limit is used", _FULL)
 
 
-def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> FabricFinding:
+def _configured(name: str, wanted: StreamConfig, info: StreamInfo) -> FabricFinding:
     differs = _differences(_STREAM, wanted, info.config)
     if differs:
         remedy = _ANEW if any(field in _FIXED for field, _ in differs) else _PROVISION
@@ -184,14 +226,20 @@ def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> FabricFinding:
         there = "nowhere" if info.cluster is None else f"in {info.cluster.name}"
         remedy = f"it is moving to {wanted.placement.cluster}: check again later"
         return FabricFinding(name, Severity.WEAK, f"it is still {there}", remedy)
-    if info.cluster is None or not wanted.num_replicas or wanted.num_replicas == 1:
-        return FabricFinding(name, Severity.OK, "correct, on one server")
-    peers = info.cluster.replicas or []
+    return FabricFinding(name, Severity.OK, "correct, on one server")
+
+
+def _copies(name: str, info: StreamInfo) -> FabricFinding:
+    """Of a stream that has a leader and several copies."""
+    leader, peers = (None, []) if info.cluster is None else (info.cluster.leader, info.cluster.replicas or [])
     late = [peer.name or "?" for peer in peers if peer.offline or not peer.current]
-    if info.cluster.leader is None or late:
-        told = f"leader {info.cluster.leader or 'none'}; behind or offline: {', '.join(late) or 'none'}"
+    if late:
+        told = f"leader {leader}; behind or offline: {', '.join(sorted(late))}"
         return FabricFinding(name, Severity.WEAK, told, "check that every server runs and reaches the others")
-    return FabricFinding(name, Severity.OK, f"correct, leader {info.cluster.leader}, {len(peers)} more current")
+    if len(peers) < (info.config.num_replicas or 1) - 1:
+        told = f"only {len(peers) + 1} of {info.config.num_replicas} copies have a server"
+        return FabricFinding(name, Severity.WEAK, told, "check that every server runs and reaches the others")
+    return FabricFinding(name, Severity.OK, f"correct, leader {leader}, {len(peers)} more current")
 
 
 def _differences(fields: Iterable[str], wanted: object, there: object) -> list[tuple[str, str]]:
