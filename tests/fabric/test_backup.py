@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,11 @@ from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.operate import backup, stores
 from lacre_fabric.operate.backup import Backup, decrypted, encrypted, restore
 from lacre_fabric.operate.fabric_check import Severity
-from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.rotation import Schedule, publish, tend
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.state_check import compare_stores
 from lacre_fabric.operate.stores import StoredEntry, provision_site
+from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.revocations import Revocation, StoreMark
 from lacre_gateway.auth.revocation import RevocationList
 from parts.fabric import LiveFabric
@@ -49,9 +51,11 @@ def site_in(folder: Path) -> Site:
 
 
 @asynccontextmanager
-async def serving(site: Site, folder: Path) -> AsyncIterator[Connection]:
-    """A NATS server of its own with empty storage, as `site.json` names it, and its provisioner's connection."""
-    with LiveFabric.running(folder, site.roles()) as live:
+async def serving(site: Site, folder: Path, **how: Any) -> AsyncIterator[Connection]:
+    """A NATS server of its own with empty storage, as `site.json` names it, and its provisioner's connection. how: as
+    `LiveFabric.start` has it.
+    """
+    with LiveFabric.running(folder, site.roles(), **how) as live:
         site.save(live.server.url, "http://127.0.0.1:1")
         connection = await live.connect("provisioner")
         try:
@@ -171,6 +175,27 @@ async def test_one_lost_store_is_marked_and_a_crash_forgets_no_loss(tmp_path: Pa
         (site.folder / "lost.json").write_text("{")  # of a process that ended before it wrote the mark
         (site.folder / "lost.json").chmod(0o600)
         assert await provision_site(site, connection) == StoreMark(("budgets", "revocations"))
+
+
+@pytest.mark.parametrize("room", [2**20, 2**28])
+async def test_what_was_never_made_is_not_lost(tmp_path: Path, room: int) -> None:
+    """The first provisioning fails half-way, here for want of room: at once, or at budgets. Upkeep goes on to publish."""
+    site = site_in(tmp_path / "state")
+    async with serving(
+        site, tmp_path / "small", change=lambda conf: conf["jetstream"].update(max_file_store=room)
+    ) as connection:
+        with pytest.raises(FabricUnavailable, match="insufficient storage"):
+            await provision_site(site, connection)
+        with pytest.raises(LacreError):
+            await tend(site, connection, Schedule())
+        there = {info.config.name for info in await connection.jetstream.streams_info()}
+        assert there == ({"KV_revocations"} if room > 2**20 else set())
+        assert site.published_at == 0
+    async with serving(site, tmp_path / "nats") as connection:
+        assert await provision_site(site, connection) == StoreMark()
+        await tend(site, connection, Schedule(every=None))
+        await connection.jetstream.delete_stream("KV_budgets")
+        assert await provision_site(site, connection) == StoreMark(("budgets",))
 
 
 async def test_what_nats_has_is_newer_than_a_backup(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ Rules:
 - The first of several regions is the home. State that must be the same everywhere lives there, above all claims and budgets.
 - Each pool has a queue in every region, on that region's servers.
 - Each stream has `replicas` copies, and its consumers have as many.
+- The bucket of trust comes after the stores that must survive. So a site that has published a manifest had them all, and one
+  that is missing later was lost (`lacre_fabric.operate.stores`).
 - Every stream has bounds, and JetStream reserves its bytes when the stream is created. So a worker that fills its pool's claims
   stops only its own pool. Budgets and revocations still accept writes.
 - No bucket allows roll-ups, deletes or purges: one message cannot remove other writers' entries. Only queues and revocations
@@ -58,9 +60,9 @@ def streams(
 ) -> list[StreamConfig]:
     """claims: the bounds of each pool's claims. Raises SettingsError for an invalid name of a pool or region."""
     home = [
-        _bucket(subjects.TRUST_BUCKET, None, replicas, TRUST),
         revocations.bucket(replicas),
         _bucket(subjects.BUDGETS_BUCKET, BUDGET_TTL, replicas, BUDGETS),
+        _bucket(subjects.TRUST_BUCKET, None, replicas, TRUST),
         *(_claims(pool, replicas, claims) for pool in pools),
     ]
     placed = [_placed(bucket, regions[0], regions) for bucket in home]
