@@ -79,7 +79,7 @@ BARE = re.compile(
 async def opened(
     honest: Stage, app: ASGIApp | None = None, context: ssl.SSLContext | None = None, **listen: float
 ) -> AsyncIterator[Port]:
-    settings = Listen(port=0, drain=1, header_timeout=HEAD_TIMEOUT, **listen)  # type: ignore[arg-type]
+    settings = Listen(port=0, drain=1, **{"header_timeout": HEAD_TIMEOUT, **listen})  # type: ignore[arg-type]
     with bind(settings) as listener:
         server = make_server(app or honest.app, settings, None if context is None else lambda: context)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -159,19 +159,24 @@ async def test_held(honest: Stage) -> None:
         "an address has a bounded number of connections, and its own oldest idle one makes room",
         gain="that its own older connections end")  # fmt: skip
 async def test_one_address(honest: Stage) -> None:
-    async with opened(honest, connections_per_address=3) as port:
-        for _ in range(6):
-            await port.dial(b"GET /")
-        await until(lambda: len(port.server.server_state.connections) == 3)
+    async with opened(honest, connections_per_address=3, header_timeout=PATIENCE) as port:  # time ends none of them
+        crowd = [await port.dial(b"GET /") for _ in range(5)]
+        assert (await port.told(HEALTH + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200")  # after all others
+        assert port.door.inside <= 3
+        for reader in crowd[:3]:
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        assert not any(reader.at_eof() for reader in crowd[3:])
 
 
 @attack("hold connections whose TLS handshake never ends", "stranger",
         "a handshake counts as a connection, in total and for its address; the oldest makes room",
         gain="that its own older connections end", cases=["connections", "connections_per_address"])  # fmt: skip
 async def test_handshakes(honest: Stage, case: str) -> None:
-    async with opened(honest, context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **{case: 3}) as port:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    async with opened(honest, context=context, header_timeout=PATIENCE, **{case: 3}) as port:  # time ends none of them
         crowd = [await port.dial(b"\x16\x03") for _ in range(6)]
-        async with asyncio.timeout(HEAD_TIMEOUT * 0.8):  # before time would end them
+        async with asyncio.timeout(8):
             for reader in crowd[:3]:
                 with contextlib.suppress(ConnectionError):
                     assert await reader.read() == b""
