@@ -206,7 +206,7 @@ async def test_several_processes(running: Running) -> None:
     children = descendants(running.process.pid)
     running.process.terminate()
     assert await running.ended() == 0
-    assert wait_until_gone(children, 5) == []
+    assert wait_until_gone(children) == []
     for number in ("0", "1"):
         assert running.entries(number)[-1]["event"] == "stopped"
     assert len({line["gateway"] for line in running.logged() if line["event"] == "listening"}) == 2
@@ -217,7 +217,7 @@ async def test_processes_die_with_the_one_that_watches(running: Running) -> None
     children = descendants(running.process.pid)
     running.process.kill()
     await running.ended()
-    assert wait_until_gone(children, 10) == []
+    assert wait_until_gone(children) == []
 
 
 async def test_settings_that_no_process_can_start_with(running: Running) -> None:

@@ -143,8 +143,8 @@ def ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
-    """Those that are still there after `seconds`."""
+def wait_until_gone(pids: list[int]) -> list[int]:
+    """Those that do not end."""
     with suppress(AssertionError):
-        wait_until(lambda: not any(map(alive, pids)), seconds)
+        wait_until(lambda: not any(map(alive, pids)), PATIENCE)
     return [pid for pid in pids if alive(pid)]

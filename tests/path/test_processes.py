@@ -33,7 +33,7 @@ def test_nothing_is_left_behind(own: Up, number: signal.Signals) -> None:
     # A terminal sends Ctrl-C to a whole process group: the others are ended in order, after the answers under way.
     assert os.getpgid(own.process.pid) not in map(os.getpgid, children)
     status = own.stop(number)
-    assert wait_until_gone(children, 5) == []
+    assert wait_until_gone(children) == []
     assert status == (-9 if number is signal.SIGKILL else 0)
 
 

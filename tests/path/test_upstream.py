@@ -28,6 +28,7 @@ from parts.memory import found_in_memory
 from parts.platforms import Served, asked_in_secret, behind, canary, served, table
 from parts.stage import MODEL, LiveStage, until
 from parts.stage.processes import OwnProcess
+from parts.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -121,9 +122,12 @@ async def test_kserve_by_its_first_protocol(place: Place, client: lacre.Client) 
     counted = (facts.receipt.prompt_tokens, facts.receipt.cached_tokens, facts.receipt.completion_tokens)
     assert counted == (units(len(body)), 0, units(len(response.content)))
     assert nobody_on_the_way_has_read(place)
-    await asyncio.sleep(1)  # it is settled beside the request
-    outcome = place.workers.entries("outcome")[-1]
-    assert (outcome["prompt_tokens"], outcome["cached_tokens"], outcome["completion_tokens"]) == counted
+    members = ("prompt_tokens", "cached_tokens", "completion_tokens")
+
+    def settled() -> list[tuple[int, ...]]:
+        return [tuple(outcome[member] for member in members) for outcome in place.workers.entries("outcome")]
+
+    await until(lambda: counted in settled(), PATIENCE, settled)  # beside the request
     assert nobody_on_the_way_has_read(place)
 
 
