@@ -186,7 +186,7 @@ def validated(kind: type[T], values: object, path: Path) -> T:
     except ValidationError as exc:
         errors = exc.errors(include_url=False, include_input=False)
         told = (_explain(kind, error) for error in errors if not _echoes(error, errors))
-        raise SettingsError(f"{path}: {'; '.join(told)}") from exc
+        raise SettingsError(f"{path}: {'; '.join(told)}") from None  # the cause shows the values
 
 
 def _echoes(error: ErrorDetails, errors: list[ErrorDetails]) -> bool:

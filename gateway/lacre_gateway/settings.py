@@ -45,6 +45,8 @@ def _web_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise PydanticCustomError("web_url", "write an address such as https://gateway.example.com")
+    if parts.username is not None:
+        raise PydanticCustomError("web_url_secret", "take user and password out of the address: it is no place for a secret")
     return value.rstrip("/")
 
 

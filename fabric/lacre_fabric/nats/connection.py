@@ -27,6 +27,7 @@ from nats.js.client import JetStreamContext
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.runtime import tasks
+from lacre.runtime.hosts import without_secrets
 from lacre.runtime.json_objects import object_in
 from lacre.transport.fault_words import fault_in_words
 from lacre_fabric.nats import subjects
@@ -167,7 +168,7 @@ class Connection:
 
     def _no_connection(self, url: str, error: Exception) -> FabricUnavailable:
         reason = self._last_error or error
-        told = f"cannot connect to NATS at {url} as {self.credential.name}"
+        told = f"cannot connect to NATS at {without_secrets(url)} as {self.credential.name}"
         if (distrust := distrusted(reason)) is not None:
             return FabricUntrusted(f"{told}: {distrust}")
         text = str(reason).removeprefix("nats: ")

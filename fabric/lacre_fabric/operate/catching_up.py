@@ -18,6 +18,8 @@ import httpx2
 from lacre.errors import SettingsError
 from lacre.exchange.call import MANIFEST_PATH
 from lacre.jose.jws import raw_public_key
+from lacre.runtime.hosts import without_secrets
+from lacre.transport.fault_words import fault_in_words
 from lacre.trust.chain import MAX_FUTURE, follow
 from lacre.trust.manifest import MAX_DOCUMENT, Document, Manifest, fingerprint
 from lacre_fabric.keys.root_and_signer import Chain
@@ -48,7 +50,8 @@ def served(base_url: str) -> bytes:
                 if len(found) > MAX_DOCUMENT:
                     break
     except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
-        raise SettingsError(f"the gateway at {base_url} serves no manifest: {type(exc).__name__}") from exc
+        fault = f"status {exc.response.status_code}" if isinstance(exc, httpx2.HTTPStatusError) else fault_in_words(exc)
+        raise SettingsError(f"the gateway at {without_secrets(base_url)} serves no manifest: {fault}") from None
     return bytes(found)
 
 

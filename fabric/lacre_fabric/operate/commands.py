@@ -18,6 +18,7 @@ import typer
 
 from lacre.cli import beginnings, manifest_app
 from lacre.cli.output import AsJson, say_table
+from lacre.runtime.hosts import without_secrets
 from lacre_fabric.operate.key_commands import date, keys_app
 from lacre_fabric.operate.pool_commands import pool_app
 from lacre_fabric.operate.start_commands import State, demo, up
@@ -96,7 +97,7 @@ def root_rotate(state: State = None) -> None:
     site.write_env(site.base_url)
     url = site.connection_string(site.base_url)
     if published and not _served(url):
-        typer.echo(f"the gateway at {site.base_url} does not serve the new root yet: wait until it does", err=True)
+        _say_late(site)
     typer.echo(url)
 
 
@@ -112,9 +113,14 @@ def root_replace(state: State = None) -> None:
     site.write_env(site.base_url)
     url = site.connection_string(site.base_url)
     if published and not _served(url):
-        typer.echo(f"the gateway at {site.base_url} does not serve the new root yet: wait until it does", err=True)
+        _say_late(site)
     typer.echo(f"old pins work until {date(until)}; move them before you rotate the signer", err=True)
     typer.echo(url)
+
+
+def _say_late(site: Site) -> None:
+    where = without_secrets(site.base_url)
+    typer.echo(f"the gateway at {where} does not serve the new root yet: wait until it does", err=True)
 
 
 def _change(site: Site, change: Callable[[], object]) -> bool:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jose.claims import Members
-from lacre.runtime.hosts import is_loopback
+from lacre.runtime.hosts import is_loopback, without_secrets
 from lacre_fabric.operate import settings_files
 
 ALLOWED: Final = ("POST /v1/chat/completions", "POST /v1/completions")
@@ -32,16 +32,17 @@ class UpstreamServer:
 
     def check(self) -> None:
         """Raises SettingsError."""
-        parts = urlsplit(self.origin)
+        shown = f"--upstream {without_secrets(self.origin)}"
         try:
+            parts = urlsplit(self.origin)
             plain = self.origin == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc and parts.port != 0
         except ValueError:
             plain = False
-        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
-            raise SettingsError(f"--upstream {self.origin}: write scheme, host and port alone, such as http://127.0.0.1:8000")
+        if not plain or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingsError(f"{shown}: write scheme, host and port alone, such as http://127.0.0.1:8000")
         if not self.beyond_loopback and not is_loopback(parts.hostname):
             raise SettingsError(
-                f"--upstream {self.origin}: it is not on the worker's own host, so prompts would cross a network; "
+                f"{shown}: it is not on the worker's own host, so prompts would cross a network; "
                 "run the worker on that host, or add --beyond-loopback"
             )
         for route in self.allow:

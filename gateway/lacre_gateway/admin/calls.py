@@ -21,6 +21,7 @@ from lacre._version import __version__
 from lacre.errors import InvalidMessage, RefusedError, SettingsError
 from lacre.problems import BY_TYPE, INTERNAL, NO_GATEWAY, Problem, details
 from lacre.runtime.authorities import trusting
+from lacre.runtime.hosts import without_secrets
 from lacre.runtime.json_objects import object_in, parse_object
 from lacre.transport.mapped_errors import mapped
 from lacre_gateway.admin.reports import Report
@@ -67,7 +68,9 @@ class AdminApi:
 
     def __init__(self, url: str, token: str, ca: Path | None = None) -> None:
         if not fetchable(url, plain=True) or httpx2.URL(url).query:
-            raise SettingsError(f"{url!r} is no address of an admin API: write https://HOST:PORT, or http://127.0.0.1:PORT")
+            raise SettingsError(
+                f"no address of an admin API: {without_secrets(url)}. Write https://HOST:PORT, or http://127.0.0.1:PORT"
+            )
         self._client = httpx2.Client(
             base_url=url,
             headers={

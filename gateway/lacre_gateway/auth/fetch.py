@@ -3,7 +3,7 @@
 Rules:
 - https only; plain http for an issuer on this machine. No redirect is followed, because the issuer named the address.
 - A document has a maximum size and time, and must not be compressed.
-- A failure is a `FetchFailed` in our own words: nothing of the answer reaches a log.
+- A failure is a `FetchFailed` in our own words: nothing of the answer reaches a log, and of the address no query or user.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import httpx2
 
 from lacre._version import __version__
 from lacre.errors import LacreError
+from lacre.runtime.hosts import without_secrets
 from lacre.transport.fault_words import fault_in_words
 
 MAX_DOCUMENT: Final = 256 * 1024  # bytes; a set of a hundred RSA keys with their certificates is smaller
@@ -62,30 +63,32 @@ def make_client(url: str, context: ssl.SSLContext | None = None) -> httpx2.Async
         )
     except (OSError, ValueError, ImportError, httpx2.InvalidURL) as exc:  # ssl.SSLError is an OSError
         raise FetchFailed(
-            f"no client for {url} ({type(exc).__name__}): correct SSL_CERT_FILE, SSL_CERT_DIR and the *_PROXY variables"
+            f"no client for {without_secrets(url)} ({type(exc).__name__}): "
+            "correct SSL_CERT_FILE, SSL_CERT_DIR and the *_PROXY variables"
         ) from exc
 
 
 async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetched:
     """etag: of the known document. Raises FetchFailed."""
+    shown = without_secrets(url)
     try:
         async with asyncio.timeout(TIME_LIMIT):
             async with client.stream("GET", url, headers={} if etag is None else {"if-none-match": etag}) as response:
                 if response.status_code == 304 and etag is not None:
                     return Fetched(None, etag, _freshness(response.headers))
                 if response.status_code != 200:
-                    raise FetchFailed(f"{url} answered with status {response.status_code}")
-                content = await _content(response, url)
+                    raise FetchFailed(f"{shown} answered with status {response.status_code}")
+                content = await _content(response, shown)
     except (TimeoutError, httpx2.TimeoutException) as exc:
         raise FetchFailed(
-            f"{url} took longer than {TIME_LIMIT:.0f} s: check the host, and that no firewall is in the way"
+            f"{shown} took longer than {TIME_LIMIT:.0f} s: check the host, and that no firewall is in the way"
         ) from exc
     except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
-        raise FetchFailed(f"{url} cannot be reached: {fault_in_words(exc, TRUST)}") from exc
+        raise FetchFailed(f"{shown} cannot be reached: {fault_in_words(exc, TRUST)}") from exc
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as exc:
-        raise FetchFailed(f"{url} is not JSON") from exc
+        raise FetchFailed(f"{shown} is not JSON") from exc
     return Fetched(value, _tag(response.headers), _freshness(response.headers))
 
 
@@ -95,12 +98,12 @@ def _tag(headers: httpx2.Headers) -> str | None:
     return tag if _ETAG.fullmatch(tag) else None
 
 
-async def _content(response: httpx2.Response, url: str) -> bytes:
+async def _content(response: httpx2.Response, shown: str) -> bytes:
     content = bytearray()
     async for piece in response.aiter_raw():
         content += piece
         if len(content) > MAX_DOCUMENT:
-            raise FetchFailed(f"{url} is longer than {MAX_DOCUMENT} bytes")
+            raise FetchFailed(f"{shown} is longer than {MAX_DOCUMENT} bytes")
     return bytes(content)
 
 

@@ -27,6 +27,7 @@ import jwt
 from lacre.errors import LacreError
 from lacre.runtime import tasks
 from lacre.runtime.authorities import trusting
+from lacre.runtime.hosts import without_secrets
 from lacre.runtime.watched_files import WatchedFiles
 from lacre_fabric.logs import Log
 from lacre_gateway.auth.fetch import FetchFailed, fetch, make_client
@@ -184,7 +185,7 @@ class RemoteKeys:
         address = await self._where(client)
         answer = await fetch(client, address, self._etag)
         if answer.value is not None:
-            self._replace(KeySet.parse(answer.value, self._algorithms, f"{self._place}: {address}"))
+            self._replace(KeySet.parse(answer.value, self._algorithms, f"{self._place}: {without_secrets(address)}"))
             self._etag = answer.etag
         return answer.fresh
 
@@ -197,7 +198,7 @@ class RemoteKeys:
             said = (await fetch(client, url, None)).value
             address = said.get("jwks_uri") if isinstance(said, Mapping) and said.get("issuer") == self._issuer else None
             if not isinstance(address, str) or not fetchable(address, plain=self._issuer.startswith("http:")):
-                raise FetchFailed(f"{url} does not describe the issuer {self._issuer} with an https jwks_uri")
+                raise FetchFailed(f"{without_secrets(url)} does not describe the issuer {self._issuer} with an https jwks_uri")
             if address != self._found_at:
                 self._found_at, self._etag = address, None
             self._found_until = time.monotonic() + _METADATA_LIVES

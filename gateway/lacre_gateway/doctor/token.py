@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.jose.jws import read_object
+from lacre.runtime.hosts import without_secrets
 from lacre.trust.chain import verify
 from lacre.trust.manifest import Manifest
 from lacre.wire.header import Kem
@@ -217,7 +218,7 @@ def _expected(part: str, settings: GatewaySettings, issuer: Issuer | None) -> st
 def _source(issuer: Issuer) -> str:
     if issuer.jwks is not None:
         return "`jwks` in the settings" if isinstance(issuer.jwks, dict) else str(issuer.jwks)
-    return issuer.jwks_url or f"found by discovery at {issuer.issuer}"
+    return without_secrets(issuer.jwks_url) if issuer.jwks_url else f"found by discovery at {issuer.issuer}"
 
 
 def _accepted(

@@ -1,10 +1,11 @@
-"""Which host names a resolver accepts, and which hosts are on this machine. No I/O."""
+"""Which host names a resolver accepts, which hosts are on this machine, and what messages show of a URL. No I/O."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -38,6 +39,18 @@ def checked_host(host: str) -> str:
 
 def _no_host(host: str) -> str:
     return f"{host[:64]!r} is not a host name: a name has letters, digits, dashes and dots, and 1 to 63 characters between dots"
+
+
+def without_secrets(url: str) -> str:
+    """A URL for messages: without user, password, query and fragment, any of which may be a secret."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "an unreadable address"
+    if not parts.scheme or not host:
+        return "an unreadable address"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{'' if port is None else f':{port}'}{parts.path}"
 
 
 def is_loopback(host: str) -> bool:

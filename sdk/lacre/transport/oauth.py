@@ -66,6 +66,8 @@ class ClientCredentials:
             secure = False
         if not secure or not where.hostname:
             raise SettingsError("token_url must be https:// (or http:// on loopback): a client secret goes there")
+        if where.username is not None:
+            raise SettingsError("take user and password out of token_url: they are client_id and client_secret")
         checked_host(where.hostname)
 
     def headers(self) -> dict[str, str]:

@@ -73,7 +73,12 @@ class Address:
 
 def endpoint(text: str) -> str:
     """An option with a service's URL. Raises SettingsError unless it uses TLS or loopback."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.username is not None:
+        raise SettingsError("take user and password out of the endpoint: it is no place for a secret")
     if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return text.rstrip("/")
     raise SettingsError("an endpoint must begin with https://, or with http:// for this machine")
