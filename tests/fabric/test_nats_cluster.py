@@ -23,8 +23,7 @@ from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.fabric_check import FabricFinding, Severity, inspect
 from lacre_fabric.work.contract import FabricError
-from lacre_fabric.work.frames import FrameKind
-from parts.fabric import Kept, new_work, read
+from parts.fabric import Kept, ask_once, work
 from parts.nats_cluster import NatsCluster
 from parts.stolen_nats import published
 from parts.waiting import PATIENCE, until
@@ -149,28 +148,12 @@ async def test_a_flood_is_cut_off_at_every_server(cluster: NatsCluster) -> None:
         await watching.close()
 
 
-async def work(worker: NatsWorker) -> None:
-    while True:
-        try:
-            delivery = await worker.pull()
-        except FabricError:
-            await asyncio.sleep(0.1)
-            continue
-        with suppress(FabricError):  # another attempt has it then
-            if await delivery.claim():
-                await delivery.send(FrameKind.DATA, b"x")
-                await delivery.send(FrameKind.USAGE, b"")
-        await delivery.drop()
-        worker.release()
-
-
 async def ask(gateway: NatsGateway) -> str:
     """`whole`, or the kind of error that the caller is told."""
     try:
-        frames = await read(await gateway.dispatch(new_work(), queue_limit=5.0))
+        return await ask_once(gateway, queue_limit=5.0)
     except FabricError as exc:
         return type(exc).__name__
-    return "whole" if frames == [b"x", b""] else f"answered with {frames}"
 
 
 async def test_a_server_that_is_killed_under_load(cluster: NatsCluster) -> None:

@@ -7,7 +7,7 @@ import json
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,7 +21,7 @@ from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate.nats_server import NatsServer, free_port
-from lacre_fabric.work.contract import ACK_WAIT, Dispatch, Work
+from lacre_fabric.work.contract import ACK_WAIT, Dispatch, FabricError, Work
 from lacre_fabric.work.frames import FrameKind
 from parts.stolen_nats import StolenNats
 
@@ -186,6 +186,22 @@ async def answer(worker: NatsWorker, *pieces: bytes) -> Work:
     return delivery.work
 
 
+async def work(worker: NatsWorker) -> None:
+    """Answers one request after the other, with `x`."""
+    while True:
+        try:
+            delivery = await worker.pull()
+        except FabricError:
+            await asyncio.sleep(0.1)
+            continue
+        with suppress(FabricError):  # another attempt has it then
+            if await delivery.claim():
+                await delivery.send(FrameKind.DATA, b"x")
+                await delivery.send(FrameKind.USAGE, b"")
+        await delivery.drop()
+        worker.release()
+
+
 async def read(dispatch: Dispatch) -> list[bytes]:
     """The answer's payloads, the receipt last."""
     payloads = []
@@ -193,6 +209,12 @@ async def read(dispatch: Dispatch) -> list[bytes]:
         payloads.append(frame.payload)
         await dispatch.consumed(len(frame.payload))
     return payloads
+
+
+async def ask_once(gateway: NatsGateway, **options: Any) -> str:
+    """`whole` for what `work` answers, or what else came. Raises FabricError."""
+    frames = await read(await gateway.dispatch(new_work(), **options))
+    return "whole" if frames == [b"x", b""] else f"answered with {frames}"
 
 
 def sealed_bytes() -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +21,7 @@ from lacre_fabric.operate.account_reload import AccountFiles
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
 from lacre_fabric.work.contract import FabricError
-from lacre_fabric.work.frames import FrameKind
-from parts.fabric import Kept, new_work, read
+from parts.fabric import Kept, ask_once, work
 from parts.nats_cluster import NatsCluster
 from parts.waiting import until
 
@@ -54,34 +53,17 @@ class Deployment(Kept):
         """Callers of the pool `a` at one server, and its worker at another one."""
         gateway, worker = await self.gateway(0), await self.worker("a", "m1", 1, slots=4)
         for _ in range(4):
-            self.background(_work(worker))
+            self.background(work(worker))
             self.background(self._ask(gateway))
         await until(lambda: len(self.ended) > 20, 20)
 
     async def _ask(self, gateway: NatsGateway) -> None:
         while True:
             try:
-                frames = await read(await gateway.dispatch(new_work()))
+                self.ended.append(await ask_once(gateway))
             except FabricError as exc:
                 self.ended.append(f"{type(exc).__name__}: {exc}")
-            else:
-                self.ended.append("whole" if frames == [b"x", b""] else f"answered with {frames}")
             await asyncio.sleep(0.01)
-
-
-async def _work(worker: NatsWorker) -> None:
-    while True:
-        try:
-            delivery = await worker.pull()
-        except FabricError:
-            await asyncio.sleep(0.1)
-            continue
-        with suppress(FabricError):
-            if await delivery.claim():
-                await delivery.send(FrameKind.DATA, b"x")
-                await delivery.send(FrameKind.USAGE, b"")
-        await delivery.drop()
-        worker.release()
 
 
 @asynccontextmanager
