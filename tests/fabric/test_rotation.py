@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre.trust.chain import verify
-from lacre_fabric.keys.secret_files import read_secret
+from lacre_fabric.keys.secret_files import read_secret, write_secret
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.operate import behind
@@ -160,6 +160,17 @@ async def test_a_manifest_that_the_message_server_lost_is_published_again(tended
     for _ in range(2):
         await tend(tended.site, tended.connection, Schedule())
         assert verify(await tended.connection.manifest() or b"", tended.site.root, time.time()).manifest.version == 2
+
+
+@pytest.mark.parametrize("content", ["", "x", "nan", "inf", "-1", "0", "1e999"])
+async def test_a_damaged_time_of_the_last_publication_is_mended(tended: TendedSite, content: str) -> None:
+    """It still counts as published, so that lost stores are noticed; and the next manifest is due once."""
+    write_secret(tended.site.folder / "trust" / "published", content.encode())
+    assert tended.site.published_at > 0
+    for _ in range(2):
+        await tend(tended.site, tended.connection, Schedule())
+        assert (await tended.verified()).version == 2
+    assert time.time() - 60 < tended.site.published_at <= time.time()
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def parse_ed25519(content: bytes | bytearray, path: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except ValueError as exc:
-        raise SettingsError(f"{path} is not a PEM private key") from exc
+        raise SettingsError(f"{path} is not a PEM private key: copy it again, whole, or restore it from a backup") from exc
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(f"{path} must hold an Ed25519 key")
     return key

@@ -53,7 +53,7 @@ from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.streams import REPLICAS
 from lacre_fabric.operate import dev_issuer, model_digests, model_routes, served_models, settings_files
-from lacre_fabric.operate.site_file import are_names, member, read_json
+from lacre_fabric.operate.site_file import are_names, member, read_json, time_in
 from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.work.model_names import DEFAULT_MODEL
 
@@ -358,9 +358,8 @@ class Site:
 
     @property
     def published_at(self) -> float:
-        """When the published manifest was signed; 0 if there is none."""
-        path = self.folder / "trust" / "published"
-        return float(path.read_text()) if path.exists() else 0.0
+        """When the published manifest was signed; 0 if there is none. The next publication mends a damaged file."""
+        return time_in(self.folder / "trust" / "published")
 
     def _next_version(self) -> int:
         """Counts every manifest signed here. The count is saved before use, so that no version is signed twice."""
