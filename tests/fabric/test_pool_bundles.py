@@ -320,6 +320,10 @@ def test_files_alone(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "bundles" / "worker-legal").iterdir()} == set(WORKER)
     listed = json.loads(lacre("pool", "list", "--json", f"--state={tmp_path}"))
     assert listed["legal"] == {"models": ["large"], "keys": [1, 2], "workers": None, "queued": None}
+    with pytest.raises(subprocess.CalledProcessError) as unknown:
+        lacre("pool", "remove", "nowhere", "--offline", f"--state={tmp_path}")
+    assert "unknown pool nowhere" in unknown.value.stderr
+    assert "destroy" not in unknown.value.stdout, "it asks only about a pool that is there"
     lacre("pool", "remove", "legal", "--yes", "--offline", f"--state={tmp_path}")
     assert "POOL_legal" not in (tmp_path / "bundles" / "nats" / "lacre.conf").read_text()
     assert not list((tmp_path / "pools" / "legal" / "keys").glob("*"))

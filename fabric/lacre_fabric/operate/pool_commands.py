@@ -115,6 +115,7 @@ def pool_remove(
 
     site = site_of(state)
     files = AccountFiles(tuple(accounts or ()), apply, wait)
+    pools.site_without(site, name, again=offline)  # raises, before it asks
     if not yes:
         typer.confirm(f"destroy the keys of {name}?", abort=True)
     if offline:

@@ -116,7 +116,7 @@ async def remove(
     NotTaken or FabricUnavailable.
     """
     with _only_one(site):
-        site, gone = _leaving(site, pool)
+        site, gone = site_without(site, pool)
         if not force:
             _check_routes(gone, pool)
         async with connected(site, "provisioner") as connection:
@@ -146,7 +146,7 @@ async def withdraw(site: Site, pool: str, files: AccountFiles, *, force: bool = 
     otherwise that raises PoolInUse. Raises SettingsError.
     """
     with _only_one(site):
-        site, gone = _leaving(site, pool, again=True)
+        site, gone = site_without(site, pool, again=True)
         if not force:
             _check_routes(gone, pool)
         async with site.changing():
@@ -235,7 +235,7 @@ def _credential_files(site: Site, pool: str) -> list[Path]:
     return [site.credential_file(worker_of(pool, region)) for region in site.regions]
 
 
-def _leaving(site: Site, pool: str, *, again: bool = False) -> tuple[Site, Site]:
+def site_without(site: Site, pool: str, *, again: bool = False) -> tuple[Site, Site]:
     """The site now, and without the pool. Raises SettingsError for an unknown pool.
 
     A pool of which an interrupted removal left something is known. again: so is one that was removed.
