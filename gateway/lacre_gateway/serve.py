@@ -155,9 +155,9 @@ def _on_signals(gateway: Gateway, server: Server) -> None:
 
 
 def _keeper(gateway: Gateway) -> Keeper:
-    settings, public = gateway.settings, gateway.audit.public
+    settings = gateway.settings
     terms = LogTerms(**settings.audit_logs.model_dump())
-    return Keeper(settings.audit, public, gateway.audit, terms, log=gateway.log, clock=gateway.clock)
+    return Keeper(settings.audit, gateway.audit, terms, log=gateway.log, clock=gateway.clock)
 
 
 async def _keep_keys(gateway: Gateway, file: WatchedFiles[tuple[Ed25519PrivateKey, ...]]) -> None:

@@ -21,7 +21,7 @@ from lacre.errors import SettingsError
 from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import series
+from lacre_gateway.audit import chain, series
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import AdminIntent, Event, encode, parse
 from lacre_gateway.audit.export import Exporter, Format
@@ -80,7 +80,7 @@ def test_json_lines_hold_every_entry(pristine: Path) -> None:
     found = [(line.pop("log"), line.pop("index"), line) for line in lines]
     due = [
         (reader.checkpoint.origin, index, parse(data))
-        for reader in series.readers(pristine, PUBLIC)
+        for reader in chain.readers(pristine, PUBLIC)
         for index, data in enumerate(reader.entries())
     ]
     assert found == due and {origin for origin, _, _ in due} == {ORIGIN, f"{ORIGIN}/2"}
@@ -245,7 +245,7 @@ async def test_newer_manifests_and_their_keys_are_events(stage: Stage) -> None:
 
 
 def keeper(root: Path, audit: AuditLog, keeping: LogTerms, now: float) -> Keeper:
-    return Keeper(root, PUBLIC, audit, keeping, log=make_log(io.StringIO()), clock=lambda: now)
+    return Keeper(root, audit, keeping, log=make_log(io.StringIO()), clock=lambda: now)
 
 
 def test_rotation_by_command(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from lacre.errors import LacreError, SettingsError
 from lacre.evidence import merkle
 from lacre_fabric.logs import make_log
-from lacre_gateway.audit import reserve, series, tiles
+from lacre_gateway.audit import chain, reserve, series, tiles
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import Event, encode
 from lacre_gateway.audit.feed import Cursor, read
@@ -60,8 +60,7 @@ def all_read(root: Path, start: Cursor | None = None) -> list[tuple[str, int]]:
 
 
 def everything(root: Path) -> list[tuple[str, int]]:
-    readers = [LogReader(series.place(root, number), PUBLIC) for number in series.kept(root)]
-    return [(reader.checkpoint.origin, index) for reader in readers for index in range(reader.size)]
+    return [(reader.checkpoint.origin, index) for reader in chain.readers(root, PUBLIC) for index in range(reader.size)]
 
 
 # faults of the logs
@@ -102,6 +101,10 @@ def without_second(root: Path) -> None:
     shutil.rmtree(root / "log-2")
 
 
+def without_third(root: Path) -> None:
+    shutil.rmtree(root / "log-3")
+
+
 def without_checkpoint(root: Path) -> None:
     erased(root, 1)
     (root / "checkpoint").unlink()
@@ -110,10 +113,11 @@ def without_checkpoint(root: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an entry and its hash changed": (bent_with_its_tile, "tile/entries/001: its entries are not the signed ones"),
     "an entry left out": (cut_bundle, "tile/entries/000: it has 255 entries instead of 256"),
-    "a log marked as erased": (marked_as_erased, f"{ORIGIN}/2: it was erased, and no later log has recorded that"),
+    "a log marked as erased": (marked_as_erased, "log-2/erased: the log was erased, and an older one was not"),
     "a log erased in secret": (erased_in_secret, f"{ORIGIN}: it was erased, and no later log has recorded that"),
-    "a log in the place of another": (another_second, "log-2/entry 0: it is no link"),
+    "a log in the place of another": (another_second, "log-3/entry 0: it is no link"),
     "a log removed": (without_second, "log-2 is not the folder of an audit log"),
+    "the newest log removed": (without_third, "log-3: it is missing"),
     "an erased log without its checkpoint": (without_checkpoint, "checkpoint: "),
 }
 
@@ -136,7 +140,7 @@ def test_a_hash_of_a_high_tile(tmp_path: Path) -> None:
     store.published(store.publication(()).write())
     store.close()
     reader = LogReader(tmp_path / "audit", PUBLIC)
-    assert sum(1 for _ in reader.proven()) == reader.size == 66_000
+    assert sum(1 for _ in reader.entries()) == reader.size == 66_000
     bundle, low, high = (tmp_path / "audit" / tiles.tile(level, 3 if level != 1 else 0) for level in (None, 0, 1))
     forged = [b"{}", *tiles.decode_bundle(bundle.read_bytes())[1:]]
     bundle.write_bytes(tiles.encode_bundle(forged))
@@ -148,7 +152,7 @@ def test_a_hash_of_a_high_tile(tmp_path: Path) -> None:
     row[3] = hashes[0]
     high.write_bytes(b"".join(row))
     with pytest.raises(Wrong, match="tile/1/000: its hashes are not the signed ones"):
-        list(LogReader(tmp_path / "audit", PUBLIC).proven())
+        list(LogReader(tmp_path / "audit", PUBLIC).entries())
 
 
 # readers that are late
@@ -232,7 +236,7 @@ async def test_a_slow_reader_gets_every_line_of_a_gateway_that_restarts(tmp_path
 
 
 def keeper(root: Path, log: AuditLog, days: int | None) -> Keeper:
-    return Keeper(root, PUBLIC, log, LogTerms(keep_days=days), log=make_log(io.StringIO()), clock=lambda: 9e9)
+    return Keeper(root, log, LogTerms(keep_days=days), log=make_log(io.StringIO()), clock=lambda: 9e9)
 
 
 def later(folder: Path) -> AuditLog:

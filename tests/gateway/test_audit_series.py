@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_gateway.audit import series, tiles
+from lacre_gateway.audit import chain, series, tiles
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import encode, parse
 from lacre_gateway.audit.reader import LogReader, Wrong
@@ -53,7 +53,7 @@ def logs(pristine: Path, tmp_path: Path) -> Path:
 
 
 def read(root: Path) -> list[list[dict[str, object]]]:
-    return [[parse(entry) for entry in reader.entries()] for reader in series.readers(root, PUBLIC)]
+    return [[parse(entry) for entry in reader.entries()] for reader in chain.readers(root, PUBLIC)]
 
 
 def wrong(root: Path, *kept: bytes) -> Wrong:

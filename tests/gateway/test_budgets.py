@@ -17,9 +17,9 @@ from lacre.jose.jws import raw_public_key
 from lacre.problems import details
 from lacre_fabric.nats.kv import Entry
 from lacre_fabric.work.contract import FabricUnavailable
+from lacre_gateway.audit import feed
 from lacre_gateway.audit import index as indexes
 from lacre_gateway.audit.check import verify
-from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.ledger import ALIVE, DRAW_LIMIT, GONE_AFTER
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
@@ -254,7 +254,7 @@ async def test_who_met_a_limit(stage: Stage, worker: FakeWorker, client: httpx2.
     await stage.gateway.close()
     document = AUDIT.read_text()
     [sql] = re.findall(r'--sql "(SELECT [^"]*exceeded[^"]*)"', document)
-    names, rows = indexes.ask(indexes.build([LogReader(stage.folder / "audit")]), sql)
+    names, rows = indexes.ask(indexes.build(entry for entry in feed.read(stage.folder / "audit", None) if entry is not None), sql)
     assert names == ["subject", "exceeded", "requests"]
     assert [(who, limit.partition("@")[0], times) for who, limit, times in rows] == [
         ("alice", "user:free/requests_per_minute", 2), ("bob", "user:free/requests_per_minute", 1),

@@ -16,7 +16,7 @@ from lacre.evidence import checkpoints
 from lacre.jose.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import feed, series
+from lacre_gateway.audit import chain, feed, series
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.log import AuditLog
@@ -61,7 +61,7 @@ def test_each_key_verifies_all_of_it(logs: Path, key: bytes | None) -> None:
     result = verify(logs, key, kept)
     assert (result.wrong, result.logs, result.requests, result.anchor) == (None, 2, 2, f"{ORIGIN}/2")
     assert len([entry for entry in feed.read(logs, key) if entry is not None]) == sum(
-        reader.size for reader in series.readers(logs, key)
+        reader.size for reader in chain.readers(logs, key)
     )
 
 
@@ -84,13 +84,13 @@ def test_a_key_that_the_log_before_does_not_name(tmp_path: Path, own: bytes) -> 
     store.published(store.publication(()).write())
     store.close()
     note = (log / "checkpoint").read_text()
-    series.begin(log / "log-2", f"{ORIGIN}/2", NEW, LogLink(time=2.0, checkpoint=note, open=0), ())
+    series.begin(log / "log-2", f"{ORIGIN}/2", NEW, LogLink(time=2.0, checkpoint=note, open=0), b"{}")
     wrong = verify(log, own).wrong
     assert wrong is not None and "does not name it" in str(wrong)
     with pytest.raises(Wrong, match=r"log-2/key: .* does not name it"):
         list(feed.read(log, own))
     with pytest.raises(Wrong, match="does not name it"):
-        list(series.entries(log, own))
+        list(feed.entries(log, own))
 
 
 def continued_by_a_thief(log: Path) -> None:
@@ -98,7 +98,7 @@ def continued_by_a_thief(log: Path) -> None:
     end = (log / "checkpoint").read_text()
     origin = LogReader(log / "log-2").checkpoint.origin
     shutil.rmtree(log / "log-2")
-    series.begin(log / "log-2", origin, THIEF, LogLink(time=2.0, checkpoint=end, open=0), ())
+    series.begin(log / "log-2", origin, THIEF, LogLink(time=2.0, checkpoint=end, open=0), b"{}")
     store = Store(log, THIEF, ORIGIN)
     store.commit(encode(Event(time=3.0, event=kinds.ERASED, target=ORIGIN, count=checkpoints.parse(end.encode()).size)))
     store.published(store.publication(()).write())

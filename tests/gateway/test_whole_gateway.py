@@ -15,7 +15,7 @@ import pytest
 from lacre.evidence import checkpoints
 from lacre.evidence.audit_proof import AuditProof
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import series
+from lacre_gateway.audit import chain
 from lacre_gateway.audit.check import AuditResult, check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
 from parts.small_disk import NO_DISK, filled, small_disk
@@ -123,7 +123,7 @@ async def test_rotation(tmp_path: Path) -> None:
             await gateway.until(lambda: load.whole >= served + 20)
         assert await gateway.kill(signal.SIGTERM) == 0
     assert not load.failed, load.failed
-    readers = list(series.readers(gateway.audit, gateway.key))
+    readers = chain.readers(gateway.audit, gateway.key)
     verdict = verify(gateway.audit, gateway.key, [proof.checkpoint for proof in load.proofs[:: len(load.proofs) // 20]])
     assert (verdict.wrong, verdict.logs, verdict.under_way, verdict.torn) == (None, 3, 0, 0), verdict.words
     for before, after in pairwise(readers):

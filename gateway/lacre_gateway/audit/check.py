@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,7 @@ from lacre.errors import InvalidMessage, InvalidProof, LacreError
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.checkpoints import Checkpoint
-from lacre_gateway.audit import journal, leftovers, series, tiles
+from lacre_gateway.audit import chain, journal, leftovers, series, tiles
 from lacre_gateway.audit.edge import Edge
 from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, LogReader, Snapshot, Wrong, own_key, read_file, replay
 from lacre_gateway.audit.store import notes_in
@@ -34,7 +35,7 @@ class AuditResult:
     anchored: the size of the largest kept checkpoint that agrees, of the newest log that has one; anchor: that log's origin.
     None without one. logs: how many there are; erased: how many of them retention erased. uncompared: kept checkpoints that are
     of erased logs, at sizes for which no checkpoint remains. torn: bytes of an unfinished commit at the end of the journal; no
-    answer depended on it.
+    answer depended on it. continues: the origin of the log before the first one, if that is a log which is not here.
     """
 
     origin: str
@@ -48,16 +49,18 @@ class AuditResult:
     logs: int = 1
     erased: int = 0
     uncompared: int = 0
+    continues: str | None = None
     wrong: Wrong | None = None
 
     @property
     def words(self) -> str:
         if self.wrong is not None:
             return f"does not hold: {self.wrong}"
+        rest = "" if self.continues is None else f"; it continues the log {self.continues}, which is not here"
         if self.anchored is None:
-            return SELF_CONSISTENT
+            return SELF_CONSISTENT + rest
         which = "" if self.anchor == self.origin else f" of {self.anchor}"
-        return f"holds, and extends the kept checkpoint of {self.anchored} entries{which}"
+        return f"holds, and extends the kept checkpoint of {self.anchored} entries{which}{rest}"
 
 
 def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> AuditResult:
@@ -102,24 +105,29 @@ class _Chain:
         self._key = b""  # of the log that is verified now
         self._story = Story()
         self._erased: Checkpoint | None = None  # the last checkpoint of the newest erased log
+        self._unvouched: int | None = None  # the log whose new key only a later log of the known key can vouch for
         self._last: Checkpoint | None = None
         self.result = AuditResult("", 0, merkle.EMPTY_ROOT, 0, 0, 0, None)
 
     def run(self, kept: Sequence[bytes]) -> None:
         """Raises Wrong."""
         anchors = [self._kept(note) for note in kept]
-        number, note = 0, None
-        while number < series.newest(self._root):
+        number, note, more = 0, None, True
+        while more:
             number += 1
             self.result.logs = number
+            more = series.newest(self._root) > number  # first: what is read below may be rotated or erased meanwhile
             with series.named(number):
                 note = self._log(number, note, anchors)
-        if self._story.ended is not None:
-            raise Wrong(
-                series.name(number + 1), "it is missing. If a crash stopped the rotation, the gateway's next start makes it"
-            )
+            if self._story.ended is not None and not more:
+                more = series.appears(self._root, number + 1)
+                if not more:
+                    raise Wrong(series.name(number + 1), series.MISSING)
         if self._erased is not None and self._story.erased.get(self._erased.origin) != self._erased.size:
-            raise Wrong(self._erased.origin, "it was erased, and no later log has recorded that")
+            raise Wrong(self._erased.origin, series.UNRECORDED)
+        if self._unvouched is not None:
+            with series.named(self._unvouched):
+                raise Wrong(KEY, series.NOT_NAMED)
         if anchors:
             raise Wrong(_KEPT, f"its origin is {anchors[0].origin}, and the log's is {self.result.origin}")
 
@@ -138,26 +146,43 @@ class _Chain:
     def _turn_to(self, number: int) -> None:
         """Takes the key of this log, which the log before must have named if it is another one."""
         key, before = series.key_of(self._root, number, self._known), self._key
-        erased = self.result.erased == number - 1  # then its last entry, which would name the key, is gone
-        named = series.leads_to(self._root, number, self._known) if erased else self._story.next_key == key
-        if number > 1 and key != before and not named:
-            raise Wrong(KEY, series.NOT_NAMED)
+        if number > 1 and key != before:
+            if self.result.erased < number - 1:
+                if self._story.next_key != key:
+                    raise Wrong(KEY, series.NOT_NAMED)
+            elif self._unvouched is None:  # the last entry of the log before, which would name the key, is gone
+                self._unvouched = number
         self._key = key
 
     def _log(self, number: int, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
         """Verifies one log, and returns its last checkpoint. Takes its anchors from the list."""
-        folder, result = series.place(self._root, number), self.result
+        folder = series.place(self._root, number)
         if not (folder / KEY).exists():
             raise Wrong(KEY, "the log is missing")
-        if self._last is not None:
-            due = series.following(self._last.origin, number - 1)
-            if self._story.ended != due:
-                raise Wrong("its first entry", f"the log before does not end with the event that {due} continues it")
+        due = None if self._last is None else series.following(self._last.origin, number - 1)
+        if due is not None and self._story.ended != due:
+            raise Wrong("its first entry", f"the log before does not end with the event that {due} continues it")
         self._turn_to(number)
-        first = series.erased(folder)
-        if first is not None:
-            return self._past(folder, first, before, anchors)
-        self._story.begin(before, complete=result.erased < number - 1)
+        state = deepcopy((self._story, anchors))
+        try:
+            first = series.erased(folder)
+            note = self._walked(folder, before, anchors) if first is None else self._past(folder, before, anchors)
+        except Wrong:
+            if first is not None or series.erased(folder) is None:
+                raise
+            self._story, anchors[:] = state  # retention erased the log while it was read here
+            note = self._past(folder, before, anchors)
+        if due is not None and self._last is not None and self._last.origin != due:
+            raise Wrong(CHECKPOINT, f"its origin is {self._last.origin}, and {due} continues the log before")
+        if number == 1:
+            self.result.continues = self._story.continues
+        if self._key == self._known or self._known is None:
+            self._unvouched = None  # it is signed by that key, and its links vouch for the logs before it
+        return note
+
+    def _walked(self, folder: Path, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
+        result = self.result
+        self._story.begin(before, complete=result.erased < result.logs - 1)
         walk = _Walk(folder, self._key, self._story)
         try:
             walk.run(anchors)
@@ -172,11 +197,15 @@ class _Chain:
         if size is not None and self._last is not None:
             self.result.anchored, self.result.anchor = size, self._last.origin
 
-    def _past(self, folder: Path, first: AuditProof, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
+    def _past(self, folder: Path, before: bytes | None, anchors: list[Checkpoint]) -> bytes:
         """What remains of an erased log: its checkpoints, and the proof of its first entry."""
-        if self.result.erased < self.result.logs - 1:
-            raise Wrong(series.PROOF, "the log was erased, and an older one was not")
-        note = series.remains(folder, self._key) or b""
+        result = self.result
+        if result.erased < result.logs - 1 and not (series.place(self._root, result.logs - 1) / series.PROOF).exists():
+            raise Wrong(series.PROOF, chain.OUT_OF_TURN)
+        first = series.remains(folder, self._key)
+        if first is None:
+            raise Wrong(series.PROOF, "it is missing")
+        note = first.checkpoint
         last = checkpoints.parse(note)
         try:
             self._story.begin(before, complete=False)
@@ -185,15 +214,10 @@ class _Chain:
             raise Wrong(series.PROOF, str(exc)) from exc
         remaining = {last.size: last.root}
         for number, old in enumerate(notes_in(read_file(folder / HISTORY, None) or b"")[0]):
-            checkpoint = _verified(old, self._key, f"{HISTORY}, note {number},")
+            checkpoint = _of_log(_verified(old, self._key, what := f"{HISTORY}, note {number},"), last.origin, what)
             remaining.setdefault(checkpoint.size, checkpoint.root)
         self._last = self._erased = last
-        self.result.erased, self.result.origin, self.result.size, self.result.root = (
-            self.result.logs,
-            last.origin,
-            last.size,
-            last.root,
-        )
+        result.erased, result.origin, result.size, result.root = result.logs, last.origin, last.size, last.root
         for anchor in _taken(anchors, last.origin):
             self._anchored(self._compared(anchor, last, remaining))
         self._story.ended = series.following(last.origin, self.result.logs)  # the entry that says so is gone
@@ -216,6 +240,12 @@ def _verified(note: bytes, key: bytes, what: str) -> Checkpoint:
         return checkpoints.verify(note, key)
     except LacreError as exc:
         raise Wrong(what, str(exc)) from exc
+
+
+def _of_log(checkpoint: Checkpoint, origin: str | None, what: str) -> Checkpoint:
+    if origin is not None and checkpoint.origin != origin:
+        raise Wrong(what, f"its origin is {checkpoint.origin}, and the log's is {origin}")
+    return checkpoint
 
 
 def _taken(anchors: list[Checkpoint], origin: str) -> list[Checkpoint]:
@@ -281,10 +311,7 @@ class _Walk:
             yield anchor, _KEPT
 
     def _anchor(self, note: bytes, what: str) -> tuple[Checkpoint, str]:
-        checkpoint = _verified(note, self._key, what)
-        if self.origin and checkpoint.origin != self.origin:
-            raise Wrong(what, f"its origin is {checkpoint.origin}, and the log's is {self.origin}")
-        return checkpoint, what
+        return _of_log(_verified(note, self._key, what), self.origin or None, what), what
 
     def _bundle(self, bundle: int, width: int) -> None:
         entries = self._snapshot.bundle(bundle, width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import select
 import sys
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from lacre.cli.output import say_json, waiting
+from lacre.cli.output import say, say_json, waiting
 from lacre.cli.surroundings import read_file
 from lacre.errors import SettingsError
 
@@ -50,26 +49,26 @@ def audit_verify(
     found = {
         "ok": verdict.wrong is None, "verdict": verdict.words, "origin": verdict.origin, "entries": verdict.size,
         "root": verdict.root.hex(), "requests": verdict.requests, "under_way": verdict.under_way, "torn": verdict.torn,
-        "logs": verdict.logs, "erased": verdict.erased, "uncompared": verdict.uncompared,
+        "logs": verdict.logs, "erased": verdict.erased, "uncompared": verdict.uncompared, "continues": verdict.continues,
         "place": None if verdict.wrong is None else verdict.wrong.place,
     }  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(found))
+        say_json(found)
     else:
-        typer.echo(f"{verdict.origin or folder}: {verdict.size} entries, {verdict.requests} requests")
+        say(f"{verdict.origin or folder}: {verdict.size} entries, {verdict.requests} requests")
         if verdict.logs > 1:
-            typer.echo(
+            say(
                 f"{verdict.logs} linked logs, of which retention erased {verdict.erased}; the line above is of the newest"
             )
         if verdict.uncompared:
-            typer.echo(f"{verdict.uncompared} kept checkpoints are of erased logs, and cannot be compared any more")
+            say(f"{verdict.uncompared} kept checkpoints are of erased logs, and cannot be compared any more")
         if verdict.under_way:
-            typer.echo(
+            say(
                 f"{verdict.under_way} requests are running, or were cut off by a crash: the next start records their outcome"
             )
         if verdict.torn:
-            typer.echo(f"{verdict.torn} bytes of an unfinished commit, on which no answer depended")
-        typer.echo(verdict.words)
+            say(f"{verdict.torn} bytes of an unfinished commit, on which no answer depended")
+        say(verdict.words)
     if verdict.wrong is not None:
         raise typer.Exit(1)
 
@@ -83,11 +82,11 @@ def audit_prove(
     key: KeyOption = None,
 ) -> None:
     """Print an entry's proof under the newest checkpoint (C2SP tlog-proof)."""
-    from lacre_gateway.audit import series
+    from lacre_gateway.audit import chain
 
     if (index is None) is (request is None):
         raise SettingsError("pass either --index or --request")
-    readers = list(series.readers(folder, parse_key(key)))[::-1]
+    readers = chain.readers(folder, parse_key(key))[::-1]
     if origin is not None:
         readers = [reader for reader in readers if reader.checkpoint.origin == origin]
         if not readers:
@@ -116,15 +115,17 @@ def audit_check_receipt(
 ) -> None:
     """Check a client's proof against the log: the entry is still there, and the log extends the proven tree."""
     from lacre.evidence import checkpoints
-    from lacre_gateway.audit import series
+    from lacre_gateway.audit import chain, feed
     from lacre_gateway.audit.check import check_receipt
 
-    kept = _proof(proof)
+    kept, public = _proof(proof), parse_key(key)
     origin = checkpoints.parse(kept.checkpoint).origin
-    readers = list(series.readers(folder, parse_key(key)))
-    own = [reader for reader in readers if reader.checkpoint.origin == origin]
-    if not own and series.was_erased(folder, origin):
+    if any(part.erased and part.checkpoint.origin == origin for part in chain.parts(folder, public)):
+        for _ in feed.entries(folder, public):  # or nobody has recorded the erasure
+            pass
         raise SettingsError(f"retention erased the log {origin}: `lacre audit check-proof` still checks the proof itself")
+    readers = chain.readers(folder, public)
+    own = [reader for reader in readers if reader.checkpoint.origin == origin]
     check_receipt(kept, (own or readers)[-1])
     typer.echo(f"entry {kept.index} is in the log, and the log extends the proven tree")
 
@@ -179,6 +180,7 @@ def audit_export(
     cursor: Annotated[
         Path | None, typer.Option(help="Remember the place after the last entry in this file, and go on there.")
     ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Export a log by itself that continues one which is not here.")] = False,
     key: KeyOption = None,
 ) -> None:
     """Print the entries of all linked logs for other systems, one a line. `lacre audit verify` tells whether the logs hold."""
@@ -202,7 +204,7 @@ def audit_export(
             Cursor(unsaved[-1].origin, unsaved[-1].index + 1).save(cursor)
         unsaved.clear()
 
-    for entry in read(folder, public, start, follow=follow):
+    for entry in read(folder, public, start, follow=follow, alone=alone):
         if entry is None:
             flush()
             if follow and _reader_is_gone():
@@ -229,20 +231,18 @@ def audit_tail(
     key: KeyOption = None,
 ) -> None:
     """Print the newest entries, one a line."""
-    from lacre_gateway.audit import series
+    from lacre_gateway.audit import chain
+    from lacre_gateway.audit.entries import parse
     from lacre_gateway.audit.feed import Cursor, read
-    from lacre_gateway.audit.reader import LogReader
 
-    number = series.newest(folder)
-    newest = LogReader(series.place(folder, number), series.key_of(folder, number, parse_key(key)))
-    start = Cursor(newest.checkpoint.origin, max(0, newest.size - lines))
-    for entry in read(folder, parse_key(key), start, follow=follow):
+    public = parse_key(key)
+    newest = chain.parts(folder, public)[-1].checkpoint
+    start = Cursor(newest.origin, max(0, newest.size - lines))
+    for entry in read(folder, public, start, follow=follow, alone=True):
         if entry is not None:
-            typer.echo(entry.data.decode())
-        else:
-            sys.stdout.flush()
-            if follow and _reader_is_gone():
-                raise BrokenPipeError
+            say_json(parse(entry.data))
+        elif follow and _reader_is_gone():
+            raise BrokenPipeError
 
 
 @audit_app.command("query")
@@ -265,10 +265,11 @@ def audit_query(
     """Search the log and print JSON lines. The index is built from the log; `lacre audit verify` tells whether the log
     holds.
     """
+    from lacre_gateway.audit import feed
     from lacre_gateway.audit import index as indexes
-    from lacre_gateway.audit import series
 
-    database = indexes.build(series.readers(folder, parse_key(key)), index)
+    found = feed.read(folder, parse_key(key), alone=True)
+    database = indexes.build((entry for entry in found if entry is not None), index)
     if sql is not None:
         names, rows = indexes.ask(database, sql)
         for row in rows:
@@ -280,7 +281,7 @@ def audit_query(
         }  # fmt: skip
         wanted = {name: value for name, value in wanted.items() if value is not None}
         for entry in indexes.find(database, wanted, seconds(since), seconds(until), limit):
-            typer.echo(entry)
+            say(entry)
     database.close()
 
 

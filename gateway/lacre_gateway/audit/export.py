@@ -11,7 +11,7 @@ Application Lifecycle (6002).
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from lacre._version import __version__
+from lacre.runtime.json_text import UNSHOWN, shown
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import series
 from lacre_gateway.audit.entries import Annex, Event, Intent, LogLink, Outcome, parse
 from lacre_gateway.audit.feed import Cursor, PlacedEntry, place_of
 from lacre_gateway.audit.reader import LogReader
@@ -35,6 +35,7 @@ _LIFECYCLE: Final = {kinds.STARTED: 3, kinds.STOPPED: 4, kinds.RELOADED: 8}  # S
 _GRAVE: Final = frozenset({kinds.RECOVERED, kinds.RESUMED, kinds.UNRECORDED, kinds.RELOAD_REFUSED})
 _NOTABLE: Final = frozenset({kinds.REVOKED, kinds.ERASED, kinds.KEYS_ROTATED, kinds.TOPPED_UP, kinds.RESET})
 _BAD: Final = frozenset({"broken", "interrupted"})
+_UNSHOWN: Final = re.compile(f"[\x00-\x1f{UNSHOWN}]")
 
 
 @dataclass(slots=True)
@@ -49,12 +50,11 @@ class Exporter:
 
     def look_back(self, root: Path, key: bytes | None, start: Cursor) -> None:
         """Reads the intents before a cursor, so that later outcomes can name their callers."""
-        number, _ = place_of(root, key, start)
-        folder = series.place(root, number)
-        if series.erased(folder) is not None:
+        part, _ = place_of(root, key, start)
+        if part.erased:
             return
-        reader = LogReader(folder, series.key_of(root, number, key))
-        for index, data in enumerate(reader.entries(max(0, start.index - _LOOK_BACK), start.index)):
+        begin = max(0, start.index - _LOOK_BACK)
+        for index, data in enumerate(LogReader(part.folder, part.key).entries(begin, start.index), begin):
             self.lines(PlacedEntry(start.origin, index, data))
 
     def lines(self, entry: PlacedEntry) -> list[str]:
@@ -83,7 +83,7 @@ class Exporter:
 
 
 def _json_line(entry: PlacedEntry) -> str:
-    return json.dumps({"log": entry.origin, "index": entry.index, **parse(entry.data)}, ensure_ascii=False)
+    return shown({"log": entry.origin, "index": entry.index, **parse(entry.data)})
 
 
 def _detail(members: Mapping[str, Any]) -> tuple[str, str]:
@@ -171,7 +171,8 @@ def _cef_value(value: object) -> str:
 
 
 def _one_line(text: str, instead: str) -> str:
-    return instead.join(text.splitlines()) if text.splitlines() != [text] else text
+    """CEF has an escape for line breaks, and none for other control characters."""
+    return _UNSHOWN.sub("\ufffd", instead.join(text.splitlines()))
 
 
 # OCSF
@@ -194,7 +195,7 @@ def _ocsf(entry: PlacedEntry, members: Mapping[str, Any]) -> str:
         },
     }  # fmt: skip
     rest = {name: value for name, value in members.items() if name not in _PLACED and value not in (None, [], ())}
-    return json.dumps({**event, **common, "unmapped": rest}, ensure_ascii=False)
+    return shown({**event, **common, "unmapped": rest})
 
 
 _PRODUCT: Final = {"name": "Lacre gateway", "vendor_name": "Lacre", "version": __version__}

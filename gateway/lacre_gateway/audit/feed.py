@@ -2,7 +2,7 @@
 
 Rules:
 - No entry is missing in silence. A log that is missing, altered, or erased without a record ends the reading.
-- Each log but the first must begin with the last checkpoint of the log before.
+- All logs must be one chain, from the newest to the oldest, before the first entry is read (`chain`).
 - A log that retention erases before it was read ends the reading too: its entries are lost to the reader, and it must know.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,8 +20,8 @@ from lacre.evidence import checkpoints
 from lacre.runtime.json_objects import parse_object
 from lacre.runtime.private_files import replace
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import series
-from lacre_gateway.audit.entries import LogLink, parse
+from lacre_gateway.audit import chain, series
+from lacre_gateway.audit.entries import parse
 from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Wrong, read_file
 
 _POLL: Final = 0.5  # seconds between two looks for new entries
@@ -65,9 +65,18 @@ class PlacedEntry:
     data: bytes
 
 
-def read(root: Path, key: bytes | None, start: Cursor | None = None, *, follow: bool = False) -> Iterator[PlacedEntry | None]:
-    """The entries of all logs from the cursor on; None each time there are no more for now. Raises Wrong or SettingsError."""
-    reading = _Reading(root, key, *((1, 0) if start is None else place_of(root, key, start)))
+def read(
+    root: Path, key: bytes | None, start: Cursor | None = None, *, follow: bool = False, alone: bool = False
+) -> Iterator[PlacedEntry | None]:
+    """The entries of all logs from the cursor on; None each time there are no more for now. Raises Wrong or SettingsError.
+
+    key: as for `chain.parts`. alone: the first log may continue one that is not here.
+    """
+    parts = chain.parts(root, key)
+    missing = chain.linked_by(parts[0].first)
+    if missing is not None and not alone:
+        raise SettingsError(f"{root} continues the log {missing}, which is not here: pass --alone to export it by itself")
+    reading = _Reading(root, parts, *((1, 0) if start is None else _place_in(parts, root, start)))
     while True:
         yield from reading.rest()
         yield None
@@ -76,18 +85,25 @@ def read(root: Path, key: bytes | None, start: Cursor | None = None, *, follow: 
         time.sleep(_POLL)
 
 
-def place_of(root: Path, key: bytes | None, start: Cursor) -> tuple[int, int]:
+def entries(root: Path, key: bytes | None = None) -> Iterator[bytes]:
+    """Of all logs that were not erased, the oldest first. Raises as `read` does."""
+    return (entry.data for entry in read(root, key, alone=True) if entry is not None)
+
+
+def place_of(root: Path, key: bytes | None, start: Cursor) -> tuple[chain.Part, int]:
     """The log of the cursor, and the index there. Raises Wrong or SettingsError."""
-    for number in range(1, series.newest(root) + 1):
-        folder = series.place(root, number)
-        with series.named(number):
-            own = series.vouched_key(root, number, key)
-            note = series.remains(folder, own)
-            last = LogReader(folder, own).checkpoint if note is None else checkpoints.parse(note)
+    parts = chain.parts(root, key)
+    number, index = _place_in(parts, root, start)
+    return parts[number - 1], index
+
+
+def _place_in(parts: Sequence[chain.Part], root: Path, start: Cursor) -> tuple[int, int]:
+    for part in parts:
+        last = part.checkpoint
         if last.origin == start.origin:
-            if note is not None and start.index < last.size:
+            if part.erased and start.index < last.size:
                 raise _lost(last.origin, start.index, "remove the cursor to export all that is left")
-            return number, start.index
+            return part.number, start.index
     raise SettingsError(f"there is no log {start.origin} in {root}: remove the cursor to export all that is there")
 
 
@@ -97,69 +113,88 @@ def _lost(origin: str, index: int, remedy: str) -> SettingsError:
 
 @dataclass(slots=True)
 class _Reading:
-    """number, at: the log and the index of the next entry. before: the last checkpoint of the log before, if it was read.
+    """parts: all logs that were there when they were last looked for; the newest of them may grow, and may have a successor now.
 
-    gone: the logs that were erased when the reading began. unrecorded: those of them whose record is not read yet.
+    number, at: the log and the index of the next entry. gone: how many logs were erased when the reading began. unrecorded: the
+    newest erased log that was passed over, while its record is not read yet; origin and size. The gateway erases and records
+    from the oldest on, so this one record vouches for the erasures before it, whose own records may be erased too.
     """
 
     root: Path
-    key: bytes | None
+    parts: Sequence[chain.Part]
     number: int
     at: int
-    before: bytes | None = None
-    gone: frozenset[int] = frozenset()
-    unrecorded: dict[str, int] = field(default_factory=dict)
+    gone: int = 0
+    unrecorded: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
-        self.gone = frozenset(range(1, series.newest(self.root) + 1)) - frozenset(series.kept(self.root))
+        self.gone = sum(part.erased for part in self.parts)
 
     def rest(self) -> Iterator[PlacedEntry]:
         """All entries that there are now."""
         while True:
             newer = series.newest(self.root) > self.number  # first: then the reading below sees the end of this log
             with series.named(self.number):
-                yield from self._log(series.place(self.root, self.number))
-            if not newer:
+                note, ended = yield from self._log(self.parts[self.number - 1])
+            if not newer and not ended:
                 break
-            self.number, self.at = self.number + 1, 0
-        if self.unrecorded:
-            raise Wrong(next(iter(self.unrecorded)), "it was erased, and no later log has recorded that")
+            if not newer and not series.appears(self.root, self.number + 1):
+                raise Wrong(series.name(self.number + 1), series.MISSING)
+            self._turn(note)
+        if self.unrecorded is not None:
+            raise Wrong(self.unrecorded[0], series.UNRECORDED)
 
-    def _log(self, folder: Path) -> Iterator[PlacedEntry]:
-        key = series.vouched_key(self.root, self.number, self.key)
-        note = series.remains(folder, key)
-        if note is not None:
-            self._pass(checkpoints.parse(note), note)
-            return
-        reader = LogReader(folder, key)
-        if reader.size < self.at:
-            raise Wrong(CHECKPOINT, f"the log was rolled back: {self.at} entries were exported, and it has {reader.size}")
+    def _turn(self, note: bytes) -> None:
+        """To the next log. note: the last checkpoint of this one."""
+        if self.number == len(self.parts):
+            parts = chain.parts(self.root, self.parts[-1].key)
+            with series.named(self.number):
+                _check_same(parts[self.number - 1].note, note)
+            self.parts = parts
+        self.number, self.at = self.number + 1, 0
+
+    def _log(self, part: chain.Part) -> Generator[PlacedEntry, None, tuple[bytes, bool]]:
+        """Returns the newest checkpoint, and whether another log continues this one."""
         try:
-            for index, data in enumerate(reader.proven(self.at), self.at):
-                self._look(index, data)
+            if series.erased(part.folder) is not None:
+                return self._pass(part), True
+            reader = LogReader(part.folder, part.key)
+            if self.number < len(self.parts):
+                _check_same(reader.note, part.note)
+            if reader.size < self.at:
+                raise Wrong(CHECKPOINT, f"the log was rolled back: {self.at} entries were exported, and it has {reader.size}")
+            for index, data in enumerate(reader.entries(self.at), self.at):
+                self._look(data)
                 self.at = index + 1
                 yield PlacedEntry(reader.checkpoint.origin, index, data)
         except Wrong:
-            note = series.remains(folder, key)
-            if note is None:
+            if series.erased(part.folder) is None:
                 raise
-            self._pass(checkpoints.parse(note), note)  # retention was faster
-        self.before = reader.note
+            return self._pass(part), True  # retention was faster
+        return reader.note, chain.has_ended(reader.last)
 
-    def _pass(self, last: checkpoints.Checkpoint, note: bytes) -> None:
+    def _pass(self, part: chain.Part) -> bytes:
         """An erased log. Raises SettingsError if it was there when the reading began."""
-        if self.number not in self.gone and self.at < last.size:
+        proof = series.remains(part.folder, part.key)
+        note = b"" if proof is None else proof.checkpoint
+        if self.number < len(self.parts):
+            _check_same(note, part.note)
+        last = checkpoints.parse(note)
+        if part.number > self.gone and self.at < last.size:
             raise _lost(last.origin, self.at, "export all that is left without a cursor, and export more often")
-        self.unrecorded[last.origin] = last.size
-        self.before = note
+        if self.at > last.size:
+            raise Wrong(CHECKPOINT, f"the log was rolled back: {self.at} entries were exported, and it had {last.size}")
+        self.unrecorded = last.origin, last.size
+        return note
 
-    def _look(self, index: int, data: bytes) -> None:
-        if index == 0 and self.number > 1:
+    def _look(self, data: bytes) -> None:
+        if self.unrecorded is not None and _TELLS_OF_ERASURE in data:
             members = parse(data)
-            linked = members["kind"] == LogLink.kind and self.before in (None, str(members["checkpoint"]).encode())
-            if not linked:
-                raise Wrong("entry 0", "it is no link to the last checkpoint of the log before")
-        if self.unrecorded and _TELLS_OF_ERASURE in data:
-            members = parse(data)
-            if members.get("event") == kinds.ERASED and self.unrecorded.get(str(members["target"])) == members["count"]:
-                del self.unrecorded[str(members["target"])]
+            if members.get("event") == kinds.ERASED and self.unrecorded == (members["target"], members["count"]):
+                self.unrecorded = None
+
+
+def _check_same(found: bytes, known: bytes) -> None:
+    """Raises Wrong if these checkpoints of one log differ."""
+    if found != known:
+        raise Wrong(CHECKPOINT, "it is not the one that the next log links")

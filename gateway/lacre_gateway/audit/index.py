@@ -6,7 +6,6 @@ One row for each entry: its log's origin, its index, its plain members, and the 
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lacre.errors import SettingsError
+from lacre.runtime.json_text import shown
 from lacre_gateway.audit.entries import parse
-from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.audit.feed import PlacedEntry
 
 COLUMNS: Final = (
     "kind", "request_id", "time", "subject", "tenant", "issuer", "address", "pool", "model", "action", "shape", "kem", "plan",
@@ -28,8 +28,8 @@ _TABLE: Final = f"CREATE TABLE entries (log TEXT, idx INTEGER, {', '.join(COLUMN
 _INSERT: Final = f"INSERT INTO entries VALUES ({', '.join('?' * (len(COLUMNS) + 3))})"  # noqa: S608
 
 
-def build(readers: Iterable[LogReader], path: Path | None = None) -> sqlite3.Connection:
-    """The table of all entries of these logs, the oldest first.
+def build(entries: Iterable[PlacedEntry], path: Path | None = None) -> sqlite3.Connection:
+    """The table of these entries, the oldest first.
 
     path: a new file (0600) that replaces the old one; None: in memory.
     """
@@ -39,7 +39,7 @@ def build(readers: Iterable[LogReader], path: Path | None = None) -> sqlite3.Con
     database = sqlite3.connect(path or ":memory:")
     database.execute(_TABLE)
     with database:
-        database.executemany(_INSERT, _rows(readers))
+        database.executemany(_INSERT, _rows(entries))
         database.execute("CREATE INDEX by_request ON entries (request_id)")
         database.execute("CREATE INDEX by_subject ON entries (subject, time)")
     return database
@@ -70,10 +70,8 @@ def ask(database: sqlite3.Connection, sql: str) -> tuple[Sequence[str], list[Seq
         raise SettingsError(f"--sql: {exc}; the table is entries (log, idx, {', '.join(COLUMNS)}, entry)") from exc
 
 
-def _rows(readers: Iterable[LogReader]) -> Iterator[Sequence[Any]]:
-    for reader in readers:
-        origin = reader.checkpoint.origin
-        for index, data in enumerate(reader.entries()):
-            members = parse(data)
-            line = json.dumps({"index": index, **members}, ensure_ascii=False)
-            yield (origin, index, *(members.get(name) for name in COLUMNS), line)
+def _rows(entries: Iterable[PlacedEntry]) -> Iterator[Sequence[Any]]:
+    for entry in entries:
+        members = parse(entry.data)
+        line = shown({"index": entry.index, **members})
+        yield (entry.origin, entry.index, *(members.get(name) for name in COLUMNS), line)

@@ -4,6 +4,7 @@ Rules:
 - `lacre audit rotate` leaves a file beside the log. The gateway rotates, and then removes it.
 - Erasure is the decision of the settings alone. Someone who can write to the disk could hide a change by asking for it.
 - The gateway records an erasure, in the newest log, before it begins. It goes from the oldest log on.
+- What it records, it signs. So it believes of an old log only what the newest log leads to, which it writes itself (`chain`).
 - A full disk must not prevent the erasure that would make room. So a part of it is held in reserve, for the record of it.
 - A clock that is far ahead must not erase everything. So the time for this is the newest one that an earlier process recorded,
   and the time that this process has run. After a long pause an erasure is late, until the next start.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,15 +23,18 @@ from typing import Final
 from lacre.errors import LacreError
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import reserve, series
+from lacre_gateway.audit import chain, reserve, series
+from lacre_gateway.audit.chain import Part
 from lacre_gateway.audit.entries import Event, parse
 from lacre_gateway.audit.log import AuditLog
-from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Wrong
 
 _DAY: Final = 86400.0
 _LOOK: Final = 1.0  # seconds between two looks for the file
 _SELDOM: Final = 60  # looks between two checks of ages
 _TRY: Final = 0.1  # seconds between two looks for the new log
+_TRIES: Final = 5  # looks at all logs, if the newest one changes meanwhile
+_PATIENCE: Final = 5.0  # seconds for a rotation, before other logs are looked after
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +52,17 @@ class Keeper:
     def __init__(
         self,
         root: Path,
-        key: bytes,
         audit: AuditLog,
         keeping: LogTerms,
         *,
         log: Log,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._root, self._key, self._audit, self._keeping = root, key, audit, keeping
+        self._root, self._audit, self._keeping = root, audit, keeping
         self._log, self._clock = log, clock
         self._began = time.monotonic()
+        self._rotating: str | None = None  # the origin of the log that ends, while a rotation is asked for
+        self._known: tuple[str, Sequence[Part]] = "", ()  # the newest log's origin, and the old logs that it leads to
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -72,58 +77,70 @@ class Keeper:
 
     async def look(self, *, seldom: bool) -> None:
         """One look; a seldom one reads the ages of logs. Raises OSError, Wrong or SettingsError."""
-        asked = self._root / series.ASKED
-        if await asyncio.to_thread(asked.exists):
-            await self._rotate()
-            with contextlib.suppress(FileNotFoundError):
-                asked.unlink()
-        elif seldom and await asyncio.to_thread(self._old):
+        asked = await asyncio.to_thread((self._root / series.ASKED).exists)
+        if self._rotating is not None or asked or (seldom and await asyncio.to_thread(self._old)):
             await self._rotate()
         if seldom and self._keeping.keep_days is not None:
-            for number in await asyncio.to_thread(self._due):
-                await self._erase(number)
+            for part in await asyncio.to_thread(self._due):
+                await self._erase(part)
         if seldom and self._audit.writable:  # last, because it must not take the room that an erasure needs
             await asyncio.to_thread(reserve.hold, self._root)
 
     async def _rotate(self) -> None:
-        origin = self._audit.origin
-        self._audit.rotate()
-        while self._audit.origin == origin:
+        """Waits only so long: while the disk refuses the new log, an erasure may make room for it."""
+        if self._rotating is None:
+            self._rotating = self._audit.origin
+            self._audit.rotate()
+        end = time.monotonic() + _PATIENCE
+        while self._audit.origin == self._rotating and time.monotonic() < end:
             await asyncio.sleep(_TRY)
+        if self._audit.origin != self._rotating:
+            self._rotating = None
+            with contextlib.suppress(FileNotFoundError):
+                (self._root / series.ASKED).unlink()
 
     def _old(self) -> bool:
-        keeping, number = self._keeping, series.newest(self._root)
+        keeping = self._keeping
         if keeping.rotate_entries is not None and self._audit.size >= keeping.rotate_entries:
             return True
         if keeping.rotate_days is None:
             return False
-        first = parse(self._reader(number).entry(0))
-        return bool(self._clock() - first["time"] >= keeping.rotate_days * _DAY)
+        newest = LogReader(series.place(self._root, series.newest(self._root)), self._audit.public)
+        return bool(self._clock() - parse(newest.entry(0))["time"] >= keeping.rotate_days * _DAY)
 
-    def _due(self) -> list[int]:
+    def _due(self) -> list[Part]:
         """The old logs to erase, the oldest first; among them those whose erasure a crash cut short."""
         now = min(self._clock(), self._audit.recorded_before + time.monotonic() - self._began)
         due = []
-        for number in range(1, series.newest(self._root)):
-            folder = series.place(self._root, number)
-            if (folder / series.PROOF).exists():
-                due.extend([number] if series.unfinished(folder) else [])
-            elif now - series.last_time(self._reader(number)) >= (self._keeping.keep_days or 0) * _DAY:
-                due.append(number)
-            else:
-                break
+        for part in self._old_logs():
+            if (part.folder / "tile").exists():  # else it is erased, or was when a crash cut that short
+                if now - series.last_time(part.reader()) >= (self._keeping.keep_days or 0) * _DAY:
+                    due.append(part)
+                elif part.erased:
+                    raise Wrong(str(part.folder / series.PROOF), "it says that the log is erased, and that is not due")
+                else:
+                    break
+            elif series.unfinished(part.folder):
+                due.append(part)
         return due
 
-    def _reader(self, number: int) -> LogReader:
-        return LogReader(series.place(self._root, number), series.key_of(self._root, number, self._key))
+    def _old_logs(self) -> Sequence[Part]:
+        """All logs that another one continues, the oldest first. Raises Wrong or SettingsError."""
+        for _ in range(_TRIES):
+            if self._known[0] == self._audit.origin:
+                return self._known[1]
+            *old, newest = chain.parts(self._root, self._audit.public)
+            if (newest.checkpoint.origin, newest.key) == (self._audit.origin, self._audit.public):
+                self._known = self._audit.origin, old
+            else:
+                time.sleep(_TRY)  # a rotation may be under way
+        raise Wrong(CHECKPOINT, f"the newest log in {self._root} is not the one that this gateway writes")
 
-    async def _erase(self, number: int) -> None:
-        folder = series.place(self._root, number)
-        if not series.unfinished(folder):
-            reader = await asyncio.to_thread(self._reader, number)
-            origin, size = reader.checkpoint.origin, reader.size
+    async def _erase(self, part: Part) -> None:
+        if (part.folder / "tile").exists():
+            size, origin = part.checkpoint.size, part.checkpoint.origin
             recorded = self._audit.append(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))
             await asyncio.to_thread(reserve.give_up, self._root)  # after the entry: no other one may take the room first
             await recorded
             self._log.info("audit log erased", origin=origin, entries=size)
-        await asyncio.to_thread(series.erase, folder, series.key_of(self._root, number, self._key))
+        await asyncio.to_thread(series.erase, part.folder, part.key)

@@ -31,7 +31,7 @@ def named(folder: Path) -> Mapping[str, tuple[int | None, int, int]]:
         name = path.relative_to(folder).as_posix()
         match = _NAME.fullmatch(name)
         if match is None or int(match["width"] or 1) >= tiles.WIDTH:
-            raise Wrong(name, "no such file belongs to a log")
+            raise Wrong(ascii(name)[1:-1], "no such file belongs to a log")  # anyone may have chosen the name
         level = None if match["level"] == "entries" else int(match["level"])
         index = int(match["index"].replace("x", "").replace("/", ""))
         found[name] = level, index, int(match["width"] or tiles.WIDTH)

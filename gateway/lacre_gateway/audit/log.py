@@ -19,7 +19,7 @@ import errno
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ from lacre.evidence.audit_proof import AuditProof
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import reserve, series
-from lacre_gateway.audit.entries import Entry, Event, Intent, Outcome, encode, parse
+from lacre_gateway.audit import open_requests, reserve, series
+from lacre_gateway.audit.entries import Entry, Event, Intent, Outcome, encode
 from lacre_gateway.audit.journal import MAX_GROUP
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.audit.store import Committed, Publication, Store
@@ -200,7 +200,7 @@ class AuditLog:
         opening: list[Entry] = []
         if self._store.torn:
             opening.append(Event(time=now, event=kinds.RECOVERED, count=self._store.torn))
-        left = list(self._left_open(folder)) if self._store.size else []
+        left = self._left_open(folder) if self._store.size else []
         if self._store.size:
             self.recorded_before = series.last_time(LogReader(self._store.folder, self._store.public))
         if self._store.ended:  # a crash came between the end of that log and the next one
@@ -217,22 +217,13 @@ class AuditLog:
             self._store.commit(encoded[at : at + MAX_GROUP])
         self._store.published(self._store.publication(()).write())
 
-    def _left_open(self, folder: Path) -> Iterator[str]:
+    def _left_open(self, folder: Path) -> list[str]:
         """The requests whose intents have no outcome, starting from the last list of them on disk."""
-        size, names = self._store.still_open()
-        left = dict.fromkeys(names)
-        public = self._store.public
-        if size:
-            unread: Iterator[bytes] = LogReader(self._store.folder, public).entries(size)
-        else:  # without that list, requests of an older log may still be open
-            unread = (data for reader in series.readers(folder, public) for data in reader.entries())
-        for data in unread:
-            members = parse(data)
-            if members["kind"] == Intent.kind:
-                left[members["request_id"]] = None
-            elif members["kind"] == Outcome.kind:
-                left.pop(members["request_id"], None)
-        return iter(left)
+        listed = self._store.still_open()
+        if listed is None:
+            return open_requests.since_the_start(folder, self._store.public)
+        size, names = listed
+        return open_requests.since(names, LogReader(self._store.folder, self._store.public).entries(size))
 
     def _run(self) -> None:
         try:

@@ -173,19 +173,29 @@ def load(snapshot: Snapshot, key: bytes) -> Loaded:
 
 
 class LogReader:
-    """Entries and proofs from a log, up to its newest checkpoint. Full tiles are read when they are needed."""
+    """Entries and proofs from a log, up to its newest checkpoint. Full tiles are read when they are needed.
+
+    Each entry and each hash is compared with the signed tree before anyone gets it.
+    """
 
     def __init__(self, folder: Path, key: bytes | None = None) -> None:
         """key: the gateway's; default: the one that the log itself names. Raises Wrong or SettingsError."""
-        self.key = own_key(folder) if key is None else key
-        self._snapshot = Snapshot.take(folder)
-        loaded = load(self._snapshot, self.key)
+        key = own_key(folder) if key is None else key
+        snapshot = Snapshot.take(folder)
+        self._begin(snapshot, load(snapshot, key), key)
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, loaded: Loaded, key: bytes) -> Self:
+        """Of a state that was verified before. Raises Wrong if it has no checkpoint."""
+        reader = cls.__new__(cls)
+        reader._begin(snapshot, loaded, key)
+        return reader
+
+    def _begin(self, snapshot: Snapshot, loaded: Loaded, key: bytes) -> None:
         if loaded.note is None:
             raise Wrong(CHECKPOINT, "it is missing")
-        self._edge = loaded.edge
-        self.note = loaded.note
+        self.key, self._snapshot, self._edge, self.note = key, snapshot, loaded.edge, loaded.note
         self.checkpoint = checkpoints.parse(self.note)
-        self._tile = lru_cache(_CACHED_TILES)(lambda level, index: self._snapshot.tile(level, index, tiles.WIDTH))
         self._sound_tile = lru_cache(_CACHED_TILES)(self._compared)
 
     @property
@@ -199,50 +209,56 @@ class LogReader:
             start = bundle * tiles.WIDTH
             if start >= stop:
                 return
-            yield from self._snapshot.bundle(bundle, tiles.WIDTH)[max(0, begin - start) : stop - start]
-        yield from self._edge.entries[max(0, begin - first) : max(0, stop - first)]
-
-    def proven(self, begin: int = 0) -> Iterator[bytes]:
-        """Entries from index `begin` on, each compared with the signed tree. Raises Wrong."""
-        first = self._edge.first(None)
-        for bundle in range(begin // tiles.WIDTH, first // tiles.WIDTH):
             entries = self._snapshot.bundle(bundle, tiles.WIDTH)
             if _tile_root(list(map(merkle.leaf_hash, entries))) != self._signed(1, bundle):
                 raise Wrong(tiles.tile(None, bundle), "its entries are not the signed ones")
-            yield from entries[max(0, begin - bundle * tiles.WIDTH) :]
-        yield from self._edge.entries[max(0, begin - first) :]
+            yield from entries[max(0, begin - start) : stop - start]
+        yield from self._edge.entries[max(0, begin - first) : max(0, stop - first)]
+
+    def backwards(self) -> Iterator[bytes]:
+        """All entries, the newest first. Raises Wrong."""
+        yield from reversed(self._edge.entries)
+        for begin in range(self._edge.first(None) - tiles.WIDTH, -1, -tiles.WIDTH):
+            yield from reversed([*self.entries(begin, begin + tiles.WIDTH)])
+
+    def entry(self, index: int) -> bytes:
+        """Raises SettingsError if there is no entry of this index, or Wrong."""
+        if not 0 <= index < self.size:
+            raise SettingsError(f"the log has {self.size} entries, numbered from 0")
+        first = self._edge.first(None)
+        if index >= first:
+            return self._edge.entries[index - first]
+        bundle, within = divmod(index, tiles.WIDTH)
+        found = self._snapshot.bundle(bundle, tiles.WIDTH)[within]
+        if merkle.leaf_hash(found) != self._signed(0, index):
+            raise Wrong(f"{tiles.tile(None, bundle)}, entry {index}", "it is not the signed one")
+        return found
+
+    @property
+    def last(self) -> bytes:
+        """The newest entry. Raises SettingsError if there is none, or Wrong."""
+        return self.entry(self.size - 1)
 
     def _signed(self, level: int, index: int) -> bytes:
         """The hash at a place of a tile level, as the signed tree has it. Raises Wrong."""
         return self._edge.hash(level, index) or self._sound_tile(level, index // tiles.WIDTH)[index % tiles.WIDTH]
 
     def _compared(self, level: int, index: int) -> list[bytes]:
-        hashes = self._tile(level, index)
+        hashes = self._snapshot.tile(level, index, tiles.WIDTH)
         if _tile_root(hashes) != self._signed(level + 1, index):
             raise Wrong(tiles.tile(level, index), "its hashes are not the signed ones")
         return hashes
 
-    def entry(self, index: int) -> bytes:
-        """Raises SettingsError if there is no entry of this index, or Wrong."""
-        if not 0 <= index < self.size:
-            raise SettingsError(f"the log has {self.size} entries, numbered from 0")
-        return next(self.entries(index, index + 1))
-
     def node(self, height: int, index: int) -> bytes:
-        """For `lacre.evidence.merkle`."""
+        """For `lacre.evidence.merkle`. Raises Wrong."""
         level, within = divmod(height, tiles.HEIGHT)
         if within:
             return merkle.node_hash(self.node(height - 1, 2 * index), self.node(height - 1, 2 * index + 1))
-        held = self._edge.hash(level, index)
-        return held or self._tile(level, index // tiles.WIDTH)[index % tiles.WIDTH]
+        return self._signed(level, index)
 
     def proof(self, index: int) -> AuditProof:
-        """Under the newest checkpoint."""
+        """Under the newest checkpoint. Raises SettingsError if there is no entry of this index, or Wrong."""
         return AuditProof(self.entry(index), index, merkle.inclusion_proof(index, self.size, self.node), self.note)
-
-    def root(self, size: int) -> bytes:
-        """The root of the tree of the first `size` entries."""
-        return merkle.root_hash(size, self.node)
 
 
 def _tile_root(hashes: list[bytes]) -> bytes:

@@ -10,11 +10,10 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -30,7 +29,6 @@ from lacre.runtime.private_files import replace, sync_folder
 from lacre_gateway.audit import journal, tiles
 from lacre_gateway.audit.entries import LogLink, encode, parse
 from lacre_gateway.audit.reader import CHECKPOINT, KEY, OPEN, LogReader, Wrong, own_key, read_file
-from lacre_gateway.audit.story import next_key
 
 ASKED: Final = "rotate"  # a file beside the first log: someone asks for a rotation
 PROOF: Final = "erased"  # in an erased log: the proof of its first entry
@@ -38,7 +36,10 @@ _NAME: Final = re.compile(r"log-([1-9][0-9]{0,5})")
 _UNFINISHED: Final = ".log-next"
 _REMAINS: Final = ".erasing"
 _PATIENCE: Final = 30.0  # seconds that `lacre audit rotate` waits for the gateway
+_BEGINS: Final = 3.0  # seconds that a rotation may take between the end of a log and the next one, even on a slow disk
 _TRY: Final = 0.1  # seconds between two looks for the new log
+MISSING: Final = "it is missing. If a crash stopped the rotation, the gateway's next start makes it"
+UNRECORDED: Final = "it was erased, and no later log has recorded that"
 NOT_NAMED: Final = "it is not the key of the log before, which does not name it"
 _MAX_PROOF: Final = 256 * 1024  # bytes; an entry has at most 64 KiB, in base64
 
@@ -84,31 +85,26 @@ def erased(folder: Path) -> AuditProof | None:
         raise Wrong(PROOF, f"it is damaged ({exc})") from exc
 
 
-def remains(folder: Path, key: bytes | None) -> bytes | None:
-    """The last checkpoint of an erased log; None if the log was not erased. Raises Wrong or SettingsError.
+def remains(folder: Path, key: bytes) -> AuditProof | None:
+    """The proof of an erased log's first entry, under its last checkpoint; None if the log was not erased.
 
-    key: the gateway's; default: the one that the log itself names. Who erased the log is not said: see `kinds.ERASED`.
+    Who erased the log is not said: see `kinds.ERASED`. Raises Wrong or SettingsError.
     """
     first = erased(folder)
     if first is None:
         return None
     note = read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE) or b""
     try:
-        checkpoints.verify(note, public := own_key(folder) if key is None else key)
+        checkpoints.verify(note, key)
     except LacreError as exc:
         raise Wrong(CHECKPOINT, str(exc)) from exc
     if first.checkpoint != note or first.index:
         raise Wrong(PROOF, "it does not prove the first entry under the last checkpoint")
     try:
-        first.verify(public)
+        first.verify(key)
     except LacreError as exc:
         raise Wrong(PROOF, str(exc)) from exc
-    return note
-
-
-def kept(root: Path) -> Iterator[int]:
-    """The numbers of the logs that were not erased, the oldest first."""
-    return (number for number in range(1, newest(root) + 1) if not (place(root, number) / PROOF).exists())
+    return first
 
 
 @contextmanager
@@ -120,56 +116,29 @@ def named(number: int) -> Iterator[None]:
         raise exc if number == 1 else Wrong(f"{name(number)}/{exc.place}", exc.why) from exc
 
 
-def was_erased(root: Path, origin: str) -> bool:
-    """Whether the log of this origin was here. Raises Wrong or SettingsError."""
-    proofs = (erased(place(root, number)) for number in range(1, newest(root) + 1))
-    return any(proof is not None and checkpoints.parse(proof.checkpoint).origin == origin for proof in proofs)
-
-
-def key_of(root: Path, number: int, known: bytes | None) -> bytes:
-    """The key of one log. known: of any log of these, or None: then each log's own counts, which `verify` links.
+def keys(root: Path, known: bytes | None) -> list[bytes]:
+    """The keys of all logs, by their own files. known: of any log of these, or None.
 
     If no log names the known key, it is the key of all, so that none holds. Raises SettingsError.
     """
+    own = [own_key(place(root, number)) for number in range(1, newest(root) + 1)]
+    return own if known is None or known in own else [known] * len(own)
+
+
+def key_of(root: Path, number: int, known: bytes | None) -> bytes:
+    """The same for one log, where others may be missing. Raises SettingsError."""
     folders = [place(root, each) for each in range(1, newest(root) + 1)]
     if known is None or known in {own_key(folder) for folder in folders if (folder / KEY).exists()}:
         return own_key(place(root, number))
     return known
 
 
-def vouched_key(root: Path, number: int, known: bytes | None) -> bytes:
-    """As `key_of`, if each change of key up to this log was named. Raises Wrong or SettingsError."""
-    for at in range(2, number + 1):
-        before, own = key_of(root, at - 1, known), key_of(root, at, known)
-        if own != before and not (
-            leads_to(root, at, known) if _was_erased(root, at - 1) else _names(root, at - 1, before, own)
-        ):
-            raise Wrong(KEY, NOT_NAMED)
-    return key_of(root, number, known)
-
-
-def leads_to(root: Path, number: int, known: bytes | None) -> bool:
-    """Whether this log or a later one has the known key: then its links vouch for those before, whose keys need no name."""
-    return known is None or any(own_key(place(root, at)) == known for at in range(number, newest(root) + 1))
-
-
-def _was_erased(root: Path, number: int) -> bool:
-    return (place(root, number) / PROOF).exists()
-
-
-def _names(root: Path, number: int, key: bytes, following: bytes) -> bool:
-    reader = LogReader(place(root, number), key)
-    return next_key(parse(reader.entry(reader.size - 1))) == following
-
-
-def readers(root: Path, key: bytes | None) -> Iterator[LogReader]:
-    """Of each log that was not erased, the oldest first. key: as `vouched_key`. Raises Wrong or SettingsError."""
-    return (LogReader(place(root, number), vouched_key(root, number, key)) for number in kept(root))
-
-
-def entries(root: Path, key: bytes | None = None) -> Iterator[bytes]:
-    """Of all logs that were not erased, the oldest first. Raises Wrong or SettingsError."""
-    return (entry for reader in readers(root, key) for entry in reader.entries())
+def appears(root: Path, number: int) -> bool:
+    """Whether the log is there, or comes soon: a rotation that is under way has ended one log, and begins the next."""
+    end = time.monotonic() + _BEGINS
+    while newest(root) < number and time.monotonic() < end:
+        time.sleep(_TRY)
+    return newest(root) >= number
 
 
 def last_time(reader: LogReader) -> float:
@@ -181,8 +150,8 @@ def last_time(reader: LogReader) -> float:
     return 0.0
 
 
-def begin(folder: Path, origin: str, key: Ed25519PrivateKey, link: LogLink, still_open: Sequence[str]) -> None:
-    """Makes the log of this folder, with the link as its only entry. Raises OSError."""
+def begin(folder: Path, origin: str, key: Ed25519PrivateKey, link: LogLink, state: bytes) -> None:
+    """Makes the log of this folder, with the link as its only entry. state: of the file `open`. Raises OSError."""
     entry = encode(link)[0]
     public, leaf = raw_public_key(key), merkle.leaf_hash(entry)
     note = Checkpoint(origin, 1, leaf).sign(key, checkpoints.key_id(origin, public))
@@ -194,7 +163,7 @@ def begin(folder: Path, origin: str, key: Ed25519PrivateKey, link: LogLink, stil
         (KEY, (checkpoints.verifier_key(origin, public) + "\n").encode()),
         (tiles.tile(0, 0, 1), leaf),
         (tiles.tile(None, 0, 1), tiles.encode_bundle([entry])),
-        (OPEN, json.dumps({"size": 1, "open": list(still_open)}).encode()),
+        (OPEN, state),
         (CHECKPOINT, note),
     ]
     tiles.write_files(beside, files)

@@ -18,7 +18,7 @@ Rules:
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks
 from lacre.runtime.json_objects import parse_object
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit import journal, series, tiles
-from lacre_gateway.audit.entries import Event, LogLink, encode
+from lacre_gateway.audit import chain, journal, open_requests, series, tiles
+from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.journal import Journal
-from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, Snapshot, Wrong, load, own_key
+from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, LogReader, Snapshot, Wrong, load, own_key
 from lacre_gateway.audit.story import next_key
 
 LOCK: Final = "lock"
@@ -104,13 +104,16 @@ class Store:
             self._lock.release()
             raise
 
-    def _open(self, origin: str) -> None:
-        """Takes the newest log; on an error, this object is as before. Raises OSError or SettingsError."""
+    def _open(self, origin: str, before: bytes | None = None) -> None:
+        """Takes the newest log; on an error, this object is as before. before: the note that it must link, if it is known.
+
+        Raises OSError or SettingsError.
+        """
         number = series.newest(self._root)
         folder = series.place(self._root, number)
         key = self._keys.get(own_key(folder), self._key) if (folder / KEY).exists() else self._key
         snapshot = Snapshot.take(folder)
-        loaded, last = self._load(snapshot, raw_public_key(key))
+        loaded, last = self._load(snapshot, raw_public_key(key), number, before)
         if number > 1 and not loaded.note:  # a rotation makes a log with its first entry by one rename
             raise SettingsError(f"audit: {folder} is no log, and the log before it does not continue there: remove it")
         named = None if last is None else next_key(last)
@@ -123,7 +126,7 @@ class Store:
         else:
             verifier = checkpoints.verifier_key(origin, self.public) + "\n"
             tiles.write_files(folder, [(KEY, verifier.encode())])
-        noted = _last_noted(folder / HISTORY)
+        noted = _last_noted(folder / HISTORY, self.public, loaded.edge.size)
         self._journal = Journal(folder, loaded.whole)
         self._number, self._folder, self.origin, self._noted, self.ended = number, folder, origin, noted, last is not None
         self._edge, self._note, self.torn = loaded.edge, loaded.note or b"", loaded.torn
@@ -131,14 +134,21 @@ class Store:
         self._identity = checkpoints.key_id(origin, self.public)
         self._partials = set(snapshot.files)
 
-    def _load(self, snapshot: Snapshot, public: bytes) -> tuple[Loaded, Mapping[str, Any] | None]:
+    def _load(
+        self, snapshot: Snapshot, public: bytes, number: int, before: bytes | None
+    ) -> tuple[Loaded, Mapping[str, Any] | None]:
         """The state of a log, and its last entry if another log continues it."""
         folder = snapshot.folder
         try:
             loaded = load(snapshot, public)
-            if loaded.note is None and (folder / "tile").exists() and not snapshot.commits:
-                raise Wrong(CHECKPOINT, "it is missing")
-            return loaded, _end(snapshot, loaded)
+            if loaded.note is None:
+                if (folder / "tile").exists() and not snapshot.commits:
+                    raise Wrong(CHECKPOINT, "it is missing")
+                return loaded, None
+            reader = LogReader.of(snapshot, loaded, public)
+            if number > 1:
+                _check_link(reader, number, before)
+            return loaded, _end(reader)
         except Wrong as exc:
             raise SettingsError(
                 f"audit: the log in {folder} does not hold, or has another key ({exc}): keep it for the auditor, "
@@ -169,11 +179,14 @@ class Store:
         self._note = note
         return Committed(entries, first, note, nodes)
 
-    def publication(self, open_requests: Collection[str]) -> Publication:
-        """The files to be written for the log as it is now; needs at least one commit. One at a time. Raises OSError."""
+    def publication(self, without_outcome: Collection[str]) -> Publication:
+        """The files to be written for the log as it is now; needs at least one commit. One at a time. Raises OSError.
+
+        without_outcome: the requests that have none yet.
+        """
         self._journal.begin_anew()
         size = self._edge.size
-        state = json.dumps({"size": size, "open": list(open_requests)}).encode()
+        state = open_requests.listed(self._key, self.origin, size, without_outcome)
         noted = size // tiles.WIDTH > self._noted // tiles.WIDTH
         return Publication(self._folder, size, tuple(self._tiles()), state, self._note, noted)
 
@@ -188,15 +201,14 @@ class Store:
         self._remove(self._partials - partials)
         self._partials = partials
 
-    def still_open(self) -> tuple[int, list[str]]:
-        """A size of the log, and the requests without an outcome at that size: (0, none) if there is no list."""
+    def still_open(self) -> tuple[int, list[str]] | None:
+        """A size of the log, and the requests without an outcome at that size. None if there is no list that can be trusted."""
         try:
-            state = parse_object((self._folder / OPEN).read_bytes(), OPEN)
-            size, names = state["size"], state["open"]
-        except (OSError, InvalidMessage, KeyError):
-            return 0, []
-        known = isinstance(size, int) and 0 <= size <= self.size and isinstance(names, list)
-        return (size, [name for name in names if isinstance(name, str)]) if known else (0, [])
+            data = (self._folder / OPEN).read_bytes()
+        except OSError:
+            return None
+        listed = open_requests.read(data, self.public, self.origin)
+        return listed if listed is not None and 0 <= listed[0] <= self.size else None
 
     @property
     def folder(self) -> Path:
@@ -211,8 +223,11 @@ class Store:
         still_open: the requests without an outcome. key: signs the next log; default: this one's. Raises OSError; then `ended`
         says whether this log takes entries, and the call can be repeated.
         """
+        number = self._number + 1
         following = series.following(self.origin, self._number)
         if not self.ended:
+            if series.newest(self._root) > self._number:  # the gateway would take it for its own next log
+                raise FileExistsError(errno.EEXIST, f"{series.name(series.newest(self._root))} is in the way: remove it")
             self._next, named = self._key, None
             if key is not None and raw_public_key(key) != self.public:
                 self._next, named = key, b64u(raw_public_key(key))
@@ -222,9 +237,13 @@ class Store:
         self.published(self.publication(still_open).write())
         if series.newest(self._root) == self._number:
             link = LogLink(time=now, checkpoint=self._note.decode(), open=len(still_open))
-            series.begin(series.place(self._root, self._number + 1), following, self._next, link, tuple(still_open))
+            state = open_requests.listed(self._next, following, 1, still_open)
+            series.begin(series.place(self._root, number), following, self._next, link, state)
         old, folder = self._journal, self._folder
-        self._open(following)
+        try:
+            self._open(following, self._note)
+        except SettingsError as exc:  # someone put another folder there after this log had ended
+            raise FileExistsError(errno.EEXIST, f"{series.name(number)} is in the way: remove it ({exc})") from exc
         old.close()
         for name in (journal.NAME, journal.OLD, OPEN):  # the tiles hold it all
             (folder / name).unlink(missing_ok=True)
@@ -257,20 +276,27 @@ def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes
         yield (first + at) // tiles.WIDTH, row[at : at + tiles.WIDTH]
 
 
-def _end(snapshot: Snapshot, loaded: Loaded) -> Mapping[str, Any] | None:
+def _end(reader: LogReader) -> Mapping[str, Any] | None:
     """The last entry, if it says that another log continues this one. Raises Wrong."""
-    size = loaded.edge.size
-    if loaded.edge.entries:
-        last = loaded.edge.entries[-1]
-    elif size:
-        last = snapshot.bundle(size // tiles.WIDTH - 1, tiles.WIDTH)[-1]
-    else:
-        return None
     try:
-        members = parse_object(last, "it")
+        members = parse_object(reader.last, "it")
         return members if members.get("event") == kinds.ROTATED else None
     except InvalidMessage as exc:
-        raise Wrong(f"entry {size - 1}", str(exc)) from exc
+        raise Wrong(f"entry {reader.size - 1}", str(exc)) from exc
+
+
+def _check_link(reader: LogReader, number: int, before: bytes | None) -> None:
+    """Raises Wrong unless the log begins with a link to the log before. before: that one's last checkpoint, if it is known."""
+    try:
+        link = parse(reader.entry(0))
+        note = str(link["checkpoint"]).encode() if link["kind"] == LogLink.kind else b""
+        due = series.following(checkpoints.parse(note).origin, number - 1)
+    except LacreError as exc:
+        raise Wrong("entry 0", chain.NO_LINK) from exc
+    if before is not None and note != before:
+        raise Wrong("entry 0", chain.NO_LINK)
+    if reader.checkpoint.origin != due:
+        raise Wrong(CHECKPOINT, f"its origin is {reader.checkpoint.origin}, and {due} continues the log before")
 
 
 def _locked(folder: Path) -> filelock.BaseFileLock:
@@ -282,15 +308,16 @@ def _locked(folder: Path) -> filelock.BaseFileLock:
     return file_locks.take(folder / LOCK, f"audit: another gateway writes in {folder}: each process needs a folder of its own")
 
 
-def _last_noted(path: Path) -> int:
+def _last_noted(path: Path, public: bytes, size: int) -> int:
     """The size in the last whole note of the history; cuts off the damage of a crash after it. Raises OSError."""
     notes, whole = notes_in(path.read_bytes() if path.exists() else b"")
     if path.exists() and whole < path.stat().st_size:
         os.truncate(path, whole)
     try:
-        return checkpoints.parse(notes[-1]).size if notes else 0
+        noted = checkpoints.verify(notes[-1], public).size if notes else 0
     except LacreError:
         return 0  # it does not hold; `lacre audit verify` reports that
+    return noted if noted <= size else 0
 
 
 def notes_in(data: bytes) -> tuple[list[bytes], int]:

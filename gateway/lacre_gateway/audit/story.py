@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lacre.errors import InvalidMessage
+from lacre.errors import InvalidMessage, LacreError
+from lacre.evidence import checkpoints
 from lacre.jose.jws import b64u_decode
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import Annex, Intent, LogLink, Outcome, parse_known
@@ -20,6 +21,7 @@ class Story:
     before: the last checkpoint of the log before; None if there is none here. complete: whether all entries of that log were
     read. strangers: how many requests of logs that are not here have no outcome yet. ended: the origin that continues the log.
     erased: the logs that retention erased, each with its size. next_key: of the log that continues it, if it is another one.
+    continues: the origin in the link, if there is no log before.
     """
 
     open: dict[str, int] = field(default_factory=dict)
@@ -31,6 +33,7 @@ class Story:
     ended: str | None = None
     erased: dict[str, int] = field(default_factory=dict)
     next_key: bytes | None = None
+    continues: str | None = None
 
     def begin(self, before: bytes | None, *, complete: bool) -> None:
         """Before the first entry of each log."""
@@ -85,6 +88,8 @@ class Story:
             raise InvalidMessage("it is no link to the log before")
         if self.before is not None and checkpoint.encode() != self.before:
             raise InvalidMessage("it does not hold the last checkpoint of the log before")
+        if self.before is None:
+            self.continues = _origin(checkpoint)
         if self.complete and count != self.under_way:
             raise InvalidMessage(f"it names {count} open requests, and the log before has {self.under_way}")
         if not self.complete:
@@ -100,6 +105,13 @@ class Story:
             self.ended, self.next_key = str(members["target"]), next_key(members)
         elif event == kinds.ERASED:
             self.erased[str(members["target"])] = members["count"]
+
+
+def _origin(checkpoint: str) -> str:
+    try:
+        return checkpoints.parse(checkpoint.encode()).origin
+    except LacreError as exc:
+        raise InvalidMessage("it is no link to the log before") from exc
 
 
 def next_key(members: Mapping[str, Any]) -> bytes | None:

@@ -68,14 +68,14 @@ def report(
     from dataclasses import astuple
 
     from lacre.cli.output import say_csv, say_json, say_table
-    from lacre_gateway.audit import series
+    from lacre_gateway.audit import chain, feed
     from lacre_gateway.audit.commands import seconds
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.budget.bill import COUNTS, bill, groups_of
     from lacre_gateway.budget.plans import money
 
     groups = groups_of(by)
-    made = bill((parse(entry) for folder in audit for entry in series.entries(folder)), groups, seconds(since), seconds(until))
+    made = bill((parse(entry) for folder in audit for entry in feed.entries(folder)), groups, seconds(since), seconds(until))
     headings = (*groups, *COUNTS)
     rows = [(*place, *map(str, astuple(line)[:-1]), money(line.money)) for place, line in made.lines.items()]
     if as_json:
@@ -86,7 +86,7 @@ def report(
     else:
         say_table(headings, rows)
     for folder in audit:
-        if (erased := series.newest(folder) - len(list(series.kept(folder)))) > 0:
+        if (erased := sum(part.erased for part in chain.parts(folder, None))) > 0:
             typer.echo(f"warning: {erased} logs of {folder} were erased: their requests are missing", err=True)
     if made.unplaced:
         typer.echo(f"warning: {made.unplaced} outcomes have their request in an erased or missing log: not counted", err=True)
@@ -132,7 +132,7 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, app
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.nats.kv import dump
     from lacre_fabric.operate.site import Site
-    from lacre_gateway.audit import series
+    from lacre_gateway.audit import feed
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.budget.additions import nothing_counts
     from lacre_gateway.budget.callers import SCOPES
@@ -164,7 +164,7 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, app
     }
     settled = None
     if audit:
-        settled = settled_by(parse(entry) for folder in audit for entry in series.entries(folder))
+        settled = settled_by(parse(entry) for folder in audit for entry in feed.entries(folder))
     return list(lines(records, frozenset(alive), settled, plans))
 
 

@@ -114,11 +114,11 @@ def policy_replay(
 
     `lacre audit verify` tells whether the log holds.
     """
-    from lacre_gateway.audit import series
+    from lacre_gateway.audit import feed
     from lacre_gateway.policy.replay import replay
 
     rules = _rules(against)
-    found = replay(series.entries(audit, parse_key(key)), rules.policies, seconds(since), seconds(until))
+    found = replay(feed.entries(audit, parse_key(key)), rules.policies, seconds(since), seconds(until))
     if as_json:
         say_json(_replayed(found, rules.policies.digest))
     else:

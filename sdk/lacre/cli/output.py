@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import sys
 import time
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lacre import errors
+from lacre.runtime.json_text import shown
 
 Url = Annotated[str | None, typer.Option(help="The connection string.", envvar="LACRE_URL", show_envvar=True)]
 PoolName = Annotated[
@@ -100,9 +100,9 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
-    """Writes JSON. If stdout is not UTF-8, everything beyond ASCII is escaped."""
+    """Writes JSON. What could control a terminal is escaped; if stdout is not UTF-8, everything beyond ASCII is."""
     ours = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    say(json.dumps(value, indent=indent, ensure_ascii=not ours, default=_in_json))
+    say(shown(value, indent=indent, ascii_only=not ours, default=_in_json))
 
 
 def _in_json(value: object) -> str:
