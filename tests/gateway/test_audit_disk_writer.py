@@ -9,15 +9,14 @@ import asyncio
 import io
 import json
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typer.testing import CliRunner
 
 from lacre.errors import LacreError, SettingsError
 from lacre.jose.jws import b64u, raw_public_key
@@ -25,6 +24,7 @@ from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import feed, series, tiles
 from lacre_gateway.audit.check import verify
+from lacre_gateway.audit.commands import audit_app
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.feed import Cursor
 from lacre_gateway.audit.keeping import Keeper, LogTerms
@@ -101,10 +101,19 @@ def erased_by_retention(root: Path, number: int) -> None:
     series.erase(folder, PUBLIC)
 
 
-def lacre(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lacre", "audit", *map(str, args)], capture_output=True, text=True, check=False
-    )
+@dataclass(frozen=True, slots=True)
+class Said:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def lacre(*args: str | Path) -> Said:
+    """`lacre audit`, in this process."""
+    ran = CliRunner().invoke(audit_app, list(map(str, args)))
+    error = ran.exception if isinstance(ran.exception, LacreError) else None
+    assert error is not None or isinstance(ran.exception, SystemExit | None), ran.exception
+    return Said(ran.exit_code, ran.stdout, ran.stderr + str(error or ""))
 
 
 # the gateway must not sign what the disk says
@@ -130,16 +139,15 @@ def marked_as_erased(root: Path) -> None:
     (root / series.PROOF).write_text(LogReader(root, PUBLIC).proof(0).text())
 
 
-async def kept_in_order(root: Path, days: int) -> str:
-    """A running gateway, as its settings ask for. Returns what it logged."""
+async def kept_in_order(root: Path, days: int) -> None:
+    """A running gateway, as its settings ask for."""
     said = io.StringIO()
     log = AuditLog(root, KEY, ORIGIN, log=make_log(said), clock=lambda: NOW + DAY)
     keeper = Keeper(root, log, LogTerms(keep_days=days), log=make_log(said), clock=lambda: NOW + DAY)
-    running = asyncio.create_task(keeper.run())
-    await asyncio.sleep(0.3)
-    running.cancel()
-    await log.close()
-    return said.getvalue()
+    try:
+        await keeper.look(seldom=True)
+    finally:
+        await log.close()
 
 
 def records_of_erasure(root: Path) -> list[str]:
@@ -152,9 +160,9 @@ def test_no_early_erasure_is_signed(tmp_path: Path, attack: Callable[[Path], Non
     """The log is a day old, and is kept for 30. The disk says that its last entry is older."""
     root = linked(tmp_path / "audit", fill=256)
     attack(root)
-    said = asyncio.run(kept_in_order(root, 30))
+    with pytest.raises(Wrong):
+        asyncio.run(kept_in_order(root, 30))
     assert records_of_erasure(root) == [] and (root / "tile").exists()
-    assert "audit logs cannot be kept in order" in said
 
 
 def test_a_true_erasure_is_signed(tmp_path: Path) -> None:
@@ -264,8 +272,8 @@ def test_the_list_of_open_requests(tmp_path: Path, change: Callable[[dict[str, A
 def test_a_changed_full_bundle_is_not_searched(tmp_path: Path) -> None:
     root = linked(tmp_path / "audit", *encode(intent(1)), *encode(outcome(1)), fill=256)
     bent_bundle(root, 0, lambda entries: [entry.replace(b"alice", b"mallo") for entry in entries])
-    for args in (["query", root], ["prove", root, "--request", f"{1:032x}"], ["prove", root, "--index", "1", "--origin", ORIGIN]):
-        said = lacre(*args)
+    for args in (["query"], ["prove", "--request", f"{1:032x}"], ["prove", "--index", "1", "--origin", ORIGIN]):
+        said = lacre(args[0], root, *args[1:])
         assert said.returncode != 0 and said.stdout == "" and "tile/entries/000" in said.stderr
     with pytest.raises(Wrong):
         LogReader(root, PUBLIC).entry(1)
@@ -389,24 +397,24 @@ def test_a_claimed_erasure_excuses_no_lost_log(tmp_path: Path) -> None:
 CONTROLS = "a\x1b[31m\x7f\x9b31m\u202e\u2028z"
 
 
-@pytest.mark.parametrize("command", [["tail"], ["query"], ["export"], ["export", "--format", "ocsf"], ["export", "--format", "cef"]])
-def test_no_name_controls_a_terminal(tmp_path: Path, command: Sequence[str]) -> None:
+@pytest.mark.parametrize("command", ["tail", "query", "export", "export --format ocsf", "export --format cef"])
+def test_no_name_controls_a_terminal(tmp_path: Path, command: str) -> None:
     root = tmp_path / "audit"
     store = Store(root, KEY, ORIGIN)
     publish(store, *encode(intent(1, subject=CONTROLS)), *encode(intent(2, subject="Zoë")))
     store.close()
-    said = lacre(command[0], root, *command[1:])
+    said = lacre(*command.split(), root)
     assert said.returncode == 0 and not set(CONTROLS[1:-1]) & set(said.stdout) - set("[31m")
     assert "Zoë" in said.stdout and len(said.stdout.splitlines()) == 2
-    if "cef" not in command:
-        assert any(CONTROLS in repr_of(json.loads(line)) for line in said.stdout.splitlines())
+    if not command.endswith("cef"):
+        assert any(CONTROLS in texts_in(json.loads(line)) for line in said.stdout.splitlines())
 
 
-def repr_of(value: Any) -> list[str]:
+def texts_in(value: Any) -> list[str]:
     """All texts in a JSON value."""
     if isinstance(value, dict):
-        return [text for each in value.values() for text in repr_of(each)]
-    return [text for each in value for text in repr_of(each)] if isinstance(value, list) else [value]
+        return [text for each in value.values() for text in texts_in(each)]
+    return [text for each in value for text in texts_in(each)] if isinstance(value, list) else [value]
 
 
 def test_a_file_name_controls_no_terminal(tmp_path: Path) -> None:
@@ -429,5 +437,3 @@ def test_an_erasure_whose_record_was_erased_too(tmp_path: Path) -> None:
     erased_by_retention(root, 2)
     assert verify(root, PUBLIC).wrong is None
     assert set(origins(root)) == {f"{ORIGIN}/3"}
-
-

@@ -20,8 +20,8 @@ from lacre._version import __version__ as lacre_version
 from lacre.errors import SettingsError
 from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import chain, series
+from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import AdminIntent, Event, encode, parse
 from lacre_gateway.audit.export import Exporter, Format

@@ -254,7 +254,8 @@ async def test_who_met_a_limit(stage: Stage, worker: FakeWorker, client: httpx2.
     await stage.gateway.close()
     document = AUDIT.read_text()
     [sql] = re.findall(r'--sql "(SELECT [^"]*exceeded[^"]*)"', document)
-    names, rows = indexes.ask(indexes.build(entry for entry in feed.read(stage.folder / "audit", None) if entry is not None), sql)
+    entries = (entry for entry in feed.read(stage.folder / "audit", None) if entry is not None)
+    names, rows = indexes.ask(indexes.build(entries), sql)
     assert names == ["subject", "exceeded", "requests"]
     assert [(who, limit.partition("@")[0], times) for who, limit, times in rows] == [
         ("alice", "user:free/requests_per_minute", 2), ("bob", "user:free/requests_per_minute", 1),

@@ -15,8 +15,8 @@ from lacre.errors import SettingsError
 from lacre.evidence import checkpoints
 from lacre.jose.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import chain, feed, series
+from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.log import AuditLog

@@ -14,8 +14,8 @@ import pytest
 
 from lacre.evidence import checkpoints
 from lacre.evidence.audit_proof import AuditProof
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import chain
+from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.check import AuditResult, check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
 from parts.small_disk import NO_DISK, filled, small_disk

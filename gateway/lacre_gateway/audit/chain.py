@@ -1,12 +1,12 @@
 """Which logs of a folder belong together. All of them are checked before anyone reads an entry.
 
 Rules:
-- The first entry of a log holds the last checkpoint of the log before. So nobody can replace an old log, whatever its files say.
-- The last entry of a log names the next log, and its key if that is another one. An erased log has no last entry any more. Then
-  only a later log that the known key signed vouches for the next key.
+- The first entry of a log holds the last checkpoint of the log before. So nobody can put another log in an old one's place.
+- The last entry of a log names the next log, and its key if that is another one. Of an erased log this entry is gone. Then only
+  a later log that the known key signed vouches for the next key.
 - A file `key` is believed only as far as these entries go.
-- The newest log is read first, because retention erases from the oldest on. So a running gateway never shows an erased log after
-  a kept one.
+- The newest log is read first, because retention erases from the oldest on. So no erased log is seen after a kept one while a
+  gateway runs.
 """
 
 from __future__ import annotations
@@ -154,4 +154,3 @@ def _next_key(end: dict[str, Any]) -> bytes | None:
         return next_key(end)
     except InvalidMessage as exc:
         raise Wrong("the last entry of the log before", str(exc)) from exc
-

@@ -116,7 +116,7 @@ class _Chain:
         while more:
             number += 1
             self.result.logs = number
-            more = series.newest(self._root) > number  # first: what is read below may be rotated or erased meanwhile
+            more = series.newest(self._root) > number  # first: the gateway may rotate the log while it is read below
             with series.named(number):
                 note = self._log(number, note, anchors)
             if self._story.ended is not None and not more:

@@ -57,15 +57,11 @@ def audit_verify(
     else:
         say(f"{verdict.origin or folder}: {verdict.size} entries, {verdict.requests} requests")
         if verdict.logs > 1:
-            say(
-                f"{verdict.logs} linked logs, of which retention erased {verdict.erased}; the line above is of the newest"
-            )
+            say(f"{verdict.logs} linked logs, of which retention erased {verdict.erased}; the line above is of the newest")
         if verdict.uncompared:
             say(f"{verdict.uncompared} kept checkpoints are of erased logs, and cannot be compared any more")
         if verdict.under_way:
-            say(
-                f"{verdict.under_way} requests are running, or were cut off by a crash: the next start records their outcome"
-            )
+            say(f"{verdict.under_way} requests are running, or were cut off by a crash: the next start records their outcome")
         if verdict.torn:
             say(f"{verdict.torn} bytes of an unfinished commit, on which no answer depended")
         say(verdict.words)
@@ -180,7 +176,7 @@ def audit_export(
     cursor: Annotated[
         Path | None, typer.Option(help="Remember the place after the last entry in this file, and go on there.")
     ] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Export a log by itself that continues one which is not here.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Export a log by itself, without the log that it continues.")] = False,
     key: KeyOption = None,
 ) -> None:
     """Print the entries of all linked logs for other systems, one a line. `lacre audit verify` tells whether the logs hold."""

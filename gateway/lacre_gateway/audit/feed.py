@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +19,8 @@ from lacre.errors import InvalidMessage, SettingsError
 from lacre.evidence import checkpoints
 from lacre.runtime.json_objects import parse_object
 from lacre.runtime.private_files import replace
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import chain, series
+from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import parse
 from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Wrong, read_file
 
@@ -113,7 +113,7 @@ def _lost(origin: str, index: int, remedy: str) -> SettingsError:
 
 @dataclass(slots=True)
 class _Reading:
-    """parts: all logs that were there when they were last looked for; the newest of them may grow, and may have a successor now.
+    """parts: all logs that were there at the last look. The newest of them may grow, and may have a successor now.
 
     number, at: the log and the index of the next entry. gone: how many logs were erased when the reading began. unrecorded: the
     newest erased log that was passed over, while its record is not read yet; origin and size. The gateway erases and records

@@ -22,8 +22,8 @@ from typing import Final
 
 from lacre.errors import LacreError
 from lacre_fabric.logs import Log
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import chain, reserve, series
+from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.chain import Part
 from lacre_gateway.audit.entries import Event, parse
 from lacre_gateway.audit.log import AuditLog

@@ -3,8 +3,9 @@
     {"size": …, "open": [request ids], "signature": Ed25519, base64url}
 
 Rules:
-- The file only spares a start from reading the log back to the start before. The log's key signs it: otherwise someone who writes
-  to the disk could make the gateway close requests that never were, or forget some, and its log would not hold any more.
+- The file only spares a start from reading the log back to the start before.
+- The log's key signs it. Otherwise someone who writes to the disk could make the gateway close requests that never were, or
+  forget some. Then its log would no longer hold.
 - An event `started` says that no request before it is open. A link says how many are.
 """
 
@@ -23,7 +24,7 @@ from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime.json_objects import object_in
 from lacre_gateway.audit import chain
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit.entries import Event, Intent, LogLink, Outcome, parse
+from lacre_gateway.audit.entries import Intent, LogLink, Outcome, parse
 from lacre_gateway.audit.reader import LogReader
 
 
@@ -77,9 +78,7 @@ def since_the_start(root: Path, public: bytes) -> list[str]:
             left.append(members["request_id"])
         elif members["kind"] == Outcome.kind:
             ended.add(members["request_id"])
-        elif members["kind"] == Event.kind and members["event"] == kinds.STARTED:
-            break
-        elif members["kind"] == LogLink.kind and members["open"] == 0:
+        elif members.get("event") == kinds.STARTED or (members["kind"] == LogLink.kind and members["open"] == 0):
             break
     return left[::-1]
 

@@ -35,8 +35,8 @@ from lacre.evidence.checkpoints import Checkpoint
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks
 from lacre.runtime.json_objects import parse_object
-from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import chain, journal, open_requests, series, tiles
+from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.journal import Journal
 from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, LogReader, Snapshot, Wrong, load, own_key

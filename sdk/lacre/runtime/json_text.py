@@ -16,7 +16,9 @@ UNSHOWN: Final = "\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _UNSHOWN: Final = re.compile(f"[{UNSHOWN}]")
 
 
-def shown(value: Any, *, indent: int | None = None, ascii_only: bool = False, default: Callable[[Any], Any] | None = None) -> str:
+def shown(
+    value: Any, *, indent: int | None = None, ascii_only: bool = False, default: Callable[[Any], Any] | None = None
+) -> str:
     """The value as JSON. ascii_only: everything beyond ASCII is escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=default)
     return _UNSHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
