@@ -15,90 +15,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from lacre.errors import LacreError, SettingsError
-from lacre.jose.jws import b64u, raw_public_key
+from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import feed, series, tiles
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.commands import audit_app
-from lacre_gateway.audit.entries import Event, LogLink, encode, parse
+from lacre_gateway.audit.entries import LogLink, encode, parse
 from lacre_gateway.audit.feed import Cursor
 from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
-from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome
+from parts.auditing import KEY, ORIGIN, PUBLIC, erased, intent, opened, outcome
+from parts.disk_writer import (
+    DAY,
+    NOW,
+    THIEF,
+    THIEF_PUBLIC,
+    an_earlier_last_entry,
+    an_earlier_state,
+    another_old_log,
+    bent_bundle,
+    copied_log,
+    event,
+    forged,
+    linked,
+    marked_as_erased,
+    publish,
+)
 from parts.waiting import until
-
-THIEF = Ed25519PrivateKey.from_private_bytes(b"t" * 32)
-THIEF_PUBLIC = raw_public_key(THIEF)
-DAY = 86400.0
-NOW = 1_790_000_000.0
-
-
-def event(name: str, moment: float = NOW, **members: Any) -> bytes:
-    (data,) = encode(Event(time=moment, event=name, **members))
-    return data
-
-
-def publish(store: Store, *entries: bytes) -> None:
-    store.commit(list(entries))
-    store.published(store.publication(()).write())
-
-
-def linked(root: Path, *before: bytes, fill: int = 0, logs: int = 2) -> Path:
-    """So many logs of one gateway. before: the first entries of the first log, published by themselves.
-
-    fill: how many entries it has with its last one. After each of these bundles, the log has been written out.
-    """
-    store = Store(root, KEY, ORIGIN)
-    publish(store, event(kinds.STARTED, NOW - 90 * DAY, count=0), *before)
-    shutil.copytree(root, root.with_name("early"), ignore=shutil.ignore_patterns("lock"))
-    while store.size < fill - 1:
-        publish(store, *[event(kinds.RELOADED)] * min(255, fill - 1 - store.size))
-    for _ in range(logs - 1):
-        store.rotate(NOW, ())
-        publish(store, event(kinds.RELOADED))
-    store.close()
-    return root
-
-
-def forged(folder: Path, origin: str, *entries: bytes, key: Ed25519PrivateKey = THIEF) -> None:
-    """Puts a log of the thief in the place of another. The logs after it, which may be inside this folder, stay."""
-    for name in ("tile", "checkpoint", "checkpoints", "journal", "open", "key", "erased"):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    made = folder / ".made"
-    store = Store(made, key, origin)
-    publish(store, *entries)
-    store.close()
-    for path in made.iterdir():
-        if path.name != "lock":
-            path.rename(folder / path.name)
-    shutil.rmtree(made)
-
-
-def bent_bundle(folder: Path, bundle: int, change: Callable[[list[bytes]], list[bytes]]) -> None:
-    """A full bundle, and not the hashes over it."""
-    path = folder / tiles.tile(None, bundle)
-    path.write_bytes(tiles.encode_bundle(change(tiles.decode_bundle(path.read_bytes()))))
 
 
 def origins(root: Path, key: bytes | None = PUBLIC) -> list[str]:
     return [entry.origin for entry in feed.read(root, key) if entry is not None]
-
-
-def erased_by_retention(root: Path, number: int) -> None:
-    folder = series.place(root, number)
-    reader = LogReader(folder, PUBLIC)
-    store = Store(root, KEY, ORIGIN)
-    publish(store, event(kinds.ERASED, target=reader.checkpoint.origin, count=reader.size))
-    store.close()
-    series.erase(folder, PUBLIC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +70,6 @@ def lacre(*args: str | Path) -> Said:
 
 
 # the gateway must not sign what the disk says
-
-
-def another_old_log(root: Path) -> None:
-    forged(root, ORIGIN, event(kinds.STARTED, 1.0, count=0), event(kinds.ROTATED, 2.0, target=f"{ORIGIN}/2"))
-
-
-def an_earlier_state(root: Path) -> None:
-    """Signed by the gateway itself, before the log had its newer entries."""
-    for name in ("tile", "checkpoint", "checkpoints"):
-        path = root / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    shutil.copytree(root.with_name("early"), root, dirs_exist_ok=True)
-
-
-def an_earlier_last_entry(root: Path) -> None:
-    bent_bundle(root, 0, lambda entries: [*entries[:-1], event(kinds.ROTATED, 2.0, target=f"{ORIGIN}/2")])
-
-
-def marked_as_erased(root: Path) -> None:
-    (root / series.PROOF).write_text(LogReader(root, PUBLIC).proof(0).text())
 
 
 async def kept_in_order(root: Path, days: int) -> None:
@@ -182,10 +115,6 @@ def test_a_log_that_did_not_end_is_not_continued(tmp_path: Path) -> None:
     bent_bundle(root, 0, lambda entries: [*entries[:-1], event(kinds.ROTATED, target=f"{ORIGIN}/2")])
     with pytest.raises(SettingsError, match=r"does not hold.*tile/entries/000, entry 255"):
         Store(root, KEY, ORIGIN)
-
-
-def copied_log(root: Path) -> None:
-    shutil.copytree(root.with_name("early"), root / "log-2")
 
 
 def strange_log(root: Path) -> None:
@@ -314,7 +243,7 @@ def iter_origins(root: Path) -> list[str]:
 def test_a_key_file_alone_vouches_for_nothing(tmp_path: Path) -> None:
     """After an erased log: a later folder whose key file holds the gateway's key, and nothing else of it."""
     root = linked(tmp_path / "audit")
-    erased_by_retention(root, 1)
+    erased(root, 1)
     last = (root / "checkpoint").read_text()
     size = int(last.splitlines()[1])
     shutil.rmtree(root / "log-2")
@@ -333,8 +262,8 @@ def test_a_key_file_alone_vouches_for_nothing(tmp_path: Path) -> None:
 def test_another_log_before_an_erased_one(tmp_path: Path) -> None:
     """Two logs were erased rightly. The thief tells another story in the place of the first."""
     root = linked(tmp_path / "audit", logs=3)
-    erased_by_retention(root, 1)
-    erased_by_retention(root, 2)
+    erased(root, 1)
+    erased(root, 2)
     assert set(origins(root)) == {f"{ORIGIN}/3"}
     forged(root, ORIGIN, event(kinds.STARTED, count=0), event(kinds.ROTATED, target=f"{ORIGIN}/2", reason=b64u(PUBLIC)))
     with pytest.raises(Wrong, match="log-2/entry 0: it is no link"):
@@ -430,10 +359,10 @@ def test_a_file_name_controls_no_terminal(tmp_path: Path) -> None:
 def test_an_erasure_whose_record_was_erased_too(tmp_path: Path) -> None:
     """After twice the time of retention, the records of the oldest erasures are gone with the logs that held them."""
     root = linked(tmp_path / "audit")
-    erased_by_retention(root, 1)  # recorded in the second log
+    erased(root, 1)  # recorded in the second log
     store = Store(root, KEY, ORIGIN)
     store.rotate(NOW, ())
     store.close()
-    erased_by_retention(root, 2)
+    erased(root, 2)
     assert verify(root, PUBLIC).wrong is None
     assert set(origins(root)) == {f"{ORIGIN}/3"}

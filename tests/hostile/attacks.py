@@ -19,7 +19,7 @@ from lacre import ApiError
 from lacre.errors import LacreError
 from lacre.problems import Problem
 
-Adversary = Literal["gateway", "fabric", "client", "stranger", "worker", "issuer", "credential", "machine"]
+Adversary = Literal["gateway", "fabric", "client", "stranger", "worker", "issuer", "credential", "disk", "machine"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 ADVERSARIES: dict[Adversary, str] = {
@@ -30,6 +30,7 @@ ADVERSARIES: dict[Adversary, str] = {
     "worker": "A worker of the pool, against the gateway's books and the caller's",
     "issuer": "The server of a token issuer's documents, without the issuer's signing key, against the gateway that reads them",
     "credential": "A thief of one credential of the message server, against the rest of the site",
+    "disk": "Anyone who can write to the disk of a gateway, and holds none of its keys, against its audit log",
     "machine": "Anyone who meets what a person's machine keeps, or speaks to it: saved logins, and states of running answers",
 }
 NOTHING = "nothing"
