@@ -6,8 +6,10 @@ Each attack here once succeeded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,6 +195,39 @@ def test_the_list_of_open_requests(tmp_path: Path, change: Callable[[dict[str, A
         (f"{1:032x}", "answered"), (f"{2:032x}", "interrupted"),
     ]  # fmt: skip
     assert verify(root, PUBLIC).wrong is None
+
+
+@pytest.mark.parametrize("name", [".checkpoint.new", ".open.new", "journal", "checkpoints", ".reserve.new", ".journal.new"])
+def test_no_link_leads_the_gateway_elsewhere(tmp_path: Path, name: str) -> None:
+    root, elsewhere = linked(tmp_path / "audit", logs=1), tmp_path / "key.pem"
+    (root / name).unlink(missing_ok=True)
+    elsewhere.write_bytes(b"secret")
+    (root / name).symlink_to(elsewhere)
+
+    async def lives() -> None:
+        log = opened(root)
+        await log.append(intent(1))
+        await Keeper(root, log, LogTerms(), log=make_log(io.StringIO())).look(seldom=True)
+        await log.close()
+
+    with contextlib.suppress(LacreError, OSError):
+        asyncio.run(lives())
+    assert elsewhere.read_bytes() == b"secret"
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "journal", "key", "checkpoints", "erased", "tile/0/000.p/3"])
+def test_nobody_waits_for_a_pipe(tmp_path: Path, name: str) -> None:
+    root = linked(tmp_path / "audit")
+    erased(root, 1)
+    path = root / "log-2" / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    with contextlib.suppress(SettingsError):
+        assert verify(root, PUBLIC).wrong is not None
+    if name != "checkpoints":  # only `verify` reads it
+        with pytest.raises(LacreError):
+            list(feed.entries(root, PUBLIC))
 
 
 # what an auditor's commands believe

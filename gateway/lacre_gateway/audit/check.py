@@ -19,7 +19,18 @@ from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.checkpoints import Checkpoint
 from lacre_gateway.audit import chain, journal, leftovers, series, tiles
 from lacre_gateway.audit.edge import Edge
-from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, LogReader, Snapshot, Wrong, own_key, read_file, replay
+from lacre_gateway.audit.reader import (
+    CHECKPOINT,
+    HISTORY,
+    KEY,
+    MAX_GROWING,
+    LogReader,
+    Snapshot,
+    Wrong,
+    own_key,
+    read_file,
+    replay,
+)
 from lacre_gateway.audit.store import notes_in
 from lacre_gateway.audit.story import Story
 
@@ -164,8 +175,8 @@ class _Chain:
             raise Wrong("its first entry", f"the log before does not end with the event that {due} continues it")
         self._turn_to(number)
         state = deepcopy((self._story, anchors))
+        first = series.erased(folder)
         try:
-            first = series.erased(folder)
             note = self._walked(folder, before, anchors) if first is None else self._past(folder, before, anchors)
         except Wrong:
             if first is not None or series.erased(folder) is None:
@@ -213,7 +224,7 @@ class _Chain:
         except LacreError as exc:
             raise Wrong(series.PROOF, str(exc)) from exc
         remaining = {last.size: last.root}
-        for number, old in enumerate(notes_in(read_file(folder / HISTORY, None) or b"")[0]):
+        for number, old in enumerate(notes_in(read_file(folder / HISTORY, MAX_GROWING) or b"")[0]):
             checkpoint = _of_log(_verified(old, self._key, what := f"{HISTORY}, note {number},"), last.origin, what)
             remaining.setdefault(checkpoint.size, checkpoint.root)
         self._last = self._erased = last
@@ -301,7 +312,7 @@ class _Walk:
         return checkpoint
 
     def _history(self) -> Iterator[tuple[Checkpoint, str]]:
-        for number, note in enumerate(notes_in(read_file(self._folder / HISTORY, None) or b"")[0]):
+        for number, note in enumerate(notes_in(read_file(self._folder / HISTORY, MAX_GROWING) or b"")[0]):
             yield self._anchor(note, f"{HISTORY}, note {number},")
 
     def _kept(self, kept: list[Checkpoint]) -> Iterator[tuple[Checkpoint, str]]:

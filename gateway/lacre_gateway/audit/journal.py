@@ -27,7 +27,7 @@ from lacre_gateway.audit.tiles import decode_bundle, encode_bundle
 
 NAME: Final = "journal"
 OLD: Final = "journal.old"
-_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _HEAD_BYTES: Final = 8
 MAX_GROUP: Final = 512  # entries of one commit
 _HOLE: Final = bytes(16)  # neither JSON nor the lengths around it have so many zeros in a row

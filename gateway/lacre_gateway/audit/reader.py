@@ -7,6 +7,8 @@ Rules:
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +26,9 @@ CHECKPOINT: Final = "checkpoint"
 KEY: Final = "key"  # the log's own verifier key
 HISTORY: Final = "checkpoints"
 OPEN: Final = "open"
+MAX_GROWING: Final = (
+    2**30
+)  # bytes of a journal or a history: tiles are written each second, and a history grows 1 byte an entry
 _TRIES: Final = 20
 _CACHED_TILES: Final = 256
 
@@ -63,7 +68,7 @@ class Snapshot:
             size = _size(note)
             files = {name: read_file(folder / name, tiles.MAX_BUNDLE) for name in _partial_names(size)}
             # In this order: a commit that moves in between is then read twice, which does no harm, and never missed.
-            new, old = (read_file(folder / name, None) or b"" for name in (journal.NAME, journal.OLD))
+            new, old = (read_file(folder / name, MAX_GROWING) or b"" for name in (journal.NAME, journal.OLD))
             if note == read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE):
                 break
         return cls(folder, note, size, files, old, new)
@@ -302,15 +307,23 @@ def _partial_names(size: int) -> Iterator[str]:
         yield tiles.tile(None, size // tiles.WIDTH, size % tiles.WIDTH)
 
 
-def read_file(path: Path, limit: int | None) -> bytes | None:
-    """None if there is no such file. Raises SettingsError if it cannot be read, Wrong if it is too long."""
+def read_file(path: Path, limit: int) -> bytes | None:
+    """None if there is no such file. Raises SettingsError if it cannot be read, Wrong if it is no file or too long."""
     try:
-        with path.open("rb") as file:
-            data = file.read() if limit is None else file.read(limit + 1)
+        with open(path, "rb", opener=_at_once) as file:
+            status = os.fstat(file.fileno())
+            fits = stat.S_ISREG(status.st_mode) and status.st_size <= limit
+            data = file.read(status.st_size) if fits else b""
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise SettingsError(f"cannot read {path}: {exc.strerror}") from exc
-    if limit is not None and len(data) > limit:
-        raise Wrong(path.name, "it is longer than such a file can be")
+    if not fits:
+        regular = stat.S_ISREG(status.st_mode)
+        raise Wrong(path.name, "it is longer than such a file can be" if regular else "it is not a file")
     return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a pipe without waiting for its other end."""
+    return os.open(path, flags | os.O_NONBLOCK)

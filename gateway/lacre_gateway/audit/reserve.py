@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre.runtime.private_files import sync_folder
+from lacre_gateway.audit import tiles
 
 NAME: Final = "reserve"
 _SPARE: Final = 8  # times the reserve: on a fuller disk, it would take the room that the log needs next
@@ -23,7 +24,7 @@ def hold(root: Path) -> None:
     path, beside = root / NAME, root / f".{NAME}.new"
     if path.exists() or shutil.disk_usage(root).free < _SPARE * _BYTES:
         return
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    handle = os.open(beside, tiles.FLAGS | os.O_TRUNC, 0o600)
     try:
         os.write(handle, os.urandom(_BYTES))  # a file system could store zeros in no space
         os.fsync(handle)

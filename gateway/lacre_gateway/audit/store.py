@@ -39,7 +39,20 @@ from lacre_gateway.audit import chain, journal, open_requests, series, tiles
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
 from lacre_gateway.audit.journal import Journal
-from lacre_gateway.audit.reader import CHECKPOINT, HISTORY, KEY, OPEN, Loaded, LogReader, Snapshot, Wrong, load, own_key
+from lacre_gateway.audit.reader import (
+    CHECKPOINT,
+    HISTORY,
+    KEY,
+    MAX_GROWING,
+    OPEN,
+    Loaded,
+    LogReader,
+    Snapshot,
+    Wrong,
+    load,
+    own_key,
+    read_file,
+)
 from lacre_gateway.audit.story import next_key
 
 LOCK: Final = "lock"
@@ -204,10 +217,10 @@ class Store:
     def still_open(self) -> tuple[int, list[str]] | None:
         """A size of the log, and the requests without an outcome at that size. None if there is no list that can be trusted."""
         try:
-            data = (self._folder / OPEN).read_bytes()
-        except OSError:
+            data = read_file(self._folder / OPEN, MAX_GROWING)
+        except LacreError:
             return None
-        listed = open_requests.read(data, self.public, self.origin)
+        listed = None if data is None else open_requests.read(data, self.public, self.origin)
         return listed if listed is not None and 0 <= listed[0] <= self.size else None
 
     @property
@@ -310,9 +323,13 @@ def _locked(folder: Path) -> filelock.BaseFileLock:
 
 def _last_noted(path: Path, public: bytes, size: int) -> int:
     """The size in the last whole note of the history; cuts off the damage of a crash after it. Raises OSError."""
-    notes, whole = notes_in(path.read_bytes() if path.exists() else b"")
+    notes, whole = notes_in(read_file(path, MAX_GROWING) or b"")
     if path.exists() and whole < path.stat().st_size:
-        os.truncate(path, whole)
+        handle = os.open(path, tiles.FLAGS)
+        try:
+            os.ftruncate(handle, whole)
+        finally:
+            os.close(handle)
     try:
         noted = checkpoints.verify(notes[-1], public).size if notes else 0
     except LacreError:
@@ -330,7 +347,7 @@ def notes_in(data: bytes) -> tuple[list[bytes], int]:
 
 
 def _append(path: Path, note: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    handle = os.open(path, tiles.FLAGS | os.O_APPEND, 0o600)
     try:
         size = os.fstat(handle).st_size
         try:

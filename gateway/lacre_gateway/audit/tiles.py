@@ -20,6 +20,8 @@ WIDTH: Final = 256
 HEIGHT: Final = 8
 MAX_BUNDLE: Final = WIDTH * (2 + 0xFFFF)
 _LENGTH_BYTES: Final = 2
+# To write a file. Someone who writes to the log's disk must not make the gateway write elsewhere, through a link.
+FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def levels(size: int) -> range:
@@ -85,7 +87,7 @@ def write_all(handle: int, data: bytes) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.new")  # only one writer, so one name; it overwrites the remains of a crash
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    handle = os.open(beside, FLAGS | os.O_TRUNC, 0o600)
     try:
         write_all(handle, content)
         os.fsync(handle)
