@@ -275,3 +275,27 @@ async def test_retention_makes_room_on_a_full_disk(tmp_path: Path, refusing: boo
         await log.close()
         result = verify(folder, PUBLIC)
         assert (result.wrong, result.erased) == (None, 2)
+
+
+@pytest.mark.skipif(NO_DISK is not None, reason=str(NO_DISK))
+@pytest.mark.slow
+async def test_retention_makes_room_while_the_disk_refuses_a_rotation(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        folder = disk / "audit"
+        await three_logs(folder)
+        await later(folder).close()
+        log = later(folder)
+        await keeper(folder, log, None).look(seldom=True)
+        (folder / series.ASKED).touch()
+        with filled(disk):
+            with pytest.raises(AuditUnavailable):
+                await log.append(intent(5000))
+            looking = keeper(folder, log, 1)
+            await asyncio.wait_for(looking.look(seldom=True), 60)
+            assert (folder / series.PROOF).exists() and not (folder / "tile").exists()
+            await until(lambda: log.origin == f"{ORIGIN}/4")
+            await looking.look(seldom=False)
+            assert not (folder / series.ASKED).exists()
+        await log.close()
+        result = verify(folder, PUBLIC)
+        assert (result.wrong, result.erased) == (None, 2)
