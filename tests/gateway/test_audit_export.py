@@ -29,7 +29,7 @@ from lacre_gateway.audit.feed import Cursor, PlacedEntry, read
 from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import LogReader, Wrong
-from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome
+from parts.auditing import KEY, ORIGIN, PUBLIC, erased, intent, opened, outcome
 from parts.stage import POOL, Stage
 from parts.waiting import until
 
@@ -218,7 +218,7 @@ def test_commands_know_all_logs(logs: Path, tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     proof.write_text(lacre("prove", logs, "--index", "0", "--origin", ORIGIN).stdout)
     assert lacre("check-receipt", proof, logs).returncode == 0
-    series.erase(logs, PUBLIC)
+    erased(logs, 1)
     assert "retention erased the log" in lacre("check-receipt", proof, logs).stderr
 
 

@@ -29,7 +29,7 @@ OUT_OF_TURN: Final = "the log was erased, and an older one was not"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LinkedLog:
     """One log of a chain. note: its last checkpoint; of the newest log, the newest one when it was read.
 
     first, last: its entries of these places, which are in the signed tree. last: None if the log was erased.
@@ -58,12 +58,12 @@ class Part:
         return reader
 
 
-def parts(root: Path, known: bytes | None) -> tuple[Part, ...]:
+def parts(root: Path, known: bytes | None) -> tuple[LinkedLog, ...]:
     """All logs, the oldest first. Raises Wrong or SettingsError if one does not belong to the others.
 
     known: a key of the gateway. None: then the logs only agree with each other.
     """
-    found: list[Part] = []
+    found: list[LinkedLog] = []
     keys = series.keys(root, known)
     for number in range(len(keys), 0, -1):
         with series.named(number):
@@ -95,7 +95,7 @@ def linked_by(first: bytes) -> str | None:
         raise Wrong("entry 0", str(exc)) from exc
 
 
-def _part(root: Path, number: int, key: bytes) -> Part:
+def _part(root: Path, number: int, key: bytes) -> LinkedLog:
     folder = series.place(root, number)
     try:
         return _erased(folder, number, key) or _kept(folder, number, key)
@@ -106,17 +106,17 @@ def _part(root: Path, number: int, key: bytes) -> Part:
         return part
 
 
-def _erased(folder: Path, number: int, key: bytes) -> Part | None:
+def _erased(folder: Path, number: int, key: bytes) -> LinkedLog | None:
     found = series.remains(folder, key)
-    return None if found is None else Part(number, folder, key, found.checkpoint, found.entry, None)
+    return None if found is None else LinkedLog(number, folder, key, found.checkpoint, found.entry, None)
 
 
-def _kept(folder: Path, number: int, key: bytes) -> Part:
+def _kept(folder: Path, number: int, key: bytes) -> LinkedLog:
     reader = LogReader(folder, key)
-    return Part(number, folder, key, reader.note, reader.entry(0), reader.last)
+    return LinkedLog(number, folder, key, reader.note, reader.entry(0), reader.last)
 
 
-def _check_joined(before: Part, after: Part, *, vouched: bool) -> None:
+def _check_joined(before: LinkedLog, after: LinkedLog, *, vouched: bool) -> None:
     """Raises Wrong. vouched: whether the known key signed the later log, or one after it."""
     link = _members(after.first, "entry 0")
     if link["kind"] != LogLink.kind or str(link["checkpoint"]).encode() != before.note:

@@ -90,14 +90,14 @@ def entries(root: Path, key: bytes | None = None) -> Iterator[bytes]:
     return (entry.data for entry in read(root, key, alone=True) if entry is not None)
 
 
-def place_of(root: Path, key: bytes | None, start: Cursor) -> tuple[chain.Part, int]:
+def place_of(root: Path, key: bytes | None, start: Cursor) -> tuple[chain.LinkedLog, int]:
     """The log of the cursor, and the index there. Raises Wrong or SettingsError."""
     parts = chain.parts(root, key)
     number, index = _place_in(parts, root, start)
     return parts[number - 1], index
 
 
-def _place_in(parts: Sequence[chain.Part], root: Path, start: Cursor) -> tuple[int, int]:
+def _place_in(parts: Sequence[chain.LinkedLog], root: Path, start: Cursor) -> tuple[int, int]:
     for part in parts:
         last = part.checkpoint
         if last.origin == start.origin:
@@ -121,7 +121,7 @@ class _Reading:
     """
 
     root: Path
-    parts: Sequence[chain.Part]
+    parts: Sequence[chain.LinkedLog]
     number: int
     at: int
     gone: int = 0
@@ -153,7 +153,7 @@ class _Reading:
             self.parts = parts
         self.number, self.at = self.number + 1, 0
 
-    def _log(self, part: chain.Part) -> Generator[PlacedEntry, None, tuple[bytes, bool]]:
+    def _log(self, part: chain.LinkedLog) -> Generator[PlacedEntry, None, tuple[bytes, bool]]:
         """Returns the newest checkpoint, and whether another log continues this one."""
         try:
             if series.erased(part.folder) is not None:
@@ -173,7 +173,7 @@ class _Reading:
             return self._pass(part), True  # retention was faster
         return reader.note, chain.has_ended(reader.last)
 
-    def _pass(self, part: chain.Part) -> bytes:
+    def _pass(self, part: chain.LinkedLog) -> bytes:
         """An erased log. Raises SettingsError if it was there when the reading began."""
         proof = series.remains(part.folder, part.key)
         note = b"" if proof is None else proof.checkpoint

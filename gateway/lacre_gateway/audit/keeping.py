@@ -24,7 +24,7 @@ from lacre.errors import LacreError
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import chain, reserve, series
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit.chain import Part
+from lacre_gateway.audit.chain import LinkedLog
 from lacre_gateway.audit.entries import Event, parse
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Wrong
@@ -62,7 +62,7 @@ class Keeper:
         self._log, self._clock = log, clock
         self._began = time.monotonic()
         self._rotating: str | None = None  # the origin of the log that ends, while a rotation is asked for
-        self._known: tuple[str, Sequence[Part]] = "", ()  # the newest log's origin, and the old logs that it leads to
+        self._known: tuple[str, Sequence[LinkedLog]] = "", ()  # the newest log's origin, and the old logs that it leads to
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -108,7 +108,7 @@ class Keeper:
         newest = LogReader(series.place(self._root, series.newest(self._root)), self._audit.public)
         return bool(self._clock() - parse(newest.entry(0))["time"] >= keeping.rotate_days * _DAY)
 
-    def _due(self) -> list[Part]:
+    def _due(self) -> list[LinkedLog]:
         """The old logs to erase, the oldest first; among them those whose erasure a crash cut short."""
         now = min(self._clock(), self._audit.recorded_before + time.monotonic() - self._began)
         due = []
@@ -124,7 +124,7 @@ class Keeper:
                 due.append(part)
         return due
 
-    def _old_logs(self) -> Sequence[Part]:
+    def _old_logs(self) -> Sequence[LinkedLog]:
         """All logs that another one continues, the oldest first. Raises Wrong or SettingsError."""
         for _ in range(_TRIES):
             if self._known[0] == self._audit.origin:
@@ -136,7 +136,7 @@ class Keeper:
                 time.sleep(_TRY)  # a rotation may be under way
         raise Wrong(CHECKPOINT, f"the newest log in {self._root} is not the one that this gateway writes")
 
-    async def _erase(self, part: Part) -> None:
+    async def _erase(self, part: LinkedLog) -> None:
         if (part.folder / "tile").exists():
             size, origin = part.checkpoint.size, part.checkpoint.origin
             recorded = self._audit.append(Event(time=round(self._clock(), 3), event=kinds.ERASED, target=origin, count=size))

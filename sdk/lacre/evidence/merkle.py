@@ -42,10 +42,6 @@ def subtree(begin: int, end: int, node: Node) -> bytes:
     return node_hash(subtree(begin, middle, node), subtree(middle, end, node))
 
 
-def root_hash(size: int, node: Node) -> bytes:
-    return subtree(0, size, node) if size else EMPTY_ROOT
-
-
 def inclusion_proof(index: int, size: int, node: Node) -> Path:
     """PATH(index, D[size]) of RFC 6962 section 2.1.1: from the leaf's sibling up to the root's child."""
     if not 0 <= index < size:

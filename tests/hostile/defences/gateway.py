@@ -77,7 +77,7 @@ MUTATIONS: Final = Mutation.of(
      "if self.unrecorded is not None:"),
     ("logs: another_old_log", "each audit log holds the end of the one before", "lacre_gateway.audit.chain:_check_joined",
      'if link["kind"] != LogLink.kind or str(link["checkpoint"]).encode() != before.note:'),
-    ("logs: earlier_state", "an old audit log stays as it was linked", "lacre_gateway.audit.chain:Part.reader",
+    ("logs: earlier_state", "an old audit log stays as it was linked", "lacre_gateway.audit.chain:LinkedLog.reader",
      "if reader.note != self.note:"),
     ("logs: marked", "an erasure that is not due is not finished", "lacre_gateway.audit.keeping:Keeper._due",
      "now - series.last_time(part.reader()) >= (self._keeping.keep_days or 0) * _DAY",
