@@ -7,20 +7,17 @@ for their answers. This load does not slow down when the pool is full, so a queu
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
-import os
 import random
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
 from typing import Any
 
 import uvloop
 
-from bench.load import HEAD_END, LAST_CHUNK
+from bench.load import HEAD_END, LAST_CHUNK, requests
 from bench.load import Task as Bodies
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -46,14 +43,13 @@ class Arrivals:
 
     async def run(self) -> dict[str, Any]:
         bodies, chance = Bodies(**self.task.bodies), random.Random(self.task.seed)
-        heads, idle = cycle([head.encode() for head in bodies.heads]), list[Streams]()
-        before, after = base64.b64decode(bodies.before), base64.b64decode(bodies.after)
+        sealed, idle = requests(bodies), list[Streams]()
         began = due = time.perf_counter()
         async with asyncio.TaskGroup() as asking:
             while (due := due + chance.expovariate(self.task.rate)) < began + self.task.seconds:
                 await asyncio.sleep(due - time.perf_counter())
-                body = b"".join((next(heads), before, os.urandom(bodies.fresh), after))
-                asking.create_task(self._ask(bodies.port, idle, body, began))
+                request, _ = next(sealed)
+                asking.create_task(self._ask(bodies.port, idle, request, began))
         waits = [wait for _, wait in self.first]
         return {
             "requests": len(waits), "refused": self.refused, "rate": len(waits) / self.task.seconds,

@@ -44,7 +44,7 @@ class Task:
     credential: str
     receipt_key: str
     pool: str
-    model: str
+    models: tuple[str, ...]
     node: str
     records: int
     hold: bool = False
@@ -58,6 +58,16 @@ class Message:
     payload: memoryview
 
 
+@dataclass(slots=True)
+class Pull:
+    """Of one model's work. asked: how many messages are still to come."""
+
+    subject: str
+    inbox: str
+    asked: int = 0
+    asked_at: float = 0.0
+
+
 class Wire:
     """NATS's protocol over a socket, as far as it is needed here."""
 
@@ -69,7 +79,7 @@ class Wire:
         self._rest = b""
         options = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True, "protocol": 1}
         options |= {"user": credential.name, "pass": credential.password, "lang": "bench", "version": "1"}
-        self.sock.sendall(f"CONNECT {json.dumps(options)}\r\nSUB {self.inbox}.pull 1\r\n".encode())
+        self.sock.sendall(f"CONNECT {json.dumps(options)}\r\nSUB {self.inbox}.pull.* 1\r\n".encode())
 
     def messages(self, seconds: float) -> Iterator[Message]:
         """All that came, after waiting so long for something to come."""
@@ -101,13 +111,20 @@ class Consumer:
         self._task = task
         self._wire = Wire(task)
         self._key: Ed25519PrivateKey = read_ed25519(Path(task.receipt_key))
-        stream, consumer = subjects.work_stream(task.pool, subjects.DEFAULT_REGION), subjects.consumer(task.model)
-        self._pull = f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
-        self._asked, self._asked_at, self._said_at = 0, 0.0, 0.0
+        stream = subjects.work_stream(task.pool, subjects.DEFAULT_REGION)
+        self._pulls = [
+            Pull(f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.{subjects.consumer(model)}", f"{self._wire.inbox}.pull.{number}")
+            for number, model in enumerate(task.models)
+        ]
+        self._by_inbox = {pull.inbox.encode(): pull for pull in self._pulls}
+        self._by_work = {
+            subjects.work(task.pool, subjects.DEFAULT_REGION, model).encode(): pull
+            for model, pull in zip(task.models, self._pulls, strict=True)
+        }
+        self._said_at = 0.0
         self._frames = [
             b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: data\r\n\r\n" % (ATTEMPT.encode(), number) for number in range(task.records)
         ]
-        self._head = b64u(json.dumps({"alg": "EdDSA", "typ": TYP}).encode())
         self._held: dict[bytes, int] = {}  # what is being answered, and its next frame
 
     def run(self) -> None:
@@ -120,30 +137,29 @@ class Consumer:
                 self._wire.sock.sendall(b"".join(out))
             out = []
             for message in self._wire.messages(0.1):
-                self._asked -= 1
                 if REQUEST.encode() in message.head:
+                    self._by_work[message.subject].asked -= 1
                     out += self._answer(message)
-                else:
-                    self._asked = 0  # a status: the pull is over
+                elif (pull := self._by_inbox.get(message.subject)) is not None:
+                    pull.asked = 0  # a status: the pull is over
             if out:
                 self._wire.sock.sendall(b"".join(out))
 
     def _presence(self, now: float) -> Iterator[bytes]:
         if now - self._said_at >= BEAT:
             self._said_at = now
-            said = json.dumps({"models": [self._task.model], "free": BATCH, "busy": 0, "keys": []}).encode()
+            said = json.dumps({"models": list(self._task.models), "free": BATCH, "busy": 0, "keys": []}).encode()
             yield _pub(subjects.presence(self._task.pool, subjects.DEFAULT_REGION, self._task.node), said)
             for reply, number in self._held.items():
                 self._held[reply] += 1
                 yield _hpub(reply, b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: beat\r\n\r\n" % (ATTEMPT.encode(), number), b"")
 
     def _ask(self, now: float) -> Iterator[bytes]:
-        if self._asked < BATCH // 2 or now - self._asked_at >= RENEW:
-            self._asked, self._asked_at = self._asked + BATCH, now
-            wanted = {"batch": BATCH, "expires": int(RENEW * 1e9)}
-            yield b"PUB %s %s.pull %d\r\n%s\r\n" % (
-                self._pull.encode(), self._wire.inbox.encode(), len(text := json.dumps(wanted).encode()), text,
-            )  # fmt: skip
+        for pull in self._pulls:
+            if pull.asked < BATCH // 2 or now - pull.asked_at >= RENEW:
+                pull.asked, pull.asked_at = pull.asked + BATCH, now
+                wanted = _json({"batch": BATCH, "expires": int(RENEW * 1e9)})
+                yield b"PUB %s %s %d\r\n%s\r\n" % (pull.subject.encode(), pull.inbox.encode(), len(wanted), wanted)
 
     def _answer(self, message: Message) -> Iterator[bytes]:
         fields = dict(line.partition(b": ")[::2] for line in message.head.split(b"\r\n"))
@@ -163,8 +179,15 @@ class Consumer:
         now = time.time()
         said = {"enc": b64u(digest), "model": "sha256:00", "prompt_tokens": 64, "cached_tokens": 0,
                 "completion_tokens": self._task.records, "start": now, "end": now, "final": True}  # fmt: skip
-        signed = f"{self._head}.{b64u(json.dumps(said).encode())}".encode()
+        signed = f"{HEAD}.{b64u(_json(said))}".encode()
         return signed + b"." + base64.urlsafe_b64encode(self._key.sign(signed)).rstrip(b"=")
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+HEAD = b64u(_json({"alg": "EdDSA", "typ": TYP}))  # as `lacre.jose.jws` writes it, byte for byte
 
 
 def _pub(subject: str, payload: bytes) -> bytes:

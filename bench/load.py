@@ -7,7 +7,8 @@ Rules:
 - An answer is whole at its Content-Length, or when the received bytes end with its last chunk. The bytes of our records never
   look like a last chunk (`bench/consumer.py`), so the end is not guessed.
 - An answer other than 200, or a connection that ends, ends the run: refusals would give the best figures of all.
-- The clock of a request starts when the kernel gets its first byte. Its body was made before.
+- The clock of a request starts when the kernel gets its first byte. Its body was made before, and its connection opened.
+- Heads and bodies take turns, each in its own. So if their numbers share no factor, all pairs come up.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import count, cycle
 from typing import Any
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -31,20 +33,33 @@ PATIENCE = 30  # seconds without a byte of anything
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """heads: request heads, taken in turns. before, fresh, after: a body is `before`, so many random bytes, and `after`.
+    """heads: request heads, without their lengths, taken in turns. bodies: likewise; a body is the first part, `fresh` random
+    bytes, and the second part, both in base64.
 
-    seconds: how long requests are begun; or requests: how many. hold: answers stay open, until standard input ends.
+    reopen: each request of so many is its connection's last; 0: none. seconds: how long requests are begun; or requests: how
+    many. hold: answers stay open, until standard input ends.
     """
 
     port: int
     connections: int
     heads: list[str]
-    before: str
-    fresh: int
-    after: str
+    bodies: list[tuple[str, str]]
+    fresh: int = 0
+    reopen: int = 0
     seconds: float = 0.0
     requests: int = 0
     hold: bool = False
+
+
+def requests(task: Task) -> Iterator[tuple[bytes, bool]]:
+    """One after another, without end; and whether the request is its connection's last."""
+    heads = cycle([head.encode() for head in task.heads])
+    bodies = cycle([(base64.b64decode(before), base64.b64decode(after)) for before, after in task.bodies])
+    for number, head, (before, after) in zip(count(1), heads, bodies, strict=False):
+        last = bool(task.reopen) and number % task.reopen == 0
+        length = len(before) + task.fresh + len(after)
+        fields = b"content-length: %d\r\n%s\r\n" % (length, b"connection: close\r\n" if last else b"")
+        yield b"".join((head, fields, before, os.urandom(task.fresh), after)), last
 
 
 @dataclass(slots=True)
@@ -54,6 +69,7 @@ class Connection:
     head: bytes = b""
     needed: int = -1  # bytes of the answer that are still to come; -1: its head is not whole, -2: chunks without a length
     waits: bool = False  # for room to send
+    last: bool = False  # this request is its last
     began: float = 0.0
     first: float = 0.0
 
@@ -61,8 +77,7 @@ class Connection:
 class Load:
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._heads = cycle([head.encode() for head in task.heads])
-        self._before, self._after = base64.b64decode(task.before), base64.b64decode(task.after)
+        self._requests = requests(task)
         self._poll = select.epoll()
         self._connections: dict[int, Connection] = {}
         self._begun = 0
@@ -72,14 +87,10 @@ class Load:
 
     def run(self) -> dict[str, Any]:
         for _ in range(self._task.connections):
-            sock = socket.create_connection(("127.0.0.1", self._task.port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setblocking(False)
-            self._connections[sock.fileno()] = Connection(sock)
-            self._poll.register(sock, select.EPOLLIN)
+            self._open()
         began = time.perf_counter()
         self._until = began + self._task.seconds if self._task.seconds else float("inf")
-        running = sum(self._begin(connection) for connection in self._connections.values())
+        running = sum(self._begin(connection) for connection in [*self._connections.values()])
         while running:
             ready = self._poll.poll(PATIENCE)
             if not ready:
@@ -92,14 +103,28 @@ class Load:
                     running += self._begin(connection) - 1
         return self._figures(time.perf_counter() - began)
 
+    def _open(self) -> Connection:
+        sock = socket.create_connection(("127.0.0.1", self._task.port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        connection = self._connections[sock.fileno()] = Connection(sock)
+        self._poll.register(sock, select.EPOLLIN)
+        return connection
+
     def _begin(self, connection: Connection) -> bool:
         """Whether another request was begun."""
+        if connection.last:
+            self._poll.unregister(connection.sock)
+            del self._connections[connection.sock.fileno()]
+            connection.sock.close()
         over = self._begun >= self._task.requests if self._task.requests else time.perf_counter() >= self._until
         if over:
             return False
         self._begun += 1
-        body = b"".join((next(self._heads), self._before, os.urandom(self._task.fresh), self._after))
-        connection.left, connection.head, connection.needed, connection.first = memoryview(body), b"", -1, 0.0
+        if connection.last:
+            connection = self._open()
+        request, connection.last = next(self._requests)
+        connection.left, connection.head, connection.needed, connection.first = memoryview(request), b"", -1, 0.0
         connection.began = time.perf_counter()
         self._send(connection)
         return True

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.load import Task as Load
-from bench.stand import ended, free_port
+from bench.stand import MODELS, REOPEN, ended, free_port, sizes
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre" / "peers"
 LOCKED = Path(__file__).with_name("portkey")
 START = 30.0
-_BEFORE, _AFTER = '{"model": "m", "messages": [{"role": "user", "content": "', '"}]}'
+_BEFORE, _AFTER = '{"model": "%s", "messages": [{"role": "user", "content": "', '"}]}'
 _ANSWER = '{"id": "x", "object": "chat.completion", "model": "m", "choices": [], "filler": "'
 _ANSWER += "x" * (512 - len(_ANSWER) - 2) + '"}'
 # One worker each, as our gateway is one process. A body stays in memory, and connections upstream are kept.
@@ -57,13 +57,17 @@ class Peer:
     fields: str = ""
 
     def load(self, size: int, connections: int, **limits: Any) -> Load:
-        """Requests of `size` bytes, as it takes them."""
-        content = _BEFORE + "x" * (size - len(_BEFORE) - len(_AFTER)) + _AFTER
+        """Requests of about `size` bytes, as it takes them. Sizes, models and connections change as for our gateway."""
         head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer sk-none\r\n"
-            f"content-type: application/json\r\n{self.fields}content-length: {size}\r\n\r\n"
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer sk-none\r\n"
+            f"content-type: application/json\r\n{self.fields}"
         )
-        return Load(self.port, connections, [head], base64.b64encode(content.encode()).decode(), 0, "", **limits)
+        bodies = []
+        for number, each in enumerate(sizes(size)):
+            before = _BEFORE % MODELS[number % len(MODELS)]
+            content = before + "x" * (each - len(before) - len(_AFTER)) + _AFTER
+            bodies.append((base64.b64encode(content.encode()).decode(), ""))
+        return Load(self.port, connections, [head], bodies, reopen=REOPEN, **limits)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def crowd(served: Stand) -> Iterator[Workers]:
 
 
 def arrive(served: Stand, rate: float, seconds: float) -> dict[str, Any]:
-    task = arrivals.task(served.load(2**10, 1), rate, seconds)
+    task = arrivals.task(served.load(2**10, 1, models=(MODEL,), reopen=0), rate, seconds)
     done = subprocess.run(
         [sys.executable, "-m", "bench.arrivals"], input=json.dumps(asdict(task)) + "\n", cwd=ROOT, stdout=subprocess.PIPE,
         text=True, check=True,

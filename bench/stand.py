@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +35,15 @@ from lacre_gateway.settings import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL, MODEL = "default", "smollm2-135m"
+MODELS = (MODEL, "smollm2-360m", "smollm2-1.7b")
 SUBJECTS = 64
 MAX_TOKENS = 256
+# How many sizes of bodies take turns, by the nominal size that they are spread around. The counts are primes that divide
+# neither the number of subjects nor that of models, so no two requests in thousands are alike.
+SIZES = ((2**15, 61), (2**19, 7), (2**23, 5))
+SPREAD = 0.15  # of the nominal size, at most, to each side
+_FRAMING = 40  # bytes at least: header, tags and lengths of chunks
+REOPEN = 10  # one request of so many ends its connection
 START = 30.0  # seconds
 # Every limit there is, counted for each request and reached by none.
 LIMITS = """
@@ -79,6 +87,13 @@ class Usage:
 
 
 def usage(pid: int) -> Usage:
+    """Of the process and its children: of all processes of a gateway."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = [_usage(pid), *(_usage(int(child)) for child in children)]
+    return Usage(sum(each.cpu for each in found), sum(each.rss for each in found))
+
+
+def _usage(pid: int) -> Usage:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return Usage((int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
 
@@ -88,11 +103,11 @@ class Stand:
 
     def __init__(
         self, site: Site, port: int, admin_port: int, nats_port: int, process: subprocess.Popen[bytes],
-        nats: subprocess.Popen[bytes],
+        nats: subprocess.Popen[bytes], subjects: int,
     ) -> None:  # fmt: skip
         self.site, self.port, self.admin_port, self.process, self.nats = site, port, admin_port, process, nats
         self._nats_port = nats_port
-        self._tokens = [site.token(f"caller-{number}@example.com") for number in range(SUBJECTS)]
+        self._tokens = [site.token(f"caller-{number}@example.com") for number in range(subjects)]
 
     @property
     def nats_url(self) -> str:
@@ -105,7 +120,7 @@ class Stand:
             port=self._nats_port,
             credential=str(self.site.credential_file(f"worker-{POOL}-{NODE}")),
             receipt_key=str(self.site.folder / "pools" / POOL / "receipt.pem"),
-            pool=POOL, model=MODEL, node=NODE, records=records, hold=hold,
+            pool=POOL, models=MODELS, node=NODE, records=records, hold=hold,
         )  # fmt: skip
         command = [sys.executable, "-m", "bench.consumer", json.dumps(asdict(task))]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
@@ -115,27 +130,39 @@ class Stand:
             time.sleep(1.5)  # and what another one before it had asked for is over
             yield process
 
-    def load(self, size: int, connections: int, **limits: Any) -> Load:
-        """Sealed bodies of `size` bytes, each under an `enc` of its own, by all subjects in turns."""
-        prefix, tail = sealed(self.site, size)
-        fields = (
-            f"content-type: {MEDIA_TYPE_REQUEST}\r\nlacre-pool: {POOL}\r\nlacre-model: {MODEL}\r\nlacre-action: chat\r\n"
-            f"lacre-max-tokens: {MAX_TOKENS}\r\nlacre-shape: none\r\ncontent-length: {size}\r\n\r\n"
-        )
+    def load(
+        self, size: int, connections: int, *, kem: Kem = Kem.X25519, models: Sequence[str] = MODELS, reopen: int = REOPEN,
+        **limits: Any,
+    ) -> Load:  # fmt: skip
+        """Sealed bodies of about `size` bytes, each under an `enc` of its own, by all subjects and for all models in turns."""
         start = "POST /v1/sealed HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer"
-        heads = [f"{start} {token}\r\n{fields}" for token in self._tokens]
-        return Load(self.port, connections, heads, _b64(prefix), Kem.X25519.n_enc, _b64(tail), **limits)
+        heads = []
+        for number in range(math.lcm(len(self._tokens), len(models))):
+            fields = (
+                f"content-type: {MEDIA_TYPE_REQUEST}\r\nlacre-pool: {POOL}\r\nlacre-model: {models[number % len(models)]}\r\n"
+                f"lacre-action: chat\r\nlacre-max-tokens: {MAX_TOKENS}\r\nlacre-shape: none\r\n"
+            )
+            heads.append(f"{start} {self._tokens[number % len(self._tokens)]}\r\n{fields}")
+        bodies = [sealed(self.site, each, kem) for each in sizes(size)]
+        parts = [(_b64(before), _b64(after)) for before, after in bodies]
+        return Load(self.port, connections, heads, parts, kem.n_enc, reopen, **limits)
 
 
-def sealed(site: Site, size: int) -> tuple[bytes, bytes]:
-    """The bytes before `enc` and after it in a sealed request of exactly `size` bytes."""
+def sizes(nominal: int) -> list[int]:
+    """Different sizes whose mean is the nominal one."""
+    many = next(count for limit, count in SIZES if nominal <= limit)
+    return [nominal + round(nominal * SPREAD * (2 * number / (many - 1) - 1)) for number in range(many)]
+
+
+def sealed(site: Site, size: int, kem: Kem = Kem.X25519) -> tuple[bytes, bytes]:
+    """The bytes before `enc` and after it in a sealed request of `size` bytes, or some more: chunks leave a few sizes out."""
     configs = [key.config for key in site.generations(POOL).pool_keys(time.time(), time.time() + 60)]
-    config = next(config for config in configs if config.kem is Kem.X25519)
-    suite = Suite(Kem.X25519, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
-    length = size
-    while len(body := bytes(seal_request(config, bytes(length), suite)[0])) != size:
+    config = next(config for config in configs if config.kem is kem)
+    suite = Suite(kem, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
+    length = size - kem.n_enc - _FRAMING
+    while len(body := bytes(seal_request(config, bytes(length), suite)[0])) < size:
         length += size - len(body)
-    return body[:7], body[7 + Kem.X25519.n_enc :]
+    return body[:7], body[7 + kem.n_enc :]
 
 
 @contextmanager
@@ -159,9 +186,9 @@ def run_load(task: Load) -> dict[str, Any]:
 
 
 @contextmanager
-def stand(folder: Path) -> Iterator[Stand]:
+def stand(folder: Path, *, subjects: int = SUBJECTS, processes: int = 1) -> Iterator[Stand]:
     """folder: where its state goes, the audit log too."""
-    site = Site(folder / "site", {POOL: (MODEL,)})
+    site = Site(folder / "site", {POOL: MODELS})
     site.create()
     port, admin_port = free_port(), free_port()
     with ExitStack() as stack:
@@ -173,19 +200,19 @@ def stand(folder: Path) -> Iterator[Stand]:
         server.configure([*alone, *crowd])  # a crowd of workers shares one credential
         nats = stack.enter_context(ended(server.start(site.log("nats"))))
         asyncio.run(_publish(site, server.url))
-        site.write_settings(server.url, port, {POOL: [{"name": MODEL}]})
+        site.write_settings(server.url, port, {POOL: [{"name": name} for name in MODELS]})
         policies = folder / "policies"
         shutil.copytree(shipped(), policies)
         (policies / PLANS_FILE).write_text(PLANS)
         text = site.gateway_settings.read_text().replace("[listen]\n", f"[listen]\n{LISTEN}")
         added = f"{LIMITS}\n[admin]\nport = {admin_port}\n"
-        site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\n{text}{added}")
+        site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\nprocesses = {processes}\n{text}{added}")
         log = stack.enter_context(site.log("gateway").open("wb"))
         command = [sys.executable, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         stack.enter_context(ended(process))
         _await_ready(port, process, site)
-        yield Stand(site, port, admin_port, server.port, process, nats)
+        yield Stand(site, port, admin_port, server.port, process, nats, subjects)
 
 
 async def _publish(site: Site, url: str) -> None:
