@@ -123,11 +123,13 @@ def test_what_was_decided_is_remembered_and_bounded() -> None:
     question = asked(max_tokens=0)
     assert isinstance(question, Question)
     first = policies.decide(question)
-    assert policies.decide(asked(max_tokens=0)) is first
+    assert policies.decide(asked(max_tokens=0)) == first
+    assert policies.evaluated == 1
     many = [policies.decide(replace(question, max_tokens=number)).allowed for number in range(MAX_DECISIONS + 1)]
     assert many == [True] * 3 + [False] * (MAX_DECISIONS - 2)
-    again = policies.decide(asked(max_tokens=0))
-    assert again == first and again is not first
+    before = policies.evaluated
+    assert policies.decide(asked(max_tokens=0)) == first
+    assert policies.evaluated == before + 1
     assert (first.policy_set, len(first.entities)) == (policies.digest, 64)
 
 

@@ -19,6 +19,7 @@ RULES = RuleSet.read(shipped())
 CHAT = json.loads((shipped() / "cases/ALLOW/chat.json").read_text())
 USAGE = json.loads((shipped() / "cases/ALLOW/admin-usage-with-scope.json").read_text())
 FAMILY = 'principal, action in Action::"sealed", resource'
+ADMINISTRATION = 'principal, action in Action::"admin", resource'
 
 
 def asked(base: dict[str, Any] = CHAT, **changes: Any) -> AnyQuestion:

@@ -4,7 +4,8 @@ Rules:
 - Schema and policies are validated against each other and parsed once. A set that does not validate is refused.
 - A policy that fails during evaluation, or a question that does not fit the schema, means no.
 - Every policy has an `@id` of its own, because the audit log names policies by it: numbers change whenever a policy is added.
-- A decision is remembered by everything that it depends on (`question.key`), within its set: another set forgets it.
+- A verdict is remembered by what the set's rules read of the question (`question.Keys`), and within that set alone.
+- The digest of the entities is each question's own, because the audit log names it.
 - A schema of an older version lacks members and actions that were added since. The set then decides without these members, and
   denies these actions.
 - This file reads no files and does not know HTTP.
@@ -12,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -23,8 +25,9 @@ from typing import Any, Final, Generic, Self, TypeVar
 import cedarpy
 
 from lacre.errors import SettingsError
+from lacre_gateway.policy import reads
 from lacre_gateway.policy.local_time import UTC_ZONE, TimeZone
-from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion
+from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion, Keys
 
 # Each holds names from a token (at most 16 KiB), which the verdicts of `auth` hold as well.
 MAX_DECISIONS: Final = 4096
@@ -61,19 +64,34 @@ class Decision:
     entities: str = field(default="", compare=False)
 
 
-@dataclass(frozen=True, slots=True)
 class _Parties:
-    """The parsed parties of a question; None if the schema does not know them. digest: hex SHA-256 of them as JSON."""
+    """The parties of a question. digest: hex SHA-256 of them as JSON. Cedar reads them when it is first asked about them."""
 
-    entities: cedarpy.Entities | None
-    digest: str
+    __slots__ = ("_read", "_text", "digest")
+
+    def __init__(self, text: str) -> None:
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self._text: str | None = text
+        self._read: cedarpy.Entities | None = None
+
+    @classmethod
+    def of(cls, question: AnyQuestion) -> Self:
+        return cls(_json(question.entities()))
+
+    def parsed(self, schema: cedarpy.Schema) -> cedarpy.Entities | None:
+        """None if the schema does not know them."""
+        if self._text is not None:
+            with contextlib.suppress(ValueError):
+                self._read = cedarpy.Entities.from_json_str(self._text, schema)
+            self._text = None
+        return self._read
 
 
 class PolicySet:
     """A validated, parsed set of policies.
 
     digest: hex SHA-256 of the schema's text, a zero byte, and the policies' text. names: each policy's `@id`, by Cedar's own
-    name. zone: in which it knows weekdays and local times.
+    name. zone: in which it knows weekdays and local times. evaluated: how many questions Cedar has answered.
     """
 
     def __init__(
@@ -85,36 +103,33 @@ class PolicySet:
         self.digest = digest
         self.zone = zone
         self._omitted: dict[type, frozenset[str]] = {}  # members of the context that the schema lacks, by kind of question
-        self._decisions = _Remembered[Decision](MAX_DECISIONS)
+        self._keys = Keys(reads.of(policies.to_pst().static_policies.values()), zone)
+        self._verdicts = _Remembered[tuple[bool, tuple[str, ...]]](MAX_DECISIONS)
         self._parties = _Remembered[_Parties](_MAX_PARTIES)
+        self.evaluated = 0
 
     def decide(self, question: AnyQuestion) -> Decision:
-        return self._decisions.get(question.key(self.zone), lambda: self._decide(question))
+        parties = self._parties.get(question.entities_key, lambda: _Parties.of(question))
+        allowed, named = self._verdicts.get(self._keys.of(question), lambda: self._judge(question, parties))
+        return Decision(allowed, named, self.digest, parties.digest)
 
     def would_allow(self, question: AnyQuestion) -> bool:
         """A decision that is neither remembered nor recorded: no caller has asked this question."""
-        return self._decide(question).allowed
+        return self._judge(question, self._parties.get(question.entities_key, lambda: _Parties.of(question)))[0]
 
-    def _decide(self, question: AnyQuestion) -> Decision:
-        parties = self._parties.get(question.entities_key, lambda: self._parsed(question))
-        if parties.entities is None:
-            return Decision(False, (), self.digest, parties.digest)
-        result = cedarpy.is_authorized(self.asked(question), self.policies, parties.entities, self.schema)
+    def _judge(self, question: AnyQuestion, parties: _Parties) -> tuple[bool, tuple[str, ...]]:
+        """Whether it is allowed, and by which policies it is decided."""
+        self.evaluated += 1
+        entities = parties.parsed(self.schema)
+        if entities is None:
+            return False, ()
+        result = cedarpy.is_authorized(self.asked(question), self.policies, entities, self.schema)
         diagnostics = result.diagnostics
         # A policy that could not be evaluated may be the one that forbids.
         failed = {name for error in diagnostics.errors for name in _POLICY.findall(error)}
         decided = failed or set(diagnostics.reasons)
-        allowed = result.allowed and not diagnostics.errors
         named = tuple(sorted(self.names.get(name, name) for name in decided))
-        return Decision(allowed, named, self.digest, parties.digest)
-
-    def _parsed(self, question: AnyQuestion) -> _Parties:
-        text = _json(question.entities())
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        try:
-            return _Parties(cedarpy.Entities.from_json_str(text, self.schema), digest)
-        except ValueError:
-            return _Parties(None, digest)
+        return result.allowed and not diagnostics.errors, named
 
     def asked(self, question: AnyQuestion) -> dict[str, Any]:
         """The question for Cedar, with the members that the schema has."""

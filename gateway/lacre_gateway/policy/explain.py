@@ -7,7 +7,7 @@ omits is undecided, even if its other conditions fail: nothing is guessed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from lacre_gateway.audit.entries import AdminIntent, Intent
 from lacre_gateway.policy.cases import written
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion
+from lacre_gateway.policy.reads import WHOLE, context_of
 from lacre_gateway.policy.replay import question_of
 
 # A case names the time by its `hour` or its `time`.
@@ -33,7 +34,6 @@ _OPEN: Final[Mapping[str, tuple[frozenset[str], object]]] = {
     "hour": (_TIMES, 0),
 }
 _OPEN_OF_PRINCIPAL: Final = ("scopes", "plan")
-_WHOLE: Final = "*"  # a policy that reads the context as one value
 _OF_ADMIN: Final = frozenset({"address", "hour"})
 
 
@@ -137,26 +137,8 @@ def _alone(template: pst.Template) -> cedarpy.PolicySet:
 
 def _reads(template: pst.Template, missing: frozenset[str]) -> frozenset[str]:
     """The missing members that its conditions name."""
-    names = frozenset(name for clause in template.clauses for name in _context_names(clause))
-    return missing if _WHOLE in names else names & missing
-
-
-def _context_names(node: Any) -> Iterator[str]:
-    if isinstance(node, pst.GetAttr) and node.base == pst.Var("context"):
-        yield node.attr
-    elif isinstance(node, pst.HasAttr) and node.base == pst.Var("context"):
-        yield node.attrs[0]
-    elif node == pst.Var("context"):
-        yield _WHOLE
-    elif isinstance(node, Mapping):
-        for value in node.values():
-            yield from _context_names(value)
-    elif isinstance(node, tuple):
-        for value in node:
-            yield from _context_names(value)
-    elif dataclasses.is_dataclass(node):
-        for member in dataclasses.fields(node):
-            yield from _context_names(getattr(node, member.name))
+    names = context_of(template)
+    return missing if WHOLE in names else names & missing
 
 
 def _verdict(voices: tuple[Voice, ...]) -> bool | None:
