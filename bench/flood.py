@@ -195,8 +195,8 @@ def measure(quick: bool) -> command.Figures:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name, stand(Path(name)) as served, served.answering(20):
         pid = served.process.pid
-        honest = served.load(2**10, HONEST, seconds=seconds)
-        run_load(served.load(2**10, HONEST, seconds=2.0))  # first requests allocate
+        honest = served.load(2**10, HONEST, models=(MODEL,), reopen=0, seconds=seconds)
+        run_load(served.load(2**10, HONEST, models=(MODEL,), reopen=0, seconds=2.0))  # first requests allocate
         quiet = run_load(honest)
         memory = usage(pid).rss
         with flooding(served, found), sampled(lambda: usage(pid).rss) as sizes:

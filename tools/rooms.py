@@ -52,7 +52,9 @@ PACKAGES: Final[Mapping[str, Package]] = {
             ("__main__",),
         ),
     ),
-    "lacre_fabric": Package("fabric", 9, 5, ((FRONT, "logs", "work"), ("keys",), ("nats",), ("settings",), ("operate",))),
+    "lacre_fabric": Package(
+        "fabric", 9, 5, ((FRONT, "native"), ("logs", "work"), ("keys",), ("nats",), ("settings",), ("operate",))
+    ),
     "lacre_gateway": Package(
         "gateway",
         18,

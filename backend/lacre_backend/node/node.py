@@ -39,6 +39,7 @@ from lacre.wire.padding import SHAPES, shape_named
 from lacre_backend.node import grant_check
 from lacre_backend.node.work_counts import WorkCounts
 from lacre_fabric import logs
+from lacre_fabric.native.json_bytes import write_object
 from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, NoMoreWork, WorkerFabric
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
@@ -396,7 +397,7 @@ class _Receipts:
             start=self.start,
             end=self.clock(),
             final=final,
-        ).sign(self.key)
+        ).sign(self.key, write_object)
 
 
 async def _beat(delivery: Delivery, receipts: _Receipts) -> None:

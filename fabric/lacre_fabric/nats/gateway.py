@@ -26,7 +26,7 @@ from lacre.errors import InvalidMessage, MessageTooLarge, NewerFormat
 from lacre.jose.claims import Members
 from lacre.jose.formats import Format
 from lacre.runtime import tasks
-from lacre.runtime.json_objects import parse_object
+from lacre_fabric.native.json_bytes import read_object
 from lacre_fabric.nats import orders, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection
 from lacre_fabric.nats.pool import KEEP, PoolSide, Waiting, read_presence
@@ -80,7 +80,7 @@ class _Ack:
         if self.block.startswith(_NO_RESPONDERS):
             raise NoQueue("the pool has no queue: run `lacre up`, or provision the fabric")
         try:
-            said = parse_object(self.payload, "the ack")
+            said = read_object(self.payload, "the ack")
             error = said.get("error")
             if error is not None:
                 raise _refused(error)

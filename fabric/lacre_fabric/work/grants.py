@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.errors import Expired, InvalidMessage, InvalidSignature
 from lacre.jose import jws
 from lacre.jose.formats import Format
+from lacre_fabric.native.json_bytes import read_object, write_object
 
 TYP: Final = "lacre-grant+jwt"
 GRANT: Final = Format("grant", "worker")
@@ -56,7 +57,7 @@ class Grant:
         }  # fmt: skip
 
     def sign(self, key: Ed25519PrivateKey) -> str:
-        return jws.sign(self.members(), key, TYP)
+        return jws.sign(self.members(), key, TYP, write_object)
 
     @classmethod
     def verify(cls, token: str, keys: Sequence[bytes], now: float) -> Grant:
@@ -85,8 +86,8 @@ def _signed_by_one(token: str, keys: Sequence[bytes]) -> dict[str, Any]:
     """Its members. Raises InvalidMessage or InvalidSignature."""
     for key in keys[:-1]:
         with suppress(InvalidSignature):
-            return jws.verify(token, key, TYP)
-    return jws.verify(token, keys[-1], TYP)
+            return jws.verify(token, key, TYP, read_object)
+    return jws.verify(token, keys[-1], TYP, read_object)
 
 
 def _pair(pseudonyms: tuple[str, ...]) -> tuple[str, str]:

@@ -5,14 +5,12 @@ Rules:
 - A request has an *intent* before it is served, and exactly one *outcome*, however it ends. Request ids are random.
 - An intent travels to the client in a header, so it is bounded. If groups, scopes and policies make it too long, they go into
   an *annex* right before it. The intent names the annex by digest.
-- Text is UTF-8 JSON; `auth` accepts only printable names.
+- Text is UTF-8 JSON; `auth` accepts only printable names. Lone surrogates would be bytes that no reader accepts: refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from operator import attrgetter
 from typing import Any, ClassVar, Final, Literal
@@ -20,7 +18,7 @@ from typing import Any, ClassVar, Final, Literal
 from lacre.errors import InvalidMessage, LacreError, NewerFormat
 from lacre.evidence.audit_proof import MAX_INTENT
 from lacre.jose.formats import Format
-from lacre.runtime.json_objects import parse_object
+from lacre_fabric.native.json_bytes import read_object, write, write_object
 
 _MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies in the intent itself
 MAX_ENTRY: Final = 0xFFFF  # C2SP tlog-tiles: an entry's length is two bytes in its bundle
@@ -216,26 +214,22 @@ _KINDS: Final = (Intent, Annex, Outcome, AdminIntent, Event, LogLink)
 _FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
 _NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
 _VALUES: Final = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
-# `surrogatepass` would write bytes that no reader accepts; `auth` refuses names with lone surrogates.
-_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def encode(entry: Entry) -> tuple[bytes, ...]:
     """The bytes of the entry; for an intent with an annex, the annex first. Raises EntryTooLarge."""
     members = _members(entry)
     if not isinstance(entry, Intent):
-        return (_bounded(_json(members), MAX_ENTRY),)
+        return (_bounded(write_object(members), MAX_ENTRY),)
+    data = write_object(members)
+    if len(data) <= _MAX_LISTS:  # so are the lists in it
+        return (data,)
     lists = {name: members[name] for name in ("groups", "scopes", "policies")}
-    if _short(lists.values()) or sum(map(len, map(_json, lists.values()))) <= _MAX_LISTS:
-        return (_bounded(_json(members), MAX_INTENT),)
-    annex = _bounded(_json({"kind": Annex.kind, "request_id": entry.request_id, **lists}), MAX_ENTRY)
+    if sum(len(write(names)) for names in lists.values()) <= _MAX_LISTS:
+        return (_bounded(data, MAX_INTENT),)
+    annex = _bounded(write_object({"kind": Annex.kind, "request_id": entry.request_id, **lists}), MAX_ENTRY)
     digest = hashlib.sha256(annex).hexdigest()
-    return annex, _bounded(_json({**members, **dict.fromkeys(lists, ()), "annex": digest}), MAX_INTENT)
-
-
-def _short(lists: Iterable[Sequence[str]]) -> bool:
-    """Whether the lists are certainly short: a character takes at most six bytes of JSON, and each text and list three more."""
-    return sum(3 + sum(3 + 6 * len(text) for text in texts) for texts in lists) <= _MAX_LISTS
+    return annex, _bounded(write_object({**members, **dict.fromkeys(lists, ()), "annex": digest}), MAX_INTENT)
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -243,7 +237,7 @@ def parse(data: bytes) -> dict[str, Any]:
 
     A newer version may have added members and kinds: a gateway continues a log to which a newer one wrote.
     """
-    members = parse_object(data, "it")
+    members = read_object(data, "it")
     ENTRY.check(members)
     if not isinstance(members.get("kind"), str):
         raise InvalidMessage("it is of no known kind")
@@ -268,10 +262,6 @@ def parse_known(data: bytes) -> dict[str, Any]:
 def _members(entry: Entry) -> dict[str, Any]:
     kind = type(entry)
     return {"kind": entry.kind, **dict(zip(_NAMES[kind], _VALUES[kind](entry), strict=True))}
-
-
-def _json(value: object) -> bytes:
-    return _ENCODER.encode(value).encode()
 
 
 def _bounded(data: bytes, limit: int) -> bytes:

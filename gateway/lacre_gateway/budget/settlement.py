@@ -22,6 +22,7 @@ from lacre.errors import LacreError
 from lacre.evidence.receipts import Receipt
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
+from lacre_fabric.native.json_bytes import read_object
 from lacre_gateway.budget.in_flight import Reservation
 
 # Checked in one go. A signature takes some 0.1 ms, so this bounds the delay of an entry.
@@ -68,7 +69,7 @@ def judge(claim: Claim) -> Verdict:
     refused: ReceiptFault | None = None
     for token in reversed(claim.tokens):
         try:
-            receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key)
+            receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key, read_object)
         except LacreError:
             refused = refused or ReceiptFault.NOT_THE_POOLS
             continue

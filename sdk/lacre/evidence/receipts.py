@@ -12,6 +12,7 @@ from lacre.errors import InvalidReceipt, LacreError, UsageError, WrongModel
 from lacre.jose import jws
 from lacre.jose.formats import Format
 from lacre.runtime import arguments
+from lacre.runtime.json_objects import parse_object
 from lacre.trust.manifest import ModelEntry
 
 TYP: Final = "lacre-receipt+jwt"
@@ -58,16 +59,17 @@ class Receipt:
             "completion_tokens": self.completion_tokens, "start": self.start, "end": self.end, "final": self.final,
         }  # fmt: skip
 
-    def sign(self, key: Ed25519PrivateKey) -> str:
+    def sign(self, key: Ed25519PrivateKey, write: jws.Write = jws.written) -> str:
+        """write: as in `jws.sign`."""
         arguments.instance(key, Ed25519PrivateKey, "key")
-        return jws.sign(self.members(), key, TYP)
+        return jws.sign(self.members(), key, TYP, write)
 
     @classmethod
-    def verify(cls, token: str, key: bytes) -> Receipt:
-        """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest."""
+    def verify(cls, token: str, key: bytes, read: jws.Read = parse_object) -> Receipt:
+        """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest. read: see `jws.verify`."""
         arguments.instance(token, str, "token")
         arguments.instance(key, bytes, "key")
-        members = RECEIPT.members(jws.verify(token, key, TYP))
+        members = RECEIPT.members(jws.verify(token, key, TYP, read))
         return cls(
             enc=members.text("enc"),
             model=members.text("model"),
