@@ -21,6 +21,7 @@ from lacre.wire.header import SEALED_PATH, SealedHeader
 from lacre.wire.outer import MAX_LENS_LAYERS, MAX_LENS_TOKENS, MAX_PARTS
 from lacre.wire.padding import SMALLEST
 from lacre_fabric.logs import Log
+from lacre_fabric.native.ed25519 import Signer
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.work.contract import FabricUnavailable, GatewayFabric
 from lacre_fabric.work.revocations import Revocation
@@ -79,7 +80,7 @@ class Gateway:
     """The parts of a running gateway. fabric: None until it is connected. ending: set when it is to drain and end. clock:
     seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it. doors: of its listeners,
     by name. calls: the limits of calls of its apps. reloading: replaces settings, if they came from a file.
-    key: signs grants and checkpoints; keys: all that it has.
+    key: signs grants and checkpoints; signer: does so for grants; keys: all that it has.
     """  # fmt: skip
 
     settings: GatewaySettings
@@ -104,6 +105,7 @@ class Gateway:
     sealed_url: str
     fabric: GatewayFabric | None = None
     queues: Queues = field(init=False)
+    signer: Signer = field(init=False, repr=False)
     doors: dict[str, Door] = field(default_factory=dict)
     calls: list[AddressLimit] = field(default_factory=list)
     reloading: ReloadsSettings | None = None
@@ -112,6 +114,7 @@ class Gateway:
     ending: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.signer = Signer(self.key)
         self.queues = Queues(self.log, self.connected, self._places)
         self.revocations.report = self.tell_revoked
         self.feed.report = self.tell_manifest
@@ -140,7 +143,6 @@ class Gateway:
         await self.authenticator.close()
         self.refusals.close()
         self.lines.close()
-        await self.settlement.close()
         await self.budgets.close()
         await self.audit.close()
         if self.webhook is not None:
@@ -162,7 +164,7 @@ class Gateway:
             self._lacking = manifest.gateway_key
             return
         if raw_public_key(self.key) != manifest.gateway_key:
-            self.key, self.pseudonyms = due, Pseudonyms(due)
+            self.key, self.signer, self.pseudonyms = due, Signer(due), Pseudonyms(due)
             self.log.info("signing key replaced")
         if self.audit.public != manifest.gateway_key:
             self.audit.rotate(key=due)

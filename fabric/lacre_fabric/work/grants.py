@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from lacre.errors import Expired, InvalidMessage, InvalidSignature
 from lacre.jose import jws
+from lacre.jose.ed25519 import Signs
 from lacre.jose.formats import Format
+from lacre_fabric.native.ed25519 import verifies
 from lacre_fabric.native.json_bytes import read_object, write_object
 
 TYP: Final = "lacre-grant+jwt"
@@ -56,7 +56,7 @@ class Grant:
             "features": list(self.features), "fair": list(self.fair), "enc": self.enc,
         }  # fmt: skip
 
-    def sign(self, key: Ed25519PrivateKey) -> str:
+    def sign(self, key: Signs) -> str:
         return jws.sign(self.members(), key, TYP, write_object)
 
     @classmethod
@@ -86,8 +86,8 @@ def _signed_by_one(token: str, keys: Sequence[bytes]) -> dict[str, Any]:
     """Its members. Raises InvalidMessage or InvalidSignature."""
     for key in keys[:-1]:
         with suppress(InvalidSignature):
-            return jws.verify(token, key, TYP, read_object)
-    return jws.verify(token, keys[-1], TYP, read_object)
+            return jws.verify(token, key, TYP, read_object, verifies)
+    return jws.verify(token, keys[-1], TYP, read_object, verifies)
 
 
 def _pair(pseudonyms: tuple[str, ...]) -> tuple[str, str]:

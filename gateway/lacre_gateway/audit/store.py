@@ -35,6 +35,7 @@ from lacre.evidence.checkpoints import Checkpoint
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import file_locks
 from lacre.runtime.json_objects import parse_object
+from lacre_fabric.native.ed25519 import Signer
 from lacre_gateway.audit import chain, journal, open_requests, series, tiles
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import Event, LogLink, encode, parse
@@ -134,6 +135,7 @@ class Store:
         if following is None:
             raise SettingsError(f"audit: signing_key lacks the key with which the log in {folder} continues: restore it there")
         self._key, self.public, self._next = key, raw_public_key(key), following
+        self._signer = Signer(key)
         if loaded.note:
             origin = checkpoints.parse(loaded.note).origin
         else:
@@ -183,7 +185,7 @@ class Store:
         nodes = {(height, index): node for height, index, node in self._edge.nodes()}
         for entry in entries:
             nodes.update(((height, index), node) for height, index, node in self._edge.append(entry))
-        note = Checkpoint(self.origin, self._edge.size, self._edge.root()).sign(self._key, self._identity)
+        note = Checkpoint(self.origin, self._edge.size, self._edge.root()).sign(self._signer, self._identity)
         try:
             self._journal.append(entries, note)
         except OSError:

@@ -1,36 +1,28 @@
-"""Settles requests by their receipts, verified in batches, without delaying requests.
+"""Settles requests by their receipts, where they end.
 
 Rules:
 - A request is settled by the newest receipt that the pool signed for it: the final one, or if the stream broke, the last one on
   a beat. A receipt that is not the pool's, or is for another request, proves nothing, and an older one may count.
 - A receipt that the pool did sign and that claims more than the grant settles nothing, and no older one counts. The worker
   broke its grant, so its claims are refused.
-- No claim is lost: even if one of a batch fails, or the thread does, each claim gets one verdict.
-- Signatures are checked in a thread, all waiting ones together: the event loop goes on forwarding.
+- Each claim gets one verdict, even if judging it fails, and a fault in one costs no other its verdict.
+- A signature takes some 60 µs, less than a way to a thread and back. A claim has few receipts, of bounded length
+  (`lacre_fabric.work.gateway_stream`).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
 
 from lacre.errors import LacreError
 from lacre.evidence.receipts import Receipt
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
+from lacre_fabric.native.ed25519 import verifies
 from lacre_fabric.native.json_bytes import read_object
 from lacre_gateway.budget.in_flight import Reservation
-
-# Checked in one go. A signature takes some 0.1 ms, so this bounds the delay of an entry.
-MAX_BATCH: Final = 256
-# Seconds that a claim waits for others. No request waits for it, and going to the thread and back costs more than a signature.
-_LINGER: Final = 0.025
-
-_CLOSE_LIMIT: Final = 10.0  # seconds: 256 claims take 25 ms, and thousands of them a second or so
 
 
 class ReceiptFault(StrEnum):
@@ -69,7 +61,7 @@ def judge(claim: Claim) -> Verdict:
     refused: ReceiptFault | None = None
     for token in reversed(claim.tokens):
         try:
-            receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key, read_object)
+            receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key, read_object, verifies)
         except LacreError:
             refused = refused or ReceiptFault.NOT_THE_POOLS
             continue
@@ -83,65 +75,21 @@ def judge(claim: Claim) -> Verdict:
     return Verdict(refused=refused)
 
 
-_Waiting = tuple[Claim, Callable[[Verdict], None]]
-
-
 class Settlement:
-    """Takes claims and reports each one's verdict a little later. Used on the event loop; closed by `close`."""
+    """Reports the verdict on each claim. Used on the event loop, after the answer has left."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._waiting: deque[_Waiting] = deque()
-        self._task: asyncio.Task[object] | None = None
-        self.batches = 0
 
     def settle(self, claim: Claim, then: Callable[[Verdict], None]) -> None:
-        """Returns at once; `then` is called on the event loop."""
-        self._waiting.append((claim, then))
-        if self._task is None or self._task.done():
-            self._task = tasks.detach("settlement", self._drain())
-
-    async def close(self) -> None:
-        """Every claim so far has its verdict when this returns. Claims that a thread does not judge in time are judged here."""
-        if self._task is not None:
-            await asyncio.wait({self._task}, timeout=_CLOSE_LIMIT)
-            await tasks.end(self._task)
-        while self._waiting:
-            batch = self._next_batch()
-            self._tell(batch, _judge_all([claim for claim, _ in batch]))
-
-    async def _drain(self) -> None:
-        await asyncio.sleep(_LINGER)
-        while self._waiting:
-            batch = self._next_batch()
-            claims = [claim for claim, _ in batch]
-            try:
-                verdicts = await asyncio.to_thread(_judge_all, claims)
-            except asyncio.CancelledError:
-                self._waiting.extendleft(reversed(batch))
-                raise
-            except RuntimeError as exc:  # the system has no more threads
-                tasks.failed("settlement", exc)
-                verdicts = _judge_all(claims)
-            self._tell(batch, verdicts)
-
-    def _next_batch(self) -> list[_Waiting]:
-        return [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
-
-    def _tell(self, batch: Sequence[_Waiting], verdicts: Sequence[Verdict]) -> None:
-        self.batches += 1
-        for (claim, then), verdict in zip(batch, verdicts, strict=True):
-            if verdict.refused is not None:
-                where = {"request_id": claim.request_id, "pool": claim.pool}
-                self._log.warning("receipt refused", **where, reason=verdict.refused.value)
-            try:
-                then(verdict)
-            except Exception as exc:  # noqa: BLE001 - one request's fault must not cost the others of its batch their verdicts
-                tasks.failed("settlement", exc)
-
-
-def _judge_all(claims: Sequence[Claim]) -> list[Verdict]:
-    return [_judged(claim) for claim in claims]
+        """Calls `then` with the verdict. Raises nothing."""
+        verdict = _judged(claim)
+        if verdict.refused is not None:
+            self._log.warning("receipt refused", request_id=claim.request_id, pool=claim.pool, reason=verdict.refused.value)
+        try:
+            then(verdict)
+        except Exception as exc:  # noqa: BLE001 - the request is over: its own path has nothing left to do with this
+            tasks.failed("settlement", exc)
 
 
 def _judged(claim: Claim) -> Verdict:

@@ -8,7 +8,7 @@ Rules:
   seal's final chunk. It ends properly if its worker may be lost, so that the client counts that, and by an abort otherwise.
 - A request that ends before its answer does is cancelled at the worker.
 - The intent is durable before the first byte of the answer leaves, and the answer's header proves it. The receipt that settles
-  the request is chosen later (see `settlement`), and nothing here waits for that.
+  the request is chosen after the answer has left (see `settlement`).
 """
 
 from __future__ import annotations
@@ -359,7 +359,7 @@ def _grant(gateway: Gateway, request: _Request) -> str:
         features=(),
         fair=gateway.pseudonyms.of(asked.principal, now),
         enc=b64u(request.digest),
-    ).sign(gateway.key)
+    ).sign(gateway.signer)
 
 
 async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list[bytes]:

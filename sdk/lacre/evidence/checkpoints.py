@@ -20,11 +20,9 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature as BadSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge
 from lacre.evidence.merkle import HASH_BYTES, MAX_LEAVES
+from lacre.jose.ed25519 import Signs, verifies
 
 MAX_NOTE: Final = 16 * 1024  # bytes: a checkpoint with sixteen signatures, even if some are post-quantum ones of witnesses
 _ED25519: Final = b"\x01"
@@ -47,7 +45,7 @@ class Checkpoint:
         """The bytes that the log signs."""
         return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n".encode()
 
-    def sign(self, key: Ed25519PrivateKey, identity: bytes) -> bytes:
+    def sign(self, key: Signs, identity: bytes) -> bytes:
         """The signed note. identity: `key_id` of this origin and the key's public half, computed once by the caller."""
         text = self.text()
         signature = base64.b64encode(identity + key.sign(text)).decode()
@@ -88,10 +86,8 @@ def verify(note: bytes, key: bytes) -> Checkpoint:
         blob = _base64(encoded)
         if name != checkpoint.origin or blob[:_KEY_ID_BYTES] != wanted:
             continue
-        try:
-            Ed25519PublicKey.from_public_bytes(key).verify(blob[_KEY_ID_BYTES:], text)
-        except (BadSignature, ValueError) as exc:
-            raise InvalidSignature("the signature of the checkpoint does not hold") from exc
+        if not verifies(key, blob[_KEY_ID_BYTES:], text):
+            raise InvalidSignature("the signature of the checkpoint does not hold")
         return checkpoint
     raise InvalidSignature("the checkpoint is not signed by the expected key")
 

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidReceipt, LacreError, UsageError, WrongModel
 from lacre.jose import jws
+from lacre.jose.ed25519 import Check, verifies
 from lacre.jose.formats import Format
 from lacre.runtime import arguments
 from lacre.runtime.json_objects import parse_object
@@ -65,11 +66,13 @@ class Receipt:
         return jws.sign(self.members(), key, TYP, write)
 
     @classmethod
-    def verify(cls, token: str, key: bytes, read: jws.Read = parse_object) -> Receipt:
-        """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest. read: see `jws.verify`."""
+    def verify(cls, token: str, key: bytes, read: jws.Read = parse_object, check: Check = verifies) -> Receipt:
+        """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest. read, check: as in
+        `jws.verify`.
+        """
         arguments.instance(token, str, "token")
         arguments.instance(key, bytes, "key")
-        members = RECEIPT.members(jws.verify(token, key, TYP, read))
+        members = RECEIPT.members(jws.verify(token, key, TYP, read, check))
         return cls(
             enc=members.text("enc"),
             model=members.text("model"),

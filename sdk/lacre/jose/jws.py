@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from cryptography.exceptions import InvalidSignature as BadSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge
+from lacre.jose.ed25519 import KEY_BYTES, Check, Signs, is_weak, verifies
 from lacre.runtime.json_objects import parse_object
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def written(payload: Mapping[str, Any]) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
-def sign(payload: Mapping[str, Any], key: Ed25519PrivateKey, typ: str, write: Write = written) -> str:
+def sign(payload: Mapping[str, Any], key: Signs, typ: str, write: Write = written) -> str:
     """Signs the JSON form of `payload`. write: makes that form."""
     return sign_bytes(write(payload), key, typ)
 
 
-def sign_bytes(payload: bytes, key: Ed25519PrivateKey, typ: str) -> str:
+def sign_bytes(payload: bytes, key: Signs, typ: str) -> str:
     """Signs bytes unchanged: the two signers of a change of root must sign the same bytes."""
     signed = f"{_header(typ)}.{b64u(payload)}"
     return f"{signed}.{b64u(key.sign(signed.encode()))}"
@@ -78,8 +78,11 @@ def _jws() -> jwt.PyJWS:
     return jwt.PyJWS(algorithms=[ALGORITHM])
 
 
-def verify(token: str, key: bytes | Ed25519PublicKey, typ: str, read: Read = parse_object) -> dict[str, Any]:
-    """The JSON object signed in `token`. key: 32 raw bytes or the key object. read: parses it, as `parse_object` does.
+def verify(
+    token: str, key: bytes | Ed25519PublicKey, typ: str, read: Read = parse_object, check: Check = verifies
+) -> dict[str, Any]:
+    """The JSON object signed in `token`. key: 32 raw bytes or the key object. read: parses it, as `parse_object` does. check:
+    verifies the signature, as `ed25519.verifies` does.
 
     Raises InvalidMessage (malformed), InvalidSignature (another key, other bytes or another `typ`), MessageTooLarge.
     """
@@ -88,32 +91,35 @@ def verify(token: str, key: bytes | Ed25519PublicKey, typ: str, read: Read = par
     # Some decoders ignore padding, which is not signed: two spellings of one statement would pass for two statements.
     signed, _, signature = token.rpartition(".")
     raw = b64u_decode(signature)
-    if isinstance(key, bytes):
-        try:
-            key = Ed25519PublicKey.from_public_bytes(key)
-        except ValueError as exc:
-            raise InvalidMessage("an Ed25519 public key has 32 bytes") from exc
+    public = key if isinstance(key, bytes) else key.public_bytes_raw()
+    if len(public) != KEY_BYTES:
+        raise InvalidMessage("an Ed25519 public key has 32 bytes")
     header, _, payload = signed.partition(".")
     if header == _header(typ):
-        return read(_verified(signed, payload, raw, key, typ), f"the payload of a {typ}")
-    return _verify_other(token, key, typ)
+        return read(_verified(signed, payload, raw, public, typ, check), f"the payload of a {typ}")
+    return _verify_other(token, raw, public, typ)
 
 
-def _verified(signed: str, payload: str, signature: bytes, key: Ed25519PublicKey, typ: str) -> bytes:
+def _verified(  # noqa: PLR0917 - the parts of one token
+    signed: str, payload: str, signature: bytes, public: bytes, typ: str, check: Check
+) -> bytes:
     """The payload under exactly our own header: nothing in it needs parsing, and it chooses nothing."""
     try:
-        key.verify(signature, signed.encode("ascii"))
-    except BadSignature as exc:
-        raise InvalidSignature(f"the signature of a {typ} is not by the expected key") from exc
+        data = signed.encode("ascii")
     except UnicodeEncodeError as exc:
         raise InvalidMessage(f"the {typ} is not a compact JWS") from exc
+    if not check(public, signature, data):
+        raise InvalidSignature(f"the signature of a {typ} is not by the expected key")
     return b64u_decode(payload)
 
 
-def _verify_other(token: str, key: Ed25519PublicKey, typ: str) -> dict[str, Any]:
+def _verify_other(token: str, signature: bytes, public: bytes, typ: str) -> dict[str, Any]:
     """For a header that says the same in another spelling, or something else."""
     import jwt  # noqa: PLC0415 - keeps `import lacre` fast
 
+    if is_weak(public) or is_weak(signature[:KEY_BYTES]):
+        raise InvalidSignature(f"the signature of a {typ} is not by the expected key")
+    key = Ed25519PublicKey.from_public_bytes(public)
     try:
         decoded = _jws().decode_complete(token, key, algorithms=[ALGORITHM])
     except jwt.InvalidSignatureError as exc:

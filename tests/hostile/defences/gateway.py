@@ -50,7 +50,7 @@ MUTATIONS: Final = Mutation.of(
      "self.problem = problem if problem in _FROM_WORKERS else problems.WORKER_LOST",
      "self.problem = problem or problems.WORKER_LOST"),
     ("frames: forged_receipt", "a request is settled by the pool's receipts", "lacre_gateway.budget.settlement:judge",
-     'receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key, read_object)',
+     'receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key, read_object, verifies)',
      "receipt = Receipt(**__import__('jwt').decode(token, options={'verify_signature': False}))"),
     ("frames: another_receipt", "a request is settled by its own receipts", "lacre_gateway.budget.settlement:judge",
      "if receipt.enc != claim.enc:"),
