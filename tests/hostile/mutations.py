@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,10 +18,10 @@ from typing import Final
 
 from hostile.defences import fabric, gateway, sdk, worker
 from hostile.mutation import ROOMS, Mutation
+from hostile.warm import Warm
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 COPIED: Final = (*ROOMS, "policies", "tests/hostile", "tests/parts", "tests/conftest.py", "pyproject.toml")
-LIMIT: Final = 10  # seconds for a test that a mutation sends round for ever, without its fixtures
 MUTATIONS: Final = (*sdk.MUTATIONS, *worker.MUTATIONS, *fabric.MUTATIONS, *gateway.MUTATIONS)
 
 
@@ -40,45 +39,33 @@ def copy() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run(tree: Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    """The tests of this folder that are named, on the code in `tree`."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(str(tree / room) for room in ROOMS),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    names = [f"tests/hostile/{test}" for test in tests]
-    limits = (f"--timeout={LIMIT}", "-o", "timeout_func_only=true")  # a machine may be too busy to set a test up in time
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *limits, *names]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=tree, env=environment, timeout=300)
-
-
-def survivor(tree: Path, mutation: Mutation) -> str:
+def survivor(warm: Warm, tree: Path, mutation: Mutation) -> str:
     """What the mutation's test said if it did not fail on it; empty if it did. A test that was not even run proves nothing."""
     path = mutation.path(tree)
-    good = path.read_text()
+    good, times = path.read_text(), path.stat()
     path.write_text(mutation.applied(good))
     try:
-        done = run(tree, mutation.test)
+        status, said = warm.run(f"tests/hostile/{mutation.test}")
     finally:
         path.write_text(good)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     failed = (f"FAILED tests/hostile/{mutation.test}", "plaintext left the process")
-    caught = done.returncode == 1 and any(sign in done.stdout for sign in failed)
-    return "" if caught else f"nothing failed: pytest ended with {done.returncode}\n{done.stdout[-4000:]}"
+    caught = status == 1 and any(sign in said for sign in failed)
+    return "" if caught else f"nothing failed: pytest ended with {status}\n{said[-4000:]}"
 
 
 def main() -> int:
     """Prints the table; the status says whether every mutation was caught."""
     survivors = 0
-    with copy() as tree:
-        sound = run(tree, *sorted({mutation.test for mutation in MUTATIONS}))
-        if sound.returncode != 0:
-            print(sound.stdout[-2000:], "the tests fail before anything was changed", sep="\n")
+    with copy() as tree, Warm.of(tree, ROOMS) as warm:
+        status, said = warm.run(*sorted({f"tests/hostile/{mutation.test}" for mutation in MUTATIONS}))
+        if status != 0:
+            print(said[-2000:], "the tests fail before anything was changed", sep="\n")
             return 1
         print("| defence taken away | in | caught by | seconds |\n|---|---|---|---|")
         for mutation in MUTATIONS:
             began = time.monotonic()
-            found = not survivor(tree, mutation)
+            found = not survivor(warm, tree, mutation)
             survivors += not found
             verdict = f"`{mutation.test}`" if found else "**nothing**"
             print(f"| {mutation.defence} | `{mutation.place}` | {verdict} | {time.monotonic() - began:.1f} |", flush=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hostile.attacks import every
-from hostile.mutation import Mutation, NotFound
+from hostile.mutation import ROOMS, Mutation, NotFound
 from hostile.mutations import MUTATIONS, ROOT, copy, survivor
+from hostile.warm import Warm
 
 SOURCE = """
 LIMIT = 4
@@ -85,8 +87,24 @@ def tree() -> Iterator[Path]:
         yield tree
 
 
+@pytest.fixture(scope="module")
+def warm(tree: Path) -> Iterator[Warm]:
+    with Warm.of(tree, ROOMS) as warm:
+        yield warm
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
-def test_is_caught(tree: Path, mutation: Mutation) -> None:
-    if said := survivor(tree, mutation):
+def test_is_caught(warm: Warm, tree: Path, mutation: Mutation) -> None:
+    if said := survivor(warm, tree, mutation):
         pytest.fail(said)
+
+
+@pytest.mark.slow
+def test_what_no_attack_notices_is_not_caught_and_a_changed_source_is_read_again(warm: Warm, tree: Path) -> None:
+    defence = MUTATIONS[0]
+    harmless = replace(defence, new=defence.old)
+    assert survivor(warm, tree, harmless)
+    assert not survivor(warm, tree, defence)
+    assert warm.run(f"tests/hostile/{defence.test}")[0] == 0
+    assert survivor(warm, tree, replace(defence, by="trust: nobody"))  # a test that is not there
