@@ -6,8 +6,6 @@ import asyncio
 import io
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +34,7 @@ from lacre_fabric.operate.stores import StoredEntry, provision_site
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.revocations import Revocation, StoreMark
 from lacre_gateway.auth.revocation import RevocationList
+from parts.commands import run_lacre
 from parts.fabric import LiveFabric
 from parts.small_disk import NO_DISK, filled, small_disk
 
@@ -82,11 +81,9 @@ async def revocations(fabric: NatsGateway, log: io.StringIO | None = None) -> Re
 
 async def lacre(*words: str | Path, ok: bool = True) -> str:
     """What the command says; on stderr where it fails."""
-    command = [sys.executable, "-P", "-m", "lacre", *map(str, words)]
-    run = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = await run.communicate()
-    assert (run.returncode == 0) is ok, (out, err)
-    return (out + err).decode()
+    done = await asyncio.to_thread(run_lacre, *words)
+    assert (done.returncode == 0) is ok, (done.stdout, done.stderr)
+    return done.stdout + done.stderr
 
 
 def passphrase_in(folder: Path, mode: int = 0o600) -> Path:

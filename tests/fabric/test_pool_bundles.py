@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
@@ -34,6 +32,7 @@ from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.stores import provision_site
 from lacre_fabric.work.contract import FabricUnavailable
+from parts.commands import run_lacre
 from parts.fabric import Kept, answer, new_work, read
 from parts.stage.processes import launched, stopped
 from parts.waiting import until
@@ -331,5 +330,6 @@ def test_files_alone(tmp_path: Path) -> None:
 
 
 def lacre(*arguments: str) -> str:
-    command = [sys.executable, "-P", "-m", "lacre", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = run_lacre(*arguments)
+    done.check_returncode()
+    return done.stdout

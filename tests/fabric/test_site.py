@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from lacre_fabric.operate.nats_server import executable, free_port
 from lacre_fabric.operate.site import GATEWAY_ID, Site
 from lacre_fabric.work.contract import Capacity, FabricUnavailable
 from lacre_gateway import settings as gateway
+from parts.commands import run_lacre
 from parts.fabric import LiveFabric, Parties
 from parts.waiting import until
 
@@ -176,8 +176,9 @@ BUNDLES = {
 
 
 def bundles(state: Path, *options: str) -> str:
-    command = [sys.executable, "-P", "-m", "lacre", *COMMAND, f"--state={state}", *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    done = run_lacre(*COMMAND, f"--state={state}", *options)
+    done.check_returncode()
+    return done.stdout.strip()
 
 
 @pytest.fixture

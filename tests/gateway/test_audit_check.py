@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
 from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome, written
 from parts.bent import flipped, swapped, without
+from parts.commands import run_lacre
 
 REQUESTS = 700  # 1402 entries: five full bundles and a part of the sixth
 STARTED = Event(time=1.0, event=kinds.STARTED)
@@ -259,9 +259,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lacre(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lacre", "audit", *map(str, args)], capture_output=True, text=True, check=False
-    )
+    return run_lacre("audit", *args)
 
 
 def test_verify(small: Path, tmp_path: Path) -> None:

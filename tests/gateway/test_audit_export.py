@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.audit.reader import LogReader, Wrong
 from parts.auditing import KEY, ORIGIN, PUBLIC, erased, intent, opened, outcome
+from parts.commands import run_lacre
 from parts.stage import POOL, Stage
 from parts.waiting import until
 
@@ -145,9 +145,7 @@ def test_ocsf(pristine: Path) -> None:
 
 
 def lacre(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lacre", "audit", *map(str, args)], capture_output=True, text=True, check=False
-    )
+    return run_lacre("audit", *args)
 
 
 def test_a_cursor_goes_on_where_it_was(logs: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lacre_gateway.audit.entries import Entry, Outcome, encode, parse
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.budget.bill import Bill, bill, groups_of
 from parts.auditing import erased, intent, opened, outcome, rotated
-from parts.up import LACRE
+from parts.commands import run_lacre
 
 DAY = 1_796_000_000.0  # 2026-11-30, an hour after midnight
 
@@ -96,7 +96,7 @@ async def put(log: AuditLog, *entries: Entry) -> None:
 
 
 def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*LACRE, "budget", "report", *arguments], check=False, capture_output=True, text=True, timeout=90)
+    return run_lacre("budget", "report", *arguments)
 
 
 async def test_the_command_reads_rotated_logs(tmp_path: Path) -> None:

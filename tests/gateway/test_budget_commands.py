@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -14,7 +15,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio
 import httpx2
 import pytest
 
@@ -23,9 +23,9 @@ from lacre.errors import InvalidMessage, RefusedError, SettingsError
 from lacre_gateway.admin.calls import MAX_ANSWER, AdminApi, address_of, admin_token
 from lacre_gateway.admin.reports import TenantsReport
 from lacre_gateway.settings import Admin, GatewaySettings
+from parts.commands import run_lacre_bytes
 from parts.relay import Stream
 from parts.stage import Stage
-from parts.up import LACRE
 
 from .conftest import PutUp, served
 
@@ -58,7 +58,7 @@ async def desk(stage: Stage, folder: Path, scope: str = "lacre:admin") -> AsyncI
         async def typed(*arguments: str, **env: str) -> subprocess.CompletedProcess[bytes]:
             place = () if "--admin" in arguments else ("--admin", f"http://127.0.0.1:{port}")
             key = () if env else ("--token-file", str(token))
-            return await anyio.run_process([*LACRE, "budget", *arguments, *place, *key], check=False, env=clean | env)
+            return await asyncio.to_thread(run_lacre_bytes, "budget", *arguments, *place, *key, env=clean | env)
 
         yield typed
 

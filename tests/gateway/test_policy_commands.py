@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.explain import Explanation, explain, requested
 from lacre_gateway.policy.question import AdminQuestion, AnyQuestion
 from lacre_gateway.policy.replay import Replay, replay
+from parts.commands import run_lacre
 from parts.policies import BROKEN, CHAT, FAMILY, RULES, SCHEMA, USAGE, asked, copied
 from parts.stage import EchoStage, Kept
 
 
 def run(*args: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lacre", "policy", *map(str, args)]
-    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    return run_lacre("policy", *args, stdin=given)
 
 
 def said(*args: str | Path, given: str = "") -> Any:

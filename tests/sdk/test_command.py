@@ -24,6 +24,7 @@ from lacre.cli.output import EXIT_CODES, exit_code, printable
 from lacre.cli.render import ended_blocks
 from lacre_backend.api.app import create_app
 from parts.bent import without
+from parts.commands import run_lacre
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay, refusing, served
@@ -54,10 +55,7 @@ def run(gateway: Gateway, tmp_path: Path) -> Run:
     """Runs the command to its end, against the gateway."""
 
     def run(*arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-        variables = settings(gateway, tmp_path) | env
-        return subprocess.run(
-            [*LACRE, *arguments], check=False, capture_output=True, text=True, input=stdin, env=variables, timeout=90
-        )
+        return run_lacre(*arguments, stdin=stdin, env=settings(gateway, tmp_path) | env)
 
     return run
 

@@ -20,6 +20,7 @@ from lacre import problems
 from lacre.cli.usage import _row, _text
 from lacre.exchange.own_usage import MAX_DOCUMENT, PATH
 from parts.chat_app import ChatApp
+from parts.commands import run_lacre
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay, Stream, connect, connect_async
 from parts.terminal import at_terminal
@@ -140,10 +141,7 @@ def gateway() -> Iterator[Gateway]:
 @pytest.fixture
 def run(gateway: Gateway, tmp_path: Path) -> Run:
     def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*LACRE, "usage", *arguments], check=False, capture_output=True, text=True, timeout=90,
-            env=settings(gateway, tmp_path) | env,
-        )  # fmt: skip
+        return run_lacre("usage", *arguments, env=settings(gateway, tmp_path) | env)
 
     return run
 
@@ -175,9 +173,7 @@ def test_the_command_at_a_terminal_of_80_columns(gateway: Gateway, tmp_path: Pat
 def test_a_refusal_has_its_exit_code_and_request_id(tmp_path: Path) -> None:
     answer = refused(problems.UNKNOWN_PLAN, **{"lacre-request-id": "r-1"})
     with beside(Gateway(saying(answer))) as live:
-        done = subprocess.run(
-            [*LACRE, "usage", "--json"], check=False, capture_output=True, text=True, timeout=90, env=settings(live, tmp_path)
-        )
+        done = run_lacre("usage", "--json", env=settings(live, tmp_path))
     assert done.returncode == 3
     assert json.loads(done.stdout)["error"]["request_id"] == "r-1"
     assert "plans.toml" in done.stderr

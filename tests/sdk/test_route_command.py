@@ -12,10 +12,10 @@ import pytest
 
 from lacre.trust.routes import ModelRoute, RouteTarget
 from lacre_backend.api.app import create_app
+from parts.commands import run_lacre
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay
-from parts.up import LACRE
 
 SHARED = (RouteTarget("default", "tiny", 3), RouteTarget("canary", "new", 1))
 ROUTES = {
@@ -41,9 +41,7 @@ def gateway() -> Iterator[Gateway]:
 @pytest.fixture
 def run(gateway: Gateway, tmp_path: Path) -> Run:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*LACRE, *arguments], check=False, capture_output=True, text=True, env=settings(gateway, tmp_path), timeout=90
-        )
+        return run_lacre(*arguments, env=settings(gateway, tmp_path))
 
     return run
 
