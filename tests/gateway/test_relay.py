@@ -228,7 +228,7 @@ async def test_every_answer_is_settled_when_it_has_left(stage: Stage, worker: Fa
     busy = [asyncio.create_task(asyncio.to_thread(go.wait)) for _ in range(64)]
     try:
         assert all([await ask(stage, client) for _ in range(5)])
-        entries = await stage.trail(10)
+        entries = await stage.trail(5)
     finally:
         go.set()
         await asyncio.gather(*busy)

@@ -103,8 +103,7 @@ def test_is_caught(warm: Warm, tree: Path, mutation: Mutation) -> None:
 @pytest.mark.slow
 def test_what_no_attack_notices_is_not_caught_and_a_changed_source_is_read_again(warm: Warm, tree: Path) -> None:
     defence = MUTATIONS[0]
-    harmless = replace(defence, new=defence.old)
-    assert survivor(warm, tree, harmless)
+    assert "ended with 0" in survivor(warm, tree, replace(defence, new=defence.old))
     assert not survivor(warm, tree, defence)
     assert warm.run(f"tests/hostile/{defence.test}")[0] == 0
-    assert survivor(warm, tree, replace(defence, by="trust: nobody"))  # a test that is not there
+    assert "ended with 4" in survivor(warm, tree, replace(defence, by="trust: nobody"))  # there is no such test

@@ -30,8 +30,8 @@ import pytest
 
 LIMIT: Final = 10  # seconds for a test that a mutation sends round for ever, without its fixtures
 PATIENCE: Final = 300  # seconds for a run
-# Fixtures have no limit: a machine may be too busy to set a test up in time.
-OPTIONS: Final = ("-q", "-x", "-p", "no:cacheprovider", f"--timeout={LIMIT}", "-o", "timeout_func_only=true")
+LIMITS: Final = (f"--timeout={LIMIT}", "-o", "timeout_func_only=true")  # a busy machine is slow to set a test up
+OPTIONS: Final = ("-q", "-x", "-p", "no:cacheprovider", *LIMITS)
 
 
 class Warm:

@@ -33,6 +33,8 @@ from typing import Final
 
 # A worker's modules are not among them: few commands import them, and they load the model's library.
 PACKAGES: Final = ("lacre", "lacre_fabric", "lacre_gateway")
+# Read by no command: OpenAI's library, which takes as long as all the rest, and what makes this process the command.
+LEFT_OUT: Final = ("lacre.openai", "__main__")
 MAX_REQUEST: Final = 131_072  # bytes: words and an environment
 
 
@@ -83,6 +85,7 @@ def _forking() -> socket.socket:
         process.wait(60)
 
     atexit.register(end)
+    assert ours.recv(1), "the process that forks did not start"  # no command's patience pays for this
     return ours
 
 
@@ -92,6 +95,7 @@ def _forking() -> socket.socket:
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     _import_all()
+    channel.send(b"+")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend a command
     while True:
         request, files, _, _ = socket.recv_fds(channel, MAX_REQUEST, 4)
@@ -111,8 +115,9 @@ def _import_all() -> None:
         entry.load()
     for package in (importlib.import_module(name) for name in PACKAGES if find_spec(name)):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+            if not module.name.endswith(LEFT_OUT):
+                with suppress(ImportError):  # it needs an extra that is not installed here
+                    importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process that forks has one thread"
