@@ -74,6 +74,9 @@ async def serving(respond: Respond) -> AsyncIterator[Server]:
             yield server
         finally:
             await running.shutdown([listener])
+            for connection in list(running.server_state.connections):  # whose client was still there after a second
+                connection.transport.abort()
+            await asyncio.sleep(0)
 
 
 @contextlib.asynccontextmanager
