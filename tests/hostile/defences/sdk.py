@@ -155,8 +155,8 @@ MUTATIONS: Final = Mutation.of(
         "trust: own_pool_key",
         "signatures are verified",
         "lacre.jose.jws:_verified",
-        'key.verify(signature, signed.encode("ascii"))',
-        'signed.encode("ascii")',
+        "check(public, signature, data)",
+        "data",
     ),
     (
         "trust: other_words",
