@@ -77,11 +77,11 @@ def test_only_so_many_decisions_are_taken_and_none_is_remembered() -> None:
         taken += 1
         return one.max_tokens == 1 or SHIPPED.would_allow(one)
 
-    before = len(SHIPPED._decisions._values)
+    before = len(SHIPPED._verdicts._values)
     denied(count, question(max_tokens=MAX_TOKENS), MODELS, ())
     denied(lambda one: bool(count(one) and False), question(), [f"m{number}" for number in range(5000)], ())
     assert taken < 32 + 1 + MAX_LISTED + 10
-    assert len(SHIPPED._decisions._values) == before
+    assert len(SHIPPED._verdicts._values) == before
 
 
 def test_the_models_of_a_typo_are_those_that_policy_allows() -> None:
