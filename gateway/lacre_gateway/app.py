@@ -11,19 +11,21 @@ from typing import Final
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lacre import problems
 from lacre.jose.dpop import plain_url
 from lacre.wire.header import SEALED_PATH
 from lacre_fabric.work.contract import FabricError
 from lacre_gateway.budget.holds import BudgetRefused
 from lacre_gateway.gateway import Gateway
-from lacre_gateway.http.access_log import AccessLog
+from lacre_gateway.http.access_log import FACTS, KNOWN, AccessLog, RequestLog
 from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import answer_with_problems, described
-from lacre_gateway.http.exchange import FACTS, KNOWN
+from lacre_gateway.http.clock import Clock
+from lacre_gateway.http.connection import Sealed
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.public_api import PATHS, SECURITY
+from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.relay.failures import refusal_for
 from lacre_gateway.relay.pools import etag, require
 from lacre_gateway.relay.relay import SealedEndpoint
@@ -33,28 +35,22 @@ OWN_USAGE_PATH: Final = "/v1/me/usage"
 
 
 class GatewayApp(FastAPI):
-    """Sealed requests bypass the layers and routes of the others, which would cost each request more than the decision about it
-    (docs/performance.md).
+    """sealed: serves the sealed requests. The listener passes them to it and not through ASGI, whose layers would cost each of
+    them more than the decision about it (docs/performance.md).
     """
 
-    sealed: ASGIApp
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == SEALED_PATH and scope["method"] == "POST":
-            await self.sealed(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+    sealed: Sealed
 
 
 def create_app(gateway: Gateway) -> GatewayApp:
-    """An ASGI app that serves from `gateway`; it neither starts nor stops any of its parts."""
+    """An app that serves from `gateway`; it neither starts nor stops any of its parts."""
     app = GatewayApp(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
-    app.add_middleware(AccessLog, log=gateway.log, lines=gateway.lines)
+    log = RequestLog(gateway.log, gateway.lines)
+    app.add_middleware(AccessLog, log=log)
     answer_with_problems(app)
-    sealed = SealedEndpoint(gateway)
-    app.sealed = AccessLog(sealed, gateway.log, gateway.lines)
-    app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for the answers to other methods
+    app.sealed = Sealed(SealedEndpoint(gateway).serve, log, Clock())
+    app.router.routes.append(Route(SEALED_PATH, _by_listener, methods=["POST"]))  # for the answers to other methods
     limit = AddressLimit(gateway.settings.limits.calls_per_address)
     limit.install(app)
     gateway.calls.append(limit)
@@ -65,6 +61,11 @@ def create_app(gateway: Gateway) -> GatewayApp:
         app.add_api_route(path, endpoint, methods=_READ, include_in_schema=False)
     app.openapi = partial(described, app, PATHS, SECURITY)  # type: ignore[method-assign]
     return app
+
+
+async def _by_listener(_request: Request) -> Response:
+    """A sealed request that came through ASGI: behind another server than ours, which would not bound it."""
+    raise Refusal(problems.NOT_READY, noted="sealed requests need the gateway's own listener: see `make_server`")
 
 
 async def serve_manifest(request: Request) -> Response:

@@ -32,6 +32,7 @@ from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeou
 from lacre_fabric.work.frames import FrameKind
 from parts.bent import flipped
 from parts.by_hand import CHAT, Answer, Sealed
+from parts.frames import frames_of
 from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage, running, until
@@ -343,7 +344,7 @@ class TestReceipts:
         app.answer = app.slowly
         sealed = stage.seal()
         dispatch = await stage.dispatch(sealed)
-        async with aclosing(dispatch.frames()) as frames:
+        async with aclosing(frames_of(dispatch)) as frames:
             async for _ in frames:
                 await until(lambda: len(dispatch.receipts) > 1)
                 first, *_, last = map(stage.receipt, dispatch.receipts)
@@ -397,7 +398,7 @@ class TestCancelling:
     async def test_a_gateway_that_withdraws_frees_the_slot(self, stage: Stage, app: App) -> None:
         app.answer = app.slowly
         dispatch = await stage.dispatch(stage.seal())
-        async with aclosing(dispatch.frames()) as frames:
+        async with aclosing(frames_of(dispatch)) as frames:
             async for _ in frames:
                 break
         await asyncio.wait_for(app.left.wait(), 10)
@@ -414,7 +415,7 @@ class TestCancelling:
         node = stage.node(app)
         task = asyncio.create_task(node.run())
         dispatch = await stage.dispatch(stage.seal())
-        async with aclosing(dispatch.frames()) as frames:
+        async with aclosing(frames_of(dispatch)) as frames:
             await anext(frames)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

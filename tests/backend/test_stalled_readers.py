@@ -14,6 +14,7 @@ from lacre.asgi.app_call import MAX_PENDING
 from lacre_backend.api.http import until_disconnect
 from lacre_backend.app_thread import Elsewhere
 from lacre_fabric.work.frames import Frame
+from parts.frames import frames_of
 from parts.keys import NOW
 from parts.stage import Stage, running, until
 from parts.told_app import STREAM, App
@@ -51,7 +52,7 @@ def app(request: pytest.FixtureRequest) -> Iterator[tuple[Flood, Any]]:
 
 async def stalled(stage: Stage, app: Flood) -> AsyncGenerator[Frame, None]:
     """A request whose reader takes one frame, and no more. Returns when the worker may send nothing any more."""
-    frames = (await stage.dispatch(stage.seal())).frames()
+    frames = frames_of(await stage.dispatch(stage.seal()))
     await anext(frames)
     await until(lambda: app.sent > MAX_PENDING, PATIENCE)
     before = -1

@@ -18,6 +18,7 @@ from lacre_fabric.work.contract import CREDIT, Delivery, Dispatch, GatewayFabric
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import PARTING
 from parts.fabric import Kept, LiveFabric, Parties, new_work
+from parts.frames import frames_of
 from parts.memory_fabric import MemoryFabric
 
 
@@ -47,7 +48,7 @@ async def fabric(request: pytest.FixtureRequest, nats: LiveFabric) -> AsyncItera
 
 async def collect(dispatch: Dispatch) -> list[tuple[FrameKind, bytes]]:
     frames = []
-    async for frame in dispatch.frames():
+    async for frame in frames_of(dispatch):
         frames.append((frame.kind, frame.payload))
         await dispatch.consumed(len(frame.payload))
     return frames
@@ -66,7 +67,7 @@ class UnderWay:
     async def part_read(self) -> AsyncGenerator[Frame, None]:
         """Its frames, the first of which is read."""
         await self.delivery.send(FrameKind.DATA, b"x")
-        frames = self.dispatch.frames()
+        frames = frames_of(self.dispatch)
         await anext(frames)
         return frames
 

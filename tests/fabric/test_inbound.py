@@ -14,6 +14,7 @@ from lacre_fabric.work.contract import CREDIT, Cancelled, FabricError, FrameGap,
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import CATCH_UP, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
 from lacre_fabric.work.worker_stream import Outbound
+from parts.frames import frames_in
 
 ONE, OTHER = "1" * 32, "2" * 32
 
@@ -28,7 +29,7 @@ def received(*frames: Frame, limit: float = 5.0) -> tuple[list[Frame], FabricErr
         inbound.fail(WorkerLost("nothing more comes"))
         got: list[Frame] = []
         try:
-            async for frame in inbound.frames():
+            async for frame in frames_in(inbound):
                 got.append(frame)
         except FabricError as exc:
             return got, exc
@@ -59,7 +60,7 @@ async def test_beats_count_and_are_not_read() -> None:
     assert inbound.started.is_set()
     assert inbound.receipt == b"so far"
     inbound.put(Frame(ONE, 3, FrameKind.USAGE, b"final"))
-    assert [frame.kind async for frame in inbound.frames()] == [FrameKind.DATA, FrameKind.USAGE]
+    assert [frame.kind async for frame in frames_in(inbound)] == [FrameKind.DATA, FrameKind.USAGE]
     assert inbound.receipt == b"final"
 
 
@@ -215,7 +216,7 @@ async def test_a_reader_that_stood_still_takes_no_worker_for_lost(limit: float) 
     time.sleep(limit + 2 * STOOD_STILL)  # noqa: ASYNC251 - that is the point
     await asyncio.sleep(0.01)
     inbound.put(Frame(ONE, 0, FrameKind.USAGE, b"receipt"))
-    assert [frame.kind async for frame in inbound.frames()] == [FrameKind.USAGE]
+    assert [frame.kind async for frame in frames_in(inbound)] == [FrameKind.USAGE]
 
 
 async def test_and_silence_after_that_counts() -> None:
@@ -223,7 +224,7 @@ async def test_and_silence_after_that_counts() -> None:
     time.sleep(0.05 + 2 * STOOD_STILL)  # noqa: ASYNC251 - that is the point
     with pytest.raises(QueueTimeout):
         async with asyncio.timeout(CATCH_UP + 2):
-            await anext(inbound.frames())
+            await anext(frames_in(inbound))
 
 
 def test_uvloop_has_no_time_for_a_timer_that_is_due() -> None:
@@ -233,7 +234,7 @@ def test_uvloop_has_no_time_for_a_timer_that_is_due() -> None:
         for number in range(20):
             with pytest.raises(QueueTimeout):
                 async with asyncio.timeout(15):
-                    await anext(Inbound(number / 10_000).frames())
+                    await anext(frames_in(Inbound(number / 10_000)))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(waited())

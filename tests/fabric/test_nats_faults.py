@@ -23,6 +23,7 @@ from lacre_fabric.work import contract
 from lacre_fabric.work.contract import BEAT, PRESENT_FOR, Dispatch, FabricError, FabricUnavailable, NoWorkers, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, Parties, answer, new_work, read, sealed_bytes
+from parts.frames import frames_of
 from parts.waiting import until
 
 
@@ -44,7 +45,7 @@ async def ends_with(dispatch: Dispatch) -> FabricError:
     """The error that the answer ends with."""
     with pytest.raises(FabricError) as caught:
         async with asyncio.timeout(15):
-            async for _ in dispatch.frames():
+            async for _ in frames_of(dispatch):
                 pass
     return caught.value
 
@@ -64,7 +65,7 @@ async def test_a_death_before_the_claim_costs_one_redelivery(parties: Parties) -
     assert (delivery.work, delivery.again) == (work, True)
     assert await delivery.claim()
     await delivery.send(FrameKind.USAGE, b"")
-    assert [frame.attempt async for frame in dispatch.frames()] == [delivery.attempt]
+    assert [frame.attempt async for frame in frames_of(dispatch)] == [delivery.attempt]
     assert await parties.live.queued() == 0
 
 
@@ -84,7 +85,7 @@ async def test_deliveries_that_come_to_nothing_lose_the_request(parties: Parties
     gateway, worker, other = await parties.gateway(), await parties.worker("a", "n1", slots=3), await parties.worker("a", "n2")
     dispatch = await gateway.dispatch(new_work())
     waiting = asyncio.create_task(other.pull())
-    frames = asyncio.create_task(anext(dispatch.frames()))
+    frames = asyncio.create_task(anext(frames_of(dispatch)))
     for _ in range(2):
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
@@ -247,7 +248,7 @@ async def test_a_mark_excuses_no_other_message(parties: Parties, of: str) -> Non
 async def test_closing_ends_what_waits(parties: Parties) -> None:
     gateway, _ = await parties.gateway(), await parties.worker()
     dispatch = await gateway.dispatch(new_work())
-    waiting = asyncio.create_task(anext(dispatch.frames()))
+    waiting = asyncio.create_task(anext(frames_of(dispatch)))
     await asyncio.sleep(0.1)
     await gateway.close()
     with pytest.raises(FabricUnavailable, match="closing"):
@@ -354,7 +355,7 @@ async def test_everybody_comes_back_after_a_restart(own: Parties) -> None:
     assert delivery.work == new
     assert await delivery.claim()
     await delivery.send(FrameKind.USAGE, b"")
-    assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.USAGE]
+    assert [frame.kind async for frame in frames_of(dispatch)] == [FrameKind.USAGE]
     await delivery.drop()
     worker.release()
     assert await answered(worker, gateway)
@@ -464,7 +465,7 @@ async def test_what_came_when_it_could_not_any_more_goes_back(ends: Ends) -> Non
     ends.able.able = set()
     dispatch = await ends.gateway.dispatch(new_work())
     async with asyncio.timeout(15):
-        frames = [frame async for frame in dispatch.frames()]
+        frames = [frame async for frame in frames_of(dispatch)]
     assert [(frame.kind, frame.payload) for frame in frames] == [(FrameKind.ERROR, problems.UNCLAIMED.type.encode())]
     assert not pulling.done()
     await tasks.end(pulling)

@@ -25,6 +25,7 @@ from lacre_fabric.work.contract import FabricUnavailable, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from parts.cut import Cut, way_to
 from parts.fabric import POOLS, LiveFabric, Parties, answer, new_work, read
+from parts.frames import frames_of
 from parts.waiting import until
 
 WHOLE = [b"x", b"receipt"]  # an answer
@@ -137,7 +138,7 @@ async def test_an_answer_that_came_while_the_connection_was_away_is_missed_at_on
     began = time.monotonic()
     with pytest.raises(WorkerLost, match="connection to NATS broke"):
         async with asyncio.timeout(GRACE + 3):
-            await anext(dispatch.frames())
+            await anext(frames_of(dispatch))
     assert time.monotonic() - began >= GRACE - 0.5, "a worker that has it may still say so"
 
 

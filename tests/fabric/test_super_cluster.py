@@ -26,6 +26,7 @@ from lacre_fabric.work.contract import CREDIT, DuplicateWork, FabricError, Fabri
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.revocations import Revocation, subject_key
 from parts.fabric import Kept, new_work, read
+from parts.frames import frames_of
 from parts.nats_cluster import VOTER, SuperCluster
 from parts.waiting import until
 
@@ -198,7 +199,7 @@ async def test_where_nobody_is_the_others_answer(regions: Regions) -> None:
     delivery = await far.pull()
     assert await delivery.claim()
     await delivery.send(FrameKind.DATA, b"x")
-    assert (await anext(dispatch.frames())).payload == b"x"
+    assert (await anext(frames_of(dispatch))).payload == b"x"
     await dispatch.cancel()
     async with asyncio.timeout(10):
         await delivery.cancelled.wait()
@@ -374,7 +375,7 @@ async def test_another_region_is_lost(own: Regions) -> None:
     away = await far.pull()
     assert await away.claim()
     await away.send(FrameKind.DATA, b"x")
-    frames = crossing.frames()
+    frames = frames_of(crossing)
     assert (await anext(frames)).payload == b"x"
     own.cluster.nodes[AWAY].stop(signal.SIGKILL)
     with pytest.raises(WorkerLost):

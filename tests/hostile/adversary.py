@@ -31,6 +31,8 @@ from lacre_fabric.logs import PROCESSORS
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.frames import Frame, FrameKind
 from parts import audited, by_hand
+from parts.frames import frames_of
+from parts.in_memory_http import InMemoryHttp
 from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage
@@ -230,7 +232,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         frames: list[Frame] = []
 
         async def collect() -> None:
-            async with aclosing(dispatch.frames()) as coming:
+            async with aclosing(frames_of(dispatch)) as coming:
                 async for frame in coming:
                     frames.append(frame)
                     await dispatch.consumed(len(frame.payload))
@@ -302,65 +304,23 @@ def response(status: int, content: bytes | Iterable[bytes] | AsyncIterator[bytes
     return httpx2.Response(status, headers={"content-type": media_type} if media_type else {}, stream=Pieces(pieces))
 
 
-class AsgiWire(httpx2.AsyncBaseTransport):
-    """A client's connection to a real gateway app, which answers piece by piece. A gateway that aborts breaks the connection.
+class HttpWire(InMemoryHttp):
+    """A client's connection to a real gateway, which answers piece by piece.
 
     meddle: what somebody between the two makes of the request's headers.
     """
 
     def __init__(self, app: Any, eyes: Eyes) -> None:
-        self._app = app
+        super().__init__(app, "192.0.2.1")
         self.eyes = eyes
         self.requests: list[httpx2.Request] = []
         self.meddle: Callable[[list[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]] = list
+
+    def fields(self, request: httpx2.Request) -> list[tuple[bytes, bytes]]:
+        return self.meddle([(name.lower(), value) for name, value in super().fields(request)])
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
         body = await request.aread()
         self.eyes.see(body, str(request.url), *(part for pair in request.headers.raw for part in pair))
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request.method, "scheme": "http",
-            "path": request.url.path, "raw_path": request.url.raw_path, "query_string": b"", "root_path": "",
-            "headers": self.meddle([(name.lower(), value) for name, value in request.headers.raw]),
-            "client": ("192.0.2.1", 40000), "server": ("gateway.test", 80), "state": {},
-        }  # fmt: skip
-        call = _Call([{"type": "http.request", "body": body, "more_body": False}])
-        running = asyncio.create_task(call.run(self._app, scope))
-        start = await call.messages.get()
-        if start is None:
-            raise httpx2.ReadError("the connection broke")
-        return httpx2.Response(start["status"], headers=start["headers"], stream=Pieces(call.pieces(running)))
-
-
-@dataclass
-class _Call:
-    """One request to an ASGI app. bodies: what it is still to hear."""
-
-    bodies: list[dict[str, Any]]
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    messages: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-
-    async def run(self, app: Any, scope: dict[str, Any]) -> None:
-        try:
-            await app(scope, self._receive, self.messages.put)
-        except Exception:  # noqa: BLE001 - what a server does: it logs, and closes the connection
-            await self.messages.put(None)
-
-    async def _receive(self) -> dict[str, Any]:
-        if self.bodies:
-            return self.bodies.pop()
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def pieces(self, running: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        more = True
-        try:
-            while more:
-                if (message := await self.messages.get()) is None:
-                    raise httpx2.RemoteProtocolError("the peer closed the connection without a last chunk")
-                if message["body"]:
-                    yield message["body"]
-                more = message.get("more_body", False)
-        finally:
-            self.gone.set()
-            await running
+        return await super().handle_async_request(request)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from hostile.adversary import AsgiWire, Eyes, GatewayOwner, HostileFabric
+from hostile.adversary import Eyes, GatewayOwner, HostileFabric, HttpWire
 from hostile.attacks import Attack, Verdict
 from hostile.shapes import AsyncCaller, Caller, SyncCaller
 from parts.issuer import Issuer
@@ -86,6 +86,6 @@ async def honest(tmp_path: Path, issuer: Issuer, stage: Stage, eyes: Eyes) -> As
 
 
 @pytest.fixture
-def wire(honest: Stage, eyes: Eyes) -> AsgiWire:
+def wire(honest: Stage, eyes: Eyes) -> HttpWire:
     """The client's connection to it."""
-    return AsgiWire(honest.app, eyes)
+    return HttpWire(honest.app, eyes)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hostile.adversary import AsgiWire, Eyes, HostileFabric, framed
+from hostile.adversary import Eyes, HostileFabric, HttpWire, framed
 from hostile.attacks import NOTHING, Verdict, attack
 from hostile.shapes import Test
 from lacre import OpenError, problems
@@ -38,7 +38,7 @@ Frames: TypeAlias = Iterable[Frame]
 PassOn: TypeAlias = Callable[[str, Frame], Iterable[tuple[str, Frame]]]
 
 
-async def asked(stage: Stage, honest: Stage, wire: AsgiWire) -> str:
+async def asked(stage: Stage, honest: Stage, wire: HttpWire) -> str:
     """Somebody asks an honest gateway; the worker's frames pass through the adversary's hands."""
     worker = await stage.worker()
     before = len(stage.hub.works)
@@ -66,7 +66,7 @@ def passed(name: str, defence: str, refused: Any, *ways: Callable[[], PassOn], g
     """The attack of a fabric that passes an answer's frames on in these ways. refused: None where the caller gets the text."""
 
     @attack(name, "fabric", defence, refused, gain=gain, cases=ways, ids=range(len(ways)))
-    async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
+    async def test(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
         fabric.pass_on = case()
         if refused is None:
             assert await asked(stage, honest, wire) == stage.prompt
@@ -134,7 +134,7 @@ test_problem = passed(
 
 
 @attack("exchange the frames of two callers' answers", "fabric", "each answer is sealed for its one request", OpenError)
-async def test_exchange(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_exchange(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict) -> None:
     """The second caller is given the first one's recorded frames."""
     await asked(stage, honest, wire)
     recorded = [frame for _, frame in fabric.frames]
@@ -150,7 +150,7 @@ async def test_exchange(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hos
 
 
 @attack("flood a gateway with frames", "fabric", "unread bytes are bounded for each request", problems.WORKER_LOST)
-async def test_flood(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_flood(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict) -> None:
     honest_way, flood = fabric.pass_on, MAX_PENDING_FRAMES + 2
     fabric.pass_on = at(0, lambda frame: [*[replace(frame, payload=b"")] * flood, frame], only=True)()
     with verdict.refused():
@@ -167,18 +167,18 @@ async def test_withhold(
     await stage.publish()
     fabric.deliver = lambda _work: []
     with verdict.refused():
-        await asked(stage, stage, AsgiWire(stage.app, eyes))
+        await asked(stage, stage, HttpWire(stage.app, eyes))
 
 
 @attack("claim that there is no worker", "fabric", "nothing: presence is the fabric's word", problems.NO_WORKER)
-async def test_presence(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_presence(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict) -> None:
     fabric.live.clear()
     with verdict.refused():
         await stage.client(wire, honest.token).chat(stage.prompt)
 
 
 @attack("cancel a request during its answer", "fabric", WHOLE, TruncatedStream)
-async def test_cancel(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_cancel(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict) -> None:
     def cancelling(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
         if frame.sequence != 4:
             return [(request_id, frame)]
@@ -217,7 +217,7 @@ def booked(name: str, defence: str, gain: str, told: Callable[[Stage, list[bytes
     """
 
     @attack(name, "fabric", defence, gain=gain)
-    async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
+    async def test(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric) -> None:
         beats: list[bytes] = []
 
         def change(frame: Frame) -> Frames:

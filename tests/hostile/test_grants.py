@@ -13,7 +13,7 @@ from typing import Any, Final
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, inner
+from hostile.adversary import GatewayOwner, HostileFabric, HttpWire, inner
 from hostile.attacks import Verdict, attack
 from hostile.shapes import Caller, Test, bent, granted
 from lacre import ApiError, problems
@@ -44,7 +44,7 @@ def delivered(
     """The attack of a fabric that changes the gateway's work so: no app hears of it. options: of the workers."""
 
     @attack(name, "fabric", defence, refused, cases=changes, ids=range(len(changes)))
-    async def test(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
+    async def test(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
         workers = [await stage.worker(pool=pool, **options) for pool in (stage.pool, OTHER_POOL)]
         fabric.deliver = lambda work: [replace(work, **case(work))]
         with verdict.refused():
@@ -97,7 +97,7 @@ test_cut = delivered("cut the end off the sealed request", "its final chunk is m
     lambda work: {"sealed": work.sealed[:-17]})  # fmt: skip
 
 
-async def mixed(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, part: str) -> None:
+async def mixed(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict, part: str) -> None:
     """A second request is delivered with that part of a first one, which was answered."""
     worker = await stage.worker()
     client, fabric = stage.client(wire, honest.token), stage.hub
@@ -112,12 +112,12 @@ async def mixed(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, p
 
 
 @attack("send one request's grant with another request", "fabric", BOUND, INVALID)
-async def test_another_request(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_another_request(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict) -> None:
     await mixed(stage, honest, wire, verdict, "grant")
 
 
 @attack("swap the sealed request under a good grant", "fabric", BOUND, INVALID)
-async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_swap(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict) -> None:
     await mixed(stage, honest, wire, verdict, "sealed")
 
 
@@ -209,7 +209,7 @@ async def test_features(stage: Stage, caller: Caller, gateway: GatewayOwner) -> 
     assert (await caller.chat(stage.prompt)).text == stage.prompt
 
 
-async def meddled(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, header: str, value: str) -> None:
+async def meddled(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict, header: str, value: str) -> None:
     """Somebody between TLS and the gateway: a proxy, or a load balancer."""
     workers = [await stage.worker(pool=pool) for pool in (stage.pool, OTHER_POOL)]
     changed = f"lacre-{header}".encode()
@@ -225,12 +225,12 @@ OUTSIDE = [("model", OTHER_MODEL), ("action", "complete"), ("max-tokens", "64"),
 @attack("change an outer header on its way to an honest gateway", "gateway",
         "the gateway's proof names the headers that it received; the worker compares them with the sealed copy, and calls no "
         "app", InvalidAudit, cases=OUTSIDE)  # fmt: skip
-async def test_outside(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, case: tuple[str, str]) -> None:
+async def test_outside(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict, case: tuple[str, str]) -> None:
     await meddled(stage, honest, wire, verdict, *case)
 
 
 @attack("change the outer pool on its way to an honest gateway", "gateway", OTHER_KEYS, problems.INVALID_REQUEST)
-async def test_outside_pool(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_outside_pool(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict) -> None:
     await meddled(stage, honest, wire, verdict, "pool", OTHER_POOL)
 
 

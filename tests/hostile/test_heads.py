@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hostile.adversary import AsgiWire, HostileFabric, inner
+from hostile.adversary import HostileFabric, HttpWire, inner
 from hostile.attacks import Verdict, attack
 from hostile.shapes import Test
 from lacre import problems
@@ -224,7 +224,7 @@ def headers_of(honest: Stage, **changes: str) -> list[tuple[str, str]]:
             ("authorization", f"Bearer {honest.token}")]  # fmt: skip
 
 
-async def told(wire: AsgiWire, content: bytes, headers: list[tuple[str, str]]) -> str | None:
+async def told(wire: HttpWire, content: bytes, headers: list[tuple[str, str]]) -> str | None:
     """The problem that an honest gateway answers with."""
     request = httpx2.Request("POST", "http://gateway.test/v1/sealed", headers=headers, content=content)
     return problems.Problem.type_in(await (await wire.handle_async_request(request)).aread())
@@ -236,7 +236,7 @@ def outside(
     """The attack of a caller that sends one of these, a content and its headers: it becomes no work."""
 
     @attack(name, "client", defence, refused, cases=sent, ids=range(len(sent)))
-    async def test(honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
+    async def test(honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict, case: Any) -> None:
         await honest.worker()
         verdict.said(await told(wire, *case(honest)))
         assert not fabric.works
@@ -264,7 +264,7 @@ test_policy = outside("use an action that policy does not grant", "Cedar policie
 
 @attack("seal to an older generation's key", "client", "the gateway knows each key's `not_after`", problems.UNKNOWN_KEY,
         cases=[True, False])  # fmt: skip
-async def test_old_generation(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, case: bool) -> None:
+async def test_old_generation(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict, case: bool) -> None:
     worker = await stage.worker()
     older = stage.pools(PrivateKey.generate(7)) if case else stage.pools(stage.keys.pool, lives=-1)
     stage.bucket = stage.document(2, pools=older)
@@ -346,7 +346,7 @@ async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
 
 @attack("fill the disk of the audit log with requests that are refused", "client",
         "refusals have their own limit; beyond it they are counted, not recorded", problems.RATE_LIMITED)  # fmt: skip
-async def test_refusals(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:
+async def test_refusals(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict, issuer: Issuer) -> None:
     async def ask(token: str) -> str | None:
         headers = [*headers_of(honest, lacre_action="http")[:-1], ("authorization", f"Bearer {token}")]
         return await told(wire, sealed(stage), headers)

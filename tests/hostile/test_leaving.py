@@ -12,6 +12,7 @@ from lacre.asgi.app_call import MAX_PENDING
 from lacre.wire import bhttp
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
+from parts.frames import frames_of
 from parts.keys import NOW
 from parts.stage import Stage, running, until
 from parts.told_app import App
@@ -91,7 +92,7 @@ async def test_stalled_at_a_worker(case: str) -> None:
         [worker] = stage.hub.live
         for _ in range(TIMES if case == "the reader leaves" else 1):
             before = flood.sent
-            frames = (await stage.dispatch(stage.seal())).frames()
+            frames = frames_of(await stage.dispatch(stage.seal()))
             await anext(frames)
             await until(lambda before=before: flood.sent >= before + MAX_PENDING)  # type: ignore[misc]
             settled = -1

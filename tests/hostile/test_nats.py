@@ -23,6 +23,7 @@ from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS, Presence
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
+from parts.frames import frames_of
 from parts.stolen_nats import StolenNats, published
 from parts.waiting import until
 
@@ -87,7 +88,7 @@ class Site:
                 worker.release()
                 await delivery.send(FrameKind.USAGE, b"")
                 await delivery.drop()
-                assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.USAGE]
+                assert [frame.kind async for frame in frames_of(dispatch)] == [FrameKind.USAGE]
         clients = (self.gateway.connection.client, self.gateway._lobby.client, *map(self.client, self.workers))
         assert [client.stats["reconnects"] for client in clients] == [0] * len(clients)
 
@@ -185,7 +186,7 @@ async def test_cut(site: Site, verdict: Verdict) -> None:
     site.way.mend()
     with verdict.refused():
         async with asyncio.timeout(5):
-            await anext(dispatch.frames())
+            await anext(frames_of(dispatch))
 
 
 @attack("stall a connection without closing it", "fabric", "a connection that stays silent, even to a ping, counts as lost",

@@ -11,9 +11,9 @@ import httpx2
 
 from hostile.adversary import (
     Agreeable,
-    AsgiWire,
     GatewayOwner,
     HostileFabric,
+    HttpWire,
     Respond,
     SealedAnswer,
     framed,
@@ -60,7 +60,7 @@ async def restarted(stage: Stage, gateway: GatewayOwner, **options: Any) -> tupl
     return sealed, await stage.worker(**options)
 
 
-async def copied(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, copies: int, workers: int) -> list[Worker]:
+async def copied(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, copies: int, workers: int) -> list[Worker]:
     """A request is delivered so often to so many workers, and its caller answered."""
     running = [await stage.worker(slots=1) for _ in range(workers)]
     fabric.deliver = lambda work: [work] * copies
@@ -71,7 +71,7 @@ async def copied(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFab
 
 @attack("send a recorded request to the gateway again, with another token", "client",
         "the queue takes a digest once, from all gateways together", problems.REPLAYED)  # fmt: skip
-async def test_at_the_gateway(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_at_the_gateway(stage: Stage, honest: Stage, wire: HttpWire, verdict: Verdict) -> None:
     worker = await stage.worker()
     await stage.client(wire, honest.token).chat(stage.prompt)
     recorded = next(request for request in wire.requests if request.url.path == "/v1/sealed")
@@ -82,7 +82,7 @@ async def test_at_the_gateway(stage: Stage, honest: Stage, wire: AsgiWire, verdi
 
 
 @attack("deliver a request twice", "fabric", CLAIM, gain=NO_MORE)
-async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_twice(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric) -> None:
     [worker] = await copied(stage, honest, wire, fabric, 2, 1)
     assert worker.calls == 1
 
@@ -92,7 +92,7 @@ async def settled(fabric: HostileFabric, ended: int) -> None:
 
 
 @attack("deliver a request to two workers at once", "fabric", CLAIM, gain=NO_MORE)
-async def test_two_workers(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_two_workers(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric) -> None:
     workers = await copied(stage, honest, wire, fabric, 2, 2)
     assert sum(worker.calls for worker in workers) == 1
     assert sorted(outcome for _, outcome in fabric.eyes.outcomes) == ["answered", "replayed"]
@@ -171,7 +171,7 @@ async def test_flood_of_dates() -> None:
 
 @attack("lie about claims, and send a request to every worker of the pool", "fabric", "nothing: the fabric keeps the claims",
         gain=f"{AGAIN} from each other worker process of the pool, all unreadable")  # fmt: skip
-async def test_every_worker(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_every_worker(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric) -> None:
     fabric.claims = Agreeable()
     workers = await copied(stage, honest, wire, fabric, 3, 3)
     assert [worker.calls for worker in workers] == [1, 1, 1]
@@ -279,7 +279,7 @@ async def test_recorded_answer(stage: Stage, gateway: GatewayOwner, fabric: Host
 @attack("crash one worker after another with one call", "client",
         "a redelivered request does not begin again, and the SDK counts the workers that a call lost", problems.UNCLAIMED,
         gain="two workers for each SDK call, one for each sealed request")  # fmt: skip
-async def test_one_after_another(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_one_after_another(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict) -> None:
     worker = await stage.worker()
     fabric.lost = 1  # each request has ended a worker already when this one gets it
     with verdict.refused():
@@ -290,7 +290,7 @@ async def test_one_after_another(stage: Stage, honest: Stage, wire: AsgiWire, fa
 @attack("crash one worker after another during its answer", "client",
         "the gateway ends an answer in order if its worker may be lost, and the SDK counts that over all parts of a call",
         StreamBroken, gain="two workers for each SDK call, one for each sealed request")  # fmt: skip
-async def test_in_mid_answer(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_in_mid_answer(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric, verdict: Verdict) -> None:
     await stage.worker()
 
     def die(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:

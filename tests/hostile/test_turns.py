@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hostile.adversary import AsgiWire, HostileFabric
+from hostile.adversary import HostileFabric, HttpWire
 from hostile.attacks import attack
 from hostile.shapes import Test, granted
 from hostile.test_workers import LyingWorker
@@ -49,7 +49,7 @@ def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
 @attack("send many requests at once, each with its own salt, to be served first", "client",
         "only the grant's pseudonyms of tenant and caller decide the order",
         gain="nothing; another caller's single request is served next", cases=[1, 4])  # fmt: skip
-async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, case: int) -> None:
+async def test_salts(stage: Stage, honest: Stage, wire: HttpWire, issuer: Issuer, engine: LlamaEngine, case: int) -> None:
     await stage.worker(create_app([engine]), models=[MODEL], slots=4 * FLOOD)
     victim = stage.client(wire, issuer.token(sub="bob", tenant="other"))
     await victim.chat(stage.prompt, max_tokens=1)
@@ -71,7 +71,7 @@ async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer
     await tasks.end(*flood)
 
 
-async def flooding(stage: Stage, honest: Stage, wire: AsgiWire, engine: EchoEngine, n: int) -> list[asyncio.Task[Any]]:
+async def flooding(stage: Stage, honest: Stage, wire: HttpWire, engine: EchoEngine, n: int) -> list[asyncio.Task[Any]]:
     """More requests for one model than the worker has slots, which take long. They began when this returns."""
 
     async def ask() -> None:
@@ -86,7 +86,7 @@ async def flooding(stage: Stage, honest: Stage, wire: AsgiWire, engine: EchoEngi
 @attack("flood one model, so that a worker has no slot left for another", "client",
         "a worker pulls for each model by that model's own slots",
         gain="nothing; the other model is served at once")  # fmt: skip
-async def test_other_model(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer) -> None:
+async def test_other_model(stage: Stage, honest: Stage, wire: HttpWire, issuer: Issuer) -> None:
     slow, other = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS), EchoEngine(name=OTHER_MODEL)
     await stage.worker(create_app([slow, other]), slots=4, each={MODEL: 2, OTHER_MODEL: 2})
     flood = await flooding(stage, honest, wire, slow, 1)
@@ -102,7 +102,7 @@ async def test_other_model(stage: Stage, honest: Stage, wire: AsgiWire, issuer: 
 @attack("ask for 16 choices at a time, which would count as one request", "client",
         "a request takes a slot for each choice, and the worker pulls no more until it knows their number",
         gain="nothing; requests that the worker cannot begin stay in the queue for others")  # fmt: skip
-async def test_choices(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
+async def test_choices(stage: Stage, honest: Stage, wire: HttpWire) -> None:
     slow = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS)
     await stage.worker(create_app([slow]), models=[MODEL], slots=4, weighs=WEIGHED)
     flood = await flooding(stage, honest, wire, slow, 16)
@@ -117,7 +117,7 @@ async def test_choices(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
         "caches are kept apart by adapter, whatever the salt",
         gain="nothing; nothing of it is cached for the adapter",
         cases=[False, True], ids=["from the base", "from the adapter"])  # fmt: skip
-async def test_adapters(stage: Stage, honest: Stage, wire: AsgiWire, tmp_path: Path, case: bool) -> None:
+async def test_adapters(stage: Stage, honest: Stage, wire: HttpWire, tmp_path: Path, case: bool) -> None:
     path, settings = tiny_model(tmp_path / "tiny.gguf"), LlamaSettings(n_ctx=1024, slots=4, threads=1)
     lora = AdapterFile("other", tiny_lora(tmp_path / "lora.gguf"), "sha256:lora")
     with closing(LlamaEngine(path, name=MODEL, digest="sha256:tiny", settings=settings, adapters=[lora])) as engine:
@@ -136,7 +136,7 @@ async def test_adapters(stage: Stage, honest: Stage, wire: AsgiWire, tmp_path: P
 def linked(name: str, by: Literal["worker", "fabric"]) -> Test:
     @attack(name, by, "pseudonyms under a key that only gateways have, new ones every hour",
             gain="which requests are from one caller, and which callers from one tenant, within an hour; no names")  # fmt: skip
-    async def test(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
+    async def test(stage: Stage, honest: Stage, wire: HttpWire, issuer: Issuer, fabric: HostileFabric) -> None:
         """Two requests of alice under two salts, then one of a colleague's and one of another tenant's."""
         tokens = [honest.token, honest.token, issuer.token(sub="bob"), issuer.token(sub="alice", tenant="other")]
         async with LyingWorker(stage):

@@ -11,7 +11,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
+from hostile.adversary import GatewayOwner, HostileFabric, HttpWire
 from hostile.attacks import NOTHING, Verdict, attack
 from hostile.shapes import Test
 from lacre import ApiError, problems
@@ -219,7 +219,7 @@ async def test_overcount(stage: Stage, gateway: GatewayOwner) -> None:
 @attack("bill the gateway for more than was granted", "worker", "receipts are bounded by the reservation",
         gain="nothing; the request is booked as `unreceipted`",
         cases=[{"completion_tokens": MAX_OUTPUT + 1}, {"prompt_tokens": 10**6}])  # fmt: skip
-async def test_bill_above(stage: Stage, honest: Stage, wire: AsgiWire, case: dict[str, int]) -> None:
+async def test_bill_above(stage: Stage, honest: Stage, wire: HttpWire, case: dict[str, int]) -> None:
     async with LyingWorker(stage, told=case):
         await stage.client(wire, honest.token).chat(stage.prompt)
     (outcome,) = await honest.outcomes()
@@ -228,7 +228,7 @@ async def test_bill_above(stage: Stage, honest: Stage, wire: AsgiWire, case: dic
 
 @attack("tell the gateway another count than the caller", "worker", "nothing at once: gateway and caller can compare",
         gain="a bill up to the reservation, and two receipts by the pool's key that contradict each other")  # fmt: skip
-async def test_two_stories(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
+async def test_two_stories(stage: Stage, honest: Stage, wire: HttpWire) -> None:
     async with LyingWorker(stage, told={"completion_tokens": 500}):
         reply = await stage.client(wire, honest.token).chat(stage.prompt)
     (outcome,) = await honest.outcomes()
@@ -238,7 +238,7 @@ async def test_two_stories(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
 @attack("look for the caller's name in opened requests", "worker",
         "inner headers by allow-list, identifying fields dropped, grants without a name",
         gain="the prompt, which it must read; no name")  # fmt: skip
-async def test_who(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_who(stage: Stage, honest: Stage, wire: HttpWire, fabric: HostileFabric) -> None:
     client = stage.client(wire, honest.token)
     names = ("authorization", "cookie", "user-agent", "x-stainless-os", "traceparent", "baggage", "forwarded", "x-request-id")
     about = {"user": "jocelyn", "metadata": {"name": "jocelyn"}, "safety_identifier": "jocelyn", "prompt_cache_key": "jocelyn"}

@@ -23,6 +23,7 @@ from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.work.contract import ACK_WAIT, Dispatch, FabricError, Work
 from lacre_fabric.work.frames import FrameKind
+from parts.frames import frames_of
 from parts.stolen_nats import StolenNats
 
 POOLS = {"a": ("m1", "m2"), "b": ("m1",)}
@@ -205,7 +206,7 @@ async def work(worker: NatsWorker) -> None:
 async def read(dispatch: Dispatch) -> list[bytes]:
     """The answer's payloads, the receipt last."""
     payloads = []
-    async for frame in dispatch.frames():
+    async for frame in frames_of(dispatch):
         payloads.append(frame.payload)
         await dispatch.consumed(len(frame.payload))
     return payloads

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 
 from lacre.runtime import tasks
 from lacre_fabric.nats.subjects import DEFAULT_REGION
@@ -161,18 +160,11 @@ class MemoryDispatch:
     def receipts(self) -> tuple[bytes, ...]:
         return self._inbound.receipts
 
-    async def frames(self) -> AsyncGenerator[Frame, None]:
-        ended = False
-        try:
-            async with aclosing(self._inbound.frames()) as frames:
-                async for frame in frames:
-                    ended = frame.kind in (FrameKind.USAGE, FrameKind.ERROR)
-                    yield frame
-        finally:
-            if ended:
-                self._forget()
-            else:
-                await self.cancel()
+    async def next(self) -> Frame:
+        frame = await self._inbound.next()
+        if frame.kind in (FrameKind.USAGE, FrameKind.ERROR):
+            self._forget()
+        return frame
 
     @property
     def ready(self) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 import lacre
 import lacre.openai
+from parts.in_memory_http import InMemoryHttp
 from parts.issuer import Issuer
 from parts.keys import MODEL
 from parts.stage import Stage
@@ -20,7 +21,7 @@ from parts.stage import Stage
 @pytest.fixture
 async def options(tmp_path: Path) -> AsyncIterator[dict[str, Any]]:
     async with Stage.on_air(tmp_path, Issuer()) as stage:
-        transport = httpx2.ASGITransport(stage.app)
+        transport = InMemoryHttp(stage.app)
         yield {"url": stage.url, "token": stage.token, "memory": lacre.VersionMemory(), "transport": transport, "retries": 0}
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Self
@@ -425,18 +425,11 @@ class NatsDispatch:
     def receipts(self) -> tuple[bytes, ...]:
         return self._inbound.receipts
 
-    async def frames(self) -> AsyncGenerator[Frame, None]:
-        ended = False
-        try:
-            async with aclosing(self._inbound.frames()) as frames:
-                async for frame in frames:
-                    ended = frame.kind in (FrameKind.USAGE, FrameKind.ERROR)
-                    yield frame
-        finally:
-            if ended:
-                self._gateway.forget(self._side, self._request_id)
-            else:
-                await self.cancel()
+    async def next(self) -> Frame:
+        frame = await self._inbound.next()
+        if frame.kind in (FrameKind.USAGE, FrameKind.ERROR):
+            self._gateway.forget(self._side, self._request_id)
+        return frame
 
     @property
     def ready(self) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -143,8 +143,10 @@ class Dispatch(Protocol):
     def receipts(self) -> tuple[bytes, ...]:
         """The last few receipts, newest last."""
 
-    def frames(self) -> AsyncGenerator[Frame, None]:
-        """Yields DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or
+    async def next(self) -> Frame:
+        """The next DATA frame in order, then one USAGE or ERROR; not to be called after that.
+
+        A reader that ends before it got the last frame calls `cancel`. Raises QueueTimeout, WorkerLost, FrameGap or
         FabricUnavailable.
         """
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Final
 
@@ -139,25 +138,27 @@ class Inbound:
         self._told = self._consumed
         return self._told
 
-    async def frames(self) -> AsyncGenerator[Frame, None]:
-        """Yields DATA frames, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or the error given to
-        `fail`.
+    async def next(self) -> Frame:
+        """The next DATA frame, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or the error given to `fail`.
+
+        One reader at a time.
         """
-        try:
-            while True:
-                while self._frames:
-                    frame = self._frames.popleft()
-                    self._pending_bytes -= len(frame.payload)
-                    self._over = self._over or frame.kind in (FrameKind.USAGE, FrameKind.ERROR)
-                    yield frame
-                    if frame.kind in (FrameKind.USAGE, FrameKind.ERROR):
-                        return
-                if self._error is not None:
-                    raise self._error
-                self._arrived = self._loop.create_future()
-                await self._arrived
-        finally:
+        while not self._frames:
+            if self._over:
+                raise self._taken()
+            self._arrived = self._loop.create_future()
+            await self._arrived
+        frame = self._frames.popleft()
+        self._pending_bytes -= len(frame.payload)
+        if frame.kind is not FrameKind.DATA:
+            self._over = True
             self._watch.cancel()
+        return frame
+
+    def _taken(self) -> FabricError:
+        """The error that the stream ended with. It is not kept: its traceback will have the frame that reads here."""
+        error, self._error = self._error, None
+        return error or WorkerLost("the answer was read to its end")
 
     def _bind(self, attempt: str) -> None:
         self._bound = attempt

@@ -57,7 +57,7 @@ from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget.callers import named_scope
 from lacre_gateway.budget.windows import ends
 from lacre_gateway.gateway import Gateway
-from lacre_gateway.http.access_log import AccessLog
+from lacre_gateway.http.access_log import KNOWN, AccessLog, RequestLog
 from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import (
     BODY_TOO_LARGE,
@@ -68,7 +68,6 @@ from lacre_gateway.http.answers import (
     described,
     problem_response,
 )
-from lacre_gateway.http.exchange import KNOWN
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.observe.metrics import CONTENT_TYPE, States
@@ -93,7 +92,7 @@ def create_admin(gateway: Gateway) -> FastAPI:
     app.state.limit = AddressLimit(gateway.settings.limits.calls_per_address)
     app.state.limit.install(app)
     gateway.calls.append(app.state.limit)
-    app.add_middleware(AccessLog, log=gateway.log, lines=gateway.lines)
+    app.add_middleware(AccessLog, log=RequestLog(gateway.log, gateway.lines))
     answer_with_problems(app)
     app.add_exception_handler(LacreError, _mapped)
     app.add_exception_handler(RequestValidationError, _invalid)

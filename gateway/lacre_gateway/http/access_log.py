@@ -1,4 +1,5 @@
-"""Gives every request an id, and logs its end. Pure ASGI: it passes answers on unchanged, piece by piece.
+"""Gives every request an id, and logs its end. `AccessLog` is pure ASGI: it passes answers on unchanged, piece by piece.
+Sealed requests do not come through ASGI: their connection uses `RequestLog` itself.
 
 Rules:
 - The log has a request's route but not its path, and no headers: a path may hold text that a caller pasted into it.
@@ -16,11 +17,15 @@ from typing import Any, Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lacre_fabric.logs import Log
-from lacre_gateway.http.exchange import CUT, FACTS, KNOWN, REFUSED
 from lacre_gateway.http.headers import address_of
 from lacre_gateway.http.line_limit import LineLimit
-from lacre_gateway.http.refusal import Refusal
+from lacre_gateway.http.refusal import NO_FACTS
 
+# In the scope's state: what the log is told of the refusal that was sent (`Refusal.said`); whether the caller has a valid token;
+# further fields for the log of a failed request.
+REFUSED: Final = "refused"
+KNOWN: Final = "known"
+FACTS: Final = "facts"
 _ADMIN: Final = frozenset(
     {
         "/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/tenants", "/v1/revocations", "/v1/reload", "/v1/drain",
@@ -34,20 +39,63 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 _PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
-class AccessLog:
-    """app: any ASGI app. log: where to. lines: of all listeners of the process."""
+class RequestLog:
+    """Writes the line of each request. log: where to. lines: of all listeners of the process."""
 
-    def __init__(self, app: ASGIApp, log: Log, lines: LineLimit) -> None:
-        self._app = app
+    def __init__(self, log: Log, lines: LineLimit) -> None:
         self._log = log
         self._lines = lines
+
+    def ended(
+        self,
+        *,
+        request_id: str,
+        method: str,
+        path: str,
+        status: int | None,
+        whole: bool,
+        since: float,
+        address: str,
+        known: bool,
+        refused: Mapping[str, str],
+        facts: Mapping[str, str],
+    ) -> None:
+        """since: when it began, on the monotonic clock. known, refused, facts: as `KNOWN`, `REFUSED` and `FACTS`."""
+        route, said = path if path in _ROUTES else "unknown", {**facts, **refused}
+        if not refused and status is not None and status < _FAILED:
+            said = {}
+        if "problem" in said and not known:
+            worth_a_line = self._lines.allows(address, said["problem"], said.get("reason", ""))
+        else:
+            worth_a_line = route not in _PROBES or status != 200
+        if worth_a_line:
+            self._log.info(
+                "request",
+                request_id=request_id,
+                method=method if method in _METHODS else "other",
+                route=route,
+                status=status,
+                outcome="whole" if whole else "cut",
+                duration=round(time.monotonic() - since, 6),
+                address=address,
+                **said,
+            )
+
+
+class AccessLog:
+    """app: any ASGI app. log: where to."""
+
+    def __init__(self, app: ASGIApp, log: RequestLog) -> None:
+        self._app = app
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = request_id
         since = time.monotonic()
         status: int | None = None
         whole = False
@@ -64,35 +112,15 @@ class AccessLog:
         try:
             await self._app(scope, receive, record)
         finally:
-            route, said = scope["path"] if scope["path"] in _ROUTES else "unknown", _said(scope["state"], status)
-            if self._worth_a_line(scope, route, status, said):
-                self._log.info(
-                    "request",
-                    request_id=request_id,
-                    method=scope["method"] if scope["method"] in _METHODS else "other",
-                    route=route,
-                    status=status,
-                    outcome="whole" if whole and CUT not in scope["state"] else "cut",
-                    duration=round(time.monotonic() - since, 6),
-                    address=address_of(scope),
-                    **said,
-                )
-
-    def _worth_a_line(self, scope: Scope, route: str, status: int | None, said: Mapping[str, str]) -> bool:
-        if "problem" in said and KNOWN not in scope["state"]:
-            return self._lines.allows(address_of(scope), said["problem"], said.get("reason", ""))
-        return route not in _PROBES or status != 200
-
-
-def _said(state: Mapping[str, Any], status: int | None) -> dict[str, str]:
-    """The facts of a failed request, and the fault in fixed words: of a token the claim and the reason, but no value."""
-    refusal: Refusal | None = state.get(REFUSED)
-    facts: dict[str, str] = state.get(FACTS, {})
-    if refusal is None:
-        return {} if status is not None and status < _FAILED else facts
-    told = {name: str(refusal.details[name]) for name in ("limit", "scope") if name in refusal.details}
-    reason = refusal.noted or ": ".join(str(refusal.details[name]) for name in ("claim", "reason") if name in refusal.details)
-    if not reason and "limit" in told:
-        reason = f"limit: {told['limit']}"
-    said = {"problem": refusal.problem.slug, **({"reason": reason} if reason else {})}
-    return {**facts, **said, **told, **refusal.facts}
+            self._log.ended(
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                whole=whole,
+                since=since,
+                address=address_of(scope),
+                known=KNOWN in state,
+                refused=state.get(REFUSED, NO_FACTS),
+                facts=state.get(FACTS, NO_FACTS),
+            )

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from lacre import problems
 from lacre.errors import Detail
 from lacre.problems import MEDIA_TYPE, Problem
-from lacre_gateway.http.exchange import REFUSED
+from lacre_gateway.http.access_log import REFUSED
 from lacre_gateway.http.refusal import Refusal
 
 INVALID: Final = Problem(
@@ -62,7 +62,7 @@ def described(
 def problem_response(request: Request, refusal: Refusal) -> Response:
     """The answer, whose reason the access log gets."""
     state = request.scope.setdefault("state", {})
-    state[REFUSED] = refusal
+    state[REFUSED] = refusal.said()
     answer, body = refusal.answer(state.get("request_id"))
     headers = {name.decode(): value.decode() for name, value in answer}
     return Response(body, status_code=refusal.problem.status, headers=headers)

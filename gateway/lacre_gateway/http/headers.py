@@ -28,7 +28,7 @@ _IS_DEFAULT: Final = outer.CEILING_IS_DEFAULT.encode()
 _READ: Final = frozenset(
     {
         *_REQUIRED, _IS_DEFAULT, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding",
-        b"traceparent", b"expect",
+        b"traceparent",
     }
 )  # fmt: skip
 
@@ -42,8 +42,12 @@ def address_of(scope: Mapping[str, Any]) -> str:
     A proxy may pass on its caller's own text. Text that cannot be an address counts as none, because it would go into logs and
     audit.
     """
-    address: str = scope["client"][0] if scope.get("client") else ""
-    return address if _ADDRESS.fullmatch(address) else ""
+    return as_address(scope["client"][0] if scope.get("client") else "")
+
+
+def as_address(text: str) -> str:
+    """The text; empty if it cannot be an address."""
+    return text if _ADDRESS.fullmatch(text) else ""
 
 
 class Action(StrEnum):
@@ -132,10 +136,6 @@ class Fields:
         if int(text) > MAX_SEALED_REQUEST:
             raise Refusal(problems.TOO_LARGE)
         return int(text)
-
-    def expects(self) -> bool:
-        """Whether the client waits for permission to send its body (RFC 9110 section 10.1.1)."""
-        return b"expect" in self.values
 
     def outer(self) -> OuterHeaders:
         """Raises Refusal."""

@@ -6,14 +6,6 @@ import logging
 from typing import Any
 
 from lacre_fabric.logs import SafeFormatter
-from lacre_gateway.http.exchange import AnswerAborted
-
-
-class NotOurs(logging.Filter):
-    """Drops the server's record of an answer that the relay aborted on purpose: the request's own line reports it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], AnswerAborted))
 
 
 def standard_logging(stream: str) -> dict[str, Any]:
@@ -22,8 +14,7 @@ def standard_logging(stream: str) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"safe": {"()": SafeFormatter}},
-        "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream, "filters": ["ours"]}},
-        "filters": {"ours": {"()": NotOurs}},
+        "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream}},
         "root": {"level": "WARNING", "handlers": ["stream"]},
         # Above every level: Python's last resort would write the records of a logger without handlers.
         "loggers": {"uvicorn.access": {"level": logging.CRITICAL + 1, "handlers": [], "propagate": False}},

@@ -41,6 +41,14 @@ class Refusal(Exception):
         self.noted = noted
         self.facts = facts
 
+    def said(self) -> dict[str, str]:
+        """Fields for the log: the fault in fixed words. Of a token the claim and the reason, but no value."""
+        told = {name: str(self.details[name]) for name in ("limit", "scope") if name in self.details}
+        reason = self.noted or ": ".join(str(self.details[name]) for name in ("claim", "reason") if name in self.details)
+        if not reason and "limit" in told:
+            reason = f"limit: {told['limit']}"
+        return {"problem": self.problem.slug, **({"reason": reason} if reason else {}), **told, **self.facts}
+
     def answer(self, request_id: str | None) -> tuple[RawHeaders, bytes]:
         """The headers and the problem document. request_id: by which the operator finds the reason in the log."""
         body = self.problem.body(self.details if request_id is None else {**self.details, "request_id": request_id})

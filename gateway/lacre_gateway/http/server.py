@@ -14,8 +14,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from lacre.errors import SettingsError
-from lacre.runtime.listening import BoundedConfig, BoundedProtocol, Door
-from lacre_gateway.http.gathered import GatheredTransport
+from lacre.runtime.listening import BoundedConfig, Door
+from lacre_gateway.http.connection import GatewayConnection, Sealed
 from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
 from lacre_gateway.settings import Listen
 
@@ -76,10 +76,11 @@ def room_for(count: int) -> int:
 
 
 class Config(BoundedConfig):
-    """uvicorn's settings for one listener."""
+    """uvicorn's settings for one listener. sealed: what serves the sealed requests of the app: its attribute of this name."""
 
     def __init__(self, app: ASGIApp, listen: Listen, context: Callable[[], ssl.SSLContext] | None) -> None:
         self.context = context
+        self.sealed: Sealed | None = getattr(app, "sealed", None)
         door = Door(
             head_timeout=listen.header_timeout,
             connections=room_for(listen.connections),
@@ -91,7 +92,7 @@ class Config(BoundedConfig):
         super().__init__(
             app,
             door,
-            protocol=GatheringProtocol,
+            protocol=GatewayConnection,
             lifespan="off",
             loop="none",
             log_config=None,
@@ -106,18 +107,6 @@ class Config(BoundedConfig):
         )
 
 
-class GatheringProtocol(BoundedProtocol):
-    """Sends the pieces of one turn of the loop together. handshake: the one whose place it takes, with TLS."""
-
-    handshake: Handshake | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if self.handshake is not None:
-            self.handshake.leave()
-            self.handshake = None
-        super().connection_made(GatheredTransport(transport, self.loop))
-
-
 class Server(uvicorn.Server):
     """uvicorn would raise a signal again at the end, before our own parts are closed. The caller handles signals instead."""
 
@@ -126,20 +115,20 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, but for listening sockets; a TLS handshake has as much time as a head, and not a minute."""
         config, loop, context = self.config, asyncio.get_running_loop(), self.config.context
-
-        def connection(handshake: Handshake | None = None) -> asyncio.Protocol:
-            made = GatheringProtocol(config, self.server_state, self.lifespan.state, loop)
-            made.handshake = handshake
-            return made
-
         self.servers = []
         for each in sockets or ():
             if context is None:
-                self.servers.append(await loop.create_server(connection, sock=each, backlog=config.backlog))
+                self.servers.append(await loop.create_server(self.connection, sock=each, backlog=config.backlog))
             else:
-                listener = TlsListener(each, Terms(config.door, context, config.door.head_timeout, connection))
+                listener = TlsListener(each, Terms(config.door, context, config.door.head_timeout, self.connection))
                 self.servers.append(cast("asyncio.Server", listener))
         self.started = True
+
+    def connection(self, handshake: Handshake | None = None) -> GatewayConnection:
+        """For a new connection. handshake: the one whose place it takes."""
+        made = GatewayConnection(self.config, self.server_state, {}, asyncio.get_running_loop())
+        made.handshake, made.sealed = handshake, self.config.sealed
+        return made
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -17,12 +17,9 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
-
-from starlette.types import Receive, Scope, Send
 
 from lacre import problems
 from lacre.jose.jws import b64u
@@ -40,7 +37,7 @@ from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
 from lacre_gateway.budget.in_flight import LimitExceeded, Reservation
 from lacre_gateway.budget.settlement import Claim
 from lacre_gateway.gateway import Gateway
-from lacre_gateway.http.exchange import AnswerAborted, Attended, ClientGone, Exchange, Stalled
+from lacre_gateway.http.exchange import Attended, ClientGone, Exchange, Stalled
 from lacre_gateway.http.headers import OuterHeaders
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.cedar import Decision
@@ -57,13 +54,13 @@ _CANCEL_LIMIT: Final = 2.0  # seconds for a cancellation; the worker also stops 
 
 
 class SealedEndpoint:
-    """`POST /v1/sealed`, as a bare ASGI app."""
+    """`POST /v1/sealed`. Its connection is `lacre_gateway.http.connection`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+    async def serve(self, exchange: Exchange) -> None:
+        """Does the work for one request, and answers it. Raises a fault of the gateway after it was answered."""
         try:
             with counted(self._gateway.metrics, exchange):
                 await relay(self._gateway, exchange)
@@ -73,28 +70,28 @@ class SealedEndpoint:
             if exchange.started:
                 await _break_off(exchange, exc)
                 return
-            refusal = refusal_for(exc)
-            if refusal.problem is problems.INTERNAL:
+            # No variable for the refusal: it may be `exc`, whose traceback has this frame, and the two would keep each other.
+            if refusal_for(exc).problem is problems.INTERNAL:
                 self._gateway.log.error("request failed", request_id=exchange.request_id, **places(exc))
-            await exchange.refuse(refusal)
-        # a fault of the gateway: the server logs its place, the caller learns only that it happened
+            await exchange.refuse(refusal_for(exc))
+        # a fault of the gateway: its connection logs the place, the caller learns only that it happened
         except Exception as exc:
-            if not exchange.started:
+            if exchange.started:  # the request may be what kills its worker
+                await _break_off(exchange, exc)
+            else:
                 await exchange.refuse(Refusal(problems.INTERNAL))
-            else:  # the request may be what kills its worker
-                with contextlib.suppress(AnswerAborted):
-                    await _break_off(exchange, exc)
             raise
 
 
 async def _break_off(exchange: Exchange, error: Exception) -> None:
-    """Ends a running answer. Raises StreamBroken if its worker is not lost."""
+    """Ends a running answer: in order only if its worker may be lost."""
     if not may_be_lost(error):
-        raise AnswerAborted from error
+        exchange.abort()
+        return
     try:
         await exchange.give_up()
     except Stalled:
-        raise AnswerAborted from error
+        exchange.abort()
 
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:
@@ -147,7 +144,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
             del sealed, work  # megabytes, which an answer of minutes need not keep
             room.release()
             try:
-                async with _at_most(exchange, limits.longest_stream), Attended(exchange):
+                with Attended(exchange, limits.longest_stream, _too_long):
                     last = await _forward(exchange, dispatch, trail)
             except BaseException:
                 await _cancel(dispatch)
@@ -369,38 +366,29 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
     """
     pieces: list[bytes] = []
     size = 0
-    async with aclosing(dispatch.frames()) as frames:
-        async for frame in frames:
-            if frame.kind is FrameKind.DATA:
-                pieces.append(frame.payload)
-                size += len(frame.payload)
-            elif frame.kind is FrameKind.ERROR and not pieces:
-                raise WorkerRefused(frame.payload)
-            if not exchange.started:
-                await exchange.begin((await trail.durable()).proof())
-            if frame.kind is FrameKind.USAGE:
-                return pieces
-            if frame.kind is FrameKind.DATA and dispatch.ready and size < _TOGETHER:
-                continue
-            await exchange.write(pieces)
-            await dispatch.consumed(size)
-            pieces, size = [], 0
-            if frame.kind is FrameKind.ERROR:
-                raise WorkerRefused(frame.payload)
-    raise WorkerLost("the frames ended without a last one")
+    while True:
+        frame = await dispatch.next()
+        if frame.kind is FrameKind.DATA:
+            pieces.append(frame.payload)
+            size += len(frame.payload)
+        elif frame.kind is FrameKind.ERROR and not pieces:
+            raise WorkerRefused(frame.payload)
+        if not exchange.started:
+            await exchange.begin((await trail.durable()).proof())
+        if frame.kind is FrameKind.USAGE:
+            return pieces
+        if frame.kind is FrameKind.DATA and dispatch.ready and size < _TOGETHER:
+            continue
+        await exchange.write(pieces)
+        await dispatch.consumed(size)
+        pieces, size = [], 0
+        if frame.kind is FrameKind.ERROR:
+            raise WorkerRefused(frame.payload)
 
 
-@contextlib.asynccontextmanager
-async def _at_most(exchange: Exchange, longest: float) -> AsyncIterator[None]:
-    """Ends a request after `longest` seconds: no lease of streams is kept longer. Raises WorkerLost."""
-    limit = asyncio.timeout(exchange.since + longest - time.monotonic())
-    try:
-        async with limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise WorkerLost("the answer took longer than limits.longest_stream") from None
+def _too_long() -> WorkerLost:
+    """No lease of streams is kept longer."""
+    return WorkerLost("the answer took longer than limits.longest_stream")
 
 
 async def _cancel(dispatch: Dispatch) -> None:

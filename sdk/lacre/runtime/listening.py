@@ -49,6 +49,26 @@ class Held(Protocol):
     def cut(self) -> None: ...
 
 
+class Running(Protocol):
+    """A request from its head to the end of its answer. It holds its body's bytes until they are asked for.
+
+    body: the bytes that arrived since they were last taken out. asked: whether any were asked for; they then count as the
+    server's own. response_complete: whether all of the answer was written.
+    """
+
+    body: bytearray
+    asked: bool
+
+    @property
+    def response_complete(self) -> bool: ...
+
+    def take(self, content: bytes) -> None:
+        """More of the body has arrived."""
+
+    def finish(self) -> None:
+        """The body is whole."""
+
+
 @dataclass(slots=True)
 class Door:
     """The limits of one listener, and what it holds now.
@@ -250,6 +270,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_deadline()
         self._unread, self._discarded = True, 0
         self.door.works(self)
+        self._start(head)
+
+    def _start(self, head: RequestHead) -> None:
+        """Begins to serve a request. It sets `cycle`: an ASGI application here; see `Running` for what else may serve it."""
         path = head.path.decode("ascii")
         self.scope = {
             "type": "http",
@@ -266,7 +290,7 @@ class BoundedProtocol(HttpToolsProtocol):
             "headers": head.fields,
             "state": self.app_state.copy(),
         }
-        self.cycle = _Cycle(
+        self.cycle = cycle = _Cycle(
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -279,27 +303,29 @@ class BoundedProtocol(HttpToolsProtocol):
             keep_alive=head.keep_alive,
             on_response=self.on_response_complete,
         )
-        self.cycle.on_asked, self.cycle.door = self._account, self.door
+        cycle.on_asked, cycle.door = self._account, self.door
         crowded = self.limit_concurrency is not None and (
             len(self.connections) >= self.limit_concurrency or len(self.tasks) >= self.limit_concurrency
         )
-        self._start_asgi_task(self.cycle, service_unavailable if crowded else self.app)
+        self._start_asgi_task(cycle, service_unavailable if crowded else self.app)
+
+    @property
+    def _running(self) -> Running:
+        return cast("Running", self.cycle)
 
     def _take(self, content: bytes) -> None:
-        if self.cycle.response_complete:
+        if self._running.response_complete:
             self._discard(len(content))
         else:
-            self.cycle.body += content
-            self.cycle.message_event.set()
+            self._running.take(content)
 
     def _finish(self) -> None:
         self._unread = False
-        if self.cycle.response_complete:
+        if self._running.response_complete:
             self._rest()
         else:
             self.flow.resume_reading()  # otherwise nothing would notice that the client left
-            self.cycle.more_body = False
-            self.cycle.message_event.set()
+            self._running.finish()
 
     def on_response_complete(self) -> None:
         """As uvicorn does; then reads the next request, which may be here already."""
@@ -328,10 +354,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _account(self) -> None:
         if self.transport.is_closing():
             return
-        cycle = cast("_Cycle | None", self.cycle)
+        running = cast("Running | None", self.cycle)
         size = self._reader.pending
-        if cycle is not None and not cycle.asked and not cycle.response_complete:
-            size += len(cycle.body)
+        if running is not None and not running.asked and not running.response_complete:
+            size += len(running.body)
         self.door.holds(self, size)
 
     # Ends
@@ -342,8 +368,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reader.clear()
         self.door.refused[status] += 1
         self.door.holds(self, 0)
-        if self._busy:  # the previous answer is not finished, or waits for a body that is not one
-            self.cut()
+        if self._busy:  # its body is not one, and nobody could tell where an answer to it would end
+            self._forget()
+            self._leave()  # with the answers before, which may be on their way
             return
         phrase = http.HTTPStatus(status).phrase
         body = f"{reason}\n".encode()
@@ -439,6 +466,14 @@ class _Cycle(RequestResponseCycle):
         if self.door.draining and not self.response_started:
             self.keep_alive = False  # uvicorn then adds the header, and closes after the answer
         await super().send(message)
+
+    def take(self, content: bytes) -> None:
+        self.body += content
+        self.message_event.set()
+
+    def finish(self) -> None:
+        self.more_body = False
+        self.message_event.set()
 
     async def receive(self) -> Any:
         if not self.asked:

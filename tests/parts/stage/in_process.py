@@ -44,6 +44,8 @@ from parts import by_hand
 from parts.by_hand import Answer, Sealed
 from parts.echo_engine import EchoEngine
 from parts.fake_worker import FakeWorker
+from parts.frames import frames_of
+from parts.in_memory_http import InMemoryHttp
 from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.keys import Keys, Trusted
 from parts.memory_bucket import MemoryBucket
@@ -172,8 +174,7 @@ class Stage(Standing, Trusted):
 
     def http(self, address: str = "192.0.2.1", app: FastAPI | None = None) -> httpx2.AsyncClient:
         """Speaks to the gateway's public app, or another, from that address."""
-        transport = httpx2.ASGITransport(app or self.app, client=(address, 40000))
-        return httpx2.AsyncClient(transport=transport, base_url="http://gateway.test")
+        return httpx2.AsyncClient(transport=InMemoryHttp(app or self.app, address), base_url="http://gateway.test")
 
     async def post(
         self, client: httpx2.AsyncClient, token: str | None = None, *, body: bytes | None = None, **headers: str | None
@@ -290,7 +291,7 @@ class Stage(Standing, Trusted):
         sealed = sealed or self.seal()
         dispatch = await self.dispatch(sealed, grant, **work)
         answer = Answer([], sealed.opener)
-        async with aclosing(dispatch.frames()) as frames:
+        async with aclosing(frames_of(dispatch)) as frames:
             async for frame in frames:
                 answer.frames.append(frame)
                 await dispatch.consumed(len(frame.payload))
@@ -306,7 +307,7 @@ class Stage(Standing, Trusted):
         self, wire: httpx2.AsyncBaseTransport | None = None, token: str | None = None, **options: Any
     ) -> lacre.AsyncClient:
         """The SDK's client, whose connection to the gateway is `wire`."""
-        return self.client_of(self.url, self._own(token), wire or httpx2.ASGITransport(self.app), **options)
+        return self.client_of(self.url, self._own(token), wire or InMemoryHttp(self.app), **options)
 
     def sync_client(self, wire: httpx2.AsyncBaseTransport, token: str | None = None, **options: Any) -> lacre.Client:
         """The sync one; use it from a thread."""
