@@ -99,8 +99,8 @@ class Exchange:
     limits: header fields about the caller's limits. manifest: the version, which a known caller is told. stall_limit: seconds
     that a client may leave a piece unread. task: runs it, from its begin to its end.
 
-    For the log: refused: of the refusal that was sent. is_known: whether the caller has a valid token. facts: pool, model and action,
-    once the manifest has them. cut: whether its answer ended in order without being whole.
+    For the log: refused: of the refusal that was sent. is_known: whether the caller has a valid token. facts: pool, model and
+    action, once the manifest has them. cut: whether its answer ended in order without being whole.
     """
 
     def __init__(self, connection: Connection, head: RequestHead, address: str, *, stall_limit: float = STALL_LIMIT) -> None:
@@ -274,7 +274,7 @@ class Exchange:
                 self._connection.write(CONTINUE)
         while not self.body and self.more_body and not self.gone:
             self._connection.read_on()
-            if not await self._wait(until):
+            if time.monotonic() >= until or not await self._wait(until):  # a trickle may never be found waiting by the clock
                 return None
         if self.gone:
             raise ClientGone
