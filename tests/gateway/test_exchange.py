@@ -25,7 +25,7 @@ class Told:
 
     def __init__(self) -> None:
         self.default_fields: RawHeaders = [(b"date", b"today")]
-        self.write_paused = False
+        self.write_paused = self.draining = False
         self.written = b""
         self.ended = ""
         self.was_asked = self.reads = 0
@@ -182,6 +182,19 @@ async def test_an_end_that_no_client_takes_for_another(version: bytes, ends: boo
     else:
         assert (told.body, told.ended) == (b"abc", "closed" if ends else "reset")
         assert b"transfer-encoding" not in told.head
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_no_connection_is_used_again_while_the_listener_drains(refused: bool) -> None:
+    one, told = exchange()
+    one.finish()
+    told.draining = True
+    if refused:
+        await one.refuse(Refusal(problems.FORBIDDEN))
+    else:
+        await one.begin(Proof())  # type: ignore[arg-type]
+        await one.end()
+    assert (told.head.count(b"\r\nconnection: close"), told.ended, one.whole) == (1, "closed", True)
 
 
 async def attended(one: Exchange, doing: asyncio.Future[None], longest: float = 100) -> None:

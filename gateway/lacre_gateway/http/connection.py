@@ -114,6 +114,10 @@ class GatewayConnection(BoundedProtocol):
     def write_paused(self) -> bool:
         return self.flow.write_paused
 
+    @property
+    def draining(self) -> bool:
+        return self.door.draining
+
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 

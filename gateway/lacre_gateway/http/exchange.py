@@ -63,12 +63,15 @@ class Connection(Protocol):
     """What an exchange needs of its connection: `lacre_gateway.http.connection.GatewayConnection`.
 
     default_fields: of each answer, such as its date. write_paused: whether the client has yet to take what was written.
+    draining: whether the listener is about to close.
     """
 
     @property
     def default_fields(self) -> RawHeaders: ...
     @property
     def write_paused(self) -> bool: ...
+    @property
+    def draining(self) -> bool: ...
     def write(self, data: bytes) -> None: ...
     def asked(self) -> None:
         """The body's bytes now count as the server's own."""
@@ -288,7 +291,7 @@ class Exchange:
         self.status = 200
         self.first_byte = time.monotonic()
         await self._writable()
-        self._send(self._answer.head(200, self._headed(*_ANSWER_HEADERS, *self._told(), _audit(proof))))
+        self._send_head(200, *_ANSWER_HEADERS, *self._told(), _audit(proof))
 
     async def write(self, pieces: Sequence[bytes]) -> None:
         """Raises Stalled if the client does not take what was written before in time."""
@@ -358,7 +361,8 @@ class Exchange:
                 fields.append(_audit((await asyncio.shield(self.recorded)).proof()))
         if self._unread:
             fields.append((b"connection", b"close"))
-        self._send(self._answer.head(self.status, self._headed(*fields)) + self._answer.chunk([document]))
+        self._send_head(self.status, *fields)
+        self._send(self._answer.chunk([document]))
         if self._unread and not waits:
             await self._drop(LINGER, MAX_SEALED_REQUEST)
         self._finish()
@@ -369,11 +373,14 @@ class Exchange:
         self._kept = bytearray()
         fields, document = refusal.answer(self.request_id)
         self._answer.keep_alive = False
-        self._send(self._answer.head(self.status, self._headed(*fields)))
+        self._send_head(self.status, *fields)
         self._finish([document])
 
-    def _headed(self, *fields: tuple[bytes, bytes]) -> RawHeaders:
-        return [*self._connection.default_fields, *fields, (_REQUEST_ID, self.request_id.encode())]
+    def _send_head(self, status: int, *fields: tuple[bytes, bytes]) -> None:
+        if self._connection.draining:  # otherwise the client may send its next request into a connection that ends
+            self._answer.keep_alive = False
+        named = (_REQUEST_ID, self.request_id.encode())
+        self._send(self._answer.head(status, [*self._connection.default_fields, *fields, named]))
 
     def _told(self) -> RawHeaders:
         version = [] if self.manifest is None else [(MANIFEST_VERSION.encode(), b"%d" % self.manifest)]
