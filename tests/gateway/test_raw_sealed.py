@@ -270,7 +270,7 @@ async def test_the_address_is_the_same_on_both_kinds_of_routes(
     lines = [line for line in stage.logged() if line["event"] == "request"]
     sealed = [line["address"] for line in lines if line["route"] == "/v1/sealed"]
     assert sealed == [line["address"] for line in lines if line["route"] == "/v1/manifest"]
-    assert len(sealed) == len(FORWARDED) and len(set(sealed)) == (5 if trusted else 1)
+    assert len(sealed) == len(FORWARDED) and len(set(sealed)) == (4 if trusted else 1)
 
 
 async def test_lines_of_its_requests(stage: Stage, worker: FakeWorker, wire: Wire) -> None:
