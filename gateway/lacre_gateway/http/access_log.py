@@ -21,8 +21,8 @@ from lacre_gateway.http.headers import address_of
 from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.http.refusal import NO_FACTS
 
-# In the scope's state: what the log is told of the refusal that was sent (`Refusal.said`); whether the caller has a valid
-# token; further fields for the log of a failed request.
+# In the scope's state: fields about the refusal that was sent (`Refusal.said`); whether the caller has a valid token; further
+# fields about a failed request.
 REFUSED: Final = "refused"
 KNOWN: Final = "known"
 FACTS: Final = "facts"

@@ -3,8 +3,8 @@
 Rules:
 - A body is counted while it is read, even if it has a Content-Length, and has a limited time to arrive. If its sender or
   purpose is refused, nothing of it is kept.
-- Nothing of an answer is buffered: `write` passes it to the transport, and waits first if the client has not taken what was
-  written before. A client that reads nothing is cut.
+- Nothing of an answer is buffered: `write` passes it to the transport, and waits first if the client has not taken the bytes
+  before. A client that reads nothing is cut.
 - Only the seal's final chunk shows that an answer is whole. A broken answer never has it, however it ends here.
 - `give_up` ends an answer properly, which says that its worker may be lost. `abort` closes the connection as if this process
   had died, which says the opposite (RFC 9112 section 7.1: no last chunk comes).
@@ -62,7 +62,7 @@ class BodyCount(Protocol):
 class Connection(Protocol):
     """What an exchange needs of its connection: `lacre_gateway.http.connection.GatewayConnection`.
 
-    default_fields: of each answer, such as its date. write_paused: whether the client has yet to take what was written.
+    default_fields: of each answer, such as its date. write_paused: whether the client has yet to take earlier bytes.
     draining: whether the listener is about to close.
     """
 
@@ -83,7 +83,7 @@ class Connection(Protocol):
         """The answer was written, with its end. keep_alive: whether another request may follow."""
 
     def break_off(self, *, reset: bool) -> None:
-        """Closes after what was written, or at once."""
+        """Closes after the bytes sent so far, or at once."""
 
 
 class ClientGone(Exception):
@@ -184,7 +184,7 @@ class Exchange:
         self._tell()
 
     def writable(self) -> None:
-        """The client has taken most of what was written."""
+        """The client has taken most of the bytes sent."""
         self._tell()
 
     def lost(self) -> None:
@@ -229,7 +229,7 @@ class Exchange:
         self._ends_at, self._too_late = until, too_late
 
     def left_alone(self) -> Callable[[], Exception] | None:
-        """The end of `attend`. Returns the reason if its task was cancelled from here, and by nobody else."""
+        """The end of `attend`. Returns the reason if its task was cancelled from here alone."""
         why, self._cut_short, self._too_late, self._ends_at = self._cut_short, None, None, math.inf
         if why is None or self.task is None or self.task.uncancel():
             return None
@@ -294,7 +294,7 @@ class Exchange:
         self._send_head(200, *_ANSWER_HEADERS, *self._told(), _audit(proof))
 
     async def write(self, pieces: Sequence[bytes]) -> None:
-        """Raises Stalled if the client does not take what was written before in time."""
+        """Raises Stalled if the client does not take the bytes before in time."""
         await self._writable()
         self._send(self._answer.chunk(pieces))
         self._count(pieces)
@@ -339,7 +339,7 @@ class Exchange:
         self.records += len(pieces)
 
     async def _writable(self) -> None:
-        """Waits until the client has taken most of what was written. Raises Stalled."""
+        """Waits until the client has taken most of the bytes sent. Raises Stalled."""
         until = time.monotonic() + self._stall_limit
         while self._connection.write_paused and not self.gone:
             with contextlib.suppress(ClientGone):
