@@ -65,7 +65,7 @@ def create_app(gateway: Gateway) -> GatewayApp:
 
 async def _by_listener(_request: Request) -> Response:
     """A sealed request that came through ASGI: behind another server than ours, which would not bound it."""
-    raise Refusal(problems.NOT_READY, noted="sealed requests need the gateway's own listener: see `make_server`")
+    raise Refusal(problems.NOT_READY, retry_after=5.0, noted="sealed requests need the gateway's own listener: `make_server`")
 
 
 async def serve_manifest(request: Request) -> Response:

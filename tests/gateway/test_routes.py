@@ -94,6 +94,15 @@ async def test_a_fault_of_the_gateway_has_its_request_s_id(stage: Stage) -> None
     assert response.headers["lacre-request-id"] == stage.logged()[-1]["request_id"]
 
 
+async def test_sealed_requests_are_not_served_behind_another_server(stage: Stage) -> None:
+    """It would not bound them. The log tells the operator why."""
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(stage.app), base_url="http://gateway.test") as client:
+        response = await stage.post(client)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert problems.Problem.type_in(response.content) == problems.NOT_READY.type
+    assert "listener" in stage.logged()[-1]["reason"]
+
+
 async def test_health_needs_nothing_and_probes_are_not_logged(stage: Stage, client: httpx2.AsyncClient) -> None:
     await client.get("/readyz")
     stage.gateway.fabric = None
