@@ -156,6 +156,33 @@ async def test_client_that_takes_it_in_the_end() -> None:
     assert (told.ended, slow.whole, slow.sent, slow.records) == ("kept", True, 4, 3)
 
 
+async def test_a_refusal_waits_for_the_client() -> None:
+    refused, told = exchange()
+    refused.finish()
+    told.write_paused = True
+    before: list[bytes] = []
+
+    def catch_up() -> None:
+        before.append(told.written)
+        told.write_paused = False
+        refused.writable()
+
+    soon(lambda: refused.late(time.monotonic() + 9), refused.writable, catch_up)
+    await refused.refuse(Refusal(problems.INVALID_TOKEN))
+    assert before == [b""] and told.head.startswith(b"HTTP/1.1 401 ") and told.ended == "kept"
+
+
+async def test_a_client_that_does_not_read_its_refusal() -> None:
+    """The end of its patience is no failure: a refusal is sent where a failure is handled."""
+    refused, told = exchange()
+    refused.finish()
+    told.write_paused = True
+    soon(lambda: refused.late(time.monotonic() + 9), lambda: refused.late(time.monotonic() + 11))
+    await refused.refuse(Refusal(problems.INVALID_TOKEN))
+    refused.close()
+    assert (told.written, told.ended, refused.whole) == (b"", "broken off", False)
+
+
 class Proof:
     """In place of an audit proof."""
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,10 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_gateway.admin.api import MAX_BODY, create_admin
 from lacre_gateway.http.answers import BODY_TOO_LARGE
+from lacre_gateway.http.exchange import STALL_LIMIT
 from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
+from parts.in_memory_http import Connection
 from parts.issuer import Issuer
 from parts.keys import MODEL
 from parts.stage import Stage
@@ -38,6 +41,8 @@ OUTER_HEADERS = {
 }  # fmt: skip
 OUTER = "".join(f"{name}: {value}\r\n" for name, value in OUTER_HEADERS.items()).encode()
 POST = b"POST /v1/sealed HTTP/1.1\r\nHost: x\r\n"
+AHEAD = 1500  # requests in as many bytes as a connection keeps of those that wait
+SETTLED = 0.2  # seconds in which a gateway refuses hundreds of requests
 HEAD_TIMEOUT = 3.0  # seconds; what is refused is refused much sooner
 
 
@@ -275,6 +280,34 @@ async def test_old_generation(stage: Stage, honest: Stage, wire: HttpWire, verdi
 
 SOON = 5.0  # seconds in which a refusal comes; none of these waits for a body
 REVOKE = b"POST /v1/revocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@attack("fill a gateway's memory with refusals of thousands of requests, and read none of them", "stranger",
+        "a refusal waits until the client has taken the bytes before, and is cut if it never does", problems.INVALID_TOKEN)  # fmt: skip
+async def test_unread(honest: Stage, verdict: Verdict) -> None:
+    protocol = make_server(honest.app, Listen(port=0)).connection()
+    connection, answers = Connection(protocol, "192.0.2.9"), b""
+
+    def taken() -> int:
+        nonlocal answers
+        while not connection.news.empty():
+            answers += connection.news.get_nowait()
+        return answers.count(b"HTTP/1.1 4")
+
+    protocol.pause_writing()  # as the transport does when it holds more than the client takes
+    assert await connection.say((POST + b"\r\n") * AHEAD)
+    await asyncio.sleep(SETTLED)
+    assert taken() == 0 and answers == b"" and len(protocol.tasks) == 1, "one request is read at a time"
+    protocol.resume_writing()
+    await until(lambda: taken() == AHEAD)
+    assert not connection.transport.ended
+    protocol.pause_writing()
+    await connection.say(POST + b"\r\n")
+    await asyncio.sleep(SETTLED)
+    protocol.cycle.late(time.monotonic() + STALL_LIMIT + 1)  # what the clock says then
+    await until(lambda: connection.transport.ended)
+    assert taken() == AHEAD
+    verdict.said(problem_of(answers.partition(b"HTTP/1.1 4")[2].partition(b"HTTP/1.1 4")[0]))
 
 
 async def answer(port: Port, said: bytes) -> bytes:

@@ -4,7 +4,7 @@ Rules:
 - A body is counted while it is read, even if it has a Content-Length, and has a limited time to arrive. If its sender or
   purpose is refused, nothing of it is kept.
 - Nothing of an answer is buffered: `write` passes it to the transport, and waits first if the client has not taken the bytes
-  before. A client that reads nothing is cut.
+  before. A refusal waits too: its client may have no token. A client that reads nothing is cut.
 - Only the seal's final chunk shows that an answer is whole. A broken answer never has it, however it ends here.
 - `give_up` ends an answer properly, which says that its worker may be lost. `abort` closes the connection as if this process
   had died, which says the opposite (RFC 9112 section 7.1: no last chunk comes).
@@ -347,7 +347,7 @@ class Exchange:
                     raise Stalled
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answers with a problem document."""
+        """Answers with a problem document, once the client has taken the bytes before. One that does not is cut."""
         self.status, self.refused = refusal.problem.status, refusal.said()
         self._kept = bytearray()
         # the client waits for permission, and is not told to send an unwanted body
@@ -361,6 +361,11 @@ class Exchange:
                 fields.append(_audit((await asyncio.shield(self.recorded)).proof()))
         if self._unread:
             fields.append((b"connection", b"close"))
+        try:
+            await self._writable()
+        except Stalled:
+            self.abort()
+            return
         self._send_head(self.status, *fields)
         self._send(self._answer.chunk([document]))
         if self._unread and not waits:

@@ -31,6 +31,7 @@ MUTATIONS: Final = Mutation.of(
     # the gateway
     ("heads: nobody", "a refused client is not asked for its body", "lacre_gateway.http.exchange:Exchange.refuse",
      "waits = self._expects and not self.asked", "waits = False"),
+    ("heads: unread", "a refusal waits for its client", "lacre_gateway.http.exchange:Exchange.refuse", "await self._writable()", ""),
     ("heads: admin", "an administrator is known before the body is read", "lacre_gateway.admin.api",
      "_routes: Final = APIRouter(route_class=_Guarded)", "_routes: Final = APIRouter()"),
     ("heads: admin_long", "a body of the admin API is bounded", "lacre_gateway.admin.api:_body",
