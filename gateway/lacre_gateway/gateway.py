@@ -143,6 +143,7 @@ class Gateway:
         await self.authenticator.close()
         self.refusals.close()
         self.lines.close()
+        self.settlement.close()
         await self.budgets.close()
         await self.audit.close()
         if self.webhook is not None:

@@ -23,6 +23,7 @@ from lacre.evidence import checkpoints
 from lacre.evidence.checkpoints import Checkpoint
 from lacre.jose import ed25519, jws
 from lacre_fabric.native import ed25519 as native
+from lacre_gateway.audit import open_requests
 
 P = 2**255 - 19
 ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -200,6 +201,19 @@ def test_no_checkpoint_is_believed_under_a_weak_key() -> None:
         held += by_openssl_alone(Case("", WEAK, UNSIGNED, checkpoint.text(), False))
         with pytest.raises(InvalidSignature):
             checkpoints.verify(checkpoint.sign(Nobody(), checkpoints.key_id("log", WEAK)), WEAK)
+    assert held
+
+
+def test_no_list_of_open_requests_is_believed_under_a_weak_key() -> None:
+    class Nobody:
+        def sign(self, _data: bytes, /) -> bytes:
+            return UNSIGNED
+
+    held = 0
+    for size in range(40):
+        held += by_openssl_alone(Case("", WEAK, UNSIGNED, open_requests._signed("log", size, []), False))
+        listed = open_requests.listed(Nobody(), "log", size, [])  # type: ignore[arg-type]
+        assert open_requests.read(listed, WEAK, "log") is None
     assert held
 
 

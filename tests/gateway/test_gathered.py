@@ -9,7 +9,7 @@ from lacre_gateway.http.gathered import MOST, GatheredTransport
 
 
 class Recorder(asyncio.Transport):
-    """Takes down what it is told. written: since it was closed or aborted, nothing is."""
+    """Takes down what it is told, and nothing after its end: uvloop raises then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -17,8 +17,12 @@ class Recorder(asyncio.Transport):
         self.ended = ""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not self.ended:
-            self.written.append(bytes(data))
+        if self.ended:
+            raise RuntimeError("the handler is closed")
+        self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
 
     def close(self) -> None:
         self.ended = "closed"
@@ -97,3 +101,18 @@ async def test_close_sends_and_abort_drops() -> None:
     transport.abort()
     await asyncio.sleep(0)
     assert recorder.written == [] and recorder.ended == "aborted"
+
+
+async def test_nothing_is_written_to_a_connection_that_has_ended() -> None:
+    """Its transport closes by itself when the client leaves."""
+    recorder, transport = gathered()
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context["exception"]))
+    transport.write(b"never")
+    recorder.close()
+    await asyncio.sleep(0)
+    transport.write(b"x" * MOST)
+    transport.write(b"never")
+    transport.close()
+    await asyncio.sleep(0)
+    assert (recorder.written, faults) == ([], [])

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import threading
+from itertools import pairwise
 from typing import Any
 
 import httpx2
@@ -20,13 +21,14 @@ from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.settlement import Claim, ReceiptFault, Settlement, Verdict, judge
+from lacre_gateway.budget.settlement import AT_ONCE, Claim, ReceiptFault, Settlement, Verdict, judge
 from lacre_gateway.relay.relay import rest_of_queue
 from parts.by_hand import opened
 from parts.fake_worker import PIECES, FakeWorker, Script
 from parts.issuer import ISSUER
 from parts.keys import MODEL
 from parts.stage import Stage
+from parts.waiting import until
 
 
 @pytest.mark.parametrize(("key", "kem"), [(1, "MLKEM768-X25519"), (2, "X25519")])
@@ -256,13 +258,42 @@ class Told:
         return [verdict.receipt.completion_tokens if verdict.receipt else None for verdict in told]
 
 
-def test_a_fault_in_one_claim_costs_no_other_its_verdict(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_fault_in_one_claim_costs_no_other_its_verdict(caplog: pytest.LogCaptureFixture) -> None:
     """And they come in the order of the claims."""
     told = Told()
     for number in range(5):
         told.settle(number, claim(token(number + 1)), fails=number == 1)
     broken = dataclasses.replace(claim(token(3)), reservation=None)  # type: ignore[arg-type]  # a fault of ours, say
     told.settle(5, broken)
+    await until(lambda: len(told.verdicts) == 6)
     assert told.counts() == [1, 2, 3, 4, 5, None]
     assert told.verdicts[5] == [Verdict(refused=ReceiptFault.NOT_THE_POOLS)]
     assert caplog.messages == ["a try failed: settlement"] * 2
+
+
+async def test_claims_that_come_together_are_judged_after_their_answers_left_and_a_few_at_a_time() -> None:
+    """left: how many claims were judged when each answer's last bytes left. judged: how many after each turn."""
+    told, loop, count = Told(), asyncio.get_running_loop(), 2 * AT_ONCE + 1
+    left: list[int] = []
+    judged = [0]
+    for number in range(count):
+        loop.call_soon(lambda: left.append(len(told.verdicts)))  # as a transport that gathers the bytes of a turn
+        told.settle(number, claim(token(number + 1)))
+    while judged[-1] < count:
+        await asyncio.sleep(0)
+        judged.append(len(told.verdicts))
+    assert left == [0] * count
+    assert max(after - before for before, after in pairwise(judged)) <= AT_ONCE
+    assert list(told.verdicts) == list(range(count))
+
+
+async def test_no_claim_is_lost_when_the_gateway_closes() -> None:
+    told = Told()
+    told.settle(0, claim(token(1)))
+    told.settle(1, claim(token(2)))
+    told.settlement.close()
+    assert told.counts() == [1, 2]
+    told.settle(2, claim(token(3)))
+    assert told.counts() == [1, 2, 3], "its loop may end at any time"
+    await asyncio.sleep(0)
+    assert told.counts() == [1, 2, 3]

@@ -283,7 +283,8 @@ REVOKE = b"POST /v1/revocations HTTP/1.1\r\nHost: x\r\nContent-Type: application
 
 
 @attack("fill a gateway's memory with refusals of thousands of requests, and read none of them", "stranger",
-        "a refusal waits until the client has taken the bytes before, and is cut if it never does", problems.INVALID_TOKEN)  # fmt: skip
+        "a refusal waits until the client has taken the bytes before; if it never does, it is cut",
+        problems.INVALID_TOKEN)  # fmt: skip
 async def test_unread(honest: Stage, verdict: Verdict) -> None:
     protocol = make_server(honest.app, Listen(port=0)).connection()
     connection, answers = Connection(protocol, "192.0.2.9"), b""

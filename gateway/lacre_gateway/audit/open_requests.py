@@ -16,10 +16,10 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidMessage
+from lacre.jose.ed25519 import verifies
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime.json_objects import object_in
 from lacre_gateway.audit import chain
@@ -44,10 +44,10 @@ def read(data: bytes, public: bytes, origin: str) -> tuple[int, list[str]] | Non
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(b64u_decode(signature), _signed(origin, size, names))
-    except (InvalidSignature, InvalidMessage):
+        signed = verifies(public, b64u_decode(signature), _signed(origin, size, names))
+    except InvalidMessage:
         return None
-    return size, names
+    return (size, names) if signed else None
 
 
 def _signed(origin: str, size: int, names: Sequence[str]) -> bytes:

@@ -3,7 +3,8 @@
 Rules:
 - It ticks every `TICK` seconds while requests run, and asks each of them whether it is late. So a limit may be exceeded by a
   tick, and is never shortened.
-- It has no task that could die: each tick orders the next one before it asks.
+- It has no task that could die: each tick orders the next one before it asks. A request that fails to answer is logged, and
+  keeps no other from this tick.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import Final, Protocol
+
+from lacre.runtime import tasks
 
 TICK: Final = 0.25  # seconds; the shortest limit of a request is some seconds
 
@@ -43,4 +46,7 @@ class Clock:
         self._next = asyncio.get_running_loop().call_later(TICK, self._tick) if self._live else None
         now = time.monotonic()
         for request in tuple(self._live):
-            request.late(now)
+            try:
+                request.late(now)
+            except Exception as exc:  # noqa: BLE001 - a fault in one request must not give the others all the time they like
+                tasks.failed("clock", exc)

@@ -155,14 +155,18 @@ async def _run(sealed: Sealed, exchange: Exchange) -> None:
     try:
         await sealed.serve(exchange)
     except asyncio.CancelledError:  # the server ends: its drain took too long
-        if not exchange.started and not exchange.gone:
+        if exchange.unanswered:
             exchange.refuse_at_once(Refusal(problems.INTERNAL))
-    except Exception as exc:  # noqa: BLE001 - the last place on a request's path: its caller was answered already
+    except Exception as exc:  # noqa: BLE001 - the last place on a request's path
         _log.error("sealed request failed", exc_info=exc)
+        if exchange.unanswered:  # its refusal failed
+            exchange.refuse_at_once(Refusal(problems.INTERNAL))
     finally:
-        sealed.clock.remove(exchange)
-        exchange.close()
-        _tell(sealed.log, exchange)
+        try:
+            sealed.clock.remove(exchange)
+            exchange.close()
+        finally:
+            _tell(sealed.log, exchange)
 
 
 def _tell(log: RequestLog, exchange: Exchange) -> None:

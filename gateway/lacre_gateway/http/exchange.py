@@ -156,6 +156,11 @@ class Exchange:
         return self.status is not None
 
     @property
+    def unanswered(self) -> bool:
+        """Whether nothing was sent to a client that may still be there."""
+        return not (self._answer.begun or self._aborted or self.gone)
+
+    @property
     def whole(self) -> bool:
         """Whether an answer was sent with all that belongs to it."""
         return self._answer.whole and not self.cut
@@ -287,10 +292,13 @@ class Exchange:
     # The answer
 
     async def begin(self, proof: AuditProof) -> None:
-        """Starts the answer. It has no Content-Length: only the seal shows its end. proof: that it was recorded."""
-        self.status = 200
-        self.first_byte = time.monotonic()
+        """Starts the answer. It has no Content-Length: only the seal shows its end. proof: that it was recorded.
+
+        Raises Stalled.
+        """
+        self.status = 200  # from here on a failure breaks an answer, for which its worker has worked
         await self._writable()
+        self.first_byte = time.monotonic()
         self._send_head(200, *_ANSWER_HEADERS, *self._told(), _audit(proof))
 
     async def write(self, pieces: Sequence[bytes]) -> None:
@@ -307,9 +315,14 @@ class Exchange:
         self._count(pieces)
 
     async def give_up(self) -> None:
-        """Ends an answer that is not whole, and whose worker may be lost. Raises Stalled."""
+        """Ends an answer that is not whole, and whose worker may be lost. Raises Stalled.
+
+        If its head still waits for the client, nothing can be ended in order.
+        """
         self.cut = True
-        if not self._over:
+        if not self._answer.begun:
+            self.abort()
+        elif not self._over:
             await self.end()
 
     def abort(self) -> None:
@@ -319,10 +332,11 @@ class Exchange:
         self._over = self._aborted = True
 
     def close(self) -> None:
-        """The end of its work: an answer that has no end by now gets none."""
+        """The end of its work: an answer that has no end by now gets none. Its connection may keep it, but no token in it."""
         if not self._answer.whole:
             self.abort()
         self._kept, self.body, self.task = bytearray(), bytearray(), None
+        self.fields, self.recorded = self.fields.for_trace(), None
 
     def _finish(self, pieces: Sequence[bytes] = ()) -> None:
         self._over = True

@@ -6,6 +6,7 @@ of our decisions (docs/performance.md).
 Rules:
 - Nothing is held longer than the turn in which it was written, and never more than `MOST` bytes.
 - Everything written before `close` is sent, in order; `abort` drops it, as it drops bytes that the system has not sent yet.
+- Nothing is passed on to a transport that has begun to close: uvloop raises for one that is gone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GatheredTransport(asyncio.Transport):
 
     def _flush(self) -> None:
         pieces, self._pieces, self._size = self._pieces, [], 0
-        if pieces:
+        if pieces and not self._transport.is_closing():
             self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def can_write_eof(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, Self, TypeVar
 
@@ -118,6 +118,10 @@ class Fields:
         """The caller's trace context (W3C Trace Context), not parsed."""
         value = self.values.get(b"traceparent")
         return None if value is None or b"traceparent" in self.repeated else value.decode("latin-1")
+
+    def for_trace(self) -> Self:
+        """The trace context alone, which is read after the request's end."""
+        return replace(self, values={name: value for name, value in self.values.items() if name == b"traceparent"})
 
     def check_media(self) -> int | None:
         """The announced length of the body in bytes; None if it is not announced.

@@ -32,7 +32,8 @@ class _End:
 
 class Trail:
     """A context: it records the intent on entry, and the outcome after any exit, once the claim has its verdict and the intent
-    is durable. A request that could not be recorded costs nothing, so budgets and log agree.
+    is durable. A claim gets it after the answer's last bytes have left. A request that could not be recorded costs nothing, so
+    budgets and log agree.
 
     recorded: done when the intent is durable, and under a signed checkpoint; not to be cancelled. claim: the worker's claim of
     the usage; None if no worker was asked. hold: the reservation; settled with the claim.

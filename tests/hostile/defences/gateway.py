@@ -31,7 +31,8 @@ MUTATIONS: Final = Mutation.of(
     # the gateway
     ("heads: nobody", "a refused client is not asked for its body", "lacre_gateway.http.exchange:Exchange.refuse",
      "waits = self._expects and not self.asked", "waits = False"),
-    ("heads: unread", "a refusal waits for its client", "lacre_gateway.http.exchange:Exchange.refuse", "await self._writable()", ""),
+    ("heads: unread", "a refusal waits for its client", "lacre_gateway.http.exchange:Exchange.refuse",
+     "await self._writable()", ""),
     ("heads: admin", "an administrator is known before the body is read", "lacre_gateway.admin.api",
      "_routes: Final = APIRouter(route_class=_Guarded)", "_routes: Final = APIRouter()"),
     ("heads: admin_long", "a body of the admin API is bounded", "lacre_gateway.admin.api:_body",
@@ -93,7 +94,7 @@ MUTATIONS: Final = Mutation.of(
     ("logs: in_the_way", "a gateway makes its next log itself", "lacre_gateway.audit.store:Store.rotate",
      "if series.newest(self._root) > self._number:"),
     ("logs: open_requests", "the list of open requests is signed", "lacre_gateway.audit.open_requests:read",
-     "Ed25519PublicKey.from_public_bytes(public).verify(b64u_decode(signature), _signed(origin, size, names))", ""),
+     "signed = verifies(public, b64u_decode(signature), _signed(origin, size, names))", "signed = True"),
     ("logs: own_key", "an audit log's key is vouched for", "lacre_gateway.audit.chain:_check_joined",
      "named = after.key if vouched else before.key", "named = after.key"),
     ("logs: newest_log", "an export notices a missing end", "lacre_gateway.audit.feed:_Reading.rest",
