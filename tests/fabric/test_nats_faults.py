@@ -217,7 +217,7 @@ async def test_work_that_cannot_be_returned_is_rejected(parties: Parties, kept_b
         await provisioner.jetstream.delete_stream(f"KV_{subjects.claims_bucket('a')}")
         await drained_with(first)
     async with asyncio.timeout(5):
-        frames = [(frame.kind, frame.payload) async for frame in dispatch.frames()]
+        frames = [(frame.kind, frame.payload) async for frame in frames_of(dispatch)]
     assert frames == [(FrameKind.ERROR, problems.UNCLAIMED.type.encode())]
     assert await parties.live.queued() == 0
     await parties.live.provision()
