@@ -201,7 +201,7 @@ async def test_genuine_token(name: str, stage: Stage, door: Door) -> None:
 
 @pytest.mark.parametrize("groups", [100, 200], ids=["a little", "nearly a whole head"])
 async def test_a_token_that_is_too_long_says_how_long_one_may_be(groups: int, stage: Stage, door: Door) -> None:
-    """Some issuers put hundreds of groups into one. It says nothing of who signed it: nobody has looked. A longer head gets a 431."""
+    """Some issuers put hundreds of groups into one. It says nothing of who signed it: nobody looked. Longer heads get a 431."""
     token = stage.issuer.token(groups=["g" * 200] * groups)
     asked = len(f"Bearer {token}")
     await door.stays_shut(stage.headers(token), limit="token", unit="bytes", ceiling=tokens.MAX_TOKEN, asked=asked)
