@@ -22,7 +22,7 @@ from lacre_gateway.http.access_log import FACTS, KNOWN, AccessLog, RequestLog
 from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import answer_with_problems, described
 from lacre_gateway.http.clock import Clock
-from lacre_gateway.http.connection import Sealed
+from lacre_gateway.http.connection import SealedRoute
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.public_api import PATHS, SECURITY
 from lacre_gateway.http.refusal import Refusal
@@ -39,7 +39,7 @@ class GatewayApp(FastAPI):
     them more than the decision about it (docs/performance.md).
     """
 
-    sealed: Sealed
+    sealed: SealedRoute
 
 
 def create_app(gateway: Gateway) -> GatewayApp:
@@ -49,7 +49,7 @@ def create_app(gateway: Gateway) -> GatewayApp:
     log = RequestLog(gateway.log, gateway.lines)
     app.add_middleware(AccessLog, log=log)
     answer_with_problems(app)
-    app.sealed = Sealed(SealedEndpoint(gateway).serve, log, Clock())
+    app.sealed = SealedRoute(SealedEndpoint(gateway).serve, log, Clock())
     app.router.routes.append(Route(SEALED_PATH, _by_listener, methods=["POST"]))  # for the answers to other methods
     limit = AddressLimit(gateway.settings.limits.calls_per_address)
     limit.install(app)

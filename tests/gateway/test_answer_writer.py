@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_gateway.http.answer_writer import AnswerWriter, OutOfOrder, UnsafeField
+from lacre_gateway.http.answer_writer import HttpAnswer, OutOfOrder, UnsafeField
 
 NAMES = st.from_regex(rb"x-[a-z][a-z0-9-]{0,10}", fullmatch=True)
 VALUES = st.from_regex(rb"[!-~](?:[ -~]{0,20}[!-~])?", fullmatch=True)
@@ -40,7 +40,7 @@ def test_read_as_written(
 ) -> None:
     body = b"".join(piece for chunk in pieces for piece in chunk)
     given = [*fields.items(), *([(b"content-length", b"%d" % len(body))] if announced else [])]
-    writer = AnswerWriter(version, keep_alive=keep_alive)
+    writer = HttpAnswer(version, keep_alive=keep_alive)
     written = writer.head(status, given) + b"".join(map(writer.chunk, pieces)) + writer.end()
     lives = keep_alive and version == "1.1"
     assert (writer.whole, writer.keep_alive) == (True, lives)
@@ -52,7 +52,7 @@ def test_read_as_written(
 
 
 def test_an_answer_without_its_end_is_never_whole() -> None:
-    writer = AnswerWriter("1.1", keep_alive=True)
+    writer = HttpAnswer("1.1", keep_alive=True)
     written = writer.head(200, []) + writer.chunk([b"abc"])
     with pytest.raises(h11.RemoteProtocolError):
         read(written, closed=True)
@@ -61,13 +61,13 @@ def test_an_answer_without_its_end_is_never_whole() -> None:
 
 def test_no_bytes_are_no_chunk() -> None:
     """An empty chunk would be the last one."""
-    writer = AnswerWriter("1.1", keep_alive=True)
+    writer = HttpAnswer("1.1", keep_alive=True)
     writer.head(200, [])
     assert (writer.chunk([]), writer.chunk([b"", b""]), writer.end([b"a", b"", b"b"])) == (b"", b"", b"2\r\nab\r\n0\r\n\r\n")
 
 
 def test_close_by_a_field() -> None:
-    writer = AnswerWriter("1.1", keep_alive=True)
+    writer = HttpAnswer("1.1", keep_alive=True)
     head = writer.head(200, [(b"content-length", b"0"), (b"connection", b"close")])
     assert (writer.keep_alive, head.count(b"connection")) == (False, 1)
 
@@ -75,14 +75,14 @@ def test_close_by_a_field() -> None:
 @pytest.mark.parametrize("octet", [b"\r\n", b"\n", b"\r", b"\x00", b"\x7f", b"\x1f"])
 def test_no_field_begins_another(octet: bytes) -> None:
     for field in ((b"x", b"a" + octet + b"set-cookie: b"), (b"x" + octet, b"a")):
-        writer = AnswerWriter("1.1", keep_alive=True)
+        writer = HttpAnswer("1.1", keep_alive=True)
         with pytest.raises(UnsafeField):
             writer.head(200, [(b"y", b"z"), field])
         assert not writer.begun
 
 
 def test_out_of_order() -> None:
-    writer = AnswerWriter("1.1", keep_alive=True)
+    writer = HttpAnswer("1.1", keep_alive=True)
     for early in (writer.chunk, writer.end):
         with pytest.raises(OutOfOrder):
             early([b"a"])

@@ -14,7 +14,7 @@ from lacre.runtime.http1 import parse_head
 from lacre_fabric.work.contract import WorkerLost
 from lacre_gateway.budget.in_flight import BodyBytes, BodyReservation, LimitExceeded
 from lacre_gateway.http.clock import TICK, Clock
-from lacre_gateway.http.connection import Sealed
+from lacre_gateway.http.connection import SealedRoute
 from lacre_gateway.http.exchange import Attended, ClientGone, Exchange, Stalled
 from lacre_gateway.http.refusal import RawHeaders, Refusal
 from lacre_gateway.http.server import make_server
@@ -393,7 +393,7 @@ async def run(serve: Callable[[Exchange], Awaitable[None]], clock: Clock) -> tup
     log = Log()
 
     class App:
-        sealed = Sealed(serve, log, clock)  # type: ignore[arg-type]
+        sealed = SealedRoute(serve, log, clock)  # type: ignore[arg-type]
 
     asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
     connection = Connection(make_server(App(), Listen(port=0)).connection(), "192.0.2.1")

@@ -17,7 +17,7 @@ from lacre_fabric.logs import make_log
 from lacre_gateway.budget.in_flight import BodyBytes, BodyReservation
 from lacre_gateway.http.access_log import RequestLog
 from lacre_gateway.http.clock import Clock
-from lacre_gateway.http.connection import Sealed
+from lacre_gateway.http.connection import SealedRoute
 from lacre_gateway.http.exchange import Exchange
 from lacre_gateway.http.line_limit import LineLimit
 from lacre_gateway.http.refusal import Refusal
@@ -40,7 +40,7 @@ class App:
 
     def __init__(self) -> None:
         log = make_log(io.StringIO())
-        self.sealed = Sealed(self._serve, RequestLog(log, LineLimit(log)), Clock())
+        self.sealed = SealedRoute(self._serve, RequestLog(log, LineLimit(log)), Clock())
 
     async def _serve(self, exchange: Exchange) -> None:
         room = BodyReservation(BodyBytes(total=10**6, each=10**6), "alice")

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 from pymerkle import InmemoryTree
@@ -262,7 +262,7 @@ def test_a_note_that_others_signed() -> None:
     text = b"If you think cryptography is the answer to your problem,\nthen you don't know what your problem is.\n"
     _, key = checkpoints.parse_verifier_key(NEUMANNS)
     line = "x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngotpRZb6KE6RyyBwJnAM="
-    checkpoints.Ed25519PublicKey.from_public_bytes(key).verify(base64.b64decode(line)[4:], text)
+    Ed25519PublicKey.from_public_bytes(key).verify(base64.b64decode(line)[4:], text)
     with pytest.raises(InvalidMessage):
         checkpoints.verify(text + f"\n— PeterNeumann {line}\n".encode(), key)
 

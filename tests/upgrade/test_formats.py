@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import functools
 import io
 import json
@@ -42,6 +43,7 @@ from lacre_gateway.budget.record import Record, Share, Window
 from parts import trust
 from parts.fabric import LiveFabric, Parties, answer, new_work, read, sealed_bytes
 from parts.versions import PACKAGES, ROOT
+from parts.waiting import until
 
 KEY = Ed25519PrivateKey.generate()
 PUBLIC = jws.raw_public_key(KEY)
@@ -220,7 +222,10 @@ async def parties(tmp_path: Path) -> AsyncIterator[Parties]:
 
 
 async def test_work(parties: Parties) -> None:
-    """A worker takes work with a further header. It hands work of a later version back, for a worker that is upgraded."""
+    """A worker takes work with a further header. It returns work of a later version, for a worker that is upgraded.
+
+    No other worker is here, so it gets this work again, and rejects it.
+    """
     worker, connection, replies = await parties.worker(), await parties.connect("gateway-g1"), []
 
     async def kept(message: Any) -> None:
@@ -232,6 +237,10 @@ async def test_work(parties: Parties) -> None:
     await connection.jetstream.publish(at, sealed_bytes(), headers={**headers, "V": "2"})
     await connection.jetstream.publish(at, sealed_bytes(), headers={**headers, "V": "1", "Later": "x"})
     delivery = await worker.pull()
+    coming = asyncio.create_task(worker.pull())
+    await until(lambda: replies)
+    coming.cancel()
+    await asyncio.wait([coming])
     assert [frame.payload.decode() for frame in replies] == [problems.UNCLAIMED.type]
     await delivery.drop()
 

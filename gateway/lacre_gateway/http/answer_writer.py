@@ -38,7 +38,7 @@ class _State(Enum):
     WHOLE = auto()
 
 
-class AnswerWriter:
+class HttpAnswer:
     """One answer. keep_alive: whether another request may follow on the connection; it may be set to False until the head."""
 
     def __init__(self, version: str, *, keep_alive: bool) -> None:

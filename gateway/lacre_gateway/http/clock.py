@@ -18,7 +18,7 @@ from lacre.runtime import tasks
 TICK: Final = 0.25  # seconds; the shortest limit of a request is some seconds
 
 
-class Timed(Protocol):
+class Supervised(Protocol):
     def late(self, now: float) -> None:
         """Ends what has lasted too long. now: on the monotonic clock."""
 
@@ -27,19 +27,19 @@ class Clock:
     """Used on one event loop."""
 
     def __init__(self) -> None:
-        self._live: set[Timed] = set()
+        self._live: set[Supervised] = set()
         self._next: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         """How many requests it asks."""
         return len(self._live)
 
-    def add(self, request: Timed) -> None:
+    def add(self, request: Supervised) -> None:
         self._live.add(request)
         if self._next is None:
             self._next = asyncio.get_running_loop().call_later(TICK, self._tick)
 
-    def remove(self, request: Timed) -> None:
+    def remove(self, request: Supervised) -> None:
         self._live.discard(request)
 
     def _tick(self) -> None:

@@ -25,6 +25,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lacre import problems
+from lacre.runtime import tasks
 from lacre.runtime.http1 import RequestHead
 from lacre.runtime.listening import BoundedProtocol
 from lacre.wire.header import SEALED_PATH
@@ -45,7 +46,7 @@ _log: Final = logging.getLogger("lacre_gateway.http")
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class SealedRoute:
     """What serves the sealed requests of an app. serve: does the work for one, and answers it. log: gets its line."""
 
     serve: Callable[[Exchange], Awaitable[None]]
@@ -60,7 +61,7 @@ class GatewayConnection(BoundedProtocol):
     """
 
     handshake: Handshake | None = None
-    sealed: Sealed | None = None
+    sealed: SealedRoute | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if self.handshake is not None:
@@ -91,7 +92,7 @@ class GatewayConnection(BoundedProtocol):
             return
         exchange = Exchange(self, head, self._caller(head))
         self.cycle = cast("RequestResponseCycle", exchange)  # it has the members that uvicorn uses of one
-        exchange.task = task = self.loop.create_task(_run(self.sealed, exchange))
+        exchange.task = task = tasks.spawn("sealed request", _run(self.sealed, exchange))
         self.tasks.add(task)  # which the server waits for when it drains, and cancels in the end
         task.add_done_callback(self.tasks.discard)
 
@@ -150,7 +151,7 @@ def _reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-async def _run(sealed: Sealed, exchange: Exchange) -> None:
+async def _run(sealed: SealedRoute, exchange: Exchange) -> None:
     sealed.clock.add(exchange)
     try:
         await sealed.serve(exchange)

@@ -29,7 +29,7 @@ from lacre.evidence.audit_proof import AuditProof
 from lacre.runtime.http1 import RequestHead
 from lacre.wire.header import MANIFEST_VERSION, MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
-from lacre_gateway.http.answer_writer import CONTINUE, AnswerWriter
+from lacre_gateway.http.answer_writer import CONTINUE, HttpAnswer
 from lacre_gateway.http.headers import Fields
 from lacre_gateway.http.refusal import NO_FACTS, RawHeaders, Refusal
 
@@ -59,7 +59,7 @@ class BodyCount(Protocol):
         ...
 
 
-class Connection(Protocol):
+class CallersConnection(Protocol):
     """What an exchange needs of its connection: `lacre_gateway.http.connection.GatewayConnection`.
 
     default_fields: of each answer, such as its date. write_paused: whether the client has yet to take earlier bytes.
@@ -106,9 +106,11 @@ class Exchange:
     action, once the manifest has them. cut: whether its answer ended in order without being whole.
     """
 
-    def __init__(self, connection: Connection, head: RequestHead, address: str, *, stall_limit: float = STALL_LIMIT) -> None:
+    def __init__(
+        self, connection: CallersConnection, head: RequestHead, address: str, *, stall_limit: float = STALL_LIMIT
+    ) -> None:
         self._connection = connection
-        self._answer = AnswerWriter(head.version, keep_alive=head.keep_alive)
+        self._answer = HttpAnswer(head.version, keep_alive=head.keep_alive)
         self._one_zero = head.version == "1.0"
         self._expects = head.expects
         self._stall_limit = stall_limit
@@ -165,7 +167,7 @@ class Exchange:
         """Whether an answer was sent with all that belongs to it."""
         return self._answer.whole and not self.cut
 
-    # What the connection and the clock report (see `lacre.runtime.listening.Running`)
+    # What the connection and the clock report (see `lacre.runtime.listening.Cycle`)
 
     @property
     def response_complete(self) -> bool:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from lacre.errors import SettingsError
 from lacre.runtime.listening import BoundedConfig, Door
-from lacre_gateway.http.connection import GatewayConnection, Sealed
+from lacre_gateway.http.connection import GatewayConnection, SealedRoute
 from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
 from lacre_gateway.settings import Listen
 
@@ -80,7 +80,7 @@ class Config(BoundedConfig):
 
     def __init__(self, app: ASGIApp, listen: Listen, context: Callable[[], ssl.SSLContext] | None) -> None:
         self.context = context
-        self.sealed: Sealed | None = getattr(app, "sealed", None)
+        self.sealed: SealedRoute | None = getattr(app, "sealed", None)
         door = Door(
             head_timeout=listen.header_timeout,
             connections=room_for(listen.connections),

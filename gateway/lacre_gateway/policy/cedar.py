@@ -4,7 +4,7 @@ Rules:
 - Schema and policies are validated against each other and parsed once. A set that does not validate is refused.
 - A policy that fails during evaluation, or a question that does not fit the schema, means no.
 - Every policy has an `@id` of its own, because the audit log names policies by it: numbers change whenever a policy is added.
-- A verdict is remembered by what the set's rules read of the question (`question.Keys`), and within that set alone.
+- A verdict is remembered by what the set's rules read of the question (`question.VerdictKeys`), and within that set alone.
 - The digest of the entities is each question's own, because the audit log names it.
 - A schema of an older version lacks members and actions that were added since. The set then decides without these members, and
   denies these actions.
@@ -27,7 +27,7 @@ import cedarpy
 from lacre.errors import SettingsError
 from lacre_gateway.policy import reads
 from lacre_gateway.policy.local_time import UTC_ZONE, TimeZone
-from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion, Keys
+from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion, VerdictKeys
 
 # Each holds names from a token (at most 16 KiB), which the verdicts of `auth` hold as well.
 MAX_DECISIONS: Final = 4096
@@ -103,7 +103,7 @@ class PolicySet:
         self.digest = digest
         self.zone = zone
         self._omitted: dict[type, frozenset[str]] = {}  # members of the context that the schema lacks, by kind of question
-        self._keys = Keys(reads.of(policies.to_pst().static_policies.values()), zone)
+        self._keys = VerdictKeys(reads.of(policies.to_pst().static_policies.values()), zone)
         self._verdicts = _Remembered[tuple[bool, tuple[str, ...]]](MAX_DECISIONS)
         self._parties = _Remembered[_Parties](_MAX_PARTIES)
         self.evaluated = 0

@@ -155,7 +155,7 @@ _MEMBERS: Final[Mapping[type, Mapping[str, Callable[[Any, TimeZone], Hashable]]]
 }
 
 
-class Keys:
+class VerdictKeys:
     """Makes the keys of questions to one set of rules: equal for two questions whose decisions must be equal."""
 
     def __init__(self, reads: Reads, zone: TimeZone) -> None:

@@ -49,7 +49,7 @@ class Held(Protocol):
     def cut(self) -> None: ...
 
 
-class Running(Protocol):
+class Cycle(Protocol):
     """A request from its head to the end of its answer. It holds its body's bytes until they are asked for.
 
     body: the bytes that arrived since they were last taken out. asked: whether any were asked for; they then count as the
@@ -273,7 +273,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._start(head)
 
     def _start(self, head: RequestHead) -> None:
-        """Begins to serve a request. It sets `cycle`: an ASGI application here; see `Running` for what else may serve it."""
+        """Begins to serve a request. It sets `cycle`: an ASGI application here; see `Cycle` for what else may serve it."""
         path = head.path.decode("ascii")
         self.scope = {
             "type": "http",
@@ -310,8 +310,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._start_asgi_task(cycle, service_unavailable if crowded else self.app)
 
     @property
-    def _running(self) -> Running:
-        return cast("Running", self.cycle)
+    def _running(self) -> Cycle:
+        return cast("Cycle", self.cycle)
 
     def _take(self, content: bytes) -> None:
         if self._running.response_complete:
@@ -354,7 +354,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _account(self) -> None:
         if self.transport.is_closing():
             return
-        running = cast("Running | None", self.cycle)
+        running = cast("Cycle | None", self.cycle)
         size = self._reader.pending
         if running is not None and not running.asked and not running.response_complete:
             size += len(running.body)
