@@ -237,12 +237,13 @@ async def test_work(parties: Parties) -> None:
     await connection.jetstream.publish(at, sealed_bytes(), headers={**headers, "V": "2"})
     await connection.jetstream.publish(at, sealed_bytes(), headers={**headers, "V": "1", "Later": "x"})
     delivery = await worker.pull()
+    await delivery.drop()
+    worker.release(delivery)
     coming = asyncio.create_task(worker.pull())
     await until(lambda: replies)
     coming.cancel()
     await asyncio.wait([coming])
     assert [frame.payload.decode() for frame in replies] == [problems.UNCLAIMED.type]
-    await delivery.drop()
 
 
 async def test_a_frame_and_presence(parties: Parties) -> None:
