@@ -41,13 +41,13 @@ test-heavy: tested  ## Run the suites that need large environments. SUITES: some
 projector: ready  ## Install what a worker needs for models that read images.
 	@$(PYTHON) tools/bootstrap.py projector
 
-environments:  ## Install other people's programs and other Pythons, for the tests.
-	@$(PYTHON) tools/environments.py > /dev/null
+environments: ready  ## Install other people's programs and other Pythons, for the tests.
+	@$(BIN)/python tools/environments.py > /dev/null
 	@$(PYTHON) tools/kinds.py > /dev/null
 
 # Renders deploy/helm with a real Helm over a matrix of values, and checks it against Kubernetes' schemas and our own tests.
 chart-test: ready  ## Test the Helm chart. `test-all` does so too.
-	@$(PYTHON) tools/environments.py chart > /dev/null
+	@$(BIN)/python tools/environments.py chart > /dev/null
 	@$(PYTHON) tools/kinds.py > /dev/null
 	$(PYTEST) tests/chart
 

@@ -60,12 +60,14 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
     subprocess.run([str(part) for part in command], check=True, env=env)
 
 
-def pip(*arguments: str | Path, env: dict[str, str] | None = None, venv: Path = VENV) -> None:
-    run(venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, env=env)
+def pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
+    run(VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, env=env)
 
 
 def install(lock: str, *options: str, venv: Path = VENV) -> None:
-    pip("install", "--require-hashes", "--no-deps", *options, "-r", LOCKS / lock, venv=venv)
+    """Compiles nothing: each module is compiled when it is first imported, and most never are."""
+    target = () if venv == VENV else ("--python", venv / "bin" / "python")
+    pip(*target, "install", "--no-compile", "--require-hashes", "--no-deps", *options, "-r", LOCKS / lock)
 
 
 def portable_flags() -> str:
@@ -126,7 +128,7 @@ def add(name: str) -> None:
         return
     try:
         if name in APART:
-            run(sys.executable, "-m", "venv", "--clear", venv)
+            run(sys.executable, "-m", "venv", "--clear", "--without-pip", venv)
         install(lock.name, "--only-binary=:all:", venv=venv)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{lock.name} cannot be installed here: see requirements/{name}.in for what it needs") from error

@@ -2,8 +2,10 @@
 
 `environments.py NAME...` makes those that are missing, all of them where no name is given, and prints each one's interpreter.
 The heavy suites have lock files too (tests/heavy/SUITE); each of those is made only by its name.
+Several are made at a time, by the pip of the interpreter that runs this: it waits for others more than it computes.
 An environment is kept outside the clone (`$XDG_CACHE_HOME/lacre/environments`) under a name that says what it was made from,
-so that a second run starts in seconds. It holds what its lock file lists, and no Lacre: that is the clone's, by PYTHONPATH.
+so that a second run starts in seconds. It holds what its lock file lists, no pip, and no Lacre: that is the clone's, by
+PYTHONPATH. Only what a test imports is compiled, by the first that does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +25,9 @@ LOCKS = TESTS / "ecosystem"
 HEAVY = TESTS / "heavy"
 DECLARED = ("3.11", "3.12", "3.13")
 FOR_EACH_PYTHON = ("gateway", "sdk")  # the others are made from the running one
+AT_A_TIME = 4
+# In no lock file: what it needs differs with the machine.
+TORCH = "torch==2.13.0"
 
 
 def folder() -> Path:
@@ -50,24 +56,43 @@ def _version(python: Path) -> str | None:
 
 def ready(name: str, python: Path | None = None) -> Path:
     """The interpreter of the environment NAME, made now where there is none. python: what it is made from."""
-    base = python or Path(sys.executable)
     lock = lock_of(name)
-    key = sha256(lock.read_bytes() + str(base.resolve()).encode()).hexdigest()[:16]
+    options = ("--require-hashes", "--no-deps", "--only-binary=:all:", "-r", str(lock))
+    return _kept(name, lock.read_bytes(), python or Path(sys.executable), lambda home: _install(home, options))
+
+
+def ready_with_torch(name: str) -> Path:
+    """The same, with PyTorch: that is large, is installed once, and comes after all else on the path of each."""
+    base = Path(sys.executable)
+    torch = _packages(_kept("torch", TORCH.encode(), base, lambda home: _install(home, (TORCH,))))
+    python = ready(name)
+    (_packages(python) / "torch.pth").write_text(f"{torch}\n")
+    return python
+
+
+def _kept(name: str, made_from: bytes, base: Path, fill: Callable[[Path], None]) -> Path:
+    """The interpreter of an environment that `fill` fills, once for what it is made from."""
+    key = sha256(made_from + str(base.resolve()).encode()).hexdigest()[:16]
     home = folder() / f"{name}-{_version(base)}-{key}"
     home.parent.mkdir(parents=True, exist_ok=True)
     with home.with_suffix(".lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # two test runs, or two clones, do not make the same one at a time
         if not (home / ".ready").exists():
-            _make(home, lock, base)
+            print(f"Making the environment {home.name}", file=sys.stderr, flush=True)
+            subprocess.run([base, "-m", "venv", "--clear", "--without-pip", home], check=True)
+            fill(home)
+            (home / ".ready").touch()
     return home / "bin" / "python"
 
 
-def _make(home: Path, lock: Path, base: Path) -> None:
-    print(f"Making the environment {home.name}", file=sys.stderr, flush=True)
-    subprocess.run([base, "-m", "venv", "--clear", home], check=True)
-    pip = [home / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "install", "--require-hashes", "--no-deps", "--only-binary=:all:", "-r", lock], check=True)
-    (home / ".ready").touch()
+def _install(home: Path, options: tuple[str, ...]) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "install", "--no-compile", *options], check=True)
+
+
+def _packages(python: Path) -> Path:
+    [found] = python.parent.parent.glob("lib/python*/site-packages")
+    return found
 
 
 def lock_of(name: str) -> Path:
@@ -83,9 +108,14 @@ def names() -> list[str]:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or names():
-        for python in pythons() if name in FOR_EACH_PYTHON else [None]:
-            print(ready(name, python))
+    wanted = [(name, python) for name in sys.argv[1:] or names() for python in _made_from(name)]
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        for made in pool.map(lambda each: ready(*each), wanted):
+            print(made)
+
+
+def _made_from(name: str) -> list[Path | None]:
+    return list(pythons()) if name in FOR_EACH_PYTHON else [None]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Rules
 - A suite is a folder here, and has its rooms in suites.toml. Everything in it is marked `heavy`.
 - What it needs in Python is in NAME.lock of its folder, compiled by tools/lock.sh from NAME.in. `environment("NAME")` makes
   it, outside the clone, when a test asks: what does not run costs nothing.
-- PyTorch goes into no lock file. `environment_with_torch("NAME")` installs it into the suite's own environment, which is kept.
+- PyTorch goes into no lock file. `environment_with_torch("NAME")` installs it once for all suites that need it.
 - `projector` alone runs in `.venv`, where `make test-heavy` puts llama-cpp-python with mtmd in place of the one without.
 - What is not there is a failure, and no reason to skip: CI must not pass without having looked.
 """
@@ -19,13 +19,13 @@ from typing import Final
 
 import pytest
 
+import environments
 from lacre_backend.workshop import converter
 
 HEAVY = Path(__file__).resolve().parent
 ROOT = HEAVY.parents[1]
 # Of one test, with the environment that it may be the first to make.
 SECONDS = 600
-TORCH: Final = "torch==2.13.0"
 PIP: Final = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 
 Environment = Callable[[str], str]
@@ -42,23 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def environment() -> Environment:
     """By the name of its lock file, the environment's interpreter. It has no Lacre: give it PYTHONPATH."""
-
-    def made(name: str) -> str:
-        command = [sys.executable, str(ROOT / "tools/environments.py"), name]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-    return made
+    return lambda name: str(environments.ready(name))
 
 
 @pytest.fixture(scope="session")
-def environment_with_torch(environment: Environment) -> Environment:
-    def made(name: str) -> str:
-        python = environment(name)
-        if subprocess.run([python, "-P", "-c", "import torch"], check=False, capture_output=True).returncode != 0:
-            subprocess.run([python, *PIP, "install", TORCH], check=True)
-        return python
-
-    return made
+def environment_with_torch() -> Environment:
+    return lambda name: str(environments.ready_with_torch(name))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import zipfile
 from email.message import Message
 from email.parser import HeaderParser
@@ -52,7 +53,7 @@ def installed(folder: Path, wheels: Path, version: str, lock: str, wanted: str) 
     locked = environments.ready(lock, FOUND[version])
     subprocess.run([FOUND[version], "-m", "venv", "--without-pip", folder], check=True)
     (packages(folder) / "locked.pth").write_text(f"{packages(locked.parents[1])}\n")
-    pip = [locked, "-m", "pip", "--python", folder / "bin/python", "install", "--quiet", "--no-compile"]
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "--quiet", "--no-compile"]
     run([*pip, "--no-index", "--find-links", wheels, wanted], PIP_CONFIG_FILE=os.devnull)
     return folder
 
