@@ -36,7 +36,7 @@ test-all: tested environments  ## Run the slow tests too. JOBS: how many process
 # Each suite's environment is made when it first runs.
 test-heavy: tested  ## Run the suites that need large environments. SUITES: some of tests/heavy's folders.
 	@$(if $(filter projector,$(or $(SUITES),projector)),$(PYTHON) tools/bootstrap.py projector)
-	$(PYTEST) $(or $(SUITES:%=tests/heavy/%),tests/heavy)
+	$(SHARED) $(or $(SUITES:%=tests/heavy/%),tests/heavy)
 
 projector: ready  ## Install what a worker needs for models that read images.
 	@$(PYTHON) tools/bootstrap.py projector

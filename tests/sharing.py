@@ -2,6 +2,7 @@
 
 Rules:
 - A file's tests stay in one process and in order: many share a server or a model that takes seconds to start.
+- So do the files of a folder of `TOGETHER`, which share what takes longer. Those start before all others.
 - `SPLIT` names the files that are too long for one process, and share nothing that takes time.
 - The files of `LONGEST` start first: no process is left alone with one of them at the end.
 - The files of `ALONE` load the whole machine, or measure how it does under load. They start when all others have ended.
@@ -25,7 +26,6 @@ LONGEST: Final = (
     "tests/path/test_resume_calls.py",
     "tests/ecosystem/test_pythons.py",
     "tests/ecosystem/test_clients.py",
-    "tests/upgrade/test_rolling.py",
     "tests/path/test_budget_races.py",
     "tests/docs/test_blocks.py",
     "tests/test_bench.py",
@@ -48,6 +48,7 @@ LONGEST: Final = (
 )
 SPLIT: Final = ("tests/hostile/test_mutations.py", "tests/docs/test_runbooks.py")
 PARTS: Final = 16  # of a split file
+TOGETHER: Final = ("tests/heavy/convert",)
 ALONE: Final = ("tests/chaos/test_chaos.py", "tests/hostile/test_running_site.py")
 
 
@@ -56,7 +57,10 @@ class Sharing(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return f"{file} {crc32(nodeid.encode()) % PARTS}" if file in SPLIT else file
+        if file in SPLIT:
+            return f"{file} {crc32(nodeid.encode()) % PARTS}"
+        folder = file.rpartition("/")[0]
+        return folder if folder in TOGETHER else file
 
     def schedule(self) -> None:
         self.config.option.loadscopereorder = False  # else files with many tests come first, and `turn` counts for nothing
@@ -87,7 +91,9 @@ class Sharing(LoadScopeScheduling):
 
 
 def turn(file: str) -> int:
-    """The lower, the sooner a file starts."""
+    """The lower, the sooner a file or a folder starts."""
+    if file in TOGETHER:
+        return -1
     if file in ALONE:
         return len(LONGEST) + 1
     return LONGEST.index(file) if file in LONGEST else len(LONGEST)

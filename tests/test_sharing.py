@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sharing import ALONE, LONGEST, SPLIT
+from sharing import ALONE, LONGEST, SPLIT, TOGETHER
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFTEST = """
@@ -22,12 +22,13 @@ TESTS = """
 import os, pathlib, time, pytest
 @pytest.mark.parametrize("number", range(6))
 def test_one(number):
-    with open(pathlib.Path(__file__).parents[2] / "log", "a") as log:
+    with open(pathlib.Path.cwd() / "log", "a") as log:
         began = time.monotonic()
         time.sleep(0.02)
         log.write(f"{pathlib.Path(__file__).relative_to(os.getcwd())} {os.getpid()} {began} {time.monotonic()}\\n")
 """
 ORDINARY = tuple(f"tests/room/test_{name}.py" for name in "abcdefgh")
+SHARING = tuple(f"{folder}/test_{name}.py" for folder in TOGETHER for name in "abc")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Ran:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> list[Ran]:
     """The tests of a small tree, in three processes."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in (*ORDINARY, *SPLIT, *ALONE):
+    for name in (*ORDINARY, *SHARING, *SPLIT, *ALONE):
         file = tree / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(TESTS)
@@ -57,13 +58,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[Ran]:
 
 @pytest.mark.slow
 def test_each_test_runs_once(ran: list[Ran]) -> None:
-    assert len(ran) == 6 * len({*ORDINARY, *SPLIT, *ALONE})
+    assert len(ran) == 6 * len({*ORDINARY, *SHARING, *SPLIT, *ALONE})
 
 
 def test_a_file_stays_in_one_process(ran: list[Ran]) -> None:
     assert len({each.process for each in ran}) == 3
     for file in (*ORDINARY, *ALONE):
         assert len({each.process for each in ran if each.file == file}) == 1
+
+
+def test_the_files_of_a_folder_stay_together(ran: list[Ran]) -> None:
+    for folder in TOGETHER:
+        assert len({each.process for each in ran if each.file.startswith(folder)}) == 1
 
 
 def test_some_run_when_all_others_have_ended(ran: list[Ran]) -> None:
@@ -75,3 +81,12 @@ def test_some_run_when_all_others_have_ended(ran: list[Ran]) -> None:
 @pytest.mark.parametrize("file", [*LONGEST, *SPLIT, *ALONE])
 def test_names_a_file_that_is_here(file: str) -> None:
     assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize("folder", TOGETHER)
+def test_names_a_folder_that_is_here(folder: str) -> None:
+    assert (ROOT / folder).is_dir()
+
+
+def test_names_a_file_once() -> None:
+    assert len({*LONGEST}) == len(LONGEST)

@@ -11,9 +11,12 @@ Rules
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -51,11 +54,17 @@ def environment_with_torch() -> Environment:
 
 
 @pytest.fixture(scope="session")
-def llama_cpp_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The locked source archive of llama-cpp-python, which holds llama.cpp's."""
-    made = tmp_path_factory.mktemp("sources")
-    # Built by nobody: what builds it is here already, and tells pip its name and version.
-    source = ["--no-deps", "--require-hashes", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
+def llama_cpp_source() -> Path:
+    """The locked source archive of llama-cpp-python, which holds llama.cpp's. It is kept beside the environments."""
     lock = ROOT / "requirements/native.lock"
-    subprocess.run([sys.executable, *PIP, "download", *source, "-r", lock, "--dest", made], check=True)
-    return made / converter.ARCHIVE
+    folder = environments.folder().parent / "sources" / sha256(lock.read_bytes()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # the processes of `pytest -n` ask at the same time
+        if not (folder / converter.ARCHIVE).exists():
+            # Built by nobody: what builds it is here already, and tells pip its name and version.
+            source = ["--no-deps", "--require-hashes", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                subprocess.run([sys.executable, *PIP, "download", *source, "-r", lock, "--dest", made], check=True)
+                (Path(made) / converter.ARCHIVE).rename(folder / converter.ARCHIVE)
+    return folder / converter.ARCHIVE
