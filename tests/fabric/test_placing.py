@@ -15,7 +15,7 @@ from lacre_fabric.nats.accounts import accounts
 from lacre_fabric.nats.model_queue import MISSING_AFTER, NO_ANSWER, NO_QUEUE, ModelQueue
 from lacre_fabric.nats.regions import Sent, in_order
 from lacre_fabric.nats.roles import Credential
-from lacre_fabric.work.contract import BEAT
+from lacre_fabric.work.contract import BEAT, PRESENT_FOR
 from lacre_fabric.work.presence import MAX_SLOTS, Presence, Roster
 from lacre_fabric.work.slots import Slots, shares
 
@@ -225,3 +225,31 @@ def test_presence_says_what_is_free_for_each_model() -> None:
     assert (roster.free("a"), roster.free("b")) == ({"r": 4}, {"r": 3})
     greedy = Presence.parse(b'{"models":["a"],"busy":0,"free":4,"room":{"a":%d}}' % 10**30)
     assert greedy.free_for("a") == 4 <= MAX_SLOTS
+
+
+PRESENCES = st.builds(
+    Presence,
+    models=st.frozensets(st.sampled_from("ab")),
+    busy=st.integers(0, 3),
+    free=st.integers(0, 3),
+    room=st.dictionaries(st.sampled_from("ab"), st.integers(0, 3)),
+)
+HEARD = st.tuples(st.sampled_from(["here", "there"]), st.sampled_from("nm"), PRESENCES)
+
+
+@given(st.lists(st.one_of(HEARD, st.floats(0, PRESENT_FOR)), max_size=20))
+def test_free_slots_are_those_of_the_last_word(said: list[tuple[str, str, Presence] | float]) -> None:
+    """However workers come, change their minds and fall silent, and however often one asks."""
+    now = [0.0]
+    roster = Roster(lambda: now[0])
+    for each in said:
+        if isinstance(each, float):
+            now[0] += each
+        else:
+            roster.hear(*each)
+        for model in "abc":
+            wanted: dict[str, int] = {}
+            for (region, _), presence in roster.live().items():
+                if model in presence.models:
+                    wanted[region] = wanted.get(region, 0) + presence.free_for(model)
+            assert roster.free(model) == roster.free(model) == wanted

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -52,6 +52,11 @@ class Presence:
     free: int
     room: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, ModelCounts] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> tuple[object, ...]:
+        """All that decides where work goes."""
+        return self.models, self.free, self.room
 
     def free_for(self, model: str) -> int:
         return min(self.free, self.room.get(model, self.free))
@@ -115,13 +120,15 @@ def _texts(members: Members, name: str, number: int, length: int) -> frozenset[s
 
 
 class Roster:
-    """The workers of one pool whose presence arrived in the last `PRESENT_FOR` seconds."""
+    """The workers of one pool whose presence arrived in the last `PRESENT_FOR` seconds. clock: in seconds."""
 
-    def __init__(self) -> None:
-        # By region and node, the most recent last. The time is when the presence expires, on the monotonic clock.
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # By region and node, the most recent last. The time is when the presence expires.
         self._nodes: dict[tuple[str, str], tuple[float, Presence]] = {}
         self._regions: Counter[str] = Counter()  # workers in each region
         self._sums = ModelSums()
+        self._free: dict[str, Mapping[str, int]] = {}  # by model; empty again when a worker says something else about its slots
 
     def hear(self, region: str, node: str, presence: Presence) -> bool:
         """Records a worker's presence. False if the pool has too many workers or regions; the known ones stay."""
@@ -131,7 +138,9 @@ class Roster:
             if len(self._nodes) >= MAX_NODES or (region not in self._regions and len(self._regions) >= MAX_REGIONS):
                 return False
             self._regions[region] += 1
-        self._nodes[region, node] = time.monotonic() + PRESENT_FOR, presence
+        if known is None or known[1].slots != presence.slots:
+            self._free.clear()
+        self._nodes[region, node] = self._clock() + PRESENT_FOR, presence
         self._sums.hear(region, node, presence.counts)
         return True
 
@@ -154,18 +163,24 @@ class Roster:
         self._forget()
         return self._sums.total()
 
-    def free(self, model: str) -> dict[str, int]:
+    def free(self, model: str) -> Mapping[str, int]:
         """Free slots of the workers that serve the model, by region. Regions without such a worker are omitted."""
+        self._forget()
+        if (kept := self._free.get(model)) is not None:
+            return kept
         found: dict[str, int] = {}
-        for (region, _), said in self.live().items():
+        for (region, _), (_, said) in self._nodes.items():
             if model in said.models:
                 found[region] = found.get(region, 0) + said.free_for(model)
+        if found:  # only names that workers announce are kept
+            self._free[model] = found
         return found
 
     def _forget(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         while self._nodes and self._nodes[oldest := next(iter(self._nodes))][0] <= now:
             del self._nodes[oldest]
+            self._free.clear()
             self._sums.forget(*oldest)
             self._regions[oldest[0]] -= 1
             if not self._regions[oldest[0]]:
