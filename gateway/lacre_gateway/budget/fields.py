@@ -67,17 +67,20 @@ def _policies(policies: tuple[tuple[str, LimitKind, int], ...]) -> bytes:
 
 def _policy(scope: str, kind: LimitKind, ceiling: int) -> str:
     window = f";w={_WINDOWS[kind]}" if kind in _WINDOWS else ""
-    return f'"{_name(scope, kind)}";q={ceiling}{window};qu="{UNITS[kind]}"'
+    return f'{_name(scope, kind)};q={ceiling}{window};qu="{UNITS[kind]}"'
 
 
 def _level(standing: Standing) -> str:
-    reset = "" if standing.reset is None else f";t={math.ceil(standing.reset)}"
-    return f'"{_name(standing.scope, standing.kind)}";r={standing.remaining}{reset}'
+    return f"{_name(standing.scope, standing.kind)};r={standing.remaining}{_reset(standing.reset)}"
+
+
+def _reset(seconds: float | None) -> str:
+    return "" if seconds is None else f";t={math.ceil(seconds)}"
 
 
 @lru_cache(maxsize=64)
 def _name(scope: str, kind: LimitKind) -> str:
-    return f"{scope}/{kind.value}"
+    return f'"{scope}/{kind.value}"'
 
 
 def _openai(told: Sequence[Standing]) -> Headers:

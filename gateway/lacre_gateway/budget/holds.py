@@ -6,8 +6,9 @@ import asyncio
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import itemgetter
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller, ceiling_of
 from lacre_gateway.budget.in_flight import Reservation
@@ -92,8 +93,7 @@ class Exhausted(BudgetRefused):
         return cls(counter.kind, _named(scope, plan, counter), wait, standings, met)
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """How far one limit is used. reset: seconds until its window ends; None if it has none."""
 
     scope: str
@@ -209,7 +209,13 @@ class Hold:
 
 
 def _named(scope: BudgetScope, plan: str, counter: Counter) -> str:
-    return f"{scope.label}:{plan}/{counter.kind}@{counter.window}"
+    return _name(scope.label, plan, counter.kind, counter.window)
+
+
+@lru_cache(maxsize=4096)
+def _name(label: str, plan: str, kind: LimitKind, window: int) -> str:
+    """All callers of a plan share it, for as long as the window lasts."""
+    return f"{label}:{plan}/{kind}@{window}"
 
 
 def _wait(counter: Counter, amount: int, now: float) -> float:
