@@ -1,13 +1,15 @@
-"""One gateway process with everything on, beside nginx's `proxy_pass` and Portkey's gateway, in turns in one run.
+"""One gateway process with everything on, beside nginx's `proxy_pass` and gateways for models, in turns in one run.
 
 The gateway authenticates signed tokens of 64 subjects, decides by policy, reserves and settles. It signs grants and
 checkpoints, syncs its audit log to disk, and verifies the pool's receipts. `bench/consumer.py` answers. Peers do none of
-that. Each request has an `enc` of its own. Sizes (61 around the nominal one), subjects and models (3) change with each
-request, so that no cache sees one key for ever. Every tenth request is the last of its connection. All are warm before they
-are measured. `first` is the time to the first byte of an answer. All other times are to its end.
+that, but LiteLLM and SMG check a key. With `--quick` the peers are nginx and Portkey alone. Each request has an `enc` of its
+own. Sizes (61 around the nominal one), subjects and models (3) change with each request, so that no cache sees one key for
+ever. Every tenth request is the last of its connection. All are warm before they are measured. `first` is the time to the
+first byte of an answer. All other times are to its end.
 
 - `cpu_us_per_request`, `portkey_cpu_us_per_request`: CPU time of the process (all threads, user and system) for a request of
   1 KiB answered with one record, at 16 at once. The goal is half of a warm Portkey's (`portkey_cpu_ratio`, at most 0.5).
+- `litellm_rps_ratio`: requests a second, times LiteLLM's. The goal is 20.
 - `xwing_cpu_us_per_request`: the same under X-Wing, whose requests are 1 KiB longer.
 - `records_per_s_c16`: 20 records of 512 bytes an answer; the goal is 30,000.
 - `p50_c1_1k_ms`: to the first byte, one request at a time; the goal is 1.3. It includes `sync_p50_ms`, the time of one sync of
@@ -83,7 +85,7 @@ def beside(served: Stand, running: dict[str, Peer], seconds: float) -> command.F
     for name, runs in others.items():
         found = medians(runs)
         figures |= {f"{name}_rps_c16": found["rps"], f"{name}_cpu_us_per_request": found["cpu_us"]}
-        figures[f"{name}_cpu_ratio"] = mine["cpu_us"] / found["cpu_us"]
+        figures |= {f"{name}_cpu_ratio": mine["cpu_us"] / found["cpu_us"], f"{name}_rps_ratio": mine["rps"] / found["rps"]}
     return figures
 
 
@@ -115,7 +117,7 @@ def measure(quick: bool) -> command.Figures:
     seconds = 1.5 if quick else 5.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with stand(folder) as served, peers(folder) as running:
+        with stand(folder) as served, peers(folder, quick=quick) as running:
             with served.answering(1):
                 run_load(served.load(2**10, 16, seconds=WARM_SECONDS))
                 figures = beside(served, running, seconds)

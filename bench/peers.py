@@ -1,8 +1,8 @@
-"""The peers of `bench/gateway.py`: nginx `proxy_pass`, the least that a hop can cost, and Portkey's gateway for models.
+"""The peers of `bench/gateway.py`: nginx `proxy_pass`, the least that a hop can cost, and gateways for models.
 
-Both forward a POST to the same upstream, another nginx that answers at once with one record of 512 bytes. Neither checks a
-token, signs or records anything. They live outside the clone, and nothing is installed into the system. If a peer is not
-available, the run says so and continues without it.
+All forward a POST to the same upstream, another nginx that answers at once with one record of 512 bytes. LiteLLM and SMG check
+a key (`bench/python_peers.py`); nginx and Portkey check nothing. None signs or records anything. They live outside the clone,
+and nothing is installed into the system. If a peer is not available, the run says so and continues without it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.load import Task as Load
+from bench.python_peers import environment, litellm, smg
 from bench.stand import MODELS, REOPEN, ended, free_port, sizes
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre" / "peers"
 LOCKED = Path(__file__).with_name("portkey")
 START = 30.0
 _BEFORE, _AFTER = '{"model": "%s", "messages": [{"role": "user", "content": "', '"}]}'
-_ANSWER = '{"id": "x", "object": "chat.completion", "model": "m", "choices": [], "filler": "'
-_ANSWER += "x" * (512 - len(_ANSWER) - 2) + '"}'
+_ANSWER = (
+    '{"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", '
+    '"message": {"role": "assistant", "content": "%s"}}], '
+    '"usage": {"prompt_tokens": 64, "completion_tokens": 1, "total_tokens": 65}}'
+)
+_ANSWER %= "x" * (512 - len(_ANSWER) + len("%s"))
+_LISTED = ", ".join(f'{{"id": "{name}", "object": "model", "created": 1, "owned_by": "bench"}}' for name in MODELS)
 # One worker each, as our gateway is one process. A body stays in memory, and connections upstream are kept.
 _NGINX = """
 daemon off; {user} worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
@@ -40,7 +46,11 @@ http {{
     {more}
 }}
 """
-_UPSTREAM = "server {{ listen 127.0.0.1:{port}; location / {{ default_type application/json; return 200 '{answer}'; }} }}"
+_UPSTREAM = """
+    server {{ listen 127.0.0.1:{port}; default_type application/json;
+        location = /v1/models {{ return 200 '{{"object": "list", "data": [{models}]}}'; }}
+        location / {{ return 200 '{answer}'; }} }}
+"""
 _PROXY = """
     upstream answers {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000000; }}
     server {{ listen 127.0.0.1:{port}; location / {{
@@ -50,16 +60,17 @@ _PROXY = """
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """pid: of the process that does the work. fields: request headers of its own."""
+    """pid: of the process that does the work. fields: request headers of its own. key: that it asks for."""
 
     port: int
     pid: int
     fields: str = ""
+    key: str = field(default="sk-none", repr=False)
 
     def load(self, size: int, connections: int, **limits: Any) -> Load:
         """Requests of about `size` bytes, as it takes them. Sizes, models and connections change as for our gateway."""
         head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer sk-none\r\n"
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {self.key}\r\n"
             f"content-type: application/json\r\n{self.fields}"
         )
         bodies = []
@@ -71,8 +82,8 @@ class Peer:
 
 
 @contextmanager
-def peers(folder: Path) -> Iterator[dict[str, Peer]]:
-    """Those that run here, by name. folder: for their files."""
+def peers(folder: Path, *, quick: bool = False) -> Iterator[dict[str, Peer]]:
+    """Those that run here, by name. folder: for their files. quick: only nginx and Portkey."""
     with ExitStack() as stack:
         nginx = _nginx()
         if nginx is None:
@@ -82,7 +93,8 @@ def peers(folder: Path) -> Iterator[dict[str, Peer]]:
             yield {}
             return
         upstream, port = free_port(), free_port()
-        stack.enter_context(_serving(nginx, folder / "upstream", upstream, _UPSTREAM.format(port=upstream, answer=_ANSWER)))
+        answers = _UPSTREAM.format(port=upstream, answer=_ANSWER, models=_LISTED)
+        stack.enter_context(_serving(nginx, folder / "upstream", upstream, answers))
         proxy = _serving(nginx, folder / "proxy", port, _PROXY.format(port=port, upstream=upstream))
         running = {"nginx": Peer(port, stack.enter_context(proxy))}
         start = _portkey()
@@ -90,6 +102,11 @@ def peers(folder: Path) -> Iterator[dict[str, Peer]]:
             print("left out: Portkey, which needs Node.js and npm", file=sys.stderr)
         else:
             running["portkey"] = stack.enter_context(_portkey_serving(start, upstream))
+        for name, serve in () if quick else (("litellm", litellm), ("smg", smg)):
+            if (programs := environment(name, CACHE)) is not None:
+                port = free_port()
+                pid, key = stack.enter_context(serve(programs, folder / name, port, upstream))
+                running[name] = Peer(port, pid, key=key)
         yield running
 
 

@@ -39,12 +39,14 @@ for name in anthropic chart gateway openai2 openai3 sdk servers; do compile "tes
 for name in agents instructor langchain llamaindex pydanticai smolagents; do
     compile "tests/heavy/clients/$name.in" -o "tests/heavy/clients/$name.lock"
 done
+# Peers of bench/gateway.py.
+for name in litellm smg; do compile "bench/$name/$name.in" -o "bench/$name/$name.lock"; done
 # What the other heavy suites need. PyTorch is in none of them. enum-compat, which torch-model-archiver names, is empty on today's Pythons.
 for name in convert kserve prefork signing templates torchserve xlnet; do
     compile --no-emit-package enum-compat --override tests/heavy/no-torch.override "tests/heavy/$name/$name.in" -o "tests/heavy/$name/$name.lock"
 done
 
-if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock tests/ecosystem/*.lock tests/heavy/*/*.lock; then
+if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock bench/*/*.lock tests/ecosystem/*.lock tests/heavy/*/*.lock; then
     echo "lock.sh: an index, link or path line got into a lock file" >&2
     exit 1
 fi
