@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
@@ -253,3 +254,15 @@ def test_free_slots_are_those_of_the_last_word(said: list[tuple[str, str, Presen
                 if model in presence.models:
                     wanted[region] = wanted.get(region, 0) + presence.free_for(model)
             assert roster.free(model) == roster.free(model) == wanted
+
+
+@pytest.mark.parametrize("changed", [{"free": 1}, {"models": frozenset("b")}, {"room": {"a": 0}}])
+def test_free_slots_follow_each_part_of_a_presence(changed: dict[str, Any]) -> None:
+    roster, before = Roster(), Presence(models=frozenset("a"), busy=0, free=2, room={"a": 2})
+    for said in (before, replace(before, **changed)):
+        roster.hear("r", "n", said)
+        found = roster.free("a")
+    assert found != {"r": 2}
+    alone = Roster()
+    alone.hear("r", "n", replace(before, **changed))
+    assert found == alone.free("a")

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lacre_gateway.auth import pseudonyms
 from lacre_gateway.auth.claims import Principal
 from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
 
@@ -38,6 +41,23 @@ def test_others_have_others(subject: str, of_tenant: str, issuer: str, same_tena
     tenant, caller = of(Principal(subject, of_tenant, issuer))
     assert (tenant == of(ALICE)[0]) is same_tenant
     assert caller != of(ALICE)[1]
+
+
+WHO = st.builds(Principal, *(st.sampled_from(["a", "b", "ab", ""]) for _ in range(3)))
+
+
+@given(st.lists(st.tuples(WHO, st.floats(NOW, NOW + 2 * HOUR)), max_size=12))
+def test_pseudonyms_that_are_kept_are_the_same(asked: list[tuple[Principal, float]]) -> None:
+    """Whoever asked before, and in whichever hour."""
+    kept = Pseudonyms(KEY)
+    assert [kept.of(*each) for each in asked] == [of(*each) for each in asked]
+
+
+def test_the_pseudonyms_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pseudonyms, "KEPT", 3)
+    kept = Pseudonyms(KEY)
+    found = [kept.of(replace(ALICE, subject=str(number)), NOW) for number in range(10)]
+    assert len(kept) <= 3 and len(set(found)) == 10
 
 
 def test_groups_scopes_plan_and_token_change_nothing() -> None:

@@ -62,8 +62,11 @@ def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
     """
     found = asked.max_prompt_tokens
     if asked.shrinks:
-        rooms = (room(kind, ceiling, price, asked.max_tokens) for _, kind, ceiling in _limits(caller))
-        found = max(min(found, 1), min([found, *(each for each in rooms if each is not None)]))
+        least_of_all = min(found, 1)
+        for _, kind, ceiling in _limits(caller):
+            left = room(kind, ceiling, price, asked.max_tokens)
+            if left is not None and left < found:
+                found = max(least_of_all, left)
     amounts = ceiling_of(price, found, asked.max_tokens)
     for scope, kind, ceiling in _limits(caller):
         if amounts.of(kind) > ceiling:

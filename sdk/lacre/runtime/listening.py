@@ -25,6 +25,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, Protocol, cast
 from urllib.parse import unquote
 
@@ -163,6 +164,7 @@ class Door:
             return False
 
 
+@lru_cache(maxsize=1024)
 def network_of(address: str) -> str:
     """The network that an address counts for: itself, or for IPv6 its /64. Other text counts for itself."""
     try:

@@ -229,7 +229,7 @@ class SealedHeader:
         """The most bytes of plaintext, padding included, in a sealed request of `size` bytes: without this header, and without
         the final chunk's mark and tag.
         """
-        return max(0, size - len(self.raw) - 1 - framing.TAG)
+        return max(0, size - _HEADER.size - len(self.enc) - 1 - framing.TAG)
 
     @property
     def digest(self) -> bytes:

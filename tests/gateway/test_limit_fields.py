@@ -1,0 +1,56 @@
+"""The header fields about a caller's limits. Names and policies are kept; who was told before never changes them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lacre_gateway.budget import fields, holds
+from lacre_gateway.budget.callers import PLAN, TENANT, USER, Amounts, BudgetScope, Caller
+from lacre_gateway.budget.holds import Hold, Lender, Standing
+from lacre_gateway.budget.in_flight import Reservation
+from lacre_gateway.budget.lease import Counter
+from lacre_gateway.budget.plans import LimitKind
+
+KINDS = st.sampled_from(LimitKind)
+COUNTS = st.integers(0, 3)
+SCOPES = st.sampled_from([USER, TENANT, PLAN])
+STANDINGS = st.lists(st.builds(Standing, SCOPES, KINDS, COUNTS, COUNTS, st.none() | st.floats(0, 100)), max_size=4)
+
+
+def forget() -> None:
+    for kept in (fields._policies, fields._name, holds._name):
+        kept.cache_clear()
+
+
+@given(st.lists(STANDINGS, max_size=5))
+def test_fields_do_not_depend_on_those_before(told: list[list[Standing]]) -> None:
+    forget()
+    together = [fields.fields(standings) for standings in told]
+    alone = []
+    for standings in told:
+        forget()
+        alone.append(fields.fields(standings))
+    assert together == alone
+
+
+def test_fields_as_the_draft_has_them() -> None:
+    told = [
+        Standing(USER, LimitKind.REQUESTS_PER_MINUTE, 60, 59, 12.1),
+        Standing(TENANT, LimitKind.CONCURRENT_STREAMS, 8, 7, None),
+        Standing(PLAN, LimitKind.TOKENS_PER_DAY, 10**6, 9, 1.0),
+    ]
+    assert dict(fields.fields(told))[b"ratelimit-policy"] == (
+        b'"user/requests_per_minute";q=60;w=60;qu="requests", "tenant/concurrent_streams";q=8;qu="concurrent-requests"'
+    )
+    assert dict(fields.fields(told))[b"ratelimit"] == b'"user/requests_per_minute";r=59;t=13, "tenant/concurrent_streams";r=7'
+
+
+@given(st.lists(st.tuples(SCOPES, st.sampled_from("ab"), KINDS, COUNTS), min_size=1, max_size=6))
+def test_names_of_limits_do_not_depend_on_those_before(asked: list[tuple[str, str, LimitKind, int]]) -> None:
+    forget()
+    for label, plan, kind, window in asked:
+        scope = BudgetScope(label, "key", "name", ((kind, 5),))
+        charges = ((scope, (Counter(kind, window, 5, 5), Amounts(1, 1, 1).of(kind))),)
+        hold = Hold(Caller(plan, (scope,)), None, Reservation(1, 1), Lender("holder"), charges)
+        assert hold.limits == (f"{label}:{plan}/{kind}@{window}",)
