@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, Final, Self
 
@@ -26,6 +26,7 @@ from lacre.errors import InvalidMessage, MessageTooLarge, NewerFormat
 from lacre.jose.claims import Members
 from lacre.jose.formats import Format
 from lacre.runtime import tasks
+from lacre.runtime.records import record
 from lacre_fabric.native.json_bytes import read_object
 from lacre_fabric.nats import orders, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection
@@ -68,7 +69,7 @@ _NO_RESPONDERS: Final = b"NATS/1.0 503"
 _MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Ack:
     """JetStream's answer to a publish. block: headers, as on the wire."""
 

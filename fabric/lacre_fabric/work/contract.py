@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from lacre.errors import LacreError
+from lacre.runtime.records import record
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.revocations import Revocation, StoreMark
@@ -99,7 +100,7 @@ class Cancelled(FabricError):
     """The gateway withdrew the request, or did not renew the credit for `CREDIT_TIMEOUT`."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Work:
     """A sealed request on its way to a worker.
 

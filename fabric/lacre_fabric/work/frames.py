@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Final
 
 from lacre.errors import InvalidMessage
 from lacre.jose.formats import HEADER, Format
+from lacre.runtime.records import record
 
 FRAME: Final = Format("frame", "gateway")
 ATTEMPT: Final = "A"
@@ -46,7 +47,7 @@ class FrameKind(StrEnum):
 _KINDS: Final = {kind.value: kind for kind in FrameKind}
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Frame:
     """One message of an answer. attempt: 32 hex digits that identify one worker's try. sequence: counts all of the attempt's
     frames from 0.

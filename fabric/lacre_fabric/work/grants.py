@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre.errors import Expired, InvalidMessage, InvalidSignature
 from lacre.jose import jws
 from lacre.jose.ed25519 import Signs
 from lacre.jose.formats import Format
+from lacre.runtime.records import record
 from lacre_fabric.native.ed25519 import verifies
 from lacre_fabric.native.json_bytes import read_object, write_object
 
@@ -26,7 +26,7 @@ _PSEUDONYM: Final = re.compile(r"[A-Za-z0-9_-]{22}")  # fixed length: a worker s
 MAX_SKEW: Final = 60.0  # seconds that a gateway's clock may run ahead of a worker's
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Grant:
     """The content of a grant.
 

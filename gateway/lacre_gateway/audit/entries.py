@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final, Literal
 from lacre.errors import InvalidMessage, LacreError, NewerFormat
 from lacre.evidence.audit_proof import MAX_INTENT
 from lacre.jose.formats import Format
+from lacre.runtime.records import record
 from lacre_fabric.native.json_bytes import read_object, write, write_object
 
 _MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies in the intent itself
@@ -28,7 +29,7 @@ class EntryTooLarge(LacreError):
     """No header could carry the intent: names in the settings or the token are absurdly long. Nothing was recorded."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Intent:
     """A request that is about to be served, and for whom.
 
@@ -85,7 +86,7 @@ class Annex:
     policies: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How a request ended. duration: seconds. Tokens are those of the receipt that settled it, `receipt` its hex SHA-256; None
     without a receipt. refused_receipt: why the newest receipt was refused. money: the charge, in micro-units. problem: the

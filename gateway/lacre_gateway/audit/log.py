@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.errors import LacreError, SettingsError
 from lacre.evidence.audit_proof import AuditProof
 from lacre.runtime import tasks
+from lacre.runtime.records import record
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import open_requests, reserve, series
@@ -54,7 +54,7 @@ class AuditUnavailable(LacreError):
     """The entry could not be recorded: no space, or the file is gone. Without a record nothing is served."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Recorded:
     """The place of an entry; its proof is made when it is needed."""
 
@@ -65,7 +65,7 @@ class Recorded:
         return self.committed.proof(self.number)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Waiting:
     entry: Entry
     data: tuple[bytes, ...]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lacre.jose.jws import b64u
+from lacre.runtime.records import record
 from lacre_gateway.budget.plans import LimitKind, PlanLimits, Plans, Price
 
 USER: Final = "user"
@@ -42,7 +43,7 @@ class Caller:
     scopes: tuple[BudgetScope, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Amounts:
     """The most that one request may use, or its real usage. money: micro-units."""
 

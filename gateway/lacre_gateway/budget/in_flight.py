@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
+
+from lacre.runtime.records import record
 
 RETRY_AFTER: Final = 1.0  # seconds; there is room again as soon as a request ends
 
@@ -33,7 +34,7 @@ class LimitExceeded(Exception):
         self.own = own
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Reservation:
     """The most that one request may use, in tokens.
 

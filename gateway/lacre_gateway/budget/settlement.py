@@ -19,13 +19,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Final
 
 from lacre.errors import LacreError
 from lacre.evidence.receipts import Receipt
 from lacre.runtime import tasks
+from lacre.runtime.records import record
 from lacre_fabric.logs import Log
 from lacre_fabric.native.ed25519 import verifies
 from lacre_fabric.native.json_bytes import read_object
@@ -42,7 +43,7 @@ class ReceiptFault(StrEnum):
     ABOVE_GRANT = "above-the-grant"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Claim:
     """A worker's claim of a request's usage. tokens: its receipts, the newest last. enc: base64url of the request's digest."""
 
@@ -54,7 +55,7 @@ class Claim:
     tokens: tuple[bytes, ...] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Verdict:
     """receipt: the one that settles the request; None leaves it without one. token: the same, as signed. refused: why the
     newest receipt was refused.

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 from typing import Any, Final, Self, TypeVar
 
 from lacre import problems
+from lacre.runtime.records import record
 from lacre.wire import outer
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre_gateway.http.refusal import Refusal
@@ -73,7 +74,7 @@ class Shape(StrEnum):
     PAD = "pad"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class OuterHeaders:
     """The parsed headers. max_tokens: output tokens over all choices. is_default: whether the caller named no such ceiling, so
     that a lower one may be granted.
@@ -87,7 +88,7 @@ class OuterHeaders:
     is_default: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Fields:
     """The header fields of one request that the gateway reads, each at most once. All others are ignored."""
 

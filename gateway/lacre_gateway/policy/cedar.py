@@ -19,12 +19,13 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final, Generic, Self, TypeVar
 
 import cedarpy
 
 from lacre.errors import SettingsError
+from lacre.runtime.records import record
 from lacre_gateway.policy import reads
 from lacre_gateway.policy.local_time import UTC_ZONE, TimeZone
 from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion, VerdictKeys
@@ -51,7 +52,7 @@ SCHEMA: Final = "schema"  # Cedar that does not fit the schema, or a schema that
 NAMES: Final = "names"  # a policy without an @id of its own
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Decision:
     """policies: the ids of the deciding or failed ones; none if no policy allowed the request.
 

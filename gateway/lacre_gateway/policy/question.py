@@ -21,6 +21,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Final
 
+from lacre.runtime.records import record
 from lacre.wire.header import Kem
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.http.headers import Action, Shape
@@ -72,7 +73,7 @@ def _entity(uid: Entity, attributes: dict[str, str] | None = None, *parents: Ent
     return {"uid": uid, "attrs": attributes or {}, "parents": list(parents)}
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Question:
     """One sealed request. address: the caller's. time: seconds since the epoch, to the millisecond."""
 

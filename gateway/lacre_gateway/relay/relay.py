@@ -18,11 +18,12 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from lacre import problems
 from lacre.jose.jws import b64u
+from lacre.runtime.records import record
 from lacre.trust.manifest import Pool
 from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, SealedHeader, inspect_request
 from lacre.wire.outer import POOL
@@ -207,10 +208,10 @@ async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, dec
     return hold
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Request:
     """A well-formed request whose pool can open it; not yet allowed. asked_tokens: the ceiling that the client sent, which in
-    `question` and `ceilings` may be lower. key_id: of the key that it is sealed to.
+    `question` and `ceilings` may be lower. key_id: of the key that it is sealed to. enc: base64url of the digest.
     """
 
     question: Question
@@ -220,6 +221,7 @@ class _Request:
     key_id: int
     request_id: str
     digest: bytes
+    enc: str
 
     def with_fewer(self, max_tokens: int) -> _Request:
         """With this lower ceiling of output."""
@@ -243,7 +245,7 @@ class _Request:
             kem=asked.kem.label,
             max_tokens=self.asked_tokens,
             sealed_bytes=asked.sealed_bytes,
-            enc=b64u(self.digest),
+            enc=self.enc,
             groups=who.groups,
             scopes=who.scopes,
             plan=who.plan,
@@ -274,13 +276,13 @@ class _Request:
             request_id=self.request_id,
             pool=self.question.pool,
             receipt_key=self.pool.receipt_key_of(self.key_id) or self.pool.receipt_key,
-            enc=b64u(self.digest),
+            enc=self.enc,
             reservation=self.ceilings,
             tokens=receipts,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Begun:
     """The known part of a sealed request before its body is whole. size: of all of it, in bytes."""
 
@@ -303,7 +305,7 @@ async def _understood(
 
 def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: OuterHeaders, begun: _Begun) -> _Request:
     """Raises Refusal."""
-    header = begun.header
+    header, digest = begun.header, begun.header.digest
     question = Question(
         principal=principal,
         action=outer.action,
@@ -323,7 +325,8 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
         pool=_pool(gateway, question, outer, header),
         key_id=header.key_id,
         request_id=exchange.request_id,
-        digest=header.digest,
+        digest=digest,
+        enc=b64u(digest),
     )
 
 
@@ -355,7 +358,7 @@ def _grant(gateway: Gateway, request: _Request) -> str:
         max_prompt_tokens=request.ceilings.max_prompt_tokens,
         features=(),
         fair=gateway.pseudonyms.of(asked.principal, now),
-        enc=b64u(request.digest),
+        enc=request.enc,
     ).sign(gateway.signer)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from lacre.problems import Problem
+from lacre.runtime.records import record
 from lacre_gateway.audit.entries import Intent, Outcome
 from lacre_gateway.audit.log import Recorded
 from lacre_gateway.budget.callers import Amounts
@@ -20,7 +20,7 @@ from lacre_gateway.http.exchange import Exchange
 from lacre_gateway.relay.failures import ANSWERED, REFUSED, outcome_of, refusal_for
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _End:
     """How a request ended, in the terms of `Outcome`. problem: the problem that the client gets instead of an answer."""
 

@@ -19,6 +19,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from lacre.errors import InvalidMessage
+from lacre.runtime.records import record
 
 MAX_HEAD: Final = 64 * 1024  # bytes; a token of 16 KiB, its proof, and what proxies add stay well below
 MAX_FIELDS: Final = 100  # clients and proxies send some twenty; each field costs more than its bytes
@@ -59,7 +60,7 @@ class UnreadableRequest(InvalidMessage):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RequestHead:
     """A request's head. path, query: as sent, without the `?`; path in its normal form. fields: names in lower case.
 
@@ -77,7 +78,7 @@ class RequestHead:
     expects: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Body:
     """A piece of the body."""
 
