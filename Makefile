@@ -13,7 +13,7 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready projector tested environments chart-test container-test sbom dist
+.PHONY: help demo npm pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready projector tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ sbom: ready  ## List what is in the images, as CycloneDX: build/sbom.
 # docs/releasing.md. DIST_KEY: a file with the key that signs.
 dist: ready  ## Make wheels and source distributions, with SBOMs, provenance and signed checksums.
 	@$(BIN)/python tools/dist.py
+
+npm: ready  ## Make the npm package: dist/lacre-VERSION.tgz. Needs Node.
+	@$(BIN)/python tools/npm_package.py
 
 lint: ready  ## Check style, types, imports and prose.
 	$(BIN)/ruff check .

@@ -6,9 +6,9 @@
 import { deepStrictEqual as same, ok } from "node:assert";
 import { readFileSync } from "node:fs";
 
-import { ascii, concat, uint } from "./bytes.mjs";
-import { AEADS, KDF_HKDF_SHA256, KEMS, suiteOf } from "./keys.mjs";
-import { requestInfo, ResponseOpener, responseKeys } from "./ohttp.mjs";
+import { ascii, concat, uint } from "../../sdk/javascript/src/wire/bytes.js";
+import { AEADS, KDF_HKDF_SHA256, KEMS, suiteOf } from "../../sdk/javascript/src/wire/keys.js";
+import { requestInfo, ResponseOpener, responseKeys } from "../../sdk/javascript/src/wire/ohttp.js";
 
 const bytes = (hex) => Uint8Array.from(Buffer.from(hex, "hex"));
 const hex = (data) => Buffer.from(data).toString("hex");
@@ -60,14 +60,17 @@ async function checkChunkedDraft() {
   const secret = new Uint8Array(await context.export(ascii("message/bhttp chunked response"), 16));
   same(hex(secret), "1d4484834ae36102a6ac42a5523454d9");
   const nonce = bytes("bcce7f4cb921309ba5d62edf1769ef09");
-  const { prk, key, base } = responseKeys(aead, enc, secret, nonce);
+  const { prk, key, base } = await responseKeys(aead, enc, secret, nonce);
   same(
     [hex(prk), hex(key), hex(base)],
     ["3967884b5f7b4bce4a5320a3e3f79fdc97389f7deba1c1e11c5ea62278187786", "8209f78f2a1610d80c7125009b00aff0", "fead854635d2d5527d64f546"],
   );
   const opener = new ResponseOpener(aead, enc, secret);
   const body = "bcce7f4cb921309ba5d62edf1769ef091179bf1cc87fa0e2c02de4546945aa3d1e4812b348b5bd4c594c16b6170b07b475845d1f3200ed9d8a796617a5b27265f4d73247f639";
-  same(hex(concat(...opener.push(bytes(body)), ...opener.end())), "0140c8");
+  const records = [];
+  for await (const record of opener.push(bytes(body))) records.push(record);
+  for await (const record of opener.end()) records.push(record);
+  same(hex(concat(...records)), "0140c8");
   console.log("ok    the chunked draft's example");
 }
 

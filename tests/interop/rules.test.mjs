@@ -1,23 +1,31 @@
 /** Rules of wire.md that no exchange with an honest gateway shows. `node --test` runs them. */
 
-import { deepStrictEqual as same, rejects, throws } from "node:assert";
+import { deepStrictEqual as same, ok, rejects, throws } from "node:assert";
 import { generateKeyPairSync, sign } from "node:crypto";
 import { test } from "node:test";
 
-import { encodeRequest, LIMITS, ResponseReader } from "./bhttp.mjs";
-import { ascii, concat, toBase64url, uint, varint } from "./bytes.mjs";
 import {
   ConfigurationError,
+  ExpiredError,
   MalformedError,
   NoUsableKeyError,
+  RollbackError,
   TooLargeError,
   TruncatedError,
   TrustError,
-} from "./errors.mjs";
-import { KEMS, parseKeyConfiguration, suiteOf } from "./keys.mjs";
-import { MAX_SEALED_REQUEST, SealedRequest } from "./ohttp.mjs";
-import { ordered } from "./routes.mjs";
-import { chooseKey, MAX_DOCUMENT, parseConnectionString, readReceipt, Trust, verifyDocument } from "./trust.mjs";
+  UsedError,
+} from "../../sdk/javascript/src/errors.js";
+import { receiptOf, checkModel, digestsOf } from "../../sdk/javascript/src/evidence/receipts.js";
+import { MAX_DOCUMENT, verifyDocument } from "../../sdk/javascript/src/trust/chain.js";
+import { parseConnectionString } from "../../sdk/javascript/src/trust/connection.js";
+import { chooseKey } from "../../sdk/javascript/src/trust/manifest.js";
+import { accept, ProcessMemory } from "../../sdk/javascript/src/trust/memory.js";
+import { ordered } from "../../sdk/javascript/src/trust/routes.js";
+import { encodeRequest, LIMITS, ResponseReader } from "../../sdk/javascript/src/wire/bhttp.js";
+import { ascii, concat, toBase64url, uint } from "../../sdk/javascript/src/wire/bytes.js";
+import { KEMS, parseKeyConfiguration, suiteOf } from "../../sdk/javascript/src/wire/keys.js";
+import { MAX_SEALED_REQUEST, SealedRequest } from "../../sdk/javascript/src/wire/ohttp.js";
+import { varint } from "../../sdk/javascript/src/wire/varint.js";
 
 const NOW = 1_780_000_000;
 
@@ -56,7 +64,8 @@ function claims(changes = {}, keys = [{ config: toBase64url(XWING), not_after: N
 
 const documentOf = (roots, manifest, by = signer) => json({ roots, manifest: jws(manifest, by, "lacre-manifest+jwt"), later: 1 });
 const simple = (changes, keys) => documentOf([signed(statement(signer), root)], claims(changes, keys));
-const verified = (document, pin = root) => verifyDocument(document, pin.raw, NOW);
+const verified = async (document, pin = root) => (await verifyDocument(document, pin.raw, NOW)).manifest;
+const refused = (document, why, pin) => rejects(verified(document, pin), TrustError, why);
 
 // Trust
 
@@ -83,23 +92,23 @@ test("connection strings", () => {
   }
 });
 
-test("a manifest verifies", () => {
-  const manifest = verified(simple());
+test("a manifest verifies", async () => {
+  const manifest = await verified(simple());
   const { models, defaultModel } = manifest.pools.get("default");
   same([manifest.ver, [...models.keys()], defaultModel], [7, ["m"], "m"]);
 });
 
-test("a chain of roots is followed from the pinned one", () => {
+test("a chain of roots is followed from the pinned one", async () => {
   const handover = statement(signer, NOW + 100, newer);
   const first = signed(statement(stranger), root);
   const change = signed(handover, root, newer);
   const after = signed(statement(signer), newer);
   const alien = [jws(statement(signer), root, "other+jwt"), jws(statement(signer), root, "lacre-root+jwt", "ES256")];
   for (const roots of [[first, change], [first, change, after], [signed(statement(signer, 1), root), first, change, after]]) {
-    same(verified(documentOf(roots, claims())).ver, 7);
+    same((await verified(documentOf(roots, claims()))).ver, 7);
   }
-  same(verified(documentOf([first, change, after], claims()), newer).ver, 7, "what was before the pin is passed over");
-  same(verified(documentOf([alien, change], claims())).ver, 7, "of another alg or typ: by nobody");
+  same((await verified(documentOf([first, change, after], claims()), newer)).ver, 7, "what was before the pin is passed over");
+  same((await verified(documentOf([alien, change], claims()))).ver, 7, "of another alg or typ: by nobody");
 
   for (const [why, roots] of Object.entries({
     "no statement at all": [],
@@ -114,16 +123,16 @@ test("a chain of roots is followed from the pinned one", () => {
     "not text": [[7]],
     "not a token": [["a.b"]],
   })) {
-    throws(() => verified(documentOf(roots, claims())), TrustError, why);
+    await refused(documentOf(roots, claims()), why);
   }
 });
 
-test("a statement or manifest that is not right is refused", () => {
+test("a statement or manifest that is not right is refused", async () => {
   const { next_root: _, ...incomplete } = JSON.parse(Buffer.from(statement(signer)));
-  throws(() => verified(documentOf([signed(json(incomplete), root)], claims())), TrustError);
-  throws(() => verified(documentOf([signed(statement(signer), root)], claims(), stranger)), TrustError);
+  await refused(documentOf([signed(json(incomplete), root)], claims()));
+  await refused(documentOf([signed(statement(signer), root)], claims(), stranger));
   const sameKeyOtherTyp = json({ roots: [signed(statement(signer), root)], manifest: jws(claims(), signer, "lacre-root+jwt") });
-  throws(() => verified(sameKeyOtherTyp), TrustError);
+  await refused(sameKeyOtherTyp);
   for (const changes of [
     { exp: NOW },
     { iat: NOW + 301 },
@@ -144,18 +153,18 @@ test("a statement or manifest that is not right is refused", () => {
       { default_model: undefined },
     ].map((bad) => ({ pools: { default: { ...claims().pools.default, ...bad } } })),
   ]) {
-    throws(() => verified(simple(changes)), TrustError, JSON.stringify(changes));
+    await refused(simple(changes), JSON.stringify(changes));
   }
-  throws(() => verified(new Uint8Array(MAX_DOCUMENT + 1)), TrustError);
-  throws(() => verified(ascii("{")), TrustError);
+  await refused(new Uint8Array(MAX_DOCUMENT + 1));
+  await refused(ascii("{"));
 });
 
-test("routes of a manifest", () => {
+test("routes of a manifest", async () => {
   const way = { pool: "default", share: 95, later: 1 };
-  const { routes } = verified(simple({ routes: { m: { pools: [way, { pool: "p", model: "n" }], later: 1 } } }));
+  const { routes } = await verified(simple({ routes: { m: { pools: [way, { pool: "p", model: "n" }], later: 1 } } }));
   const both = [{ pool: "default", model: "m", share: 95 }, { pool: "p", model: "n", share: 0 }];
-  same(routes.get("m"), both);
-  same(verified(simple()).routes.size, 0, "a manifest without routes");
+  same(routes.get("m"), { ways: both, sticky: true });
+  same((await verified(simple())).routes.size, 0, "a manifest without routes");
   for (const wrong of [
     [],
     { m: [] },
@@ -173,63 +182,107 @@ test("routes of a manifest", () => {
     { "": { pools: [way] } },
     Object.fromEntries(Array.from({ length: 257 }, (_, i) => [`r${i}`, { pools: [way] }])),
   ]) {
-    throws(() => verified(simple({ routes: wrong })), TrustError, JSON.stringify(wrong).slice(0, 80));
+    await refused(simple({ routes: wrong }), JSON.stringify(wrong).slice(0, 80));
   }
 });
 
-test("a draw falls on each pool by its share", () => {
+test("a draw falls on each pool by its share, and a share that grows moves nobody elsewhere", async () => {
   const ways = [["a", 2], ["b", 0], ["c", 1]].map(([pool, share]) => ({ pool, model: "m", share }));
-  const firsts = [0, 1, 2].map((drawn) => ordered(ways, () => drawn).map(({ pool }) => pool).join(""));
-  same(firsts, ["abc", "abc", "cab"]);
-  same(ordered(ways.map((way) => ({ ...way, share: 0 })))[0].pool, "a", "without shares, the first has all");
+  const seeds = Array.from({ length: 300 }, (_, i) => uint(i, 32));
+  const firsts = async (changed) => Promise.all(seeds.map(async (seed) => (await ordered(changed, seed))[0].pool));
+  const before = await firsts(ways);
+  const of = (pool) => before.filter((each) => each === pool).length;
+  same(of("b"), 0);
+  ok(of("a") > 150 && of("a") < 250, `${of("a")} of 300 instead of about 200`);
+  const after = await firsts(ways.map((way) => (way.pool === "c" ? { ...way, share: 4 } : way)));
+  ok(after.every((pool, i) => pool === before[i] || pool === "c"));
+  same((await ordered(ways, seeds[0])).length, 3);
+  same((await ordered(ways.map((way) => ({ ...way, share: 0 })), seeds[0]))[0].pool, "a", "without shares, the first has all");
 });
 
-test("the newest manifest is remembered", () => {
+test("the newest manifest is remembered", async () => {
   const old = simple({ ver: 7 });
-  const trust = new Trust(new URL("http://127.0.0.1"), root.raw);
-  same(trust.accept(old, NOW).ver, 7);
-  same(trust.accept(old, NOW).ver, 7);
-  throws(() => trust.accept(simple({ ver: 7, iat: NOW - 1 }), NOW), TrustError);
-  same(trust.accept(simple({ ver: 9, exp: NOW + 10 }), NOW).ver, 9);
-  same(trust.accept(old, NOW).ver, 9, "the remembered one is used while it verifies");
-  throws(() => trust.accept(old, NOW + 20), TrustError);
+  const memory = new ProcessMemory();
+  const taken = async (document, now = NOW, pin = root) => (await accept(document, pin.raw, memory, now)).trusted.manifest.ver;
+  same(await taken(old), 7);
+  same(await taken(old), 7);
+  await rejects(taken(simple({ ver: 7, iat: NOW - 1 })), RollbackError);
+  same(await taken(simple({ ver: 9, exp: NOW + 10 })), 9);
+  same(await taken(old), 9, "the remembered one is used while it verifies");
+  await rejects(taken(old, NOW + 20), RollbackError);
 });
 
-test("the choice of a key", () => {
-  const key = (config, notAfter = NOW + 50) => ({ config: toBase64url(config), not_after: notAfter });
-  const unknownKem = concat(uint(1, 1), uint(0x1234, 2), ascii("whatever"));
-  const unknownAead = configuration(0x647a, 1216, "0001ffff" + "00020002");
-  const chacha = configuration(0x647a, 1216, "0001ffff" + "00010001" + "00010003");
-  const chosen = (keys, kems) => chooseKey(verified(simple({}, keys)).pools.get("default"), kems, NOW);
-
-  same(chosen([key(unknownKem), key(unknownAead), key(X25519), key(XWING, NOW), key(chacha), key(XWING)]).aeadId, 3);
-  same(chosen([key(X25519), key(XWING)], ["xwing", "x25519"]).kem.name, "xwing");
-  same(chosen([key(XWING), key(X25519)], ["x25519"]).kem.name, "x25519");
-  for (const keys of [[], [key(X25519)], [key(XWING, NOW)], [key(unknownKem), key(unknownAead)]]) {
-    throws(() => chosen(keys), NoUsableKeyError);
-  }
-  const noAlgorithms = configuration(0x647a, 1216, "");
-  for (const config of [new Uint8Array(), XWING.subarray(0, -1), concat(XWING, Uint8Array.of(0)), noAlgorithms]) {
-    throws(() => chosen([key(XWING), key(config)]), TrustError);
-  }
+test("a chain without the last statement seen is older, whatever its version", async () => {
+  const memory = new ProcessMemory();
+  const taken = async (document, pin = root) => (await accept(document, pin.raw, memory, NOW)).trusted.manifest.ver;
+  const [stolen, replaced] = [signed(statement(stranger), root), signed(statement(signer), root)];
+  same(await taken(documentOf([stolen, replaced], claims({ ver: 5 }))), 5);
+  same(await taken(documentOf([stolen], claims({ ver: 6 }), stranger)), 5, "by the key that was replaced");
+  const change = signed(statement(signer, NOW + 100, newer), root, newer);
+  same(await taken(documentOf([stolen, replaced, change], claims({ ver: 7 }))), 7);
+  same(await taken(documentOf([stolen, replaced], claims({ ver: 8 }))), 7);
+  const later = documentOf([stolen, replaced, change, signed(statement(signer), newer)], claims({ ver: 6 }));
+  same(await taken(later, newer), 7, "a pin of the lineage's later root keeps its memory");
+  const others = new ProcessMemory();
+  same((await accept(documentOf([stolen, replaced], claims({ ver: 9 })), root.raw, others, NOW)).trusted.manifest.ver, 9);
+  await rejects(accept(later, newer.raw, others, NOW), RollbackError, "the served chain leads from the remembered root to the pin");
 });
 
-test("a receipt is the pool's and of this request", () => {
-  const pool = verified(simple()).pools.get("default");
+test("a chain beside leads a pin that the first chain does not", async () => {
+  const lost = [signed(statement(stranger), stranger)];
+  const document = json({ roots: lost, beside: [signed(statement(signer), root)], manifest: jws(claims(), signer, "lacre-manifest+jwt") });
+  same((await verified(document)).ver, 7);
+  await refused(document, "neither chain", newer);
+});
+
+test("keys and signatures of small order, and second spellings, are refused", async () => {
+  const weak = ["00".repeat(32), "01" + "00".repeat(31), "ec" + "ff".repeat(30) + "7f", "ed" + "ff".repeat(30) + "7f", "ff".repeat(32)];
+  const { isWeak, verifies } = await import("../../sdk/javascript/src/trust/ed25519.js");
+  for (const key of weak.map((hex) => Uint8Array.from(Buffer.from(hex, "hex")))) {
+    ok(isWeak(key), Buffer.from(key).toString("hex"));
+    same(await verifies(key, new Uint8Array(64), ascii("anything")), false);
+  }
+  ok(!isWeak(root.raw));
+  const [head, payload, signature] = jws(claims(), signer, "lacre-manifest+jwt").split(".");
+  const last = signature.at(-1);
+  const other = String.fromCharCode(last.charCodeAt(0) + 1); // the same bytes, in another spelling
+  const spelled = (end) => json({ roots: [signed(statement(signer), root)], manifest: `${head}.${payload}.${signature.slice(0, -1)}${end}` });
+  same((await verified(spelled(last))).ver, 7);
+  await refused(spelled(other), "another spelling");
+  await refused(spelled(`${last}=`), "padding");
+});
+
+test("a receipt is the pool's and of this request", async () => {
   const digest = new Uint8Array(32).fill(5);
-  const receipt = (changes) => ({ enc: toBase64url(digest), completion_tokens: 34, ...changes });
-  same(readReceipt(jws(receipt(), signer, "lacre-receipt+jwt"), pool, digest)?.completion_tokens, 34);
-  same(readReceipt(jws(receipt(), stranger, "lacre-receipt+jwt"), pool, digest), null);
-  same(readReceipt(jws(receipt(), signer, "other+jwt"), pool, digest), null);
-  same(readReceipt(jws(receipt({ enc: "AA" }), signer, "lacre-receipt+jwt"), pool, digest), null);
-  same(readReceipt("rubbish", pool, digest), null);
-
+  const whole = { enc: toBase64url(digest), model: "", prompt_tokens: 1, cached_tokens: 0, completion_tokens: 34, start: 1, end: 2.5, final: true };
+  const token = (changes, key = signer, typ = "lacre-receipt+jwt") => ["lacre-receipt", jws({ ...whole, ...changes }, key, typ)];
+  const read = (...trailers) => receiptOf(trailers, { key: signer.raw, digest, ceiling: 34 });
+  same((await read(["x", "y"], token())).completion_tokens, 34);
+  for (const trailers of [
+    [],
+    [token(), token()],
+    [token({}, stranger)],
+    [token({}, signer, "other+jwt")],
+    [token({ enc: "AA" })],
+    [token({ final: false })],
+    [token({ final: 1 })],
+    [token({ completion_tokens: 35 })],
+    [token({ completion_tokens: -1 })],
+    [token({ prompt_tokens: "1" })],
+    [token({ model: undefined })],
+    [["lacre-receipt", "rubbish"]],
+  ]) {
+    await rejects(read(...trailers), { name: "InvalidReceiptError" }, JSON.stringify(trailers).slice(0, 60));
+  }
   const [named, other] = ["1".repeat(64), "2".repeat(64)];
-  const naming = { ...pool, models: new Map([["m", { sha256: [named], signers: [] }]]) };
-  const by = (model, name = "m") => readReceipt(jws(receipt({ model }), signer, "lacre-receipt+jwt"), naming, digest, name);
-  same(by(`sha256:${named}`)?.completion_tokens, 34);
-  for (const wrong of [`sha256:${other}`, named, "", undefined]) same(by(wrong), null);
-  same(by("", "unnamed")?.completion_tokens, 34, "a model without a digest may be any file");
+  const check = (model, listed, pin, ran = true) => checkModel({ model }, "m", digestsOf("m", listed, pin), ran);
+  check(`sha256:${named}`, [named]);
+  check("", [named], undefined, false);
+  check("anything", []);
+  check(`sha256:${named}`, [], `sha256:${named}`);
+  for (const [model, listed, pin] of [[`sha256:${other}`, [named]], [named, [named]], ["", [named]], ["", [], `sha256:${named}`], [`sha256:${named}`, [named], `sha256:${other}`]]) {
+    throws(() => check(model, listed, pin), { name: "WrongModelError" }, model);
+  }
 });
 
 // Sealing
@@ -253,21 +306,18 @@ test("every suite seals what opens again", async () => {
       const raw = new Uint8Array(await make().serializePublicKey(keys.publicKey));
       const config = parseKeyConfiguration(concat(uint(1, 1), uint(kemId, 2), raw, Uint8Array.of(0, 4, 0, 1, 0, aeadId)));
       const request = await SealedRequest.to(config);
-      const parts = [];
-      for await (const part of request.seal([ascii("asked")])) parts.push(part);
-      const info = concat(ascii("message/bhttp chunked request"), Uint8Array.of(0), parts[0].slice(0, 7));
+      const sealed = await request.seal(ascii("asked"));
+      const info = concat(ascii("message/bhttp chunked request"), Uint8Array.of(0), sealed.slice(0, 7));
       const context = await suiteOf(config).createRecipientContext({ recipientKey: keys.privateKey, enc: request.enc, info });
-      same(Buffer.from(await context.open(parts[1].slice(1), ascii("final"))).toString(), "asked");
+      same(Buffer.from(await context.open(sealed.slice(7 + request.enc.length + 1), ascii("final"))).toString(), "asked");
     }
   }
 });
 
 test("a request that would be too long is refused", async () => {
   const request = await SealedRequest.to(parseKeyConfiguration(await usable()));
-  await rejects(async () => {
-    for await (const _ of request.seal([new Uint8Array(MAX_SEALED_REQUEST)]));
-  }, TooLargeError);
-  await rejects(request.opener());
+  await rejects(request.seal(new Uint8Array(MAX_SEALED_REQUEST)), TooLargeError);
+  await rejects(request.seal(new Uint8Array(1)), UsedError);
 });
 
 async function usable() {

@@ -1,4 +1,4 @@
-"""The JavaScript client, written from docs/wire.md alone, against the Python side as it really opens and seals."""
+"""The npm package `lacre`, written from docs/wire.md, against the Python side as it really opens and seals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ import anyio
 import cryptography_vectors
 import httpx2
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.evidence.receipts import Receipt
+from lacre.evidence.audit_proof import AuditProof
+from lacre.trust.manifest import ModelEntry
 from lacre.trust.routes import ModelRoute, RouteTarget
 from lacre.wire.header import Kem
+from parts import audited
 from parts.bent import flipped, swapped, without
 from parts.chat_app import ChatApp, reply
 from parts.live import Gateway, serving
@@ -29,6 +32,7 @@ from parts.npm import install
 from parts.relay import MANIFEST, SEALED, Relay, served
 
 HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parents[1] / "sdk" / "javascript"
 KEMS = {"xwing": Kem.XWING, "x25519": Kem.X25519}
 NODE = shutil.which("node")
 NPM = shutil.which("npm")
@@ -38,7 +42,7 @@ pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="node and np
 
 @pytest.fixture(scope="session", autouse=True)
 def packages() -> None:
-    install(HERE)
+    install(PACKAGE)
 
 
 def node(*args: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +50,7 @@ def node(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_lock_names_no_host() -> None:
-    assert "://" not in (HERE / "package-lock.json").read_text()
+    assert "://" not in (PACKAGE / "package-lock.json").read_text()
 
 
 PUBLISHED = sorted(path.stem for path in (HERE.parents[1] / "docs" / "vectors").glob("*.json"))
@@ -83,48 +87,81 @@ class Ran:
         return self.gateway.paths
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the package remembers manifests."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "lacre" / "manifests-js"
+
+
 def environment(url: str) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "LACRE_URL": url, "LACRE_TOKEN": "t0ken"}
+    passed = {name: os.environ[name] for name in ("PATH", "XDG_STATE_HOME")}
+    return passed | {"LACRE_URL": url, "LACRE_TOKEN": "t0ken"}
+
+
+def command(options: dict[str, Any] | None = None, body: dict[str, Any] | None = None) -> list[str]:
+    return [str(NODE), "ask.mjs", json.dumps(options or {}), json.dumps(body or {}), "How many Baltic states?"]
+
+
+ONCE = {"retries": 0, "resume": 0}
 
 
 async def chat(
-    *options: str, app: Any = None, before: Any = None, url: Callable[[str], str] = str, kem: str = "", **relay: Any
+    options: dict[str, Any] | None = None,
+    body: dict[str, Any] | None = None,
+    *,
+    app: Any = None,
+    before: Any = None,
+    url: Callable[[str], str] = str,
+    kem: str = "",
+    **relay: Any,
 ) -> Ran:
-    """One call of the client. url: what it makes of the gateway's. kem: the one of the pool, and of the client."""
+    """One call of the package. url: what it makes of the gateway's. kem: the one of the pool, and of the client."""
     usual = {"kem": KEMS[kem]} if kem else {}
+    options = (options or {}) | ({"kems": [kem]} if kem else {})
     async with serving(Gateway(Relay(app or ChatApp(), **usual, **relay), before)) as gateway:
-        command = [str(NODE), "client.mjs", *(["--kem", kem] if kem else []), *options, "How many Baltic states?"]
-        done = await anyio.run_process(command, cwd=HERE, env=environment(url(gateway.url)), check=False)
+        done = await anyio.run_process(command(options, body), cwd=HERE, env=environment(url(gateway.url)), check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     totals = lines.pop() if lines and lines[-1].get("done") else None
     assert (totals is None) == (done.returncode != 0) == bool(done.stderr), done.stderr
+    assert not done.stderr.startswith(b"Trace"), done.stderr
     error = json.loads(done.stderr) if done.stderr else {}
+    assert b"t0ken" not in done.stdout + done.stderr
     return Ran(done.returncode, [line["piece"] for line in lines], totals, error, gateway)
 
 
 @pytest.mark.parametrize("kem", KEMS)
 async def test_a_sealed_chat(kem: str) -> None:
     app = ChatApp()
-    ran = await chat(app=app, kem=kem)
+    ran = await chat(app=app, kem=kem, body={"user": "ada", "max_tokens": 512})
     assert ran.pieces == ["one ", "two ", "three"]
     assert ran.totals is not None
-    assert (ran.totals["kem"], ran.totals["pieces"], ran.totals["attempts"]) == (kem, 3, 1)
+    info = ran.totals["info"]
+    [part] = info["parts"]
+    assert (part["kem"], part["receipt"]["completion_tokens"], info["attempts"]) == (KEMS[kem].label, 3, 1)
+    assert part["audit"]["entry"]["decision"] == "allow"
 
     manifest, sealed = ran.gateway.relay.requests
     assert "authorization" not in manifest.headers
     expected = {
         "authorization": "Bearer t0ken", "content-type": "message/ohttp-chunked-req", "accept": "message/ohttp-chunked-res",
         "incremental": "?1", "lacre-pool": "default", "lacre-model": "tiny", "lacre-action": "chat",
-        "lacre-max-tokens": "512", "lacre-shape": "none",
+        "lacre-max-tokens": "512", "lacre-shape": "pad",
     }  # fmt: skip
-    of_http = {"host", "connection", "content-length"}
+    of_http = {"host", "connection", "content-length", "accept-encoding", "accept-language", "sec-fetch-mode", "user-agent"}
+    of_http |= {"cache-control", "pragma"}
     assert {name: value for name, value in sealed.headers.items() if name not in of_http} == expected
     assert b"Baltic" not in sealed.content
+    assert len(sealed.content) == {"xwing": 5240, "x25519": 4152}[kem]
     asked = json.loads(app.bodies[0])
     assert asked["messages"] == [{"role": "user", "content": "How many Baltic states?"}]
     assert (asked["model"], asked["max_tokens"], asked["stream"]) == ("tiny", 512, True)
     inner = {name.decode() for name, _value in app.scopes[0]["headers"]}
-    assert not inner & {"authorization", "cookie", "user-agent"}
+    assert "user" not in asked
+    assert inner == {
+        "content-type", "accept", "date", "lacre-cache-salt", "lacre-resume",
+        "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-shape",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kem", KEMS)
@@ -137,8 +174,8 @@ async def test_pieces_come_out_while_the_answer_is_still_sealed(kem: str) -> Non
             await seen.wait()
 
     async with serving(Gateway(Relay(ChatApp(), kem=KEMS[kem]), before)) as gateway:
-        command = [str(NODE), "client.mjs", "--kem", kem, "x"]
-        async with await anyio.open_process(command, cwd=HERE, env=environment(gateway.url)) as process:
+        asking = command({"kems": [kem]})
+        async with await anyio.open_process(asking, cwd=HERE, env=environment(gateway.url)) as process:
             assert process.stdout is not None
             out = b""
             while b"\n" not in out:
@@ -169,21 +206,74 @@ BENT = {
 @pytest.mark.parametrize("how", BENT)
 async def test_a_bent_answer_is_an_error(kem: str, how: str) -> None:
     bend, error = BENT[how]
-    ran = await chat(kem=kem, bend=bend)
+    ran = await chat(ONCE, kem=kem, bend=bend)
     assert (ran.code, ran.error["error"]) == (1, error)
     assert ran.pieces == ["one ", "two ", "three"][: len(ran.pieces)]
     assert ran.paths == [MANIFEST, SEALED], "nothing is tried again after the first record"
 
 
-@pytest.mark.parametrize("own", [True, False])
-async def test_a_receipt_is_read_where_it_is_of_this_request(own: bool) -> None:
-    def receipts(receipt: Receipt) -> list[Receipt]:
-        return [replace(receipt, prompt_tokens=12, completion_tokens=34, **({} if own else {"enc": receipt.enc[::-1]}))]
+NAMED = ModelEntry(sha256=("77" * 32,))
+UNNAMED = ModelEntry()
+BAD_RECEIPT = "InvalidReceiptError"
 
-    ran = await chat(receipts=receipts)
-    assert ran.totals is not None
-    said = ran.totals["receipt"]
-    assert (said["prompt_tokens"], said["completion_tokens"]) == (12, 34) if own else said == "does not verify"
+
+@pytest.mark.parametrize(
+    ("receipts", "entry", "error"),
+    [
+        pytest.param(lambda receipt: [], UNNAMED, BAD_RECEIPT, id="none"),
+        pytest.param(lambda receipt: [receipt, receipt], UNNAMED, BAD_RECEIPT, id="two"),
+        pytest.param(lambda receipt: [replace(receipt, enc=receipt.enc[::-1])], UNNAMED, BAD_RECEIPT, id="of another"),
+        pytest.param(lambda receipt: [replace(receipt, final=False)], UNNAMED, BAD_RECEIPT, id="not final"),
+        pytest.param(lambda receipt: [replace(receipt, completion_tokens=5000)], UNNAMED, BAD_RECEIPT, id="above the ceiling"),
+        pytest.param(lambda receipt: [receipt], NAMED, "WrongModelError", id="another file"),
+    ],
+)
+async def test_a_wrong_receipt_is_an_error_at_the_end(receipts: Any, entry: ModelEntry, error: str) -> None:
+    ran = await chat(receipts=receipts, entry=entry)
+    assert ran.error["error"] == error
+    assert ran.error["remedy"]
+    assert ran.paths == [MANIFEST, SEALED]
+
+
+async def test_a_pinned_file_that_the_manifest_does_not_name() -> None:
+    ran = await chat({"pinModels": {"tiny": "sha256:" + "66" * 32}}, entry=NAMED)
+    assert (ran.error["error"], ran.paths) == ("WrongModelError", [MANIFEST])
+
+
+def moved(proof: AuditProof) -> AuditProof:
+    return replace(proof, index=1)
+
+
+def repeated(proof: AuditProof) -> AuditProof:
+    return replace(proof, entry=proof.entry[:-1] + b', "kind": "intent"}')
+
+
+def of_another_key(proof: AuditProof) -> AuditProof:
+    return audited.proof(proof.members, Ed25519PrivateKey.generate())
+
+
+@pytest.mark.parametrize("audit", [lambda proof: None, moved, repeated, of_another_key])
+async def test_an_answer_without_its_proof_is_not_opened(audit: Any) -> None:
+    ran = await chat(audit=audit)
+    assert (ran.pieces, ran.error["error"]) == ([], "InvalidAuditError")
+    assert ran.paths == [MANIFEST, SEALED, MANIFEST], "the gateway's key may have changed: it asks once"
+
+
+@pytest.mark.parametrize(
+    "member", ["enc", "pool", "model", "action", "max_tokens", "shape", "kem", "sealed_bytes", "decision", "kind"]
+)
+async def test_a_proof_of_another_request_is_refused(member: str) -> None:
+    made: list[Relay] = []
+
+    def bent(proof: AuditProof) -> AuditProof:
+        return audited.proof(dict(proof.members) | {member: 7}, made[0].gateway_key)
+
+    relay = Relay(ChatApp(), audit=bent)
+    made.append(relay)
+    async with serving(Gateway(relay)) as gateway:
+        done = await anyio.run_process(command(), cwd=HERE, env=environment(gateway.url), check=False)
+    assert json.loads(done.stderr)["error"] == "InvalidAuditError"
+    assert not done.stdout
 
 
 class Cut(Exception):
@@ -219,14 +309,14 @@ def responding(*answers: httpx2.Response) -> dict[str, Any]:
 FORBIDDEN = "urn:lacre:problem:forbidden"
 FAILS: dict[str, tuple[dict[str, Any], dict[str, str], list[str]]] = {
     "its connection breaks": ({"before": cut}, {"error": "TruncatedError"}, [MANIFEST, SEALED]),
-    "there is no server": ({"url": closed}, {"error": "TransportError"}, []),
+    "there is no server": ({"url": closed}, {"error": "NetworkError"}, []),
     "its root is another": ({"url": another_root}, {"error": "TrustError"}, [MANIFEST]),
     "a redirect": (
         responding(served(307, b"", {"location": "/v1/elsewhere"})), {"error": "ProblemError"}, [MANIFEST, SEALED],
     ),
     "a refusal": (responding(problem(403, FORBIDDEN)), {"error": "ProblemError", "type": FORBIDDEN}, [MANIFEST, SEALED]),
     "another media type": (
-        responding(served(200, b"{}", {"content-type": "application/json"})), {"error": "TransportError"}, [MANIFEST, SEALED],
+        responding(served(200, b"{}", {"content-type": "application/json"})), {"error": "ProtocolError"}, [MANIFEST, SEALED],
     ),
 }  # fmt: skip
 
@@ -234,13 +324,14 @@ FAILS: dict[str, tuple[dict[str, Any], dict[str, str], list[str]]] = {
 @pytest.mark.parametrize("what", FAILS)
 async def test_a_failure_is_told_and_nothing_more_is_sent(what: str) -> None:
     how, error, paths = FAILS[what]
-    ran = await chat(**how)
+    ran = await chat(ONCE, **how)
     assert ran.error == {**ran.error, **error}
+    assert ran.error["remedy"]
     assert ran.paths == paths
 
 
 async def test_x25519_only_where_it_is_offered() -> None:
-    ran = await chat("--kem", "x25519")
+    ran = await chat({"kems": ["x25519"]})
     assert ran.error["error"] == "NoUsableKeyError"
     assert ran.paths == [MANIFEST], "nothing is sent without a key"
 
@@ -272,28 +363,35 @@ async def test_a_wrong_clock_is_corrected_once() -> None:
 
     ran = await chat(app=strict)
     assert ran.totals is not None, ran.error
-    assert ran.totals["attempts"] == 2
+    assert ran.totals["info"]["attempts"] == 2
     assert dates[1].decode() in {formatdate(theirs + late, usegmt=True) for late in range(-1, 30)}
 
 
 PIECE = json.dumps({"choices": [{"index": 0, "delta": {"content": "one"}}]})
-BROKEN = json.dumps({"error": {"message": "the engine failed", "type": "server_error"}})
+BROKEN = {"error": {"message": "the engine failed", "type": "server_error"}}
 
 
-@pytest.mark.parametrize(
-    ("datas", "error"), [((PIECE,), "TruncatedError"), ((PIECE, BROKEN), "ApiError"), ((PIECE, "{"), "MalformedError")]
-)
-async def test_a_stream_that_does_not_end_well(datas: tuple[str, ...], error: str) -> None:
+def telling(*datas: str) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for i, data in enumerate(datas, 1):
             await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": i < len(datas)})
 
-    ran = await chat(app=app)
-    assert (ran.pieces, ran.error["error"]) == (["one"], error)
-    ran = await chat(app=lambda _scope, _receive, send: reply(send, 404, json.loads(BROKEN)))
-    assert ran.error == {"error": "ApiError", "message": "404: the engine failed", "type": "server_error"}
+    return app
+
+
+async def test_a_stream_without_its_last_event_is_truncated() -> None:
+    ran = await chat(ONCE, app=telling(PIECE))
+    assert (ran.pieces, ran.error["error"]) == (["one"], "TruncatedError")
+    ran = await chat(ONCE, app=telling(PIECE, json.dumps(BROKEN)))
+    assert (ran.pieces, ran.error) == (["one"], {}), "an error event ends it too: it is the API's own"
+
+
+async def test_an_error_of_the_api_keeps_its_status() -> None:
+    ran = await chat(app=lambda _scope, _receive, send: reply(send, 404, BROKEN))
+    assert ran.totals is not None
+    assert (ran.totals["status"], ran.totals["body"]) == (404, BROKEN)
 
 
 WAY = ModelRoute((RouteTarget("canary", "new", 1), RouteTarget("default", "tiny")))
@@ -302,32 +400,76 @@ WAY = ModelRoute((RouteTarget("canary", "new", 1), RouteTarget("default", "tiny"
 @pytest.mark.parametrize(
     ("options", "refusal", "pools"),
     [
-        (["--model", "assistant"], None, ["canary"]),
-        (["--model", "assistant"], "urn:lacre:problem:no-worker", ["canary", "default"]),
-        (["--model", "assistant"], "urn:lacre:problem:unavailable", ["canary"]),
-        (["--model", "assistant"], FORBIDDEN, ["canary"]),
-        (["--model", "tiny"], None, ["default"]),
-        ([], None, ["default"]),
-        (["--pool", "canary"], None, ["canary"]),
+        ({"model": "assistant"}, None, ["canary"]),
+        ({"model": "assistant"}, "urn:lacre:problem:no-worker", ["canary", "default"]),
+        ({"model": "assistant"}, "urn:lacre:problem:unavailable", ["canary"]),
+        ({"model": "assistant"}, FORBIDDEN, ["canary"]),
+        ({"model": "tiny"}, None, ["default"]),
+        ({}, None, ["default"]),
+        ({"pool": "canary"}, None, ["canary"]),
     ],
 )
-async def test_a_route_leads_to_its_pools(options: list[str], refusal: str | None, pools: list[str]) -> None:
+async def test_a_route_leads_to_its_pools(options: dict[str, Any], refusal: str | None, pools: list[str]) -> None:
     canary = Relay(ChatApp(), model="new")
     if refusal is not None:
         canary.respond = lambda _request: problem(503, str(refusal))
-    ran = await chat(*options, beside={"canary": canary}, routes={"assistant": WAY})
+    ran = await chat(ONCE | options, beside={"canary": canary}, routes={"assistant": WAY})
     sealed = [("canary", each) for each in canary.sealed] + [("default", each) for each in ran.gateway.relay.sealed]
     assert [(pool, request.headers["lacre-pool"]) for pool, request in sealed] == [(pool, pool) for pool in pools]
     if refusal is not None and len(pools) == 1:
         assert ran.error["type"] == refusal
         return
     assert ran.totals is not None, ran.error
-    assert (ran.totals["pool"], ran.totals["attempts"]) == (pools[-1], len(pools))
+    info = ran.totals["info"]
+    assert (info["parts"][0]["pool"], info["attempts"]) == (pools[-1], len(pools))
     app = canary.app if pools[-1] == "canary" else ran.gateway.relay.app
     assert isinstance(app, ChatApp)
     assert json.loads(app.bodies[-1])["model"] == ("new" if pools[-1] == "canary" else "tiny")
 
 
 async def test_a_route_without_a_pool_of_the_manifest() -> None:
-    ran = await chat("--model", "assistant", routes={"assistant": ModelRoute(WAY.targets[:1])})
+    ran = await chat({"model": "assistant"}, routes={"assistant": ModelRoute(WAY.targets[:1])})
     assert (ran.error["error"], ran.paths) == ("NoUsableKeyError", [MANIFEST])
+
+
+LOST = "urn:lacre:problem:worker-lost"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "sealed", "error"),
+    [
+        (["busy", "busy"], 3, None),
+        (["rate-limited"], 2, None),
+        (["worker-lost"], 2, None),
+        (["worker-lost", "worker-lost"], 2, LOST),
+        (["forbidden"], 1, FORBIDDEN),
+    ],
+)
+async def test_what_is_tried_again(kinds: list[str], sealed: int, error: str | None) -> None:
+    statuses = {"busy": 503, "rate-limited": 429, "worker-lost": 502, "forbidden": 403}
+    ran = await chat(**responding(*(problem(statuses[kind], f"urn:lacre:problem:{kind}") for kind in kinds)))
+    assert ran.paths == [MANIFEST, *[SEALED] * sealed]
+    assert ran.error.get("type") == error
+    if error is None:
+        assert ran.totals is not None
+        assert ran.totals["info"]["attempts"] == sealed
+
+
+def stored(folder: Path) -> Path:
+    """The one file of remembered manifests."""
+    [file] = folder.glob("seen.*.json")
+    assert (file.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o600, 0o700)
+    return file
+
+
+async def test_the_newest_manifest_is_remembered_in_a_private_file(state: Path) -> None:
+    relay = Relay(ChatApp(), version=5)
+    async with serving(Gateway(relay)) as gateway:
+        for version, used in ((5, 5), (6, 6), (5, 6)):
+            relay.version = version
+            done = await anyio.run_process(command(), cwd=HERE, env=environment(gateway.url), check=False)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout.splitlines()[-1])["info"]["parts"][0]["manifestVersion"] == used
+        stored(state).write_text("{}")
+        done = await anyio.run_process(command(), cwd=HERE, env=environment(gateway.url), check=False)
+        assert json.loads(done.stderr)["error"] == "ConfigurationError", "a damaged store is not forgotten silently"

@@ -1,7 +1,11 @@
-/** Binary HTTP (RFC 9292) as section 9 of wire.md narrows it: a known-length request written, a response of either form read. */
+/** Binary HTTP (RFC 9292) as docs/wire.md section 9 narrows it: writes a known-length request, reads a response of either form. */
 
-import { ascii, concat, latin1, SliceReader, StreamReader, varint } from "./bytes.mjs";
-import { MalformedError, TooLargeError } from "./errors.mjs";
+import { MalformedError, TooLargeError } from "../errors.js";
+import { ascii, concat, latin1 } from "./bytes.js";
+import { SliceReader, StreamReader } from "./readers.js";
+import { varint } from "./varint.js";
+
+/** @typedef {[string, string]} Field a name and a value of Latin-1 text */
 
 export const LIMITS = {
   method: 32,
@@ -26,7 +30,9 @@ const AUTHORITY = /^(?:(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0
 const PATH = /^(?:\*|\/[!-"$-~]*)$/; // visible ASCII without "#"
 const CONNECTION_FIELDS = new Set(["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"]);
 
-/** `fields` are [name, value] pairs of Latin-1 text. */
+/**
+ * @param {{ method: string, scheme: string, authority: string, path: string, fields: Field[], content: Uint8Array }} request
+ */
 export function encodeRequest({ method, scheme, authority, path, fields, content }) {
   // Senders refuse what receivers would refuse.
   if (!TOKEN.test(method) || method === "CONNECT") throw new MalformedError(`the method ${method} is not allowed`);
@@ -50,11 +56,13 @@ export function encodeRequest({ method, scheme, authority, path, fields, content
   );
 }
 
+/** @param {string} text @param {number} limit */
 function string(text, limit) {
   if (text.length > limit) throw new TooLargeError(`${text.length} bytes where ${limit} are the limit`);
   return concat(varint(text.length), ascii(text));
 }
 
+/** @param {Field[]} fields @param {number} limit */
 function encodeFields(fields, limit) {
   if (fields.length > LIMITS.fields) throw new TooLargeError(`${fields.length} fields in a section`);
   fields.forEach(([name, value]) => checkField(name, value));
@@ -66,7 +74,10 @@ function encodeFields(fields, limit) {
 // What no value may hold: control characters but the tab, what is not Latin-1, and white space at either end.
 const NOT_IN_VALUE = /[\x00-\x08\x0a-\x1f\x7f\u0100-\uffff]|^[ \t]|[ \t]$/;
 
-/** Names are lower-case tokens, values what RFC 9113 section 8.2.1 lets through, and nothing is about a connection (8.2.2). */
+/**
+ * Names are lower-case tokens, values what RFC 9113 section 8.2.1 allows, and nothing is about a connection (8.2.2).
+ * @param {string} name @param {string} value
+ */
 function checkField(name, value) {
   if (!TOKEN.test(name) || /[A-Z]/.test(name)) throw new MalformedError("a field name is not a lower-case token");
   if (NOT_IN_VALUE.test(value)) throw new MalformedError(`the value of ${name} is not allowed`);
@@ -75,7 +86,10 @@ function checkField(name, value) {
   }
 }
 
-/** Right where it is there; a response without content (to HEAD, or 304) may announce what it would have had. */
+/**
+ * Correct if present; a response without content (to HEAD, or 304) may announce what it would have had.
+ * @param {Field[]} fields @param {number} length
+ */
 function checkContentLength(fields, length, mayAnnounce = false) {
   const [value, ...others] = new Set(fields.filter(([name]) => name === "content-length").map(([, announced]) => announced));
   if (value === undefined) return;
@@ -132,8 +146,12 @@ export class ResponseReader extends StreamReader {
     }
   }
 
-  /** A field section: of the length in front of it (RFC 9292 section 3.1), or up to a zero (section 3.2). */
+  /**
+   * A field section: of the length before it (RFC 9292 section 3.1), or up to a zero (section 3.2).
+   * @param {boolean} known @param {number} limit @returns {Generator<any, Field[], any>}
+   */
   *#fields(known, limit) {
+    /** @type {Field[]} */
     const fields = [];
     if (known) {
       const section = new SliceReader(yield* this.take(yield* this.lengthUpTo(limit, "a field section")));
@@ -154,11 +172,13 @@ export class ResponseReader extends StreamReader {
   }
 }
 
+/** @param {number} length @param {number} limit @param {string} what */
 function atMost(length, limit, what) {
   if (length > limit) throw new TooLargeError(`${what} of ${length} bytes, more than ${limit}`);
   return length;
 }
 
+/** @param {Field[]} fields @param {Uint8Array} nameBytes @param {Uint8Array} valueBytes */
 function add(fields, nameBytes, valueBytes) {
   if (fields.length === LIMITS.fields) throw new TooLargeError(`more than ${LIMITS.fields} fields in a section`);
   const [name, value] = [latin1(nameBytes), latin1(valueBytes)];
@@ -166,5 +186,5 @@ function add(fields, nameBytes, valueBytes) {
   fields.push([name, value]);
 }
 
-/** The first value of a field, or undefined. */
+/** The first value of a field, or undefined. @param {Field[]} fields @param {string} name */
 export const valueOf = (fields, name) => fields.find(([key]) => key === name)?.[1];
