@@ -121,6 +121,7 @@ class AuditLog:
         self._due = threading.Event()  # wakes the thread; an entry by itself does not, because that costs more than the entry
         self._lingering: asyncio.TimerHandle | None = None
         self._closing = False
+        self._over = False  # the thread has ended, or is about to: what it has not taken by now, it never will
         self._next_commit = 0.0
         self._loop = asyncio.get_running_loop()
         try:
@@ -145,12 +146,10 @@ class AuditLog:
         """
         recorded: asyncio.Future[Recorded] = self._loop.create_future()
         recorded.add_done_callback(_retrieved)
-        waiting = _Waiting(entry, encode(entry), recorded)
-        if not self._thread.alive:
-            recorded.set_exception(AuditUnavailable("the audit log is closed"))
-            return recorded
-        self._entries.append(waiting)
-        if not isinstance(entry, Outcome):
+        self._entries.append(_Waiting(entry, encode(entry), recorded))
+        if self._over:
+            self._refuse_rest()
+        elif not isinstance(entry, Outcome):
             self._wake()
         elif self._lingering is None and not self._due.is_set():
             self._lingering = self._loop.call_later(_LINGER, self._wake)
@@ -236,10 +235,10 @@ class AuditLog:
             self._record([self._own(Event(time=self._now(), event=kinds.STOPPED))])
             self._publish(idle=True, wait=True)
         finally:
-            self.writable = False
+            self.writable, self._over = False, True
+            self._refuse_rest()
             self._tiles.shutdown()
             self._store.close()
-            self._refuse_rest()
 
     def _next_group(self) -> tuple[list[_Waiting], bool]:
         """All waiting entries, up to a limit; none after a time; and whether the log is to end."""
@@ -375,8 +374,10 @@ class AuditLog:
         self._publish_at = time.monotonic() + _RETRY
 
     def _refuse_rest(self) -> None:
-        while self._entries:
-            self._answer([self._entries.popleft()], AuditUnavailable("the audit log is closed"))
+        """On either thread: an entry that comes while the other one ends is refused by one of them."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._answer([self._entries.popleft()], AuditUnavailable("the audit log is closed"))
 
     def _own(self, event: Event) -> _Waiting:
         """An event of the log itself; nothing waits for it."""

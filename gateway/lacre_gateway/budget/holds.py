@@ -154,7 +154,7 @@ class Hold:
     It ends with `stream_over` and `settle`, each once.
     """
 
-    __slots__ = ("_charges", "_over", "_settled", "_unsettled", "caller", "ceilings", "lease", "price", "reserved")
+    __slots__ = ("_charges", "_keys", "_over", "_settled", "_unsettled", "caller", "ceilings", "lease", "price", "reserved")
 
     def __init__(
         self,
@@ -171,6 +171,7 @@ class Hold:
         self.reserved = ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
         self.lease = lender.holder
         self._charges = charges
+        self._keys = frozenset(scope.key for scope, _ in charges)
         self._over = self._settled = False
 
     @property
@@ -185,7 +186,7 @@ class Hold:
         """The stream has ended, however much it will turn out to have used."""
         if not self._over:
             self._over = True
-            self._unsettled.add(self._keys())
+            self._unsettled.add(self._keys)
             for _, (counter, amount) in self._charges:
                 if counter.kind is _STREAMS:
                     counter.settle(amount, 0)
@@ -198,10 +199,7 @@ class Hold:
             for _, (counter, amount) in self._charges:
                 if counter.kind is not _STREAMS:
                     counter.settle(amount, used.of(counter.kind))
-            self._unsettled.remove(self._keys())
-
-    def _keys(self) -> set[str]:
-        return {scope.key for scope, _ in self._charges}
+            self._unsettled.remove(self._keys)
 
     def cost(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
         """Micro-units, at the prices of the reservation."""

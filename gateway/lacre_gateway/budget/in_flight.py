@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Self
 
 from lacre.runtime.records import record
 
@@ -111,14 +111,9 @@ class BodyBytes:
         self._total = total
         self._each = each
 
-    @contextmanager
-    def room(self, subject: Hashable) -> Iterator[BodyReservation]:
-        """For one request's body; at the end, its bytes are given back, if not before."""
-        room = BodyReservation(self, subject)
-        try:
-            yield room
-        finally:
-            room.release()
+    def room(self, subject: Hashable) -> BodyReservation:
+        """For one request's body."""
+        return BodyReservation(self, subject)
 
     def check(self, subject: Hashable, size: int) -> None:
         """Raises LimitExceeded if this many more bytes do not fit."""
@@ -136,12 +131,18 @@ class BodyBytes:
 
 
 class BodyReservation:
-    """Counts the bytes of one body. size: how many there are."""
+    """Counts the bytes of one body. size: how many there are. A context: at its end they are given back, if not before."""
 
     def __init__(self, budget: BodyBytes, subject: Hashable) -> None:
         self._budget = budget
         self._subject = subject
         self.size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
 
     def check(self, size: int) -> None:
         """Raises LimitExceeded if this many more bytes would not fit now. Takes nothing."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from enum import StrEnum
 from typing import Any, Final, Self, TypeVar
 
@@ -122,7 +122,8 @@ class Fields:
 
     def for_trace(self) -> Self:
         """The trace context alone, which is read after the request's end."""
-        return replace(self, values={name: value for name, value in self.values.items() if name == b"traceparent"})
+        value = self.values.get(b"traceparent")
+        return type(self)({} if value is None else {b"traceparent": value}, self.repeated)
 
     def check_media(self) -> int | None:
         """The announced length of the body in bytes; None if it is not announced.
