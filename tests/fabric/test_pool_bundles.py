@@ -157,7 +157,8 @@ async def test_bundles_of_two_pools(bundled: Bundled) -> None:
     assert await bundled.manifest() == {"default": ["small"], "legal": ["large", "other"]}
 
     used = {key for one in site.generations("legal").live for key in one.ids}
-    waiting = await gateway.dispatch(new_work("legal", "large"))  # nobody takes it
+    # Nobody takes it, and it waits for longer than any machine needs for what follows.
+    waiting = await gateway.dispatch(new_work("legal", "large"), queue_limit=3600)
     with pytest.raises(PoolInUse, match=r"^the pool legal has live workers \(n1\) and queued requests \(1\): stop its workers"):
         await pools.remove(Site.load(site.folder), "legal", FILES)
     assert await bundled.manifest() == {"default": ["small"], "legal": ["large", "other"]}

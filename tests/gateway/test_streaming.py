@@ -301,5 +301,5 @@ async def test_any_value(which: str, stage: Stage, name: bytes, caplog: pytest.L
         for call in CALLS[which]:
             for values in [*((value,) for value in VALUES), (b"a", b"b")]:
                 got = await status(url, request_of(call, name, *values, token=token))
-                assert got < 500 or got == 503, (call, name, values, got)
+                assert got < 500 or got == 503, (call, name, values, got, caplog.text)
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
