@@ -19,6 +19,7 @@ from xdist.workermanage import WorkerController
 
 LONGEST: Final = (
     "tests/docs/test_runbooks.py",
+    "tests/path/test_odd_surroundings.py",
     "tests/upgrade/test_rolling.py",
     "tests/path/test_routed_cluster.py",
     "tests/path/test_pool_under_load.py",
@@ -46,7 +47,7 @@ LONGEST: Final = (
     "tests/hostile/test_credentials.py",
     "tests/sdk/test_surroundings.py",
 )
-SPLIT: Final = ("tests/hostile/test_mutations.py", "tests/docs/test_runbooks.py")
+SPLIT: Final = ("tests/hostile/test_mutations.py", "tests/docs/test_runbooks.py", "tests/path/test_odd_surroundings.py")
 PARTS: Final = 16  # of a split file
 TOGETHER: Final = ("tests/heavy/convert",)
 ALONE: Final = ("tests/chaos/test_chaos.py", "tests/hostile/test_running_site.py")
