@@ -77,7 +77,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
     ),
     "lacre_backend": Package(
         "backend",
-        14,
+        15,
         8,
         (
             (FRONT, "keyring", "app_thread", "node"),
@@ -85,7 +85,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
             ("api", "models"),
             ("upstream", "workshop"),
             ("settings",),
-            ("health",),
+            ("health", "engine_process"),
             ("serve",),
             ("commands",),
             ("__main__",),

@@ -20,20 +20,12 @@ from lacre.runtime import tasks, watched_files
 from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
-from lacre_backend.engine.adapters import AdapterFile, adapted_name
-from lacre_backend.engine.draft_model import DraftFile
-from lacre_backend.engine.embed import LlamaEmbedder, LlamaReranker
-from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.model import Gpu, ModelMetadata
-from lacre_backend.engine.projector import ProjectorFile, projected_digest
-from lacre_backend.engine.protocol import TaskKind
-from lacre_backend.engine.speculation import Speculation
-from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.adapted import AdaptedEngine, adapted_name
+from lacre_backend.engine_process.engine import ProcessEngine
 from lacre_backend.keyring import KeyRing
-from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
-from lacre_backend.node.readiness import Holding, Part, Readiness, alive
+from lacre_backend.node.readiness import Holding, Part, Readiness, Reason, alive
 from lacre_backend.node.work_counts import WorkCounts
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.upstream import app as upstream
@@ -41,7 +33,6 @@ from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric import logs
 from lacre_fabric.keys import pool_keys
-from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.nats.roles import Credential
@@ -183,28 +174,34 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
         # Another program's actions must never run twice.
         return ServedApp(app, names, settings.forwarded, frozenset(), parts, (probe,))
     _check_names(settings.models)
-    engines = [load_engine(model, settings.kms) for model in settings.models]
-    for engine in engines:
-        stack.callback(engine.close)
-        if isinstance(engine, LlamaEngine) and engine.speculation is not None:
-            stack.callback(_tell, engine.model.name, engine.speculation)
-    adapted = {engine.model.name: engine.adapted for engine in engines if isinstance(engine, LlamaEngine)}
-    every = [*engines, *itertools.chain(*adapted.values())]
+    engines: list[ProcessEngine] = []
+    for model in settings.models:
+        engines.append(ProcessEngine(model, settings.kms))
+        stack.callback(engines[-1].close)
+    adapted = {engine.model.name: engine.adapted for engine in engines}
+    every: list[ProcessEngine | AdaptedEngine] = [*engines, *itertools.chain(*adapted.values())]
     app = Elsewhere(create_app(every), "api")
     stack.callback(app.close)
     own = {engine.model.name: engine.slots for engine in engines}
     sharing = {one.model.name: base for base, ones in adapted.items() for one in ones}
     slots = settings.slots or sum(own.values())
-    parts = (alive(app), alive(*engines))
+    absent = [partial(_absent, engine, name) for engine in engines for name in _names(engine)]
+    reports: tuple[Part, ...] = (alive(app), alive(*engines), *absent)
     names, each = [*own, *sharing], shares(slots, own)
     digests = {engine.model.name: engine.model.digest for engine in every}
-    return ServedApp(app, names, slots, REPEATABLE, parts, each=each, sharing=sharing, digests=digests, weighs=WEIGHED)
+    return ServedApp(app, names, slots, REPEATABLE, reports, each=each, sharing=sharing, digests=digests, weighs=WEIGHED)
 
 
-def _tell(model: str, speculation: Speculation) -> None:
-    """Logs what the worker's guesses were worth, when it ends."""
-    counts = speculation.counts
-    log.info("worker.speculation", model=model, number=counts.guessed, accepted=counts.accepted)
+def _names(engine: ProcessEngine) -> list[str]:
+    return [engine.model.name, *(adapted.model.name for adapted in engine.adapted)]
+
+
+def _absent(engine: ProcessEngine, model: str) -> Reason | None:
+    """Why nothing computes for this model now."""
+    if (fault := engine.fault) is None:
+        return None
+    remedy = "wait for its restart; if it ends again and again, update llama.cpp, or check the model file and the host's memory"
+    return Reason("engine", f"the process of the engine of {engine.model.name} is away: {fault}", remedy, model)
 
 
 def _check_names(models: Sequence[ModelSettings]) -> None:
@@ -237,73 +234,3 @@ async def _signalled() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await stop.wait()
-
-
-def load_engine(model: ModelSettings, kms: str = PLAIN) -> LlamaEngine | LlamaEmbedder:
-    """The engine for a model's file. kms: the address of the service that opens sealed models.
-
-    Raises SettingsError if the file is missing, not GGUF or too large, or if its tokenizer fails its trial; or what
-    `open_model` raises.
-    """
-    opened = open_model(model.path, model.name, model.conditions(kms))
-    adapters, draft, projector = open_adapters(model, kms), open_draft(model, kms), open_projector(model, kms)
-    file = opened.file
-    tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
-    try:
-        facts = ModelMetadata.read(file.path)
-        reads = LlamaReranker if facts.ranks else LlamaEmbedder
-        embeds = facts.kind is TaskKind.EMBED
-        if embeds and adapters:
-            raise SettingsError(f"{file.name} embeds, and adapters are for models that generate: remove `adapters`.")
-        if embeds and projector is not None:
-            raise SettingsError(f"{file.name} embeds, and projectors are for models that generate: remove `projector`.")
-        engine = reads if embeds else partial(LlamaEngine, adapters=adapters, draft=draft, projector=projector)
-        return engine(
-            file.path,
-            name=file.name,
-            digest=projected_digest(file.digest, None if projector is None else projector.digest),
-            settings=options(model),
-            tokenizer=tokenizer,
-            weights=opened.weights,
-        )
-    except BaseException:
-        tokenizer.close()
-        raise
-
-
-def open_adapters(model: ModelSettings, kms: str) -> list[AdapterFile]:
-    """The adapters of a model's table. They must meet what the model must. Raises as `open_model`."""
-    opened = [(name, path, open_model(path, name, model.conditions(kms))) for name, path in model.adapters.items()]
-    return [AdapterFile(name, one.file.path, one.file.digest, one.weights, path) for name, path, one in opened]
-
-
-def open_draft(model: ModelSettings, kms: str) -> DraftFile | None:
-    """The draft model, if one is used. It must meet what the model must. Raises as `open_model`."""
-    if model.draft_model is None or model.speculation != "draft":
-        return None
-    opened = open_model(model.draft_model, None, model.conditions(kms))
-    return DraftFile(opened.file.path, model.draft_model.name, opened.weights)
-
-
-def open_projector(model: ModelSettings, kms: str) -> ProjectorFile | None:
-    """The projector, if the model has one. It must meet what the model must. Raises as `open_model`."""
-    if model.projector is None:
-        return None
-    opened = open_model(model.projector, None, model.conditions(kms))
-    return ProjectorFile(opened.file.path, opened.file.digest, model.projector, opened.weights)
-
-
-def options(model: ModelSettings) -> LlamaSettings:
-    """A model's table as the engine's settings."""
-    return LlamaSettings(
-        n_ctx=model.context,
-        threads=model.threads,
-        slots=model.slots,
-        unified=model.unified,
-        cells=model.cells,
-        flash=model.flash,
-        kv_type=model.kv_type,
-        beyond_training=model.beyond_training,
-        speculation=model.speculation,
-        gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
-    )

@@ -355,3 +355,13 @@ class AppFailed(LacreError):
     """The ASGI app raised, or returned before its response was complete. `__cause__` is only for the worker's own log."""
 
     remedy = "Look at `__cause__`: the app's own error."
+
+
+class AppLost(LacreError):
+    """An ASGI app raises it if the process that computes its answers has ended. begun: whether this call may have ended it."""
+
+    remedy = "Send the request again: another worker may answer it."
+
+    def __init__(self, message: str, *, begun: bool) -> None:
+        super().__init__(message)
+        self.begun = begun

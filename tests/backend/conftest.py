@@ -14,13 +14,18 @@ from lacre_backend.api.app import create_app
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Engine
+from lacre_backend.engine_process.engine import ProcessEngine
 from lacre_backend.models import gguf
+from lacre_backend.settings import ModelSettings
 from parts.echo_engine import EchoEngine
 from parts.minilm import NAME, minilm
 from parts.tiny_model import tiny_model
 
 # One thread: with two, a neighbour on one of two cores makes each step many times slower, since each waits for the other.
 SETTINGS = LlamaSettings(n_ctx=1024, threads=1)
+
+
+APART = ModelSettings(context=1024, threads=1)
 
 
 def load_llama() -> LlamaEngine:
@@ -49,22 +54,34 @@ def embedder() -> Iterator[LlamaEmbedder]:
         yield engine
 
 
+@pytest.fixture(scope="session")
+def apart() -> Iterator[ProcessEngine]:
+    """The real model, in a process of its own."""
+    with closing(ProcessEngine(APART)) as engine:
+        yield engine
+
+
 @pytest.fixture
 def echo() -> Iterator[EchoEngine]:
     with closing(EchoEngine(n_ctx=1024, repeat=20)) as engine:
         yield engine
 
 
-@pytest.fixture(params=["echo", "llama"])
+@pytest.fixture(params=["echo", "llama", "apart"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Each engine in turn: the contract's suite."""
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=["echo", "llama"])
+@pytest.fixture(params=["echo", "llama", "apart"])
 def own_engine(request: pytest.FixtureRequest) -> Engine:
     """An engine for a test that closes it."""
-    return EchoEngine(repeat=20, delay=0.001) if request.param == "echo" else load_llama()
+    match request.param:
+        case "echo":
+            return EchoEngine(repeat=20, delay=0.001)
+        case "llama":
+            return load_llama()
+    return ProcessEngine(APART)
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 from lacre.errors import SettingsError
 from lacre_backend.commands.digests import served_files
 from lacre_backend.commands.model import commands
-from lacre_backend.engine.adapters import adapted_digest
+from lacre_backend.engine.adapted import adapted_digest
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.models.gguf import find
 from lacre_backend.models.signatures import UntrustedModel, signer_id
-from lacre_backend.serve import load_engine
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.workshop.adapter_inspection import InspectedAdapter
 from parts.tiny_model import tiny_lora, tiny_model

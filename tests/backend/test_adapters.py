@@ -25,15 +25,16 @@ from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
 from lacre_backend.commands.check import _held
 from lacre_backend.commands.digests import served_files
+from lacre_backend.engine.adapted import adapted_digest
 from lacre_backend.engine.adapter_turns import TURN, AdapterTurns, Runner
-from lacre_backend.engine.adapters import adapted_digest
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.placement import distances
 from lacre_backend.engine.plan import EngineLimits, StepPlan
 from lacre_backend.engine.protocol import TaskRefused
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.models.opening import find
 from lacre_backend.node.readiness import Reason
-from lacre_backend.serve import load_engine, served
+from lacre_backend.serve import served
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.workshop.sealing import seal_model
 from parts.tiny_model import tiny_lora, tiny_model

@@ -25,9 +25,10 @@ from lacre_backend.engine.drafting import Wanted
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu
 from lacre_backend.engine.tokens import Tokens
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.models import gguf
 from lacre_backend.node.readiness import Reason
-from lacre_backend.serve import load_engine, served
+from lacre_backend.serve import served
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.workshop.sealing import seal_model
 from parts.tiny_model import tiny_model, tiny_recurrent_model, tiny_vocabulary

@@ -22,7 +22,7 @@ from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Embedding, EngineError, Event, Finish, PromptTooLong, Task, TaskKind, TaskRefused
 from lacre_backend.engine.sizing import LlamaSettings
-from lacre_backend.serve import load_engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.settings import ModelSettings
 from parts.echo_engine import EchoEngine
 from parts.minilm import NAME, Array, Published, minilm, published

@@ -24,8 +24,9 @@ from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.job import EngineJob
 from lacre_backend.engine.lens import LensTask
-from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, EngineHealth, Event, Finish, Task, TaskKind
+from lacre_backend.engine.protocol import DIED, EngineError, Event, Finish, Task, TaskKind
 from lacre_backend.engine.tokens import Tokens
+from lacre_backend.engine.watch import FAILED_STEPS, STUCK, EngineHealth
 from lacre_backend.node.readiness import alive
 from parts.stage import until
 from parts.tiny_model import tiny_model

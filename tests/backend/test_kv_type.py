@@ -15,7 +15,7 @@ from lacre_backend.engine.model import Gpu, Model, ModelMetadata
 from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan
 from lacre_backend.engine.sizing import MIN_N_CTX, OVERHEAD, derive
 from lacre_backend.engine.tokenizer import Tokenizer
-from lacre_backend.serve import load_engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.settings import ModelSettings
 from parts.tiny_model import tiny_model
 

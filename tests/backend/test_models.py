@@ -17,8 +17,9 @@ from lacre.errors import SettingsError
 from lacre_backend.engine import shards
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.sizing import OVERHEAD, derive
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.models import gguf
-from lacre_backend.serve import load_engine, served
+from lacre_backend.serve import served
 from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_fabric.settings import parse
 from parts.tiny_model import tiny_model, tiny_split_model, write_gguf

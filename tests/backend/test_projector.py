@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from lacre.errors import SettingsError
 from lacre_backend.commands.digests import PlannedModels, served_files
 from lacre_backend.engine import projector as projectors
-from lacre_backend.engine.adapters import adapted_digest
+from lacre_backend.engine.adapted import adapted_digest
 from lacre_backend.engine.projector import check
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import FileDigests
 from lacre_backend.models.signatures import UntrustedModel
-from lacre_backend.serve import load_engine
 from lacre_backend.settings import ModelSettings
 from parts.tiny_model import N_EMBD, tiny_lora, tiny_model
 from parts.tiny_projector import file_at, has_mtmd, projecting, tiny_projector

@@ -14,7 +14,7 @@ from lacre.asgi import App, Call
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.embed import LlamaReranker
 from lacre_backend.engine.sizing import LlamaSettings
-from lacre_backend.serve import load_engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.settings import ModelSettings
 from lacre_backend.workshop.reranking import rank_reader
 from parts.tiny_model import tiny_model, tiny_reranker

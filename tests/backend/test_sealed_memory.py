@@ -15,7 +15,7 @@ from parts.tiny_model import tiny_model
 PROGRAM = """
 import sys
 from pathlib import Path
-from lacre_backend.serve import load_engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.settings import ModelSettings
 engine = load_engine(ModelSettings(path=Path(sys.argv[1]), name="m", sealed=True, slots=1, context=64, threads=1), sys.argv[2])
 print(engine.model.digest, flush=True)

@@ -21,7 +21,7 @@ from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import EngineClosed, EngineError, TextRefused
 from lacre_backend.engine.tokenizer import LONG_AT_ONCE, SHORT, Tokenizer
 from lacre_backend.engine.tokenizer_process import LENGTH, NO_PROCESS
-from lacre_backend.serve import load_engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.settings import ModelSettings
 from parts.pre_tokenizers import MODELS, PRE_TOKENIZERS, UNSPELLED, VERSION, hard_texts
 from parts.tiny_model import PRINTABLE, tiny_model, tiny_vocabulary

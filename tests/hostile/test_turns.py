@@ -20,7 +20,8 @@ from lacre import problems
 from lacre.jose.jws import b64u_decode
 from lacre.runtime import tasks
 from lacre_backend.api.app import WEIGHED, create_app
-from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile
+from lacre_backend.engine.adapted import AdaptedEngine
+from lacre_backend.engine.adapters import AdapterFile
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import EngineLimits
 from lacre_backend.engine.scheduler import COMPARED, MIN_REUSE, Scheduler
@@ -121,7 +122,7 @@ async def test_adapters(stage: Stage, honest: Stage, wire: HttpWire, tmp_path: P
     path, settings = tiny_model(tmp_path / "tiny.gguf"), LlamaSettings(n_ctx=1024, slots=4, threads=1)
     lora = AdapterFile("other", tiny_lora(tmp_path / "lora.gguf"), "sha256:lora")
     with closing(LlamaEngine(path, name=MODEL, digest="sha256:tiny", settings=settings, adapters=[lora])) as engine:
-        engines = [engine, AdaptedEngine(engine, lora, OTHER_MODEL)]
+        engines = [engine, AdaptedEngine(engine, lora.name, lora.digest, OTHER_MODEL)]
         await stage.worker(create_app(engines), models=[MODEL, OTHER_MODEL])
         client = stage.client(wire, honest.token)
         names = [MODEL, OTHER_MODEL][:: -1 if case else 1]

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 import lacre
 from lacre.client import fetch_manifest
 from lacre.jose.jws import b64u
-from lacre_backend.engine.adapters import adapted_digest
+from lacre_backend.engine.adapted import adapted_digest
 from lacre_backend.models import signatures
 from lacre_backend.models.gguf import find
 from lacre_backend.workshop.sealing import seal_model

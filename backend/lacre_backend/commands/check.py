@@ -14,15 +14,16 @@ from pathlib import Path
 
 from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
-from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
+from lacre_backend.engine.adapted import adapted_digest, adapted_name
+from lacre_backend.engine.adapters import check
 from lacre_backend.engine.draft_model import check_draft
 from lacre_backend.engine.projector import check as check_projector
 from lacre_backend.engine.projector import mtmd, projected_digest
+from lacre_backend.engine_process.loading import open_adapters, open_draft, open_projector
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.opening import open_model
 from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
-from lacre_backend.serve import open_adapters, open_draft, open_projector
 from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.origins import Origins
 from lacre_backend.upstream.probe import Probe
@@ -74,13 +75,14 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
     names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
     for model in settings.models:
         with _noted(found, "model"):
-            opened = open_model(model.path, model.name, model.conditions(settings.kms)).file
-            adapters = open_adapters(model, settings.kms)
+            conditions = model.conditions(settings.kms)
+            opened = open_model(model.path, model.name, conditions).file
+            adapters = open_adapters(model, conditions)
             for adapter in adapters:
                 check(adapter.path, opened.path, adapter.source)
-            if (draft := open_draft(model, settings.kms)) is not None:
+            if (draft := open_draft(model, conditions)) is not None:
                 check_draft(draft, opened.path)
-            if (projector := open_projector(model, settings.kms)) is not None:
+            if (projector := open_projector(model, conditions)) is not None:
                 check_projector(projector, opened.path)
                 mtmd()
             digest = projected_digest(opened.digest, None if projector is None else projector.digest)

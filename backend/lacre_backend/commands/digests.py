@@ -9,7 +9,8 @@ from typing import BinaryIO, Final
 
 from lacre.errors import SettingsError
 from lacre.trust.manifest import DIGEST, ModelEntry, ModelKind
-from lacre_backend.engine.adapters import adapted_digest, adapted_name, check
+from lacre_backend.engine.adapted import adapted_digest, adapted_name
+from lacre_backend.engine.adapters import check
 from lacre_backend.engine.embed import DEFAULT_CONTEXT
 from lacre_backend.engine.gguf_header import Malformed, read
 from lacre_backend.engine.model import DEFAULT_N_CTX

@@ -22,8 +22,8 @@ from lacre_backend.engine.sizing import LlamaSettings, SpeculationKind, derive
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.engine.tune import SLOTS, TuningResult, tune
 from lacre_backend.engine.tune_speculation import SpeculationTrial, try_speculation
+from lacre_backend.engine_process.loading import open_draft, options
 from lacre_backend.models.gguf import find
-from lacre_backend.serve import open_draft, options
 from lacre_backend.settings import ModelSettings, load
 
 _MARK: Final = "# measured by `lacre worker tune`:"
@@ -79,7 +79,7 @@ def speculations(
             speculation=kind,
         )
         try:
-            draft = open_draft(model.model_copy(update={"speculation": kind}), kms)
+            draft = open_draft(model.model_copy(update={"speculation": kind}), model.conditions(kms))
             with closing(Tokenizer(path)) as tokenizer:
                 engine = LlamaEngine(path, name=path.stem, digest="", settings=settings, tokenizer=tokenizer, draft=draft)
                 with closing(engine):

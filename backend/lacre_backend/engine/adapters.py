@@ -1,4 +1,4 @@
-"""LoRA adapters: their files are checked, loaded beside a base model, and served as models of their own.
+"""LoRA adapters: their files are checked and loaded beside a base model. `adapted` serves them.
 
 Rules:
 - A file is checked before llama.cpp reads it, because llama.cpp ends the process at some wrong types, and ignores some tensors.
@@ -7,10 +7,9 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 
@@ -20,7 +19,6 @@ from lacre.errors import SettingsError
 from lacre_backend.engine import gguf_header
 from lacre_backend.engine.gguf_header import Header, Tensor
 from lacre_backend.engine.model import Model, Weights, logged_errors
-from lacre_backend.engine.protocol import Engine, Event, Grammar, ModelInfo, Task
 from lacre_backend.engine.shards import files_of
 from lacre_backend.engine.stream_file import stream_file
 
@@ -46,16 +44,6 @@ class AdapterFile:
     digest: str
     weights: Weights | None = None
     source: Path | None = None
-
-
-def adapted_digest(base: str, adapter: str) -> str:
-    """The digest of a base model with an adapter: SHA-256 of both digests, each with a line feed after it."""
-    return "sha256:" + hashlib.sha256(f"{base}\n{adapter}\n".encode()).hexdigest()
-
-
-def adapted_name(model: str, adapter: str) -> str:
-    """The name of a base model with an adapter."""
-    return f"{model}:{adapter}"
 
 
 class LoadedBeside(Protocol):
@@ -154,49 +142,3 @@ def _refuse(path: Path, why: str) -> NoReturn:
         f"The adapter {path} cannot be used: {why}. "
         "Convert it with llama.cpp's convert_lora_to_gguf.py, for the base model that it was trained on."
     )
-
-
-class AdaptedEngine:
-    """An `Engine`: a base engine with one of its adapters. The base's owner closes both."""
-
-    def __init__(self, base: Engine, adapter: AdapterFile, name: str) -> None:
-        """name: of the model that callers ask for."""
-        self._base = base
-        self._adapter = adapter.name
-        self.model: ModelInfo = replace(base.model, name=name, digest=adapted_digest(base.model.digest, adapter.digest))
-
-    @property
-    def died(self) -> bool:
-        return self._base.died
-
-    @property
-    def stuck(self) -> bool:
-        return self._base.stuck
-
-    def submit(self, task: Task) -> AsyncIterator[Event]:
-        return self.submit_all([task])[0]
-
-    def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
-        return self._base.submit_all([replace(task, adapter=self._adapter) for task in tasks])
-
-    def cancel(self, task_id: str) -> None:
-        self._base.cancel(task_id)
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        return self._base.tokenize(text, special)
-
-    def speak(self, tokens: Sequence[int]) -> None:
-        self._base.speak(tokens)
-        self.model = replace(self.model, spoken_ids=self._base.model.spoken_ids)
-
-    def released(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
-        return self._base.released(tokens, stop)
-
-    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return await self._base.tokens(texts)
-
-    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
-        return self._base.grammar(source, begun)
-
-    def close(self) -> None:
-        """Does nothing: the base is still in use."""

@@ -9,7 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -23,14 +22,13 @@ from numpy.typing import NDArray
 from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre_backend.engine.context import FLASH, Batch
-from lacre_backend.engine.delivery import Outbox, TaskEvents
+from lacre_backend.engine.delivery import Outbox, Stream, TaskEvents
 from lacre_backend.engine.model import Model, ModelMetadata, Weights
 from lacre_backend.engine.packing import Packing, Room
 from lacre_backend.engine.protocol import (
     DIED,
     Embedding,
     EngineError,
-    EngineHealth,
     Event,
     Finish,
     Grammar,
@@ -42,6 +40,7 @@ from lacre_backend.engine.protocol import (
 )
 from lacre_backend.engine.sizing import LlamaSettings, memory_for_caches
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.watch import EngineHealth
 
 DEFAULT_CONTEXT: Final = 2048  # tokens of one text: attention's memory grows with the square of a batch
 DEFAULT_TEXTS: Final = 16  # per batch
@@ -53,9 +52,9 @@ _POOLED: Final = (L.LLAMA_POOLING_TYPE_MEAN, L.LLAMA_POOLING_TYPE_CLS, L.LLAMA_P
 class _Job:
     """A text from submission to finish."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, stream: Stream) -> None:
         self.task = task
-        self.stream = TaskEvents(asyncio.get_running_loop())
+        self.stream = stream
 
 
 class LlamaEmbedder:
@@ -90,6 +89,7 @@ class LlamaEmbedder:
             tokenizer=tokenizer,
             weights=weights,
         )
+        self.vocabulary = self._model.vocabulary
         self._packing = Packing(Room(max(context, STEP), settings.slots or DEFAULT_TEXTS))
         self._encoder = _Encoder(self._model, self._packing.room, settings)
         self._outbox = Outbox()
@@ -135,9 +135,15 @@ class LlamaEmbedder:
         return self.submit_all([task])[0]
 
     def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        streams = [TaskEvents.here() for _ in tasks]
+        self.submit_to(tasks, streams)
+        return [*streams]
+
+    def submit_to(self, tasks: Sequence[Task], streams: Sequence[Stream]) -> None:
+        """As in `LlamaEngine`."""
         for task in tasks:
             check(task, self.model)
-        jobs = {task.id: _Job(task) for task in tasks}
+        jobs = {task.id: _Job(task, stream) for task, stream in zip(tasks, streams, strict=True)}
         with self._changed:
             if self._closing:
                 raise EngineError(DIED if self.died else "The engine is closed.")
@@ -147,14 +153,13 @@ class LlamaEmbedder:
             for task in tasks:
                 self._packing.add(task.id, len(task.prompt), task.fair)
             self._changed.notify()
-        return [job.stream for job in jobs.values()]
 
     def cancel(self, task_id: str) -> None:
         """A text in the running step ends with that step."""
         with self._changed:
             if self._packing.drop(task_id):
                 job = self._jobs.pop(task_id)
-                job.stream.loop.call_soon_threadsafe(job.stream.put, _finish(job, cancelled=True))
+                job.stream.road.deliver([(job.stream, _finish(job, cancelled=True))])
 
     def close(self) -> None:
         with self._changed:

@@ -22,10 +22,11 @@ from typing import Final
 import numpy as np
 
 from lacre.runtime import tasks
-from lacre_backend.engine.adapters import AdaptedEngine, AdapterFile, adapted_name, load, size
+from lacre_backend.engine.adapted import AdaptedEngine, adapted_name
+from lacre_backend.engine.adapters import AdapterFile, load, size
 from lacre_backend.engine.beside import Beside
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
-from lacre_backend.engine.delivery import Outbox
+from lacre_backend.engine.delivery import Outbox, Stream, TaskEvents
 from lacre_backend.engine.draft_model import DraftFile
 from lacre_backend.engine.job import EngineJob, begin
 from lacre_backend.engine.lens import LensTask
@@ -38,7 +39,6 @@ from lacre_backend.engine.projector import Projector, ProjectorFile
 from lacre_backend.engine.protocol import (
     DIED,
     EngineError,
-    EngineHealth,
     Event,
     Finish,
     FinishReason,
@@ -55,6 +55,7 @@ from lacre_backend.engine.scope_ages import ScopeAges
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.speculation import speculation
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.watch import EngineHealth
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
 
@@ -91,13 +92,14 @@ class LlamaEngine:
         self._model = Model(
             path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer, weights=weights
         )
+        self.tokenizer, self.vocabulary = tokenizer, self._model.vocabulary
         self._adapters = load(self._model, path, adapters)
         self.speculation = speculation(settings, self._model, shape, draft)
         compute = Compute(shape.threads, settings.flash, settings.kv_type)
         sees = None if projector is None else Projector(self._model, path, projector, compute, gpu=settings.gpu.layers != 0)
         self._model.info = replace(self._model.info, images=sees)
         self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
-        self.adapted = [AdaptedEngine(self, adapter, adapted_name(name, adapter.name)) for adapter in adapters]
+        self.adapted = [AdaptedEngine(self, each.name, each.digest, adapted_name(name, each.name)) for each in adapters]
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
         self._pace = Pace(shape.limits.share, shape.limits.burst)
@@ -139,10 +141,6 @@ class LlamaEngine:
         """Unfinished tasks, and cells in use including caches. Exact while nothing runs."""
         return len(self._jobs) + len(self._beside.ids), self._scheduler.limits.cells - self._scheduler.free_cells
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._model.tokenizer
-
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
 
@@ -162,26 +160,28 @@ class LlamaEngine:
         return self.submit_all([task])[0]
 
     def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        streams = [TaskEvents.here() for _ in tasks]
+        self.submit_to(tasks, streams)
+        return [*streams]
+
+    def submit_to(self, tasks: Sequence[Task], streams: Sequence[Stream]) -> None:
+        """As `submit_all`, from any thread. streams: take the events."""
         for task in tasks:
             check(task, self.model)
             if task.adapter is not None and task.adapter not in self._adapters:
                 raise TaskRefused("The engine has no such adapter.", field="adapter")
-        lensed, jobs = [LensTask(task) for task in tasks if task.lens], list[EngineJob]()
+        pairs, jobs = list(zip(tasks, streams, strict=True)), list[EngineJob]()
+        lensed = [LensTask(task, stream) for task, stream in pairs if task.lens]
         try:
-            for task in tasks:
-                if not task.lens:
-                    jobs.append(begin(task, self._model, self._masks))
+            jobs += (begin(task, stream, self._model, self._masks) for task, stream in pairs if not task.lens)
             self._enter([job for job in jobs if job.lacks_tokens], lensed)
         except (EngineError, TaskRefused):
             for job in jobs:
                 job.sampler.close()
             raise
-        for job in jobs:
-            if not job.lacks_tokens:
-                job.sampler.close()
-                job.stream.put(job.finish("length"))
-        streams = {job.task.id: job.stream for job in jobs} | {each.task.id: each.stream for each in lensed}
-        return [streams[task.id] for task in tasks]
+        for job in (each for each in jobs if not each.lacks_tokens):
+            job.sampler.close()
+            job.stream.road.deliver([(job.stream, job.finish("length"))])
 
     def _enter(self, jobs: Sequence[EngineJob], lensed: Sequence[LensTask]) -> None:
         """Enters all jobs at once, or none."""

@@ -6,11 +6,10 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 from lacre_backend.engine.context import Logits
-from lacre_backend.engine.delivery import TaskEvents
+from lacre_backend.engine.delivery import Stream
 from lacre_backend.engine.drafting import MAX_DRAFT, Wanted
 from lacre_backend.engine.masks import Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
@@ -25,7 +24,7 @@ _TELL_EACH: Final = 128  # tokens of a prompt between progress events: one per s
 class EngineJob:
     """limit: tokens to generate: the requested number, at most what the context has room for."""
 
-    def __init__(self, task: Task, stream: TaskEvents, sampler: Sampler, text: TextStream, limit: int) -> None:
+    def __init__(self, task: Task, stream: Stream, sampler: Sampler, text: TextStream, limit: int) -> None:
         self.task = task
         self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
         self.stream = stream
@@ -88,15 +87,15 @@ class EngineJob:
         return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text, self.text.matched)
 
 
-def begin(task: Task, model: Model, masks: Masks) -> EngineJob:
-    """A job for the task, for the running event loop. Its sampler must be closed. Raises EngineError or TaskRefused."""
+def begin(task: Task, stream: Stream, model: Model, masks: Masks) -> EngineJob:
+    """A job for the task. stream: takes its events. Its sampler must be closed. Raises EngineError or TaskRefused."""
     limit = min(task.max_tokens, model.info.n_ctx - len(task.sequence))
     constraint = _constraint(task, masks)
     text = TextStream(task.stop)
     sampler = Sampler(model, task.sampling, len(task.begun) + limit, constraint, task.given)
     text.begin(map(model.piece, task.begun))
     sampler.begin(task.begun)
-    return EngineJob(task, TaskEvents(asyncio.get_running_loop()), sampler, text, limit)
+    return EngineJob(task, stream, sampler, text, limit)
 
 
 def _constraint(task: Task, masks: Masks) -> Constraint | None:

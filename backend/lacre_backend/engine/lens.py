@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 
 from lacre.errors import LacreError
 from lacre_backend.engine.context import FLASH, KV_TYPES, Batch, Compute, Logits, use_adapter
-from lacre_backend.engine.delivery import Outbox, TaskEvents
+from lacre_backend.engine.delivery import Outbox, Stream
 from lacre_backend.engine.graph import GraphTensor, Values, Watcher
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.protocol import (
@@ -56,10 +55,10 @@ _STATE: Final = "l_out-"  # llama.cpp's name of a layer's output, followed by it
 class LensTask:
     """A task from submission to finish. Only the decode thread uses it, except `cancelled`, which any thread may set."""
 
-    def __init__(self, task: Task) -> None:
-        """Call it inside a running event loop."""
+    def __init__(self, task: Task, stream: Stream) -> None:
+        """stream: takes its events."""
         self.task = task
-        self.stream = TaskEvents(asyncio.get_running_loop())
+        self.stream = stream
         self.text = TextStream(())
         self.told = 0  # tokens of the answer
         self.cancelled = False

@@ -28,8 +28,8 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.pairs import pair_form
 from lacre_backend.engine.protocol import ControlToken, InfillTokens, ModelInfo, TaskKind
 from lacre_backend.engine.stream_file import Readable, stream_file
-from lacre_backend.engine.text import TextStream
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.vocabulary import Vocabulary
 
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, even if the model was trained on longer texts
 MIN_N_CTX: Final = 64
@@ -262,29 +262,28 @@ class Model:
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
         self.vocab = L.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(L.llama_vocab_n_tokens(self.vocab))
-        self._pieces = [self._read_piece(token) for token in range(self.n_vocab)]
-        self._eog = frozenset(token for token in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, token))
+        self.vocabulary = Vocabulary(
+            [self._read_piece(token) for token in range(self.n_vocab)],
+            [token for token in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, token)],
+        )
         self.info = self._read_info(path, name, digest, n_ctx, kind)
 
     def piece(self, token: int) -> bytes:
         """A token's own bytes. Control tokens have none: a model's answer cannot contain one as text."""
-        return self._pieces[token]
+        return self.vocabulary.pieces[token]
 
     def speak(self, tokens: Sequence[int]) -> None:
         """Makes control tokens text in answers, except those that end one."""
-        literals = {token.id: token.text.encode() for token in self.info.control_tokens}
-        spoken = [token for token in tokens if token in literals and not self.ends(token)]
-        for token in spoken:
-            self._pieces[token] = literals[token]
+        spoken = self.vocabulary.speak(tokens, self.info.control_tokens)
         self.info = replace(self.info, spoken_ids=self.info.spoken_ids.union(spoken))
 
     def released(self, tokens: Sequence[int], stop: Sequence[str]) -> list[str]:
         """The text that each of these tokens of an answer releases."""
-        return TextStream(stop).released(map(self.piece, tokens))
+        return self.vocabulary.released(tokens, stop)
 
     def ends(self, token: int) -> bool:
         """Whether a token ends the generation."""
-        return token in self._eog
+        return token in self.vocabulary.ends
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids. special: whether the text of a control token becomes that token. No token is added around them."""
@@ -309,7 +308,7 @@ class Model:
     def _is_control(self, token: int) -> bool:
         # A token that ends generation controls the model, even if the file gives it another type.
         steering = L.LLAMA_TOKEN_ATTR_CONTROL | L.LLAMA_TOKEN_ATTR_UNKNOWN
-        return bool(L.llama_vocab_get_attr(self.vocab, token) & steering) or token in self._eog
+        return bool(L.llama_vocab_get_attr(self.vocab, token) & steering) or self.ends(token)
 
     def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens that the tokenizer adds before and after a text, such as `[CLS]` and `[SEP]`."""
@@ -342,7 +341,7 @@ class Model:
             created=int(path.stat().st_mtime),
             n_ctx=n_ctx,
             n_vocab=self.n_vocab,
-            longest_piece=max(map(len, self._pieces)),
+            longest_piece=max(map(len, self.vocabulary.pieces)),
             chat_template=template.decode("utf-8", "replace") if template else None,
             bos=self._control_token(bos) if bos >= 0 else None,
             eos=self._control_token(eos) if eos >= 0 else None,

@@ -27,7 +27,7 @@ import llama_cpp as L
 
 from lacre.errors import SettingsError
 from lacre_backend.engine import gguf_header, pictures
-from lacre_backend.engine.adapters import adapted_digest
+from lacre_backend.engine.adapted import adapted_digest
 from lacre_backend.engine.context import FLASH, Compute
 from lacre_backend.engine.gguf_header import Header
 from lacre_backend.engine.model import Model, Weights, logged_errors

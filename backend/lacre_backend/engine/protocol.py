@@ -17,20 +17,16 @@ Rules:
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, Literal, Protocol
 
-from lacre.errors import LacreError, UsageError
+from lacre.errors import AppLost, LacreError, UsageError
 from lacre_backend.engine.turns import NOBODY, Fair
 
 DIED: Final = "The engine has died, and its process ends: the log has the traceback. Send the request again."
-# In a row until an engine counts as broken: for example, after a device falls off its bus every step fails
-FAILED_STEPS: Final = 8
-STUCK: Final = 300.0  # seconds of one step until an engine counts as stuck; the longest expected step takes about 60
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -43,6 +39,14 @@ class EngineError(LacreError):
 
 class EngineClosed(EngineError):
     """The engine was closed because its worker shuts down. Another worker may serve the request."""
+
+
+class EngineLost(AppLost):
+    """The engine's own process has ended, with this work. It is started again. begun: whether the work may have ended it."""
+
+    def __init__(self, *, begun: bool) -> None:
+        did = "ended while it computed this request" if begun else "has ended, and is being started again"
+        super().__init__(f"The engine's process {did}. Send the request again: another worker may have it.", begun=begun)
 
 
 class LensUnsupported(EngineError):
@@ -266,9 +270,12 @@ class ControlToken:
 
 
 class ReadImage(Protocol):
-    """A picture as one model reads it. tokens: that it takes of a prompt, at least one."""
+    """A picture as one model reads it."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int:
+        """That it takes of a prompt, at least one."""
+        ...
 
 
 class ImageReader(Protocol):
@@ -391,39 +398,6 @@ def _check_given(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The given answer contains a token that no answer can have.", field="given")
 
 
-class EngineHealth:
-    """Distinguishes a broken engine from a busy one. The engine's thread writes it; any thread may read it."""
-
-    __slots__ = ("_began", "_failures")
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-        self._failures = 0
-
-    def step(self) -> None:
-        """A step begins."""
-        self._began = time.monotonic()
-
-    def rest(self) -> None:
-        """The thread waits for work or is between two steps."""
-        self._began = None
-
-    def done(self) -> None:
-        """A step succeeded."""
-        self._failures = 0
-
-    def failed(self, error: EngineError) -> None:
-        """A step failed. Raises RuntimeError after too many failures in a row: only a new process helps."""
-        self._failures += 1
-        if self._failures >= FAILED_STEPS:
-            raise RuntimeError("every step fails") from error
-
-    @property
-    def stuck(self) -> bool:
-        began = self._began
-        return began is not None and time.monotonic() - began > STUCK
-
-
 class Engine(Protocol):
     """Runs tasks on one model. All methods but `grammar` and `close` return at once; any thread may call any method."""
 
@@ -444,7 +418,8 @@ class Engine(Protocol):
         """Queues a task. Call it inside a running event loop, and iterate the result in that loop.
 
         Raises `TaskRefused` (or `PromptTooLong`) at once. The iterator raises `EngineError` if the engine fails, and
-        `GrammarTooCostly` if the task's grammar is too costly. A caller that stops iterating before the `Finish` must call
+        `GrammarTooCostly` if the task's grammar is too costly. Any method of an engine with a process of its own may raise
+        `EngineLost`, and so may its iterators. A caller that stops iterating before the `Finish` must call
         `cancel`.
         """
         ...

@@ -15,7 +15,7 @@ from lacre_backend.models.chunked import SealedModelInvalid
 from lacre_backend.models.gguf import WHOLE, FileDigests, ModelFile, default_path, find
 from lacre_backend.models.sealed import SealedWeights, is_sealed
 from lacre_backend.models.signatures import UntrustedModel
-from lacre_fabric.keys.kms import PLAIN, WrongWrapping, connect
+from lacre_fabric.keys.kms import PLAIN, Kms, WrongWrapping, connect
 from lacre_fabric.work.model_names import from_file
 
 
@@ -24,13 +24,15 @@ class Conditions:
     """What a model must meet. kms: the address of the KMS that opens sealed models. sealed: refuse plain files.
 
     signers: public keys in PEM; if there are any, one of them must have signed the model. whole: open a sealed model to its
-    end before it is used; a worker does that anyway when it loads the weights.
+    end before it is used; a worker does that anyway when it loads the weights. service: the KMS itself, already connected; its
+    owner closes it.
     """
 
     kms: str = PLAIN
     sealed: bool = False
     signers: Sequence[Path] = ()
     whole: bool = False
+    service: Kms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def open_model(path: Path | None, name: str | None, conditions: Conditions) -> O
 
 
 def _unsealed(path: Path, conditions: Conditions) -> SealedWeights:
-    service = connect(conditions.kms)
+    service = conditions.service or connect(conditions.kms)
     if service is None:
         raise SettingsError(
             f"{path} is sealed. Give the address of the service that wrapped its key: with --kms, or as `kms` in worker.toml."
@@ -79,7 +81,8 @@ def _unsealed(path: Path, conditions: Conditions) -> SealedWeights:
         what = str(exc).removesuffix(f". {exc.remedy}")  # WrongWrapping adds its remedy itself
         raise exc if str(path) in what else type(exc)(f"{path}: {what}") from None
     finally:
-        service.close()
+        if conditions.service is None:
+            service.close()
     return weights
 
 

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
 from lacre.asgi.admission import ReplayMemory, check_date, sent_at
-from lacre.errors import Expired, InvalidSignature, LacreError, NewerFormat, UnknownKeyId
+from lacre.errors import AppLost, Expired, InvalidSignature, LacreError, NewerFormat, UnknownKeyId
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import tasks
@@ -188,6 +188,10 @@ class Node:
             await _tell(delivery, problems.WORKER_LOST)
             raise
         except asgi.AppFailed as exc:
+            if isinstance(exc.__cause__, AppLost):
+                outcome = "app-lost"
+                await _tell(delivery, problems.WORKER_LOST if exc.__cause__.begun else problems.BUSY)
+                return
             log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
             outcome = "app-failed"
             await _tell(delivery, problems.INTERNAL)

@@ -14,8 +14,8 @@ from backend.generating import GREEDY, make_task, run
 from lacre.errors import SettingsError
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.models.gguf import default_path
-from lacre_backend.serve import load_engine
 from lacre_backend.settings import ModelSettings
 from lacre_backend.workshop import converter
 from lacre_backend.workshop.adapter_folder import read_adapter

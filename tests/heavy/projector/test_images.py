@@ -39,7 +39,7 @@ from lacre_backend.engine.protocol import (
     TaskRefused,
     Token,
 )
-from lacre_backend.serve import load_engine
+from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.workshop.sealing import seal_model
 from parts.tiny_model import N_EMBD, tiny_lora, tiny_model
 from parts.tiny_projector import TOKENS, file_at, picture, projecting, tiny_projector
