@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre import problems
 from lacre.asgi import Call, Receive, Send
 from lacre.asgi.admission import DATE_WINDOW, REMEMBERED_FOR, ReplayMemory
-from lacre.errors import TruncatedStream, UsageError
+from lacre.errors import AppLost, TruncatedStream, UsageError
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.problems import Problem
@@ -377,6 +377,18 @@ class TestAppsThatFail:
         assert b"secret" not in b"".join(frame.payload for frame in answer.frames)
         app.answer = app.echo
         assert (await stage.ask()).opened()[0].status == 200  # its slot is free, and the next one is served
+
+    @pytest.mark.parametrize("before", [[], [HEAD, piece()]], ids=["at once", "in its answer"])
+    @pytest.mark.parametrize(("begun", "problem"), [(True, problems.WORKER_LOST), (False, problems.BUSY)])
+    async def test_whose_own_process_is_lost_are_told_from_a_fault(
+        self, stage: Stage, app: App, before: list[Any], begun: bool, problem: Problem
+    ) -> None:
+        """The client counts it as a lost worker only if this request may have been the cause."""
+        app.answer = sends(*before, AppLost("the engine has ended", begun=begun))
+        answer = await stage.ask()
+        assert answer.problem == problem.type
+        app.answer = app.echo
+        assert (await stage.ask()).opened()[0].status == 200
 
     async def test_logs_ids_and_places_and_nothing_of_the_prompt(
         self, stage: Stage, app: App, capfd: pytest.CaptureFixture[str]

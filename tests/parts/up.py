@@ -125,8 +125,9 @@ def read_env(state: Path) -> tuple[str, str]:
 def descendants(pid: int) -> list[int]:
     found = []
     for child in Path(f"/proc/{pid}/task").glob("*/children"):
-        for number in child.read_text().split():
-            found += [int(number), *descendants(int(number))]
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread or process has just ended
+            for number in child.read_text().split():
+                found += [int(number), *descendants(int(number))]
     return found
 
 
@@ -138,9 +139,24 @@ def alive(pid: int) -> bool:
 
 
 def ticks(pid: int) -> int:
-    """CPU time so far, in clock ticks (proc(5)): the worker that answers is the one that computes."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    """CPU time so far of a process and all below it, in clock ticks (proc(5)): the worker that answers is the one whose engine
+    computes.
+    """
+    total = 0
+    for each in (pid, *descendants(pid)):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total
+
+
+def engine_of(worker: int) -> int | None:
+    """The process of a worker's engine; None while there is none."""
+    for pid in descendants(worker):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"lacre_backend.engine_process.child" in Path(f"/proc/{pid}/cmdline").read_bytes() and alive(pid):
+                return pid
+    return None
 
 
 def wait_until_gone(pids: list[int]) -> list[int]:

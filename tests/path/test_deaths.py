@@ -105,7 +105,7 @@ async def test_a_worker(site: EchoStage, tmp_path: Path) -> None:
         return Doomed.start(tmp_path / f"worker-{number}.log", "lacre_backend", "--settings", str(own))
 
     killed = each_is_killed(start, WORKER)
-    assert {name.partition(" ")[0] for name in killed} >= {"api", "decode"}  # the threads
+    assert {name.partition(" ")[0] for name in killed} >= {"api", "engine"}  # the threads
 
 
 UP = {"upkeep", "env", "floods"}
