@@ -42,18 +42,18 @@ from lacre_backend.engine_process.messages import (
     HeldImage,
     Load,
     ModelKey,
+    OwnText,
     Picture,
     Pulse,
     Ready,
-    Said,
     Speak,
     Submit,
-    Texts,
+    TaskEvent,
     Unanswered,
     Unframer,
     Unloadable,
+    UserTexts,
     WantKey,
-    Words,
     framed,
     raised,
     told,
@@ -106,8 +106,8 @@ to_child = (
     each(Load, settings=TEXT, scheme=NAME)
     | each(ModelKey, key=st.none() | st.binary(max_size=32), failure=st.none() | failures)
     | each(Submit, tasks=st.lists(tasks, max_size=2).map(tuple)) | each(Cancel, task=NAME) | each(Speak, tokens=IDS)
-    | each(Words, number=COUNT, text=TEXT, special=st.booleans())
-    | each(Texts, number=COUNT, texts=st.lists(TEXT, max_size=3).map(tuple))
+    | each(OwnText, number=COUNT, text=TEXT, special=st.booleans())
+    | each(UserTexts, number=COUNT, texts=st.lists(TEXT, max_size=3).map(tuple))
     | each(Compile, number=COUNT, source=TEXT, begun=IDS) | each(Picture, number=COUNT, data=st.binary(max_size=9))
     | each(Forget, numbers=IDS) | each(Close)
 )  # fmt: skip
@@ -117,7 +117,7 @@ from_child = (
         Ready, info=infos, pieces=st.lists(st.binary(max_size=4), max_size=4).map(tuple), ends=IDS, slots=COUNT,
         adapters=st.lists(st.tuples(NAME, NAME), max_size=2).map(tuple), sees=st.booleans(),
     )
-    | each(Unloadable, failure=failures) | each(Said, task=NAME, event=events) | each(Failed, task=NAME, failure=failures)
+    | each(Unloadable, failure=failures) | each(TaskEvent, task=NAME, event=events) | each(Failed, task=NAME, failure=failures)
     | each(Answered, number=COUNT, ids=st.lists(IDS, max_size=3).map(tuple), tokens=COUNT)
     | each(Unanswered, number=COUNT, failure=failures) | each(Pulse, stuck=st.booleans())
 )  # fmt: skip

@@ -19,7 +19,7 @@ from lacre.errors import LacreError
 from lacre_backend.engine.protocol import Event, Finish
 
 
-class Stream(Protocol):
+class TaskStream(Protocol):
     """Where the events of one task go. abandoned: nothing will read it, so its task may end."""
 
     abandoned: bool
@@ -36,7 +36,7 @@ class Road(Hashable, Protocol):
         ...
 
 
-Delivered = tuple[Stream, Event | LacreError]
+Delivered = tuple[TaskStream, Event | LacreError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Outbox:
     def __init__(self) -> None:
         self._batches: dict[Road, list[Delivered]] = {}
 
-    def post(self, stream: Stream, event: Event | LacreError) -> None:
+    def post(self, stream: TaskStream, event: Event | LacreError) -> None:
         self._batches.setdefault(stream.road, []).append((stream, event))
 
     def flush(self) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre_backend.engine.context import FLASH, Batch
-from lacre_backend.engine.delivery import Outbox, Stream, TaskEvents
+from lacre_backend.engine.delivery import Outbox, TaskEvents, TaskStream
 from lacre_backend.engine.model import Model, ModelMetadata, Weights
 from lacre_backend.engine.packing import Packing, Room
 from lacre_backend.engine.protocol import (
@@ -52,7 +52,7 @@ _POOLED: Final = (L.LLAMA_POOLING_TYPE_MEAN, L.LLAMA_POOLING_TYPE_CLS, L.LLAMA_P
 class _Job:
     """A text from submission to finish."""
 
-    def __init__(self, task: Task, stream: Stream) -> None:
+    def __init__(self, task: Task, stream: TaskStream) -> None:
         self.task = task
         self.stream = stream
 
@@ -139,7 +139,7 @@ class LlamaEmbedder:
         self.submit_to(tasks, streams)
         return [*streams]
 
-    def submit_to(self, tasks: Sequence[Task], streams: Sequence[Stream]) -> None:
+    def submit_to(self, tasks: Sequence[Task], streams: Sequence[TaskStream]) -> None:
         """As in `LlamaEngine`."""
         for task in tasks:
             check(task, self.model)

@@ -26,7 +26,7 @@ from lacre_backend.engine.adapted import AdaptedEngine, adapted_name
 from lacre_backend.engine.adapters import AdapterFile, load, size
 from lacre_backend.engine.beside import Beside
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
-from lacre_backend.engine.delivery import Outbox, Stream, TaskEvents
+from lacre_backend.engine.delivery import Outbox, TaskEvents, TaskStream
 from lacre_backend.engine.draft_model import DraftFile
 from lacre_backend.engine.job import EngineJob, begin
 from lacre_backend.engine.lens import LensTask
@@ -164,7 +164,7 @@ class LlamaEngine:
         self.submit_to(tasks, streams)
         return [*streams]
 
-    def submit_to(self, tasks: Sequence[Task], streams: Sequence[Stream]) -> None:
+    def submit_to(self, tasks: Sequence[Task], streams: Sequence[TaskStream]) -> None:
         """As `submit_all`, from any thread. streams: take the events."""
         for task in tasks:
             check(task, self.model)

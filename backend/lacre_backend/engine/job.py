@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from lacre_backend.engine.context import Logits
-from lacre_backend.engine.delivery import Stream
+from lacre_backend.engine.delivery import TaskStream
 from lacre_backend.engine.drafting import MAX_DRAFT, Wanted
 from lacre_backend.engine.masks import Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
@@ -24,7 +24,7 @@ _TELL_EACH: Final = 128  # tokens of a prompt between progress events: one per s
 class EngineJob:
     """limit: tokens to generate: the requested number, at most what the context has room for."""
 
-    def __init__(self, task: Task, stream: Stream, sampler: Sampler, text: TextStream, limit: int) -> None:
+    def __init__(self, task: Task, stream: TaskStream, sampler: Sampler, text: TextStream, limit: int) -> None:
         self.task = task
         self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
         self.stream = stream
@@ -87,7 +87,7 @@ class EngineJob:
         return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text, self.text.matched)
 
 
-def begin(task: Task, stream: Stream, model: Model, masks: Masks) -> EngineJob:
+def begin(task: Task, stream: TaskStream, model: Model, masks: Masks) -> EngineJob:
     """A job for the task. stream: takes its events. Its sampler must be closed. Raises EngineError or TaskRefused."""
     limit = min(task.max_tokens, model.info.n_ctx - len(task.sequence))
     constraint = _constraint(task, masks)

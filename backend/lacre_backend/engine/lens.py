@@ -25,7 +25,7 @@ import numpy as np
 
 from lacre.errors import LacreError
 from lacre_backend.engine.context import FLASH, KV_TYPES, Batch, Compute, Logits, use_adapter
-from lacre_backend.engine.delivery import Outbox, Stream
+from lacre_backend.engine.delivery import Outbox, TaskStream
 from lacre_backend.engine.graph import GraphTensor, Values, Watcher
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.protocol import (
@@ -55,7 +55,7 @@ _STATE: Final = "l_out-"  # llama.cpp's name of a layer's output, followed by it
 class LensTask:
     """A task from submission to finish. Only the decode thread uses it, except `cancelled`, which any thread may set."""
 
-    def __init__(self, task: Task, stream: Stream) -> None:
+    def __init__(self, task: Task, stream: TaskStream) -> None:
         """stream: takes its events."""
         self.task = task
         self.stream = stream

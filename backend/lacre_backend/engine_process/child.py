@@ -47,19 +47,19 @@ from lacre_backend.engine_process.messages import (
     HeldImage,
     Load,
     ModelKey,
+    OwnText,
     Picture,
     Pulse,
     Ready,
-    Said,
     Speak,
     Submit,
-    Texts,
+    TaskEvent,
     ToChild,
     Unanswered,
     Unframer,
     Unloadable,
+    UserTexts,
     WantKey,
-    Words,
     framed,
     raised,
     told,
@@ -120,8 +120,8 @@ class Pipe:
         return self._unframer.feed(data)
 
 
-class TaskStream:
-    """A `Stream` of a task by its name."""
+class NamedStream:
+    """A `TaskStream` of a task by its name."""
 
     def __init__(self, name: str, pipe: Pipe) -> None:
         self.name = name
@@ -130,7 +130,7 @@ class TaskStream:
 
 
 def _said(stream: Any, event: Any) -> FromChild:
-    return Failed(stream.name, told(event)) if isinstance(event, LacreError) else Said(stream.name, event)
+    return Failed(stream.name, told(event)) if isinstance(event, LacreError) else TaskEvent(stream.name, event)
 
 
 class KeysOfWorker:
@@ -158,7 +158,7 @@ class KeysOfWorker:
         """The worker closes the service."""
 
 
-class Child:
+class EngineChild:
     """The engine, and what the worker refers to by number."""
 
     def __init__(self, engine: LlamaEngine | LlamaEmbedder, pipe: Pipe) -> None:
@@ -183,10 +183,10 @@ class Child:
                 self._engine.cancel(message.task)
             case Speak():
                 self._engine.speak(message.tokens)
-            case Words():
+            case OwnText():
                 words = partial(self._engine.tokenize, message.text, message.special)
                 self._answer(message.number, asyncio.to_thread(words), lambda ids: ((tuple(ids),), 0))
-            case Texts():
+            case UserTexts():
                 self._answer(message.number, self._engine.tokens(message.texts), lambda ids: (tuple(map(tuple, ids)), 0))
             case Compile():
                 compiled = asyncio.to_thread(self._engine.grammar, message.source, message.begun)
@@ -202,7 +202,7 @@ class Child:
                 raise InvalidMessage(f"the worker sent a {type(message).__name__} to a loaded engine")
 
     def _submit(self, submitted: Sequence[Task]) -> None:
-        streams = [TaskStream(task.id, self._pipe) for task in submitted]
+        streams = [NamedStream(task.id, self._pipe) for task in submitted]
         try:
             self._engine.submit_to([self._with_held(task) for task in submitted], streams)
         except LacreError as error:
@@ -266,7 +266,7 @@ async def _serve(file: int) -> None:
         return
     pulse = tasks.start("pulse", partial(_pulse, engine, pipe))
     try:
-        await Child(engine, pipe).serve()
+        await EngineChild(engine, pipe).serve()
     finally:
         await pulse.close()
         await asyncio.to_thread(engine.close)

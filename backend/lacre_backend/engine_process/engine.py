@@ -1,6 +1,7 @@
 """The `Engine` of the worker's process: passes everything on to a child, and starts another when one ends.
 
 Rules:
+- A restarted child must have the same model file and the same limits: clients were told their digest.
 - One thread per engine starts its children and reads from them. It waits for nothing else, so a child never waits for it.
 - What can be decided here is decided here: checks of tasks, and the text that tokens release. So `submit` and `cancel` return
   at once.
@@ -43,7 +44,7 @@ from lacre_backend.engine.protocol import (
 from lacre_backend.engine.shards import check_name
 from lacre_backend.engine.vocabulary import Vocabulary
 from lacre_backend.engine.watch import STUCK
-from lacre_backend.engine_process.link import Link
+from lacre_backend.engine_process.link import EngineLink
 from lacre_backend.engine_process.messages import (
     Answered,
     Cancel,
@@ -55,17 +56,17 @@ from lacre_backend.engine_process.messages import (
     HeldImage,
     Load,
     ModelKey,
+    OwnText,
     Picture,
     Pulse,
     Ready,
-    Said,
     Speak,
     Submit,
-    Texts,
+    TaskEvent,
     Unanswered,
     Unloadable,
+    UserTexts,
     WantKey,
-    Words,
     raised,
     told,
 )
@@ -91,8 +92,8 @@ class ProcessEngine:
         self._settings = settings.model_dump_json()
         self._kms = kms
         self._lock = threading.Lock()  # for the fields below
-        self._link: Link | None = None  # to a child that is ready
-        self._starting: Link | None = None
+        self._link: EngineLink | None = None  # to a child that is ready
+        self._starting: EngineLink | None = None
         self._streams: dict[str, TaskEvents] = {}
         self._spoken: list[int] = []
         self._closed = False
@@ -167,7 +168,7 @@ class ProcessEngine:
             return  # its stream ends with the child
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        (ids,) = self._up().wait(lambda number: Words(number, text, special)).ids
+        (ids,) = self._up().wait(lambda number: OwnText(number, text, special)).ids
         return list(ids)
 
     def speak(self, tokens: Sequence[int]) -> None:
@@ -185,7 +186,7 @@ class ProcessEngine:
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         if not any(texts):
             return [[] for _ in texts]
-        asked = self._up().ask(lambda number: Texts(number, tuple(texts)))
+        asked = self._up().ask(lambda number: UserTexts(number, tuple(texts)))
         return [list(ids) for ids in (await asyncio.wrap_future(asked)).ids]
 
     def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
@@ -218,7 +219,7 @@ class ProcessEngine:
             link.kill()
             self._thread.join(CLOSE_LIMIT)
 
-    def _up(self) -> Link:
+    def _up(self) -> EngineLink:
         """Raises EngineError if it is closed, and EngineLost if there is no child now."""
         if self._closed:
             raise EngineClosed("The engine is closed.")
@@ -226,7 +227,7 @@ class ProcessEngine:
             raise EngineLost(begun=False)
         return link
 
-    def _sendable(self, task: Task, link: Link) -> Task:
+    def _sendable(self, task: Task, link: EngineLink) -> Task:
         """The task with what the child keeps, by number. Raises TaskRefused."""
         grammar = task.sampling.grammar
         if isinstance(grammar, str):
@@ -264,9 +265,9 @@ class ProcessEngine:
             delay = 0.0 if settled else min(max(2 * delay, AGAIN), AGAIN_MOST)
 
     @contextmanager
-    def _started(self) -> Iterator[tuple[Link, Ready]]:
+    def _started(self) -> Iterator[tuple[EngineLink, Ready]]:
         """A child that is ready. At the end of the block it has ended, and so has all that waited for it."""
-        link, ended = Link(), ""
+        link, ended = EngineLink(), ""
         with self._lock:
             self._starting = link
         try:
@@ -288,7 +289,7 @@ class ProcessEngine:
         if not self._closed:
             self._fail(f"it ended with {ended}")
 
-    def _load(self, link: Link) -> Ready:
+    def _load(self, link: EngineLink) -> Ready:
         """Raises what the child's loading raised, and SettingsError if the child ended in it."""
         service = connect(self._kms)
         try:
@@ -324,7 +325,7 @@ class ProcessEngine:
         if replace(ready.info, created=0) != replace(first.info, created=0) or ready.slots != first.slots:
             raise SettingsError("the model's file or its limits have changed since the worker was started. Restart the worker.")
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, link: EngineLink) -> None:
         """Passes on what the child says, until it ends."""
         heard = time.monotonic()
         try:
@@ -342,9 +343,9 @@ class ProcessEngine:
             log.error("engine.invalid", model=self._first.result().info.name, reason=str(error))
             link.kill()
 
-    def _take(self, link: Link, message: FromChild) -> None:
+    def _take(self, link: EngineLink, message: FromChild) -> None:
         match message:
-            case Said():
+            case TaskEvent():
                 self._post(message.task, message.event, last=isinstance(message.event, Finish))
             case Failed():
                 self._post(message.task, raised(message.failure), last=True)
@@ -395,13 +396,13 @@ class _Pictures:
         """The child closes its own."""
 
 
-def _held_grammar(link: Link, answer: Answered, begun: tuple[int, ...]) -> HeldGrammar:
+def _held_grammar(link: EngineLink, answer: Answered, begun: tuple[int, ...]) -> HeldGrammar:
     held = HeldGrammar(answer.number, begun)
     link.hold(answer.number, held)
     return held
 
 
-def _give_key(link: Link, service: Kms | None, asked: WantKey) -> None:
+def _give_key(link: EngineLink, service: Kms | None, asked: WantKey) -> None:
     """Unwraps the key of a sealed model, and of nothing else: the context names a model."""
     if service is None:
         raise InvalidMessage("an engine's process asks for a key, and there is no service")

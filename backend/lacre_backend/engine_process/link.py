@@ -52,7 +52,7 @@ _KEPT_KINDS: Final = (
 )  # fmt: skip
 
 
-class Link:
+class EngineLink:
     """A running child. Start it in a thread that lives longer: the child ends with that thread."""
 
     def __init__(self) -> None:

@@ -112,7 +112,7 @@ class Speak:
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class OwnText:
     """Asks for the tokens of the program's own text."""
 
     number: int
@@ -121,7 +121,7 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class UserTexts:
     """Asks for the tokens of users' texts."""
 
     number: int
@@ -157,7 +157,7 @@ class Close:
     """Ends every task as cancelled, and then the process."""
 
 
-ToChild = Load | ModelKey | Submit | Cancel | Speak | Words | Texts | Compile | Picture | Forget | Close
+ToChild = Load | ModelKey | Submit | Cancel | Speak | OwnText | UserTexts | Compile | Picture | Forget | Close
 
 
 # From the child
@@ -191,7 +191,7 @@ class Unloadable:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TaskEvent:
     """An event of a task."""
 
     task: str
@@ -208,7 +208,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """To `Words` and `Texts`: the ids of each text. To `Compile`: nothing. To `Picture`: its number of tokens."""
+    """To `OwnText` and `UserTexts`: the ids of each text. To `Compile`: nothing. To `Picture`: its number of tokens."""
 
     number: int
     ids: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
@@ -228,12 +228,12 @@ class Pulse:
     stuck: bool
 
 
-FromChild = WantKey | Ready | Unloadable | Said | Failed | Answered | Unanswered | Pulse
+FromChild = WantKey | Ready | Unloadable | TaskEvent | Failed | Answered | Unanswered | Pulse
 Message = ToChild | FromChild
 
 _STANDS_FOR: Final = {Grammar: HeldGrammar, ReadImage: HeldImage, ImageReader: NoneType}
-TO_CHILD: Final = (Load, ModelKey, Submit, Cancel, Speak, Words, Texts, Compile, Picture, Forget, Close)
-FROM_CHILD: Final = (WantKey, Ready, Unloadable, Said, Failed, Answered, Unanswered, Pulse)
+TO_CHILD: Final = (Load, ModelKey, Submit, Cancel, Speak, OwnText, UserTexts, Compile, Picture, Forget, Close)
+FROM_CHILD: Final = (WantKey, Ready, Unloadable, TaskEvent, Failed, Answered, Unanswered, Pulse)
 _CODECS: Final[Mapping[type[Any], tuple[int, Codec[Any]]]] = {
     kind: (number, Codec(kind, _STANDS_FOR)) for kinds in (TO_CHILD, FROM_CHILD) for number, kind in enumerate(kinds)
 }
