@@ -275,17 +275,17 @@ class ProcessEngine:
                 raise EngineClosed("The engine is closed.")
             ready = self._load(link)
             self._check_same(ready)
-            with self._lock:
+            with self._lock:  # no task may come before what it speaks
+                if self._spoken:
+                    link.send(Speak(tuple(self._spoken)))
                 self._link, self._starting, self.fault = link, None, None
-                spoken = tuple(self._spoken)
-            if spoken:
-                link.send(Speak(spoken))
             yield link, ready
         finally:
             with self._lock:
                 self._link = self._starting = None
-            ended = link.end()
+            self.fault = self.fault or "it has ended"
             self._lose()
+            ended = link.end()
         if not self._closed:
             self._fail(f"it ended with {ended}")
 
