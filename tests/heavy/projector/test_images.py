@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -28,6 +30,7 @@ from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.pictures import decoded
 from lacre_backend.engine.protocol import (
     EngineClosed,
+    EngineLost,
     Event,
     Finish,
     ImageRefused,
@@ -39,10 +42,12 @@ from lacre_backend.engine.protocol import (
     TaskRefused,
     Token,
 )
+from lacre_backend.engine_process.engine import ProcessEngine
 from lacre_backend.engine_process.loading import load_engine
 from lacre_backend.workshop.sealing import seal_model
 from parts.tiny_model import N_EMBD, tiny_lora, tiny_model
 from parts.tiny_projector import TOKENS, file_at, picture, projecting, tiny_projector
+from parts.waiting import until
 
 ENDLESS = replace(GREEDY, logit_bias=dict.fromkeys(range(3), -1000.0))  # without the control tokens
 SMALL = LlamaSettings(n_ctx=512, threads=1, slots=2)
@@ -143,12 +148,14 @@ def seeing(tmp_path: Path, base: Path) -> Iterator[LlamaEngine]:
         yield engine
 
 
-async def read(engine: LlamaEngine, data: bytes) -> ReadImage:
+async def read(engine: LlamaEngine | ProcessEngine, data: bytes) -> ReadImage:
     assert engine.model.images is not None
     return await engine.model.images.read(data)
 
 
-async def shown(engine: LlamaEngine, colours: Sequence[Any], texts: Sequence[str] = ("look: ", " say:"), **fields: Any) -> Task:
+async def shown(
+    engine: LlamaEngine | ProcessEngine, colours: Sequence[Any], texts: Sequence[str] = ("look: ", " say:"), **fields: Any
+) -> Task:
     """A task with an image of each colour between the texts."""
     prompt, images = list(engine.tokenize(texts[0])), list[PlacedImage]()
     for colour, text in zip(colours, texts[1:], strict=True):
@@ -172,6 +179,22 @@ async def test_the_answer_depends_on_the_picture_and_on_nothing_before_it(seeing
     two = [said(await rest_of(seeing.submit(await shown(seeing, pair, ("a", "b", "c"))))) for pair in pairs]
     assert two[0] != two[1], "their order counts"
     assert seeing.held == (0, 0), "no task and no cell is left"
+
+
+async def test_a_process_of_its_own_sees_the_same(tmp_path: Path, base: Path, seeing: LlamaEngine) -> None:
+    with closing(ProcessEngine(projecting(base, tiny_projector(tmp_path / "apart.gguf")))) as apart:
+        for colour in ("red", "blue"):
+            answers = [said(await rest_of(each.submit(await shown(each, [colour])))) for each in (seeing, apart)]
+            assert answers[0] == answers[1]
+        task, struck = await shown(apart, ["red"]), apart.pid
+        with pytest.raises(ImageRefused):
+            await read(apart, b"no picture")
+        assert struck is not None
+        os.kill(struck, signal.SIGSEGV)
+        await until(lambda: apart.pid not in (None, struck), 120)
+        with pytest.raises(EngineLost):  # its process kept the picture
+            apart.submit(task)
+        assert said(await rest_of(apart.submit(await shown(apart, ["red"]))))
 
 
 async def test_pictures_of_any_size_take_the_same_place(seeing: LlamaEngine) -> None:
