@@ -154,6 +154,7 @@ async def test_what_was_spoken_is_spoken_by_the_next_process(engine: ProcessEngi
         await back(engine, strike(engine))
 
 
+@pytest.mark.timeout(1800)
 async def test_thirty_crashes_at_random_tokens(engine: ProcessEngine) -> None:
     """Each answer is whole or ends with an error of its kind; the engine is there again after each."""
     chance, whole, lost = random.Random(17), 0, 0
