@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import random
 import secrets
 from contextlib import AsyncExitStack
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import structlog
 
 from backend.generating import GREEDY, made, make_task, run
 from backend.guessing import PROMPTS, SPLIT, UNIFIED, alike, counts, eager, engine_of, without
@@ -121,7 +121,9 @@ def test_the_workers_own_check_compares_vocabularies(tiny: Path, tmp_path: Path)
         assert any("not one vocabulary" in reason.detail for reason in found) == ("model" in kinds)
 
 
-async def test_a_worker_with_a_sealed_draft_says_what_its_guesses_were_worth(tiny: Path, tmp_path: Path) -> None:
+async def test_a_worker_with_a_sealed_draft_says_what_its_guesses_were_worth(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "kms.key").write_bytes(secrets.token_bytes(32))
     (tmp_path / "kms.key").chmod(0o600)
     kms = f"file:{tmp_path / 'kms.key'}"
@@ -129,17 +131,15 @@ async def test_a_worker_with_a_sealed_draft_says_what_its_guesses_were_worth(tin
     seal_model(tiny, sealed, kms, lambda _what, _share: None)
     table = {"path": tiny, "context": 256, "slots": 2, "threads": 1, "speculation": "draft", "draft_model": sealed}
     settings = worker(tmp_path, **table).model_copy(update={"kms": kms})
-    with structlog.testing.capture_logs() as said:
-        engine = load_engine(settings.models[0], kms)
-        assert isinstance(engine, LlamaEngine)
-        with contextlib.closing(eager(engine)):
-            alike(*[await made(engine, PROMPTS[0], 20, sampling=GREEDY, logprobs=0) for _ in range(2)])
-            assert counts(engine).acceptance > 0.9
-        async with AsyncExitStack() as own:
-            served(settings, own)
-    assert [line for line in said if line["event"] == "worker.speculation"] == [
-        {"event": "worker.speculation", "log_level": "info", "model": "tiny", "number": 0, "accepted": 0}
-    ]
+    engine = load_engine(settings.models[0], kms)
+    assert isinstance(engine, LlamaEngine)
+    with contextlib.closing(eager(engine)):
+        alike(*[await made(engine, PROMPTS[0], 20, sampling=GREEDY, logprobs=0) for _ in range(2)])
+        assert counts(engine).acceptance > 0.9
+    async with AsyncExitStack() as own:
+        served(settings, own)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "worker.speculation" in line]
+    assert [(line["model"], line["number"], line["accepted"]) for line in lines] == [("tiny", 0, 0)], "its process says it"
     plain = table | {"path": sealed, "draft_model": tiny, "sealed": True}
     with pytest.raises(SettingsError, match="not sealed"):  # the draft must meet what the model must
         load_engine(worker(tmp_path, **plain).models[0], kms)
