@@ -237,7 +237,7 @@ def test_closing_ends_the_process_and_its_tokenizer(model: Path) -> None:
     assert len(below) > 1, "the tokenizer has a process of its own"
     engine.close()
     engine.close()
-    assert wait_until_gone(below, 30) == []
+    assert wait_until_gone(below) == []
     with pytest.raises(EngineClosed):
         engine.tokenize("a")
 
@@ -274,7 +274,7 @@ def test_it_ends_with_the_process_that_started_it(model: Path) -> None:
         pid = pid_of(owner)
         below = [pid, *descendants(pid)]
         owner.kill()
-    assert wait_until_gone(below, 30) == []
+    assert wait_until_gone(below) == []
 
 
 def test_signals_to_the_group_are_the_owners_affair(model: Path) -> None:
