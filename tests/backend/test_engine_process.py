@@ -382,8 +382,8 @@ async def test_a_grammar_holds_and_its_choices_share_it(engine: ProcessEngine) -
 async def test_embeddings_and_scores_are_the_same(tmp_path: Path) -> None:
     embeds, ranks = tiny_model(tmp_path / "e.gguf", embeds=True), tiny_reranker(tmp_path / "r.gguf")
     for path, kind, action in ((embeds, LlamaEmbedder, TaskKind.EMBED), (ranks, LlamaReranker, TaskKind.RERANK)):
-        own = kind(path, name="tiny", digest="", settings=LlamaSettings(n_ctx=512, slots=4, threads=1))
-        with closing(own) as here, closing(ProcessEngine(settings(path))) as there:
+        own = kind(path, name="tiny", digest="", settings=LlamaSettings(n_ctx=256, slots=4, threads=1))
+        with closing(own) as here, closing(ProcessEngine(settings(path, context=256))) as there:
             values = []
             for each in (here, there):
                 task = Task("one", tuple(each.tokenize("a text to read")), 1, kind=action)

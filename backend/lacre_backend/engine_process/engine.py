@@ -5,8 +5,8 @@ Rules:
 - One thread per engine starts its children and reads from them. It waits for nothing else, so a child never waits for it.
 - What can be decided here is decided here: checks of tasks, and the text that tokens release. So `submit` and `cancel` return
   at once.
-- A child that was ready is replaced at once: its requests are lost, not the worker. One that could not load, or that ended
-  within a second, is tried again after a delay that doubles.
+- A child that was ready is replaced at once: its requests are lost, not the worker. If it lived less than a second, or could
+  not load, it is replaced after a delay that doubles. After a crash the delay stays short: the next request may be harmless.
 - A child whose step does not end is ended. The requests in it could never end otherwise.
 """
 
@@ -76,6 +76,7 @@ from lacre_fabric.keys.kms import PLAIN, EncryptionContext, Kms, connect
 CLOSE_LIMIT: Final = 35.0  # seconds: for the engine's own limit, and to free its memory
 AGAIN: Final = 0.5  # seconds before the second try to start a child, doubled with each further one
 AGAIN_MOST: Final = 30.0
+AGAIN_CRASHED: Final = 2.0  # the longest delay after a child that was ready
 SETTLED: Final = 1.0  # seconds after which a ready child counts as one that works
 
 log = structlog.get_logger("lacre.worker")
@@ -247,9 +248,10 @@ class ProcessEngine:
         """Starts one child after the other, until the engine is closed."""
         delay = 0.0
         while not self._closing.wait(delay):
+            settled, most = False, AGAIN_MOST
             try:
                 with self._started() as (link, ready):
-                    began = time.monotonic()
+                    began, most = time.monotonic(), AGAIN_CRASHED
                     if not self._first.done():
                         self._first.set_result(ready)
                     self._serve(link)
@@ -260,9 +262,8 @@ class ProcessEngine:
                     return
                 if not isinstance(error, LacreError | OSError):
                     raise
-                settled = False
                 self._fail(f"it cannot be started: {error}")
-            delay = 0.0 if settled else min(max(2 * delay, AGAIN), AGAIN_MOST)
+            delay = 0.0 if settled else min(max(2 * delay, AGAIN), most)
 
     @contextmanager
     def _started(self) -> Iterator[tuple[EngineLink, Ready]]:
