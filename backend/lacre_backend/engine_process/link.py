@@ -47,8 +47,8 @@ _MODULE: Final = "lacre_backend.engine_process.child"
 # The environment variables that the child gets: where libraries are, how many threads they use, and which devices.
 _KEPT: Final = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "VIRTUAL_ENV")
 _KEPT_KINDS: Final = (
-    "LC_", "LD_", "PYTHON", "CUDA_", "NVIDIA_", "NCCL_", "HIP_", "HSA_", "ROCR_", "ROCM_", "ROCBLAS_", "GGML_", "GOMP_", "OMP_",
-    "KMP_", "OPENBLAS_", "MKL_", "MALLOC_", "ONEAPI_", "SYCL_", "VK_",
+    "LC_", "LD_", "DYLD_", "PYTHON", "LLAMA_", "GGML_", "GOMP_", "OMP_", "KMP_", "OPENBLAS_", "MKL_", "MALLOC_", "CUDA_",
+    "NVIDIA_", "NCCL_", "HIP_", "HSA_", "ROCR_", "ROCM_", "ROCBLAS_", "ONEAPI_", "SYCL_", "ZE_", "VK_",
 )  # fmt: skip
 
 
