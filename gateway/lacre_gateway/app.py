@@ -24,6 +24,7 @@ from lacre_gateway.http.answers import answer_with_problems, described
 from lacre_gateway.http.clock import Clock
 from lacre_gateway.http.connection import SealedRoute
 from lacre_gateway.http.headers import Fields, address_of
+from lacre_gateway.http.pages import AllowedPages, Preflights
 from lacre_gateway.http.public_api import PATHS, SECURITY
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.relay.failures import refusal_for
@@ -47,9 +48,12 @@ def create_app(gateway: Gateway) -> GatewayApp:
     app = GatewayApp(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     log = RequestLog(gateway.log, gateway.lines)
+    pages = AllowedPages(gateway.settings.listen.origins)
+    if pages:
+        app.add_middleware(Preflights, pages=pages)
     app.add_middleware(AccessLog, log=log)
     answer_with_problems(app)
-    app.sealed = SealedRoute(SealedEndpoint(gateway).serve, log, Clock())
+    app.sealed = SealedRoute(SealedEndpoint(gateway).serve, log, Clock(), pages)
     app.router.routes.append(Route(SEALED_PATH, _by_listener, methods=["POST"]))  # for the answers to other methods
     limit = AddressLimit(gateway.settings.limits.calls_per_address)
     limit.install(app)

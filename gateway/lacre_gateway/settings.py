@@ -50,6 +50,18 @@ def _web_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _origin(value: str) -> str:
+    """As a browser serialises it (RFC 6454 section 6.2): any other spelling would never match."""
+    parts = urlsplit(value)
+    plain = parts.scheme == "http" and parts.hostname is not None and is_loopback(parts.hostname)
+    usual = {"https": 443, "http": 80}.get(parts.scheme)
+    if not (parts.scheme == "https" or plain) or not parts.hostname or parts.port == usual or "@" in parts.netloc:
+        raise PydanticCustomError("origin", "write an origin such as https://app.example.com (http on loopback only)")
+    if value != f"{parts.scheme}://{parts.netloc.lower()}" or not value.isascii() or "*" in value:
+        raise PydanticCustomError("origin_form", "write scheme, host and port alone, in small letters: no path, and no `*`")
+    return value
+
+
 def _gateway_name(value: str) -> str:
     try:
         return check_gateway(value)
@@ -97,7 +109,8 @@ class Listen(Table):
     drain_delay: seconds after SIGTERM in which `readyz` says no and requests are still accepted, so that balancers notice.
     drain: seconds that streams have to finish after that. header_timeout: seconds that a request's head may take to arrive.
     connections: how many at a time. connections_per_address: of these, from one address or IPv6 /64 that is not a trusted
-    proxy. held_bytes: of incomplete heads, and of bodies whose sender is not known yet.
+    proxy. held_bytes: of incomplete heads, and of bodies whose sender is not known yet. origins: whose pages may read answers
+    in a browser.
     """
 
     host: str = "127.0.0.1"
@@ -110,6 +123,7 @@ class Listen(Table):
     connections: PositiveInt = 10_000
     connections_per_address: PositiveInt = 1000
     held_bytes: Annotated[int, Field(ge=MIN_HELD)] = 64 * 2**20
+    origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], Field(max_length=64)] = ()
 
 
 class Admin(Table):

@@ -25,6 +25,7 @@ from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_gateway.admin.api import MAX_BODY, create_admin
+from lacre_gateway.app import create_app
 from lacre_gateway.http.answers import BODY_TOO_LARGE
 from lacre_gateway.http.exchange import STALL_LIMIT
 from lacre_gateway.http.server import Server, bind, make_server
@@ -142,6 +143,27 @@ test_coding = unreadable("hide a second request in the body of a first, by a cod
     "chunked is the only transfer coding", (HEALTH + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501))  # fmt: skip
 test_path = unreadable("reach a path that a proxy filters out", "a path that is not in normal form is refused",
     *((POST.replace(b"/v1/sealed", path) + b"Content-Length: 0\r\n\r\n", 400) for path in PATHS))  # fmt: skip
+
+
+PAGE = b"Origin: https://app.example\r\n"
+OTHER_PAGES = (
+    b"Origin: https://evil.example\r\n", b"Origin: https://app.example.evil.example\r\n", b"Origin: null\r\n", PAGE + PAGE,
+)  # fmt: skip
+
+
+@attack("use a caller's token from a page whose origin the settings do not name", "stranger",
+        "an origin is allowed only as the settings spell it, and a browser's cookies never are", problems.METHOD_NOT_ALLOWED,
+        cases=OTHER_PAGES, ids=range(len(OTHER_PAGES)))  # fmt: skip
+async def test_page(honest: Stage, verdict: Verdict, case: bytes) -> None:
+    settings = honest.gateway.settings
+    listen = settings.listen.model_copy(update={"origins": ("https://app.example",)})
+    honest.gateway.settings = settings.model_copy(update={"listen": listen})
+    asked = b"Access-Control-Request-Method: POST\r\nConnection: close\r\n\r\n"
+    async with opened(honest, create_app(honest.gateway)) as port:
+        assert (await port.told(POST.replace(b"POST", b"OPTIONS") + PAGE + asked)).startswith(b"HTTP/1.1 204")
+        answer = await port.told(POST.replace(b"POST", b"OPTIONS") + case + asked)
+    assert b"access-control" not in answer.lower()
+    verdict.said(problem_of(answer))
 
 
 @attack("send many incomplete heads at once", "stranger",

@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -34,6 +34,7 @@ from lacre_gateway.http.clock import Clock
 from lacre_gateway.http.exchange import Exchange
 from lacre_gateway.http.gathered import GatheredTransport
 from lacre_gateway.http.headers import as_address
+from lacre_gateway.http.pages import AllowedPages
 from lacre_gateway.http.refusal import RawHeaders, Refusal
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ _log: Final = logging.getLogger("lacre_gateway.http")
 
 @dataclass(frozen=True, slots=True)
 class SealedRoute:
-    """What serves the sealed requests of an app. serve: does the work for one, and answers it. log: gets its line."""
+    """What serves the sealed requests of an app. serve: does the work for one, and answers it. log: gets its line. pages: of
+    which origins may read the answers.
+    """
 
     serve: Callable[[Exchange], Awaitable[None]]
     log: RequestLog
     clock: Clock
+    pages: AllowedPages = field(default_factory=AllowedPages)
 
 
 class GatewayConnection(BoundedProtocol):
@@ -91,6 +95,8 @@ class GatewayConnection(BoundedProtocol):
             super()._start(head)
             return
         exchange = Exchange(self, head, self._caller(head))
+        if self.sealed.pages:
+            exchange.for_page = self.sealed.pages.fields(head.fields)
         self.cycle = cast("RequestResponseCycle", exchange)  # it has the members that uvicorn uses of one
         exchange.task = task = tasks.spawn("sealed request", _run(self.sealed, exchange))
         self.tasks.add(task)  # which the server waits for when it drains, and cancels in the end

@@ -99,8 +99,9 @@ class Exchange:
     is one.
 
     since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
-    limits: header fields about the caller's limits. manifest: the version, which a known caller is told. stall_limit: seconds
-    that a client may leave a piece unread. task: runs it, from its begin to its end.
+    limits: header fields about the caller's limits. for_page: those that let a browser's page read the answer. manifest: the
+    version, which a known caller is told. stall_limit: seconds that a client may leave a piece unread. task: runs it, from its
+    begin to its end.
 
     For the log: refused: of the refusal that was sent. is_known: whether the caller has a valid token. facts: pool, model and
     action, once the manifest has them. cut: whether its answer ended in order without being whole.
@@ -122,6 +123,7 @@ class Exchange:
         self.status: int | None = None
         self.recorded: asyncio.Future[Recorded] | None = None
         self.limits: RawHeaders = []
+        self.for_page: RawHeaders = []
         self.manifest: int | None = None
         self.since = time.monotonic()
         self.first_byte: float | None = None
@@ -401,7 +403,7 @@ class Exchange:
         if self._connection.draining:  # otherwise the client may send its next request into a connection that ends
             self._answer.keep_alive = False
         named = (_REQUEST_ID, self.request_id.encode())
-        self._send(self._answer.head(status, [*self._connection.default_fields, *fields, named]))
+        self._send(self._answer.head(status, [*self._connection.default_fields, *fields, *self.for_page, named]))
 
     def _told(self) -> RawHeaders:
         version = [] if self.manifest is None else [(MANIFEST_VERSION.encode(), b"%d" % self.manifest)]

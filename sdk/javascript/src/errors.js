@@ -45,7 +45,7 @@ export class UsedError extends LacreError {
 
 /** No answer came, or its connection broke before it began. */
 export class NetworkError extends LacreError {
-  static remedy = "Check the address and the network. In a browser, the gateway's `cors.origins` must name the page's origin.";
+  static remedy = "Check the address and the network. In a browser, the gateway's `listen.origins` must name the page's origin.";
 }
 
 /** An answer that is not of this protocol. */

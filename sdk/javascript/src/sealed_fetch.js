@@ -123,7 +123,9 @@ async function bodyOf(answer, leaving, status) {
   return new ReadableStream(
     {
       async pull(controller) {
+        leaving.signal.throwIfAborted(); // also with records that came before
         const { done, value } = await pieces.next();
+        leaving.signal.throwIfAborted();
         if (done) controller.close();
         else controller.enqueue(value);
       },

@@ -26,6 +26,8 @@ MUTATIONS: Final = Mutation.of(
      'if [coding.lower() for coding in codings] != [b"chunked"]:', 'if not codings[-1].endswith(b"chunked"):'),
     ("heads: path", "a path outside has its normal form", "lacre.runtime.http1:_check_path",
      'if _PATH.fullmatch(path) is None or _AMBIGUOUS.search(path.replace(b"%2F", b"/")):', "if _PATH.fullmatch(path) is None:"),
+    ("heads: page", "a page's origin is one of the settings'", "lacre_gateway.http.pages:AllowedPages.allowed",
+     "named[0] in self._origins", "True"),
     ("heads: ahead", "one request is read at a time", "lacre.runtime.listening:BoundedProtocol._advance",
      "self._busy and self._reader.between", "False"),
     # the gateway
