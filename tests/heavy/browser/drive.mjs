@@ -8,8 +8,9 @@ import { env } from "node:process";
 
 import { chromium } from "playwright-core";
 
+const PATIENCE = 120_000; // ms: the machine may be busy
 const given = { url: env.LACRE_URL, token: env.LACRE_TOKEN, model: env.MODEL };
-const browser = await chromium.launch({ executablePath: env.CHROMIUM, args: ["--no-sandbox"] });
+const browser = await chromium.launch({ executablePath: env.CHROMIUM, args: ["--no-sandbox"], timeout: PATIENCE });
 const told = {};
 
 /** What the function says in a page of this address, or its error. */
@@ -18,6 +19,7 @@ async function within(page, check) {
 }
 
 async function opened(context, address) {
+  context.setDefaultTimeout(PATIENCE);
   const page = await context.newPage();
   page.on("pageerror", (error) => console.error(String(error)));
   await page.goto(`${address}/page.html`);
