@@ -24,8 +24,9 @@ import uvloop
 from lacre.evidence.receipts import Receipt
 from lacre.jose.jws import b64u
 from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats.delivery import NatsDelivery
 from lacre_fabric.nats.roles import Credential
-from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
+from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import BEAT, Cancelled, FabricUnavailable
 from lacre_fabric.work.frames import FrameKind
 

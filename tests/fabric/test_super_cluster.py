@@ -15,12 +15,13 @@ import pytest
 
 from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.delivery import NatsDelivery
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import Conflict, NatsBucket
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.streams import QUEUED_MESSAGES
-from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
+from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate.fabric_check import Severity, _majority, inspect
 from lacre_fabric.work.contract import CREDIT, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind

@@ -259,7 +259,7 @@ VALUES = (
 FIELDS = (
     b"accept", b"authorization", b"connection", b"content-encoding", b"content-type", b"cookie", b"dpop", b"expect", b"host",
     b"forwarded", b"if-none-match", b"lacre-action", b"lacre-max-tokens", b"lacre-model", b"lacre-pool", b"lacre-shape",
-    b"lacre-max-tokens-default", b"origin", b"range", b"te", b"traceparent", b"upgrade", b"x-forwarded-for",
+    b"lacre-max-tokens-default", b"lacre-affinity", b"origin", b"range", b"te", b"traceparent", b"upgrade", b"x-forwarded-for",
     b"x-forwarded-proto",
 )  # fmt: skip
 CALLS = {

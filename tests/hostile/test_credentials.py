@@ -17,12 +17,12 @@ from lacre.runtime import tasks
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
 from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.delivery import NatsDelivery
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.streams import BucketLimits
-from lacre_fabric.nats.worker import NatsDelivery
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import NotTakenUp, Schedule, tend

@@ -44,6 +44,7 @@ OF_A_DEFAULT_CEILING = {"lacre-most-tokens": r"\d+"}
 OUTSIDE = {
     "host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent", "authorization",
     "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-max-tokens-default", "lacre-shape",
+    "lacre-affinity",
 }  # fmt: skip
 
 # What an application may give away about itself and its users without a thought. None is of hex digits alone: a cache salt is,

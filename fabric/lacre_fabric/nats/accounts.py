@@ -12,7 +12,7 @@ Rules:
   manifest, as another pool's work or as a call of JetStream's API. Across accounts, an answer returns only to the account that
   asked.
 - Workers import no stream. They subscribe for each request, and nats-server (2.15) crashes if a client subscribes to a stream
-  of another account while the server reads new accounts. So an order to a worker is a service without an answer.
+  of another account while the server reads new accounts. So an order or an offer to a worker is a service without an answer.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _gateway(pools: Sequence[str], regions: Sequence[str], unheard: Collection[s
     return {
         "imports": [
             *_asked([READ_MANIFEST, *REVOCATIONS, *BUDGETS, *asked]),
-            *(_ordered(pool, kind) for pool in pools for kind in TOLD_TO_WORKERS),
+            *(_ordered(pool, f"{kind}.{pool}.*") for pool in pools for kind in TOLD_TO_WORKERS),
+            *(_ordered(pool, subjects.offers(pool, "*", "*")) for pool in pools),
             _heard(FABRIC, MAX_DELIVERIES),
             *(_heard(workers_account(pool), f"{kind}.{pool}.*.*") for pool in heard for kind in TOLD_BY_WORKERS),
         ],
@@ -176,7 +177,8 @@ def _gateway(pools: Sequence[str], regions: Sequence[str], unheard: Collection[s
 
 def _workers(pool: str, regions: Sequence[str], gateways: Sequence[str]) -> Entry:
     heard: list[Entry] = [{"stream": f"{kind}.{pool}.*.*", "accounts": [*gateways, FABRIC]} for kind in TOLD_BY_WORKERS]
-    taken: list[Entry] = [{"service": f"{kind}.{pool}.*", "accounts": [*gateways]} for kind in TOLD_TO_WORKERS]
+    told = [*(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS), subjects.offers(pool, "*", "*")]
+    taken: list[Entry] = [{"service": subject, "accounts": [*gateways]} for subject in told]
     return {"exports": [*heard, *taken], "imports": _asked([READ_MANIFEST, *_of_workers(pool, regions)])}
 
 
@@ -199,8 +201,8 @@ def _asked(services: Iterable[str]) -> list[Entry]:
     return [{"service": {"account": FABRIC, "subject": _real(subject)}, "to": subject} for subject in services]
 
 
-def _ordered(pool: str, kind: str) -> Entry:
-    return {"service": {"account": workers_account(pool), "subject": f"{kind}.{pool}.*"}}
+def _ordered(pool: str, subject: str) -> Entry:
+    return {"service": {"account": workers_account(pool), "subject": subject}}
 
 
 def _heard(account: str, subject: str) -> Entry:

@@ -114,9 +114,9 @@ class DirectClient(Client):
         self._tell_at = 0.0
         self.unusable = 0
 
-    async def subscribe_directly(self, subject: str, take: Take) -> Subscription:
-        """take: called on the event loop for each message; see `Take`."""
-        subscription = await self.subscribe(subject)
+    async def subscribe_directly(self, subject: str, take: Take, *, group: str = "") -> Subscription:
+        """take: called on the event loop for each message; see `Take`. group: only one subscriber of it gets each message."""
+        subscription = await self.subscribe(subject, group)
         self._direct[subscription._id] = take
         return subscription
 

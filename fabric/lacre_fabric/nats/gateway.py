@@ -1,7 +1,8 @@
 """The gateway's side of the fabric, over NATS.
 
 Rules:
-- A request is published once. If it may already be in one queue, it goes into no other (see `regions`).
+- A request is published once. If it may already be in one queue, it goes into no other (see `regions`). If a worker may have
+  taken it without a queue, it goes into none (see `affinity`).
 - The main connection receives only from NATS itself: acks, JetStream's answers, advisories.
 - Each pool has its own connection, which receives everything that its workers send (see `nats.pool`).
 - A third connection, the lobby, receives presence and so discovers new pools. Losing it delays only that discovery.
@@ -29,6 +30,7 @@ from lacre.runtime import tasks
 from lacre.runtime.records import record
 from lacre_fabric.native.json_bytes import read_object
 from lacre_fabric.nats import orders, subjects
+from lacre_fabric.nats.affinity import in_turn
 from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection
 from lacre_fabric.nats.pool import KEEP, PoolSide, Waiting, read_presence
 from lacre_fabric.nats.regions import Sent, in_order
@@ -49,7 +51,7 @@ from lacre_fabric.work.contract import (
     Work,
     WorkerLost,
 )
-from lacre_fabric.work.frames import Frame, FrameKind
+from lacre_fabric.work.frames import TAKEN, Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import MAX_BYTES
@@ -63,6 +65,7 @@ GATEWAY: Final = "Gateway"
 NO_QUEUE: Final = 0.25  # seconds between tries
 LOOK_LIMIT: Final = 5.0  # seconds that a lookup of unstarted requests waits for the main connection
 MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name only its own
+_OF_QUEUES: Final = (Header.MSG_ID.value, Header.MSG_TTL.value)  # headers for JetStream
 _NO_POOL: Final = "-"  # no pool has this name
 _STATUS_LINE: Final = 64  # bytes of `NATS/1.0` and the empty line, with a margin
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
@@ -226,7 +229,9 @@ class NatsGateway:
         _check_size(work, headers, self.connection.client.max_payload)
         waiting = side.add(work.request_id, queue_limit)
         try:
-            region, sequence = await self._queued(side, regions, work, headers, min(queue_limit, LEADERLESS))
+            region, sequence = regions[0], None
+            if not await self._offered(side, region, work, headers, waiting):
+                region, sequence = await self._queued(side, regions, work, headers, min(queue_limit, LEADERLESS))
         except BaseException:
             side.waiting.pop(work.request_id).inbound.drop()
             raise
@@ -279,6 +284,24 @@ class NatsGateway:
                 raise NoWorkers("no live worker of the pool serves the model") from None
         return regions
 
+    async def _offered(self, side: PoolSide, region: str, work: Work, headers: Mapping[str, str], waiting: Waiting) -> bool:
+        """Whether the worker that has the conversation took the work. False: it is with no worker.
+
+        Raises WorkerLost if that is unknown: the worker may have taken the work and died.
+        """
+        if work.affinity is None:
+            return False
+        plain = {name: value for name, value in headers.items() if name not in _OF_QUEUES}
+        for node in in_turn(work.affinity, side.roster.offered(work.model, region)):
+            waiting.offered = asyncio.get_running_loop().create_future()
+            ack = await self._sent_to(subjects.offer(work.pool, region, node, work.model), work, plain, waiting.offered)
+            if waiting.offered.done():
+                return waiting.offered.result() == TAKEN
+            side.roster.silenced(region, node)
+            if ack is None or not ack.block.startswith(_NO_RESPONDERS):
+                raise WorkerLost("a worker did not answer the offer of a request")
+        return False
+
     async def _queued(
         self, side: PoolSide, regions: list[str], work: Work, headers: dict[str, str], patience: float
     ) -> tuple[str, int | None]:
@@ -315,28 +338,32 @@ class NatsGateway:
 
         Raises NoQueue if the work is certainly in no queue.
         """
+        ack = await self._sent_to(subjects.work(work.pool, region, work.model), work, headers)
+        # without one it may have arrived: wait for frames, and let the queue limit decide
+        return None if ack is None else ack.sequence()
+
+    async def _sent_to(
+        self, subject: str, work: Work, headers: Mapping[str, str], answer: asyncio.Future[bytes] | None = None
+    ) -> _Ack | None:
+        """What NATS says about the message; None if it says nothing. answer: ends the waiting too. Raises FabricUnavailable."""
         denials, loop = self.connection.denials, asyncio.get_running_loop()
         acked: asyncio.Future[_Ack | None] = loop.create_future()
         self._acks[work.request_id] = acked
         patience = loop.call_later(API_TIMEOUT, _give_up, acked)
+        if answer is not None:
+            answer.add_done_callback(lambda _: _give_up(acked))
         try:
-            await self.connection.client.publish(
-                subjects.work(work.pool, region, work.model),
-                work.sealed,
-                reply=f"{self._acks_at}{work.request_id}",
-                headers=headers,
-            )
+            reply = f"{self._acks_at}{work.request_id}"
+            await self.connection.client.publish(subject, work.sealed, reply=reply, headers=dict(headers))
             ack = await acked
         except nats.errors.Error as exc:
             raise self.connection.unavailable(exc, denials) from exc
         finally:
             patience.cancel()
             del self._acks[work.request_id]
-        if ack is not None:
-            return ack.sequence()
-        if self.connection.denials == denials:
-            return None  # it may have arrived: wait for frames, and let the queue limit decide
-        raise self.connection.unavailable(TimeoutError(), denials)
+        if ack is None and self.connection.denials != denials:
+            raise self.connection.unavailable(TimeoutError(), denials)
+        return ack
 
     def _on_ack(self, subject: str, block: bytes, payload: bytes) -> bool:
         acked = self._acks.get(subject.removeprefix(self._acks_at))

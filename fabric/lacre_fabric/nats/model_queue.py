@@ -5,6 +5,8 @@ Rules:
   milliseconds; a queue that lost its leader gets another one within nine seconds.
 - Gateways hold requests for as long (`LEADERLESS`). A worker that stopped announcing its model sooner would have them refused.
 - A queue that never answered is missing at once.
+- A queue is quiet if pulls have waited for `QUIET` seconds, one after the other, and got nothing. NATS answers a pull from a
+  queue that has work much sooner.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lacre_fabric.work.contract import LEADERLESS
 
 MISSING_AFTER: Final = LEADERLESS
 NO_ANSWER: Final = 0.1  # seconds between pulls until then: a reload takes less
+QUIET: Final = 0.1  # seconds; also the longest pause between two pulls that count as one
 NO_QUEUE: Final = 1.0  # seconds between looks for a missing queue
 
 
@@ -26,13 +29,34 @@ NO_QUEUE: Final = 1.0  # seconds between looks for a missing queue
 class ModelQueue:
     """there: whether it counts as existing, so that the worker announces its model.
 
-    silent_since: when it stopped answering, on the monotonic clock; infinite while it answers.
+    silent_since: when it stopped answering, on the monotonic clock; infinite while it answers. pulled_since, empty_at: when its
+    pulls began to wait, and when the last one ended with nothing. filled: whether offered work took the last slot meanwhile.
     """
 
     model: str
     pull: JetStreamContext.PullSubscription
     there: bool = True
     silent_since: float = -math.inf
+    pulled_since: float = math.inf
+    empty_at: float = -math.inf
+    filled: bool = False
+
+    def pulling(self, now: float) -> None:
+        self.filled = False
+        if now > self.empty_at + QUIET:
+            self.pulled_since = now
+
+    def empty(self, now: float) -> None:
+        """A pull ended with nothing."""
+        self.empty_at = now
+
+    def brought(self) -> None:
+        """A pull brought work: there may be more."""
+        self.pulled_since, self.empty_at = math.inf, -math.inf
+
+    def quiet(self, now: float) -> bool:
+        """Of a queue in which a pull waits now: whether it has no work."""
+        return now - self.pulled_since >= QUIET
 
     def answered(self) -> None:
         self.there, self.silent_since = True, math.inf

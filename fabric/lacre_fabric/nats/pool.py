@@ -24,7 +24,7 @@ from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.work import frames
 from lacre_fabric.work.contract import BEAT, SETTLE, FabricError, FabricUnavailable, WorkerLost
-from lacre_fabric.work.frames import Frame, FrameKind
+from lacre_fabric.work.frames import DECLINED, TAKEN, Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.presence import Presence, Roster
 
@@ -89,12 +89,25 @@ def read_presence(subject: str, block: bytes, payload: bytes) -> Heard | None:
 
 @dataclass(slots=True)
 class Waiting:
-    """An open request. region: None until it is published. sequence: of its message in the queue; None if no ack came."""
+    """An open request. region: None until it is published. sequence: of its message in the queue; None if no ack came, or if a
+    worker took it without the queue. offered: gets the answer of the worker that it is offered to now.
+    """
 
     inbound: Inbound
     connections: int  # how often the pool had connected when it began
     region: str | None = None
     sequence: int | None = None
+    offered: asyncio.Future[bytes] | None = None
+
+    def answered(self, said: bytes) -> bool:
+        """A worker's word about an offer. Returns whether it was of use."""
+        if said not in (TAKEN, DECLINED) or self.offered is None:
+            return False
+        if not self.offered.done():
+            self.offered.set_result(said)
+        if said == TAKEN:
+            self.inbound.hold()
+        return True
 
 
 class PoolSide:
@@ -223,6 +236,8 @@ class PoolSide:
             if frame.kind in (FrameKind.DATA, FrameKind.BEAT) and self._stray.add(request_id):
                 self._tell(subjects.cancel(self.pool, request_id), b"")  # it runs for no caller
             return False
+        if frame.kind is FrameKind.OFFER:
+            return waiting.answered(frame.payload)
         inbound = waiting.inbound
         taken = inbound.put(frame)
         if frame.kind is FrameKind.BEAT and (total := inbound.renewal()) is not None:

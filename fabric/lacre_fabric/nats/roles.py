@@ -11,6 +11,7 @@ Rules:
 - The warden asks the servers how much each client sends, and makes them close connections or read their own configuration
   again. Only the site's operator holds it, because it can close any connection. It also has its own account.
 - A worker asks JetStream's shared API nothing: all pools share its queue of questions, which drops them all when full.
+- A gateway offers work to any worker of its pools. A worker hears only offers to itself.
 - A gateway reads only its own replies. A worker uses only its own pool, and only the queue of its own region.
 - Permissions alone do not enforce this (see `accounts`): each role also has an account with no more than it needs.
 """
@@ -137,6 +138,7 @@ def gateway(
         (
             *(service for pool in pools for region in regions for service in gateway_services(pool, region)),
             *tell,
+            *(subjects.offers(pool, region, "*") for pool in pools for region in regions),
             READ_MANIFEST,
             subjects.revocation(credential.name),
             subjects.READ_REVOCATIONS,
@@ -151,14 +153,18 @@ def worker(credential: Credential, pool: str, node: str | None, region: str = su
     """node: None for a credential that all of a pool's workers share, like replicas of one deployment. They have the same keys
     and read the same queue. Such a credential can also forge the presence of another node of the pool.
     """
-    presence = subjects.presence(pool, region, "*" if node is None else subjects.check_name("node", node))
+    name = "*" if node is None else subjects.check_name("node", node)
     return Role(
         credential,
         workers_account(pool),
         (pool,),
         (region,),
-        (*worker_services(pool, region), READ_MANIFEST, f"reply.{pool}.>", presence),
-        (_own_inbox(credential), *(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS)),
+        (*worker_services(pool, region), READ_MANIFEST, f"reply.{pool}.>", subjects.presence(pool, region, name)),
+        (
+            _own_inbox(credential),
+            *(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS),
+            subjects.offers(pool, region, name),
+        ),
     )
 
 

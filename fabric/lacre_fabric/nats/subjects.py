@@ -120,6 +120,16 @@ def presence(pool: str, region: str, node: str) -> str:
     return f"presence.{pool}.{region}.{node}"
 
 
+def offer(pool: str, region: str, node: str, model: str) -> str:
+    """Work of the model for one worker. Only its gateway keeps it until the worker takes it."""
+    return f"{offers(pool, region, node)[:-1]}{model_token(model)}"
+
+
+def offers(pool: str, region: str, node: str) -> str:
+    """The subjects of all models. node: or `*` for all."""
+    return f"offer.{pool}.{region}.{node}.*"
+
+
 def is_request(request: str) -> bool:
     """Whether it is a valid request id."""
     return _REQUEST.fullmatch(request) is not None

@@ -2,6 +2,11 @@
 
 Each model has its own queue, and one pull at a time while it has a free slot (`slots.py`). So a flood of requests for one model
 takes no slot of another's. Work that this worker cannot start stays in the queue for other workers.
+
+A gateway may also offer work to this very worker, because it has the beginning of a conversation in its cache:
+- An offer waits nowhere. The worker takes it into a free slot at once, or declines it, and the gateway queues it.
+- The worker takes it only while its own pull waits in vain (`ModelQueue.quiet`). So an offer overtakes no request in the queue.
+- If it takes the last slot, the waiting pull may still bring work. That work returns to the queue.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -26,29 +32,27 @@ from lacre import problems
 from lacre.errors import NewerFormat, ProtocolError, SettingsError
 from lacre.jose.formats import HEADER
 from lacre.runtime import tasks
-from lacre.wire.header import SealedHeader
 from lacre_fabric.nats import orders, protocol, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, Connection, headers_of
+from lacre_fabric.nats.delivery import NatsDelivery, digest_of
 from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, WORK
-from lacre_fabric.nats.handing_back import deliveries, hand_back, was_handed_back
-from lacre_fabric.nats.kv import CONFLICTS
+from lacre_fabric.nats.handing_back import was_handed_back
 from lacre_fabric.nats.model_queue import ModelQueue
 from lacre_fabric.nats.roles import MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, NoMoreWork, Work
-from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import COUNTS, KEYS, MAX_BYTES, ROOM, WRONG
+from lacre_fabric.work.presence import OFFERS as TAKES_OFFERS
 from lacre_fabric.work.slots import Slots
-from lacre_fabric.work.worker_stream import Outbound
 
 PULL: Final = 2.0  # seconds that one pull waits; a pull that NATS loses is repeated this soon
 PULL_EACH: Final = 0.5  # seconds, if there are fewer free slots than models; the models then take turns
 NOT_ABLE: Final = 0.5  # seconds between checks whether the worker can work
 _STAMP: Final = "Nats-Time-Stamp"  # header of stored messages that JetStream returns: when they were written
 LAST_PULL: Final = PULL + 0.5  # seconds until a draining worker's pulls have ended: NATS ends them in time for `PULL`
-IN_PROGRESS: Final = 2.0  # seconds between in-progress acks of unacked work; well within `ACK_WAIT`
-MAX_CREDIT_DIGITS: Final = 12  # of the byte count that a reader took: more than any answer has
+OFFERS: Final = "offers"  # the group of this worker's subscriptions, so that each offer comes once
+FREE_AGAIN: Final = 0.05  # seconds from a full worker's first free slot until it announces it
 
 log = structlog.get_logger("lacre.fabric")
 
@@ -91,6 +95,9 @@ class NatsWorker:
         self._slots = slots
         self._changed = asyncio.Event()  # a slot may be free, or the worker drains
         self._queues: list[ModelQueue] = []  # the next in turn comes first
+        self._offers: Subscription | None = None  # of work for this worker
+        self._offered: deque[NatsDelivery] = deque()  # taken, and in a slot each
+        self._soon: asyncio.TimerHandle | None = None  # the next presence, if it is due before its time
         self._pulls: dict[str, asyncio.Task[NatsDelivery | None]] = {}  # pulls in progress, by model
         self._pullers = 0
         self._presence: tasks.Background | None = None
@@ -128,6 +135,7 @@ class NatsWorker:
         )
         try:
             await worker._bind(models)
+            await worker._hear_offers()
         except BaseException:
             await worker.connection.close()
             raise
@@ -141,6 +149,60 @@ class NatsWorker:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
                 self._queues.append(ModelQueue(model, pull))
             await self._say_presence()
+
+    async def _hear_offers(self) -> None:
+        """NATS servers with the permissions of an older version deny it. Then no gateway learns of it, and none offers work."""
+        subject = subjects.offers(self._pool, self._region, self._node)
+        offers: Subscription | None = None
+        try:
+            async with self.connection.mapped(confirmed=True):
+                offers = await self.connection.client.subscribe_directly(subject, self._on_offer, group=OFFERS)
+        except FabricUnavailable:
+            log.warning("offers.denied", pool=self._pool, remedy="configure NATS again with this version")
+            if offers is not None:
+                with suppress(nats.errors.Error):
+                    await offers.unsubscribe()
+            return
+        self._offers = offers
+        await self._say_presence()
+
+    def _on_offer(self, subject: str, block: bytes, payload: bytes) -> bool:
+        headers = protocol.fields(block, status=False)
+        try:
+            WORK.check_header(headers.get(HEADER))
+            known = True
+        except ProtocolError:
+            known = False  # another worker of the pool may be upgraded already
+        offered = {subjects.offer(self._pool, self._region, self._node, queue.model): queue for queue in self._queues}
+        queue = offered.get(subject)
+        delivery = None if queue is None else self._made(queue.model, headers, payload, None)
+        if queue is None or delivery is None:
+            return False
+        if taken := known and self._takes(queue):
+            self._slots.take(delivery.attempt, queue.model)
+            for one in self._queues:
+                one.filled = one.filled or not self._slots.free(one.model)
+        tasks.detach("an offer", self._answer_offer(delivery, taken=taken))
+        return True
+
+    def _takes(self, queue: ModelQueue) -> bool:
+        """Whether work of this queue may be taken although it is not in it."""
+        waiting = self._pulls.get(queue.model)
+        idle = waiting is not None and not waiting.done() and queue.quiet(time.monotonic())
+        free = self._slots.may_take(queue.model) and self._serves(queue.model)
+        return idle and free and self._pullers > 0 and not self._draining
+
+    async def _answer_offer(self, delivery: NatsDelivery, *, taken: bool) -> None:
+        if not taken:
+            await delivery.hand_back()
+            return
+        await delivery.start()
+        if self._draining:
+            self.release(delivery)
+            await _hand_back(delivery)
+            return
+        self._offered.append(delivery)
+        self._changed.set()
 
     async def pull(self) -> NatsDelivery:
         if self._presence is not None:
@@ -174,7 +236,9 @@ class NatsWorker:
         raise NoMoreWork("this worker is draining: it takes no more work")
 
     def _arrived(self) -> NatsDelivery | None:
-        """The delivery from a finished pull. Raises FabricUnavailable if the pull failed."""
+        """Taken work, or the delivery from a finished pull. Raises FabricUnavailable if the pull failed."""
+        if self._offered:
+            return self._offered.popleft()
         for model, waiting in [(model, waiting) for model, waiting in self._pulls.items() if waiting.done()]:
             del self._pulls[model]
             self._slots.pulled(model)
@@ -200,6 +264,7 @@ class NatsWorker:
     async def _fetch(self, queue: ModelQueue, patience: float) -> NatsDelivery | None:
         """One pull; None if it brought nothing. Raises FabricUnavailable."""
         denials = self.connection.denials
+        queue.pulling(time.monotonic())
         try:
             (message,) = await queue.pull.fetch(1, timeout=patience if queue.there else PULL_EACH)
         except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
@@ -209,14 +274,17 @@ class NatsWorker:
         except nats.errors.Error as exc:
             if isinstance(exc, TimeoutError) and self.connection.denials == denials:
                 if self.connection.connected:  # otherwise the pull says nothing of the queue
+                    queue.empty(time.monotonic())
                     await self._looked(queue, found=True)
                 return None
             raise self.connection.unavailable(exc, denials) from exc
+        queue.brought()
         async with self.connection.mapped():
             await self._looked(queue, found=True)
             delivery = await self._take(message)
             if delivery is None or self._serves(queue.model):
-                return delivery
+                full = queue.filled and not self._slots.free(queue.model)
+                return None if delivery is not None and full and await delivery.hand_back() else delivery
             await _turn_away(delivery)  # the worker became unable to serve it after it pulled
         return None
 
@@ -233,22 +301,16 @@ class NatsWorker:
     async def _take(self, message: Msg) -> NatsDelivery | None:
         """Makes the delivery ready for work; None if the message names no one to answer."""
         headers = headers_of(message)
-        request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
         models = (queue.model for queue in self._queues)
         model = next((name for name in models if subjects.work(self._pool, self._region, name) == message.subject), None)
-        try:
-            order_key = orders.parse_key(headers.get(orders.KEY))
-        except ValueError:
-            model = None
-        if model is None or not subjects.is_request(request_id) or not subjects.is_name(gateway):
+        delivery = None if model is None else self._made(model, headers, message.data, message)
+        if delivery is None:
             log.warning("work.unanswerable")
             await message.ack()
             return None
-        work = Work(request_id, self._pool, model, _digest(message.data), headers.get(GRANT, ""), message.data)
-        delivery = NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
         await delivery.start()
         if delivery.again:
-            delivery.again = not await was_handed_back(self.connection, self.claims_of, work.digest, message)
+            delivery.again = not await was_handed_back(self.connection, self.claims_of, delivery.work.digest, message)
         try:
             WORK.check_header(headers.get(HEADER))
         except ProtocolError as exc:
@@ -256,6 +318,18 @@ class NatsWorker:
             await _hand_back(delivery)  # another worker of the pool may be upgraded already
             return None
         return delivery
+
+    def _made(self, model: str, headers: Mapping[str, str], sealed: bytes, message: Msg | None) -> NatsDelivery | None:
+        """The delivery of a message; None if the message names no one to answer."""
+        request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
+        try:
+            order_key = orders.parse_key(headers.get(orders.KEY))
+        except ValueError:
+            return None
+        if not subjects.is_request(request_id) or not subjects.is_name(gateway):
+            return None
+        work = Work(request_id, self._pool, model, digest_of(sealed), headers.get(GRANT, ""), sealed)
+        return NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
 
     def _serves(self, model: str) -> bool:
         return self._able is None or model in self._able.models()
@@ -265,8 +339,17 @@ class NatsWorker:
         self._changed.set()
 
     def release(self, delivery: Delivery | None = None) -> None:
+        full = self._slots.busy >= self._slots.total
         self._slots.give(None if delivery is None else delivery.attempt)
         self._changed.set()
+        if full and self._offers is not None and self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(FREE_AGAIN, self._free_again)
+
+    def _free_again(self) -> None:
+        """Announces a free slot early: the next turn of a conversation may come at once."""
+        self._soon = None
+        if not self._draining:
+            tasks.detach("presence", self._say_presence())
 
     async def try_claim(self) -> float | None:
         """See the function of the same name."""
@@ -289,6 +372,11 @@ class NatsWorker:
         if self._presence is not None:
             await self._presence.close()
         await self._say_presence()
+        if self._offers is not None and self.connection.connected:
+            with suppress(nats.errors.Error):
+                await self._offers.unsubscribe()
+        while self._offered:
+            await _hand_back(self._offered.popleft())
         pulls, self._pulls = self._pulls, {}
         await tasks.together(*(_returned(pull, patience) for pull in pulls.values()))
         if self.connection.connected:
@@ -312,7 +400,7 @@ class NatsWorker:
         busy, room = self._slots.busy, {model: self._slots.free(model) for model in models}
         wrong = [] if self._able is None else self._able.kinds()
         said = {"models": models, "free": self._slots.total - busy, "busy": busy, ROOM: room}
-        said |= {KEYS: list(self._keys()), WRONG: wrong}
+        said |= {KEYS: list(self._keys()), WRONG: wrong, TAKES_OFFERS: self._offers is not None}
         counted = said | {COUNTS: {model: counts.encode() for model, counts in self._counts().items()}}
         message = json.dumps(counted).encode()
         if len(message) > MAX_BYTES:  # without counts, because the rest must arrive
@@ -320,134 +408,6 @@ class NatsWorker:
         with suppress(nats.errors.Error):  # while NATS is down there is no listener
             subject = subjects.presence(self._pool, self._region, self._node)
             await self.connection.client.publish(subject, message)
-
-
-class NatsDelivery:
-    """A `Delivery`."""
-
-    def __init__(self, worker: NatsWorker, message: Msg, work: Work, reply: str, order_key: bytes | None) -> None:
-        self._worker = worker
-        self._message = message
-        self._reply = reply
-        self._order_key = order_key
-        self._unproven = False
-        self._doubtful = False  # a claim may be this attempt's, though no answer confirmed it
-        self._out = Outbound(self._publish)
-        self._subscriptions: list[Subscription] = []
-        self._progress: asyncio.Task[object] | None = None
-        self._settled = False
-        self.work = work
-        self.attempt = self._out.attempt
-        self.cancelled = self._out.cancelled
-        self.again = deliveries(message) > 1
-
-    async def start(self) -> None:
-        client = self._worker.connection.client
-        pool, request_id = self.work.pool, self.work.request_id
-        self._subscriptions = [
-            await client.subscribe_directly(subjects.cancel(pool, request_id), self._on_cancel),
-            await client.subscribe_directly(subjects.credit(pool, request_id), self._on_credit),
-        ]
-        self._progress = tasks.detach("signs of work", self._in_progress())
-
-    async def claim(self) -> bool:
-        """Claims by creating a key: the first creator gets the request. If the create timed out it may still have happened, so
-        the key is read back.
-
-        Raises FabricUnavailable if the result is unknown. It is safe to call again.
-        """
-        mine, connection = self.attempt.encode(), self._worker.connection
-        subject, denials = subjects.claim(self._worker.claims_of, self.work.digest.hex()), connection.denials
-        try:
-            first = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"}
-            await connection.jetstream.publish(subject, mine, headers=first)
-        except nats.errors.Error as failed:
-            lost = isinstance(failed, nats.js.errors.APIError) and failed.err_code in CONFLICTS
-            if lost and not self._doubtful:
-                return False
-            self._doubtful = True  # this create, or an earlier one, may have succeeded
-            if connection.denials == denials:
-                with suppress(nats.errors.Error):
-                    if (
-                        held := await connection.newest(f"KV_{subjects.claims_bucket(self._worker.claims_of)}", subject)
-                    ) is not None:
-                        return held == mine
-            raise connection.unavailable(failed, denials) from failed
-        return True
-
-    async def send(self, kind: FrameKind, payload: bytes) -> None:
-        await self._out.send(kind, payload)
-        await self._settle()
-
-    async def stop(self, receipt: bytes) -> None:
-        await self._out.stop(receipt)
-
-    async def reject(self, problem_type: str) -> None:
-        await self.send(FrameKind.ERROR, problem_type.encode())
-        await self.drop()
-
-    async def drop(self) -> None:
-        await self._settle()
-        subscriptions, self._subscriptions = self._subscriptions, []
-        for subscription in subscriptions:
-            with suppress(nats.errors.Error):
-                await subscription.unsubscribe()
-
-    async def hand_back(self) -> bool:
-        """Returns work that never started to its queue, for another worker. False: it is still here."""
-        worker = self._worker
-        if not await hand_back(worker.connection, worker.claims_of, self.work.digest, self._message):
-            return False
-        self._leave()
-        await self.drop()
-        return True
-
-    async def _settle(self) -> None:
-        """Acks once. The ack removes the work from the queue: after a later failure the client must resume."""
-        if not self._settled:
-            self._leave()
-            with suppress(nats.errors.Error):
-                await self._message.ack()
-
-    def _leave(self) -> None:
-        """Stops the in-progress acks. Unless the work is acked now, NATS delivers it again."""
-        self._settled = True
-        if self._progress is not None:
-            self._progress.cancel()
-
-    async def _in_progress(self) -> None:
-        while True:
-            await asyncio.sleep(IN_PROGRESS)
-            with suppress(nats.errors.Error):
-                await self._message.in_progress()
-
-    async def _publish(self, frame: Frame) -> None:
-        try:
-            await self._worker.connection.client.publish(self._reply, frame.payload, headers=frame.headers())
-        except nats.errors.Error as exc:
-            raise FabricUnavailable("the connection to NATS is gone") from exc
-
-    def _on_cancel(self, _subject: str, block: bytes, _payload: bytes) -> bool:
-        if not self._proven(block, orders.CANCEL):
-            return False
-        self._out.cancel()
-        return True
-
-    def _on_credit(self, _subject: str, block: bytes, payload: bytes) -> bool:
-        if not payload.isdigit() or len(payload) > MAX_CREDIT_DIGITS or not self._proven(block, payload):
-            return False
-        self._out.renew(int(payload))
-        return True
-
-    def _proven(self, block: bytes, order: bytes) -> bool:
-        """Whether the order carries a valid proof. block: headers, as on the wire. Raises InvalidMessage."""
-        given = protocol.fields(block, status=False).get(orders.PROOF, "") if block else ""
-        if orders.proven(self._order_key, order, given):
-            return True
-        if not self._unproven:  # log once, however many come
-            self._unproven = True
-            log.warning("order.unproven", pool=self.work.pool, remedy="check who has the pool's credentials: one may be stolen")
-        return False
 
 
 async def _returned(pull: asyncio.Task[NatsDelivery | None], patience: float) -> None:
@@ -488,11 +448,3 @@ async def try_claim(connection: Connection, pool: str) -> float | None:
         return datetime.fromisoformat(stamp).timestamp()
     except ValueError:
         return None
-
-
-def _digest(sealed: bytes) -> bytes:
-    """The digest of `hdr ‖ enc`; empty if the bytes are not a sealed request. The worker then reports that to the gateway."""
-    try:
-        return SealedHeader.parse(sealed).digest
-    except ProtocolError:
-        return b""

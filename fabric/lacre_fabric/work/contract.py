@@ -105,7 +105,7 @@ class Work:
     """A sealed request on its way to a worker.
 
     grant: a JWS. digest: SHA-256 of `hdr ‖ enc`; two works with the same digest are the same request.
-    request_id: 32 hex digits; part of NATS subjects.
+    request_id: 32 hex digits; part of NATS subjects. affinity: equal for requests of one conversation; no worker gets it.
     """
 
     request_id: str
@@ -114,6 +114,7 @@ class Work:
     digest: bytes
     grant: str = field(repr=False)
     sealed: bytes = field(repr=False)
+    affinity: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

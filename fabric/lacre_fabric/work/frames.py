@@ -18,12 +18,14 @@ SEQUENCE: Final = "S"
 KIND: Final = "K"
 MAX_PAYLOAD: Final = 256 * 1024  # bytes: a worker's whole credit
 MAX_BLOCK: Final = 1024  # bytes of headers; ours take about 70, and a NATS proxy may add its own
+TAKEN: Final = b"taken"  # repeated until the first frame of the answer
+DECLINED: Final = b"declined"  # the work never began here
 _ATTEMPT: Final = re.compile(r"[0-9a-f]{32}")
 _SEQUENCE: Final = re.compile(r"0|[1-9][0-9]{0,11}")
 # The headers as our workers write them. One regular expression reads them: parsing them into a dictionary would cost a gateway
 # more than the rest of a frame.
 _BLOCK: Final = re.compile(
-    rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat|stopped)\r\n\r\n"
+    rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat|stopped|offer)\r\n\r\n"
 )
 
 
@@ -35,6 +37,7 @@ class FrameKind(StrEnum):
     - error: a problem type; ends the answer.
     - beat: a heartbeat, once a second, with the receipt so far if there is one.
     - stopped: the gateway withdrew the work; ends it with the receipt so far.
+    - offer: `TAKEN` or `DECLINED`, about work that the gateway offered to this worker. No frame of the answer: its number is 0.
     """
 
     DATA = "data"
@@ -42,6 +45,7 @@ class FrameKind(StrEnum):
     ERROR = "error"
     BEAT = "beat"
     STOPPED = "stopped"
+    OFFER = "offer"
 
 
 _KINDS: Final = {kind.value: kind for kind in FrameKind}

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Final
 
 from lacre_fabric.work.contract import (
+    ACK_WAIT,
     CREDIT,
     LOST_AFTER,
     FabricError,
@@ -54,6 +55,7 @@ class Inbound:
         self._arrived: asyncio.Future[None] | None = None
         self._pending_bytes = 0
         self._bound: str | None = None
+        self._held = False
         self._next = 0
         self._over = False
         self._beats = 0  # beats in a row; the reader never sees them
@@ -105,6 +107,13 @@ class Inbound:
             if frame.kind is not FrameKind.DATA:
                 self._ended.set()
         return True
+
+    def hold(self) -> None:
+        """A worker that has not begun says that it has the work. Such a worker says so again within `ACK_WAIT`, or begins."""
+        if self._bound is None and not self._over:
+            self._held, self._silent_at = True, self._loop.time() + ACK_WAIT
+            self._watch.cancel()
+            self._watch = self._watching()
 
     def fail(self, error: FabricError) -> None:
         """Ends the stream with an error, after the frames that arrived before it."""
@@ -181,7 +190,8 @@ class Inbound:
             self._silent_at = max(self._silent_at, now + CATCH_UP)
         if now < self._silent_at:
             self._watch = self._watching()
-        elif self._bound is None:
+        elif self._bound is None and not self._held:
             self.fail(QueueTimeout("no worker took the request within its queue limit"))
         else:
-            self.fail(WorkerLost("the worker fell silent in the middle of an answer"))
+            where = "before its answer" if self._bound is None else "in the middle of an answer"
+            self.fail(WorkerLost(f"the worker fell silent {where}"))

@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from lacre.errors import InvalidMessage
@@ -35,6 +35,7 @@ MAX_REASONS: Final = 16  # that one worker may give for taking no work; about te
 WRONG: Final = "wrong"  # member of a presence message: the kinds of faults that keep the worker from working
 ROOM: Final = "room"  # member of a presence message: its free slots by model; older workers omit it
 COUNTS: Final = "counts"  # member of a presence message: its work by model, for metrics; older workers omit it
+OFFERS: Final = "offers"  # member of a presence message: whether it takes work that is offered to it; older workers omit it
 KEYS: Final = "keys"  # member of a presence message: the fingerprints of the keys that it holds
 
 
@@ -44,7 +45,7 @@ _KIND: Final = re.compile(r"[a-z_]{1,32}")  # they are shown in a terminal
 @dataclass(frozen=True, slots=True)
 class Presence:
     """A presence message. models: those it takes work for now. busy, free: its slots. room: free slots by model; `free` applies
-    to a model not in it. counts: its work, of models that have some.
+    to a model not in it. counts: its work, of models that have some. offers: whether it takes offered work.
     """
 
     models: frozenset[str]
@@ -52,6 +53,7 @@ class Presence:
     free: int
     room: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, ModelCounts] = field(default_factory=dict)
+    offers: bool = False
 
     @property
     def slots(self) -> tuple[object, ...]:
@@ -67,7 +69,8 @@ class Presence:
         members = _members(data)
         models = _texts(members, "models", MAX_MODELS, MAX_MODEL)
         counts = parse_counts(members, COUNTS, MAX_MODEL)
-        return cls(models, _slots(members, "busy"), _slots(members, "free"), _room(members, models), counts)
+        free, offers = _slots(members, "free"), members.get(OFFERS) is True
+        return cls(models, _slots(members, "busy"), free, _room(members, models), counts, offers)
 
 
 def receipts_by(key: str, receipt_key: bytes) -> str:
@@ -144,6 +147,11 @@ class Roster:
         self._sums.hear(region, node, presence.counts)
         return True
 
+    def silenced(self, region: str, node: str) -> None:
+        """The worker does not answer: it counts again with its next presence."""
+        if (known := self._nodes.get((region, node))) is not None:
+            self._nodes[region, node] = known[0], replace(known[1], offers=False)
+
     def live(self) -> Mapping[tuple[str, str], Presence]:
         """By region and node."""
         self._forget()
@@ -175,6 +183,11 @@ class Roster:
         if found:  # only names that workers announce are kept
             self._free[model] = found
         return found
+
+    def offered(self, model: str, region: str) -> dict[str, int]:
+        """The workers of the region that serve the model and take offered work, each with its free slots for it."""
+        said = {node: said for (at, node), said in self.live().items() if at == region}
+        return {node: one.free_for(model) for node, one in said.items() if one.offers and model in one.models}
 
     def _forget(self) -> None:
         now = self._clock()

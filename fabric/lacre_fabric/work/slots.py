@@ -75,6 +75,12 @@ class Slots:
         room = self.free(owner) > beside and self.busy + len(self._pulling) < self.total
         return known and model not in self._pulling and room
 
+    def may_take(self, model: str) -> bool:
+        """Whether the model has a free slot for work that was not pulled. A waiting pull does not occupy it."""
+        owner = self._owner(model)
+        known = all(taken.sequences is not None for taken in self._taken.values() if taken.model == owner)
+        return known and self.free(model) > 0
+
     # Changes
 
     def pull(self, model: str) -> None:

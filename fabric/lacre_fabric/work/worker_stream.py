@@ -25,6 +25,11 @@ class Outbound:
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
 
+    @property
+    def silent(self) -> bool:
+        """Whether no frame was sent yet."""
+        return self._sequence == 0
+
     async def send(self, kind: FrameKind, payload: bytes) -> None:
         """Raises Cancelled. A frame gets its number when it is sent, so a beat can overtake data that waits for credit."""
         if kind is FrameKind.DATA:

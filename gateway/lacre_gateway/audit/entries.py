@@ -36,7 +36,8 @@ class Intent:
     time: seconds since the epoch. jti: hex SHA-256 of the token's id. enc: base64url SHA-256 of `hdr ‖ enc`. policies: the ids
     of the deciding ones. policy_set, entities: hex SHA-256 of the rules and entities of the decision. reserved_*: amounts
     charged to the caller's limits at admission, in tokens and micro-units; none if policy or a budget refused. max_tokens: as
-    the client sent it; allowed_tokens: what policy decided on, if that was a default above what it allows. limits: which limits
+    the client sent it; allowed_tokens: what policy decided on, if that was a default above what it allows. affinity: whether
+    there was one; never which. limits: which limits
     were charged, in the form of `Hold.limits`. lease: the holder whose leases were charged. annex: hex SHA-256 of the annex
     entry, if there is one.
     """
@@ -72,6 +73,7 @@ class Intent:
     limits: tuple[str, ...] = ()
     annex: str | None = None
     allowed_tokens: int | None = None
+    affinity: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

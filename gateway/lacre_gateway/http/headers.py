@@ -1,7 +1,8 @@
 """The outer headers of a sealed request: all that policy and budget may know of it. Parsed once, here.
 
 Rules:
-- Each must appear once: a request must have only one reading. All but `lacre-max-tokens-default` are required.
+- Each must appear once: a request must have only one reading. All but `lacre-max-tokens-default` and `lacre-affinity` are
+  required.
 - A malformed value is refused, never repaired.
 - The worker compares these values with the sealed ones; the gateway itself cannot.
 """
@@ -15,6 +16,7 @@ from enum import StrEnum
 from typing import Any, Final, Self, TypeVar
 
 from lacre import problems
+from lacre.jose.jws import b64u_decode
 from lacre.runtime.records import record
 from lacre.wire import outer
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
@@ -26,9 +28,10 @@ _LENGTH: Final = re.compile(r"[0-9]{1,19}")
 _REQUIRED: Final = tuple(name.encode() for name in (outer.POOL, outer.MODEL, outer.ACTION, outer.CEILING, outer.SHAPE))
 _POOL, _MODEL, _ACTION, _CEILING, _SHAPE = _REQUIRED
 _IS_DEFAULT: Final = outer.CEILING_IS_DEFAULT.encode()
+_AFFINITY: Final = outer.AFFINITY.encode()
 _READ: Final = frozenset(
     {
-        *_REQUIRED, _IS_DEFAULT, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding",
+        *_REQUIRED, _IS_DEFAULT, _AFFINITY, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding",
         b"traceparent",
     }
 )  # fmt: skip
@@ -77,7 +80,7 @@ class Shape(StrEnum):
 @record(frozen=True, slots=True)
 class OuterHeaders:
     """The parsed headers. max_tokens: output tokens over all choices. is_default: whether the caller named no such ceiling, so
-    that a lower one may be granted.
+    that a lower one may be granted. affinity: equal for requests of one conversation, if the client says so.
     """
 
     pool: str
@@ -86,6 +89,7 @@ class OuterHeaders:
     max_tokens: int
     shape: Shape
     is_default: bool = False
+    affinity: bytes | None = field(default=None, repr=False)
 
 
 @record(frozen=True, slots=True)
@@ -152,6 +156,7 @@ class Fields:
             self._required(_CEILING, _count),
             self._required(_SHAPE, Shape),
             _IS_DEFAULT in self.values and self._required(_IS_DEFAULT, _yes),
+            self._required(_AFFINITY, _affinity) if _AFFINITY in self.values else None,
         )
 
     def _required(self, name: bytes, form: Callable[[str], _T]) -> _T:
@@ -178,6 +183,12 @@ def _yes(text: str) -> bool:
     if text not in (outer.YES, outer.NO):
         raise ValueError(outer.CEILING_IS_DEFAULT)
     return text == outer.YES
+
+
+def _affinity(text: str) -> bytes:
+    if not outer.is_affinity(text):
+        raise ValueError(outer.AFFINITY)
+    return b64u_decode(text)
 
 
 def _count(text: str) -> int:

@@ -20,8 +20,11 @@ def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
+_OPTIONAL: Final = (outer.CEILING_IS_DEFAULT, outer.AFFINITY)
+
+
 def _header(name: str, **schema: Any) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": name != outer.CEILING_IS_DEFAULT, "schema": schema}
+    return {"name": name, "in": "header", "required": name not in _OPTIONAL, "schema": schema}
 
 
 _TEXT: Final = {"type": "string"}
@@ -65,6 +68,7 @@ PATHS: Final[dict[str, Any]] = {
                 _header(outer.CEILING, type="integer", minimum=1, maximum=outer.MAX_TOKENS),
                 _header(outer.CEILING_IS_DEFAULT, enum=[outer.YES, outer.NO]),
                 _header(outer.SHAPE, enum=[shape.value for shape in Shape]),
+                _header(outer.AFFINITY, type="string", pattern=f"^{outer.AFFINITY_FORM}$"),
             ],
             "requestBody": {
                 "required": True,

@@ -102,6 +102,7 @@ class SealedRequest(_Timed):
     kem: Literal["MLKEM768-X25519", "X25519"]
     shape: Shape
     address: str = "192.0.2.1"
+    affinity: bool = False
     decided_by: tuple[str, ...] | None = None
 
     def question(self) -> Question:
@@ -116,6 +117,7 @@ class SealedRequest(_Timed):
             shape=self.shape,
             address=self.address,
             time=self.moment,
+            affinity=self.affinity,
         )
 
 

@@ -28,7 +28,7 @@ from lacre.errors import SettingsError
 from lacre.runtime.records import record
 from lacre_gateway.policy import reads
 from lacre_gateway.policy.local_time import UTC_ZONE, TimeZone
-from lacre_gateway.policy.question import LATER_ACTIONS, LATER_MEMBERS, AnyQuestion, VerdictKeys
+from lacre_gateway.policy.question import LATER_ACTIONS, OMITTED_BY_OLDER, AnyQuestion, VerdictKeys
 
 # Each holds names from a token (at most 16 KiB), which the verdicts of `auth` hold as well.
 MAX_DECISIONS: Final = 4096
@@ -143,9 +143,10 @@ class PolicySet:
             return None
         why = self._misfit(question)
         if why is not None and type(question) not in self._omitted:
-            self._omitted[type(question)] = LATER_MEMBERS
-            if self._misfit(question) is None:
-                return None
+            for members in OMITTED_BY_OLDER:
+                self._omitted[type(question)] = members
+                if self._misfit(question) is None:
+                    return None
             del self._omitted[type(question)]
         return why
 

@@ -66,6 +66,8 @@ def _other(allowed: Allowed, asked: Question) -> dict[str, Detail]:
         return {"reason": "shape"}
     if any(allowed(replace(asked, kem=kem)) for kem in Kem):
         return {"reason": "kem"}
+    if asked.affinity and allowed(replace(asked, affinity=False)):
+        return {"reason": "affinity"}
     return {}
 
 

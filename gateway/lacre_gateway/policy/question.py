@@ -28,8 +28,11 @@ from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy.local_time import TimeZone
 from lacre_gateway.policy.reads import Reads
 
-# Added since the first version. A set whose schema is older decides without these members, and denies these actions.
-LATER_MEMBERS: Final = frozenset({"weekday", "local_hour", "local_minute", "zone"})
+# Added since the first version, the newest first. A set whose schema is older decides without these members, and denies these
+# actions.
+_NEWEST: Final = frozenset({"affinity"})
+LATER_MEMBERS: Final = _NEWEST | {"weekday", "local_hour", "local_minute", "zone"}
+OMITTED_BY_OLDER: Final = (_NEWEST, LATER_MEMBERS)
 LATER_ACTIONS: Final = ("admin:budget",)
 _POST_QUANTUM: Final = frozenset({Kem.XWING})
 _HOUR: Final = 3600
@@ -75,7 +78,9 @@ def _entity(uid: Entity, attributes: dict[str, str] | None = None, *parents: Ent
 
 @record(frozen=True, slots=True)
 class Question:
-    """One sealed request. address: the caller's. time: seconds since the epoch, to the millisecond."""
+    """One sealed request. address: the caller's. time: seconds since the epoch, to the millisecond. affinity: whether it says
+    which requests are of its conversation.
+    """
 
     principal: Principal
     action: Action
@@ -87,6 +92,7 @@ class Question:
     shape: Shape
     address: str
     time: float
+    affinity: bool = False
 
     @property
     def entities_key(self) -> Hashable:
@@ -152,6 +158,7 @@ _MEMBERS: Final[Mapping[type, Mapping[str, Callable[[Any, TimeZone], Hashable]]]
         "kem": lambda asked, _zone: asked.kem.label,
         "post_quantum": lambda asked, _zone: asked.kem in _POST_QUANTUM,
         "shape": lambda asked, _zone: asked.shape.value,
+        "affinity": lambda asked, _zone: asked.affinity or None,
     },
 }
 

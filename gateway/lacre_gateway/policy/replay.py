@@ -117,6 +117,7 @@ def question_of(members: Mapping[str, Any]) -> AnyQuestion:
             shape=Shape(members["shape"]),
             address=members["address"],
             time=members["time"],
+            affinity=members.get("affinity") is True,
         )
     except (KeyError, ValueError) as exc:
         raise InvalidMessage("it is from another version: this one does not know its action, shape or KEM") from exc

@@ -223,6 +223,6 @@ def _questions() -> Iterator[AnyQuestion]:
     for plan in (None, "p"):
         who = Principal("s", "t", "i", ("g",), ("c",), plan)
         for action in Action:
-            yield Question(who, action, "p", "m", 1, 1, Kem.XWING, Shape.NONE, "192.0.2.1", 0.0)
+            yield Question(who, action, "p", "m", 1, 1, Kem.XWING, Shape.NONE, "192.0.2.1", 0.0, affinity=True)
         for admin in AdminAction:
             yield AdminQuestion(who, admin, "g", "2001:db8::1", 0.0)

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Final
 
 from lacre import problems
@@ -222,6 +222,7 @@ class _Request:
     request_id: str
     digest: bytes
     enc: str
+    affinity: bytes | None = field(default=None, repr=False)
 
     def with_fewer(self, max_tokens: int) -> _Request:
         """With this lower ceiling of output."""
@@ -259,6 +260,7 @@ class _Request:
             lease=None if hold is None else hold.lease,
             limits=() if hold is None else hold.limits,
             allowed_tokens=None if asked.max_tokens == self.asked_tokens else asked.max_tokens,
+            affinity=asked.affinity or None,
         )
 
     def work(self, grant: str, sealed: bytes) -> Work:
@@ -269,6 +271,7 @@ class _Request:
             digest=self.digest,
             grant=grant,
             sealed=sealed,
+            affinity=self.affinity,
         )
 
     def claim(self, receipts: tuple[bytes, ...]) -> Claim:
@@ -317,6 +320,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
         shape=outer.shape,
         address=exchange.address,
         time=round(gateway.clock(), 3),  # as in the audit log, so that the decision can be repeated
+        affinity=outer.affinity is not None,
     )
     return _Request(
         question=question,
@@ -327,6 +331,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
         request_id=exchange.request_id,
         digest=digest,
         enc=b64u(digest),
+        affinity=outer.affinity,
     )
 
 

@@ -80,9 +80,10 @@ class Client(SealingClient):
     an answer that broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many
     requests may run at once; the others wait for their turn. A stream counts until it is read to the end or left. None: no
     limit. An async client counts in each event loop. cache_scope: names one of a server's users, whose prompts get a prefix
-    cache of their own; no worker can tell who it is. prices: of models, like the table `prices` of a gateway's plans.toml;
-    `reply.cost` is then known. memory: where to remember the newest manifest seen; default: a file under `$XDG_STATE_HOME`.
-    verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
+    cache of their own; no worker can tell who it is. affinity: let the gateway see which chats begin alike: the next turn of a
+    conversation then comes to the worker that has it in its cache. prices: of models, like the table `prices` of a gateway's
+    plans.toml; `reply.cost` is then known. memory: where to remember the newest manifest seen; default: a file under
+    `$XDG_STATE_HOME`. verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
     and exceptions for `chat`, `chat_stream` and `explain`.
@@ -103,6 +104,7 @@ class Client(SealingClient):
         resume: int = DEFAULT_RESUMES,
         max_concurrency: int | None = None,
         cache_scope: str | None = None,
+        affinity: bool = True,
         prices: Prices | None = None,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
@@ -124,6 +126,7 @@ class Client(SealingClient):
             pin_models=pin_models_of(pin_models),
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
+            affinity=arguments.flag(affinity, "affinity"),
             prices=prices_of(prices),
         )
         lasts, at_once, hooks = arguments.timeout(timeout), at_once_of(max_concurrency), arguments.hooks(event_hooks)

@@ -42,6 +42,7 @@ from lacre.evidence.exchange_info import Facts
 from lacre.evidence.prices import TokenPrice, price_of
 from lacre.evidence.receipts import Receipt
 from lacre.evidence.verification import SealedTo, Signed, Verification
+from lacre.exchange.affinity import affinity_of
 from lacre.exchange.first_use import first_use
 from lacre.exchange.model_paths import misdirected
 from lacre.exchange.own_usage import OwnUsage, own_usage
@@ -133,6 +134,7 @@ class Sealing:
         pin_models: Mapping[str, str] = MappingProxyType({}),
         retries: int | None = 0,
         resume: int = 0,
+        affinity: bool = True,
         prices: Mapping[str, TokenPrice] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -146,6 +148,7 @@ class Sealing:
         self._keep_identifying_fields = keep_identifying_fields
         self._retries = retries
         self.resume = resume
+        self._affinity = affinity
         self._clock = clock
         self._lock = threading.Lock()
         self._trusted: Trusted | None = None
@@ -408,6 +411,9 @@ class Sealing:
             key.config, bhttp.encode_request(self._inner(prepared, call.scope, copies), padded_to=padded_to)
         )
         outside = (*said, (outer.CEILING_IS_DEFAULT, outer.YES)) if prepared.is_default else said
+        if self._affinity and (beginning := prepared.beginning) is not None:
+            salt = call.scope.salt_of(call.plain.overrides.cache_scope)
+            outside = (*outside, (outer.AFFINITY, affinity_of(salt, name, prepared.model, beginning)))
         headers = (*outside, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
         call.attempts += 1
         checked = self._checked(call.trusted, SealedTo.of(name, key))

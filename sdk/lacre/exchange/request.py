@@ -13,6 +13,7 @@ from types import EllipsisType
 from typing import Any, Final, NamedTuple, TypeGuard
 
 from lacre.errors import MessageTooLarge, UsageError
+from lacre.exchange.affinity import beginning_of
 from lacre.exchange.resume_marks import ASK, MEMBER
 from lacre.runtime.json_objects import object_in
 from lacre.trust.manifest import ModelEntry, ModelKind
@@ -33,13 +34,14 @@ IDENTIFYING_FIELDS: Final = (
 # Sealing adds the key encapsulation, a tag for each chunk, headers and padding: less than this together.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
+_CHAT: Final = "chat"
 EXPLAIN: Final = "explain"
 LENS: Final = "lens"  # an explanation that also shows the layers, which needs a scope of its own
 # The actions that run a model, each with its path. Of `/v1/explain`, the body may make it `LENS`.
 _RUNS: Final = {
-    "/v1/chat/completions": "chat",
-    "/v1/responses": "chat",
-    "/v1/messages": "chat",
+    "/v1/chat/completions": _CHAT,
+    "/v1/responses": _CHAT,
+    "/v1/messages": _CHAT,
     "/v1/completions": "complete",
     "/infill": "complete",
     "/v1/embeddings": "embed",
@@ -123,6 +125,7 @@ class Prepared:
     """A request that is ready to be sealed, and the outer values that policy and budget need.
 
     is_default: whether the caller named no ceiling, so that the gateway may lower it. Nothing inside the seal names one then.
+    beginning: of the conversation, if it is a chat (see `lacre.exchange.affinity`).
     """
 
     plain: Plain
@@ -130,6 +133,7 @@ class Prepared:
     model: str
     max_tokens: int
     is_default: bool = False
+    beginning: bytes | None = field(default=None, repr=False)
 
 
 def is_repeatable(plain: Plain) -> bool:
@@ -210,7 +214,8 @@ def prepare(
         return Prepared(sealed, action, model, NO_OUTPUT)
     is_default = action in _GENERATES and not any(_is_limit(name, sealed_body.get(name)) for name in _LIMITS)
     each = models.get(model, ModelEntry()).output if is_default else OTHER_CEILING
-    return Prepared(sealed, action, model, _ceiling(sealed_body, each), is_default)
+    beginning = beginning_of(sealed_body) if action == _CHAT else None
+    return Prepared(sealed, action, model, _ceiling(sealed_body, each), is_default, beginning)
 
 
 def _default_model(models: Mapping[str, ModelEntry], action: str) -> str:

@@ -85,6 +85,7 @@ _REASONS: Final = {
     "no-such-limit": "The plans have no such limit for this budget.",
     "shape": "Another shape would be allowed.",
     "kem": "Another key encapsulation would be allowed.",
+    "affinity": "It would be allowed without affinity: make the client with affinity=False.",
 }
 
 

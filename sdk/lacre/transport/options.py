@@ -32,6 +32,7 @@ class SharedOptions(TypedDict, total=False):
     resume: int
     max_concurrency: int | None
     cache_scope: str | None
+    affinity: bool
     prices: Prices | None
     memory: Memory | None
     verify: Verify

@@ -17,6 +17,9 @@ CEILING_IS_DEFAULT: Final = "lacre-max-tokens-default"
 YES, NO = "?1", "?0"  # Booleans of RFC 9651
 MOST: Final = "lacre-most-tokens"  # only inside the seal: the default ceiling, above which nothing may be granted
 SHAPE: Final = "lacre-shape"
+# Only outside the seal: equal for the requests of one conversation. No worker needs it, because it knows the salt.
+AFFINITY: Final = "lacre-affinity"
+AFFINITY_SIZE: Final = 16  # bytes; base64url in the header
 
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling: what an engine can count
 # Of an explained prompt: each is one more run of it, so this bounds what a gateway reserves.
@@ -25,12 +28,18 @@ MAX_PARTS: Final = 16
 MAX_LENS_TOKENS: Final = 32
 MAX_LENS_LAYERS: Final = 16
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # visible ASCII
+AFFINITY_FORM: Final = r"[A-Za-z0-9_-]{21}[AQgw]"  # of that size, in its one spelling
+_AFFINITY: Final = re.compile(AFFINITY_FORM)
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
 
 
 def is_name(text: str) -> bool:
     """Of a pool or a model. Whether there is one of that name is for the manifest to say."""
     return _NAME.fullmatch(text) is not None
+
+
+def is_affinity(text: str) -> bool:
+    return _AFFINITY.fullmatch(text) is not None
 
 
 def ceiling_in(text: str) -> int | None:
