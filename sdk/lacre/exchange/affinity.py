@@ -20,7 +20,7 @@ from lacre.jose.jws import b64u
 from lacre.wire.outer import AFFINITY_SIZE
 
 _LABEL: Final = b"lacre affinity"
-_FIRST: Final = ("instructions", "system")  # what stands before the messages: of the Responses API, and of the Messages API
+_FIRST: Final = ("instructions", "system")  # instructions before the messages, of the Responses API and of the Messages API
 _TURNS: Final = ("messages", "input")
 
 
