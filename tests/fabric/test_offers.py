@@ -10,11 +10,12 @@ import pytest
 
 from lacre import problems
 from lacre_fabric.nats import subjects
-from lacre_fabric.nats.affinity import in_turn
+from lacre_fabric.nats.affinity import MAX_UNANSWERED, in_turn
 from lacre_fabric.nats.delivery import NatsDelivery
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.model_queue import QUIET, ModelQueue
 from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.streams import MAX_PAYLOAD
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import Dispatch, FabricUnavailable, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind
@@ -118,6 +119,15 @@ def test_no_other_worker_is_asked_in_place_of_a_busy_one() -> None:
     assert in_turn(affinity, {}) == []
 
 
+def test_a_worker_has_few_offers_to_answer_at_once() -> None:
+    """All are on its connection, and NATS ends one for which too many bytes wait."""
+    affinity, free = conversation("n1", "n2"), {"n1": 100, "n2": 2}
+    assert in_turn(affinity, free, {"n1": MAX_UNANSWERED - 1}) == ["n1", "n2"]
+    assert in_turn(affinity, free, {"n1": MAX_UNANSWERED}) == []
+    assert in_turn(affinity, free, {"n1": 0, "n2": 2}) == ["n1"]
+    assert MAX_UNANSWERED * MAX_PAYLOAD < 64 * 2**20
+
+
 def test_a_worker_of_before_takes_no_offers() -> None:
     said = Presence.parse(b'{"models": ["m"], "busy": 0, "free": 1}')
     roster = Roster()
@@ -155,6 +165,7 @@ async def test_turns_come_to_one_worker(parties: Parties) -> None:
         gained = dict(zip(NODES, (now - then for now, then in zip(pool.counts(), before, strict=True)), strict=True))
         assert gained == {node: 8, other: 0}
     assert await parties.live.queued() == 0
+    assert not pool.gateway._sides["a"].unanswered
     assert all(work.affinity is None for each in pool.nodes.values() for work in each.got)
 
 
@@ -221,6 +232,7 @@ async def test_pulled_work_that_finds_no_slot_goes_to_another_worker(parties: Pa
         await dispatch.cancel()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_dies_with_taken_work_is_lost_soon(parties: Parties) -> None:
     worker, gateway = await parties.worker(slots=2), await parties.gateway()
     pulled = asyncio.ensure_future(worker.pull())

@@ -15,17 +15,22 @@ from collections.abc import Mapping
 from typing import Final
 
 TRIES: Final = 2  # workers: the first may have died since its last presence
+# Unanswered offers of one gateway process to one worker. NATS ends a connection for which 64 MiB wait, and work has 9 at most.
+MAX_UNANSWERED: Final = 4
 
 
-def in_turn(affinity: bytes, free: Mapping[str, int]) -> list[str]:
-    """The workers to ask, best first. free: the free slots of each worker. It ends before the first busy one."""
+def in_turn(affinity: bytes, free: Mapping[str, int], unanswered: Mapping[str, int] | None = None) -> list[str]:
+    """The workers to ask, best first; it ends before the first busy one. free: the free slots of each worker. unanswered: how
+    many offers each has to answer.
+    """
+    asked_now = unanswered or {}
 
     def rank(node: str) -> bytes:
         return hashlib.sha256(affinity + node.encode()).digest()
 
     asked: list[str] = []
     for node in sorted(free, key=rank)[:TRIES]:
-        if not free[node]:
+        if asked_now.get(node, 0) >= min(free[node], MAX_UNANSWERED):
             break
         asked.append(node)
     return asked

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import field
@@ -292,9 +293,13 @@ class NatsGateway:
         if work.affinity is None:
             return False
         plain = {name: value for name, value in headers.items() if name not in _OF_QUEUES}
-        for node in in_turn(work.affinity, side.roster.offered(work.model, region)):
+        for node in in_turn(work.affinity, side.roster.offered(work.model, region), side.unanswered):
             waiting.offered = asyncio.get_running_loop().create_future()
-            ack = await self._sent_to(subjects.offer(work.pool, region, node, work.model), work, plain, waiting.offered)
+            side.unanswered[node] += 1
+            try:
+                ack = await self._sent_to(subjects.offer(work.pool, region, node, work.model), work, plain, waiting.offered)
+            finally:
+                side.unanswered -= Counter((node,))
             if waiting.offered.done():
                 return waiting.offered.result() == TAKEN
             side.roster.silenced(region, node)

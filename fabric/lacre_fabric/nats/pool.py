@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -121,6 +122,7 @@ class PoolSide:
         self.roster = Roster()
         self.waiting: dict[str, Waiting] = {}  # by request
         self.presence_came = asyncio.Event()
+        self.unanswered: Counter[str] = Counter()  # offers, by worker
         self.settled_at = 0.0  # on the monotonic clock; silence after this time means that there is no worker
         self._gateway_id = gateway_id
         self._open, self._tell, self._gone = open_connection, tell, gone

@@ -490,4 +490,11 @@ MUTATIONS: Final = Mutation.of(
         "lacre.transport.device_grant:LoginServer._described",
         "if not is_safe(token) or not all(each is None or is_safe(each) for each in others):",
     ),
+    (
+        "affinity: guessed",
+        "an affinity has the cache's salt as its key",
+        "lacre.exchange.affinity:affinity_of",
+        "salt.encode()",
+        'b""',
+    ),
 )
