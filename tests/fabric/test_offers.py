@@ -16,7 +16,7 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.model_queue import QUIET, ModelQueue
 from lacre_fabric.nats.roles import Role
 from lacre_fabric.nats.streams import MAX_PAYLOAD
-from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.nats.worker import PULL, NatsWorker
 from lacre_fabric.work.contract import Dispatch, FabricUnavailable, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.presence import Presence, Roster
@@ -195,11 +195,13 @@ async def test_a_busy_worker_declines(parties: Parties) -> None:
     assert pool.counts() == [2, 1]
 
 
+@pytest.mark.slow
 async def test_an_offer_overtakes_nobody(parties: Parties) -> None:
     """Work waits in the queue when the slots become free: it runs first, though the worker has the other's conversation."""
     pool = await Pool.of(parties, slots=1, keeps=True)
     held = [await pool.ask(turn(conversation(node, other))) for node, other in (NODES, NODES[::-1])]
-    await until(lambda: pool.counts() == [1, 1])
+    await until(lambda: all(each.kept for each in pool.nodes.values()))
+    await asyncio.sleep(PULL + 0.5)  # the pulls that the offers found waiting have ended
     waiting = [turn(None) for _ in range(3)]
     held += [await pool.ask(work) for work in waiting]
     serving = pool.nodes["n1"]
