@@ -21,6 +21,7 @@ from lacre import problems
 from lacre.transport.options import AsyncOptions, Options
 from lacre.trust.manifest import MAX_OUTPUT
 from lacre.wire.header import Kem
+from lacre.wire.outer import is_affinity
 from parts.bent import without
 from parts.chat_app import ChatApp, reply
 from parts.relay import SEALED, AsyncWire, Relay, Wire, connect, connect_async, on_sealed, refusing, served
@@ -196,6 +197,7 @@ class TestOutside:
         [request] = relay.sealed
         assert b"canary" not in request.content
         outer = {name: value for name, value in request.headers.items() if name.startswith("lacre-")}
+        assert is_affinity(outer.pop("lacre-affinity"))
         assert outer == {
             "lacre-pool": "default", "lacre-model": "tiny", "lacre-action": "chat",
             "lacre-max-tokens": "9", "lacre-shape": "pad",
