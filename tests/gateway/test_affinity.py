@@ -11,7 +11,9 @@ import pytest
 
 from lacre import problems
 from lacre.wire.header import Kem
+from lacre_gateway.audit.entries import parse_known
 from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.http.headers import Action, Fields, Shape
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.denial import denied
@@ -33,7 +35,14 @@ FORBIDDEN = '@id("all") permit(principal, action, resource); @id("no") forbid(pr
 
 @pytest.fixture
 async def stage(put_up: PutUp) -> Stage:
-    return await put_up()
+    return await put_up(plans=(shipped() / PLANS_FILE).read_text())
+
+
+async def forbidden(stage: Stage) -> None:
+    """To whoever is in another tenant: so the rules read it, and allow it here."""
+    rule = 'forbid(principal, action, resource) when { context has affinity && principal in Tenant::"other" };'
+    (stage.folder / "policies" / "affinity.cedar").write_text(f'@id("no-affinity") {rule}')
+    await stage.gateway.reload()
 
 
 @pytest.fixture
@@ -47,8 +56,9 @@ async def test_it_is_kept_nowhere(
 ) -> None:
     for said in (VALUE, None):
         assert (await stage.post(client, lacre_affinity=said)).status_code == 200
-    intents = [entry for entry in await stage.trail(2) if entry["kind"] == "intent"]
-    assert [intent["affinity"] for intent in intents] == [True, None]
+    await stage.trail(2)
+    intents = stage.entries("intent")
+    assert not [intent for intent in intents if "affinity" in intent], "verifiers of the version before know no such member"
     out, err = capfd.readouterr()
     everything = json.dumps(intents) + out + err + repr(worker.grants) + str([vars(d) for d in map(type, worker.grants)])
     assert VALUE not in everything
@@ -81,12 +91,16 @@ def test_policy_can_forbid_it(condition: str) -> None:
 
 
 async def test_a_decision_about_it_can_be_repeated(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    for said in (VALUE, None):
-        await stage.post(client, lacre_affinity=said)
-    intents = [entry for entry in await stage.trail(2) if entry["kind"] == "intent"]
-    asked = [question_of(intent) for intent in intents]
-    assert [isinstance(one, Question) and one.affinity for one in asked] == [True, False]
-    del intents[0]["affinity"]  # of an older version
-    of_before = question_of(intents[0])
-    assert isinstance(of_before, Question)
-    assert not of_before.affinity
+    await forbidden(stage)
+    tokens = [stage.issuer.token(), stage.issuer.token(tenant="other")]
+    statuses = [
+        (await stage.post(client, token, lacre_affinity=said)).status_code for said in (VALUE, None) for token in tokens
+    ]
+    assert statuses == [200, 403, 200, 200]
+    await stage.trail(4)
+    intents = stage.entries("intent")
+    assert [intent.get("affinity") for intent in intents] == [True, True, None, None]
+    for intent in intents:
+        parse_known(json.dumps(intent).encode())
+        again = stage.gateway.rules.decide(question_of(intent))
+        assert (again.allowed, list(again.policies)) == (intent["decision"] == "allow", list(intent["policies"]))

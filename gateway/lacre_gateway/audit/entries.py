@@ -37,7 +37,7 @@ class Intent:
     of the deciding ones. policy_set, entities: hex SHA-256 of the rules and entities of the decision. reserved_*: amounts
     charged to the caller's limits at admission, in tokens and micro-units; none if policy or a budget refused. max_tokens: as
     the client sent it; allowed_tokens: what policy decided on, if that was a default above what it allows. affinity: whether
-    there was one; never which. limits: which limits
+    there was one; missing if no rule reads that, because older verifiers do not know it. limits: which limits
     were charged, in the form of `Hold.limits`. lease: the holder whose leases were charged. annex: hex SHA-256 of the annex
     entry, if there is one.
     """
@@ -264,7 +264,10 @@ def parse_known(data: bytes) -> dict[str, Any]:
 
 def _members(entry: Entry) -> dict[str, Any]:
     kind = type(entry)
-    return {"kind": entry.kind, **dict(zip(_NAMES[kind], _VALUES[kind](entry), strict=True))}
+    members = {"kind": entry.kind, **dict(zip(_NAMES[kind], _VALUES[kind](entry), strict=True))}
+    if kind is Intent and members["affinity"] is None:
+        del members["affinity"]
+    return members
 
 
 def _bounded(data: bytes, limit: int) -> bytes:

@@ -104,7 +104,8 @@ class PolicySet:
         self.digest = digest
         self.zone = zone
         self._omitted: dict[type, frozenset[str]] = {}  # members of the context that the schema lacks, by kind of question
-        self._keys = VerdictKeys(reads.of(policies.to_pst().static_policies.values()), zone)
+        self._reads = reads.of(policies.to_pst().static_policies.values())
+        self._keys = VerdictKeys(self._reads, zone)
         self._verdicts = _Remembered[tuple[bool, tuple[str, ...]]](MAX_DECISIONS)
         self._parties = _Remembered[_Parties](_MAX_PARTIES)
         self.evaluated = 0
@@ -113,6 +114,10 @@ class PolicySet:
         parties = self._parties.get(question.entities_key, lambda: _Parties.of(question))
         allowed, named = self._verdicts.get(self._keys.of(question), lambda: self._judge(question, parties))
         return Decision(allowed, named, self.digest, parties.digest)
+
+    def read(self, member: str) -> bool:
+        """Whether a decision may depend on this member of the context."""
+        return self._reads.member(member)
 
     def would_allow(self, question: AnyQuestion) -> bool:
         """A decision that is neither remembered nor recorded: no caller has asked this question."""

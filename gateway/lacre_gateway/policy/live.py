@@ -83,6 +83,10 @@ class LiveRules:
     def decide(self, question: AnyQuestion) -> Decision:
         return self.current.policies.decide(question)
 
+    def read(self, member: str) -> bool:
+        """Whether a decision may depend on this member of the context."""
+        return self.current.policies.read(member)
+
     def would_allow(self, question: AnyQuestion) -> bool:
         """For questions that no caller has asked: see `policy.denial`."""
         return self.current.policies.would_allow(question)

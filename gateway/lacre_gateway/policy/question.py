@@ -79,7 +79,7 @@ def _entity(uid: Entity, attributes: dict[str, str] | None = None, *parents: Ent
 @record(frozen=True, slots=True)
 class Question:
     """One sealed request. address: the caller's. time: seconds since the epoch, to the millisecond. affinity: whether it says
-    which requests are of its conversation.
+    which requests are of its conversation; false if no rule reads that.
     """
 
     principal: Principal

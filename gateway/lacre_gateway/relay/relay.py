@@ -320,7 +320,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
         shape=outer.shape,
         address=exchange.address,
         time=round(gateway.clock(), 3),  # as in the audit log, so that the decision can be repeated
-        affinity=outer.affinity is not None,
+        affinity=outer.affinity is not None and gateway.rules.read("affinity"),
     )
     return _Request(
         question=question,
