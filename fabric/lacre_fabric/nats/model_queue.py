@@ -54,9 +54,9 @@ class ModelQueue:
         """A pull brought work: there may be more."""
         self.pulled_since, self.empty_at = math.inf, -math.inf
 
-    def quiet(self, now: float) -> bool:
-        """Of a queue in which a pull waits now: whether it has no work."""
-        return now - self.pulled_since >= QUIET
+    def quiet(self, now: float, *, waits: bool) -> bool:
+        """Whether it has no work. waits: whether a pull waits now; if not, one may just have ended with nothing."""
+        return now - self.pulled_since >= QUIET and (waits or now - self.empty_at < QUIET)
 
     def answered(self) -> None:
         self.there, self.silent_since = True, math.inf

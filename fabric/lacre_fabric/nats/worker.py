@@ -188,7 +188,7 @@ class NatsWorker:
     def _takes(self, queue: ModelQueue) -> bool:
         """Whether work of this queue may be taken although it is not in it."""
         waiting = self._pulls.get(queue.model)
-        idle = waiting is not None and not waiting.done() and queue.quiet(time.monotonic())
+        idle = queue.quiet(time.monotonic(), waits=waiting is not None and not waiting.done())
         free = self._slots.may_take(queue.model) and self._serves(queue.model)
         return idle and free and self._pullers > 0 and not self._draining
 
