@@ -79,8 +79,9 @@ def test_the_fields_are_those_of_the_document() -> None:
             listed.setdefault(kind, []).extend(re.findall(r"`(\w+)`", names))
     held = {kind.kind: sorted(field.name for field in dataclasses.fields(kind)) for kind in get_args(Entry)}
     assert {kind: sorted(names) for kind, names in listed.items()} == held
-    for entry in (intent(0), outcome(0)):
+    for entry in (intent(0, affinity=True), outcome(0)):
         assert set(json.loads(encode(entry)[0])) == {"kind", *held[entry.kind]}
+    assert set(json.loads(encode(intent(0))[0])) == {"kind", *held["intent"]} - {"affinity"}
 
 
 @pytest.mark.parametrize("requests", [0, 1, 127, 128, 300, 700])
