@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from lacre.jose.jws import b64u_decode
+from lacre_backend.engine.pace import LEAST_PREFILL, MOST_PREFILL, PREFILL
 from lacre_backend.models.opening import Conditions
 from lacre_backend.upstream.settings import Upstream
 from lacre_fabric.keys.kms import PLAIN
@@ -26,7 +27,8 @@ class ModelSettings(Table):
 
     path: FilePath | None = None
     name: ModelName | None = None
-    # By default these are derived from the model and the machine. `lacre worker tune` measures the last four.
+    # By default these are derived from the model and the machine. `lacre worker tune` measures `slots` to `prefill`, without
+    # `kv_type` and `n_ubatch`.
     context: PositiveInt | None = None  # tokens of one request
     max_output: PositiveInt | None = None  # tokens of an answer if the caller names no limit; `lacre worker digests` tells it
     beyond_training: bool = False  # whether the context may exceed the length that the model was trained for
@@ -34,13 +36,18 @@ class ModelSettings(Table):
     slots: PositiveInt | None = None  # requests at a time
     threads: PositiveInt | None = None
     flash: bool | None = None  # flash attention
-    kv_type: Literal["f16", "q8_0"] = "f16"  # of the numbers in the cache; q8_0 takes about half the memory
+    kv_type: Literal["f16", "bf16", "q8_0", "q4_0"] = "f16"  # of the cache's numbers; q8_0 takes half the memory
     unified: bool = False  # one cache for all slots instead of one each
+    n_batch: PositiveInt | None = None  # tokens of a step
+    n_ubatch: PositiveInt | None = None  # tokens that llama.cpp computes at a time
+    chunk: PositiveInt | None = None  # tokens of prompts in a step that generates nothing
+    burst: PositiveInt | None = None  # tokens of all short prompts in a step that also generates
+    prefill: Annotated[float, Field(ge=LEAST_PREFILL, le=MOST_PREFILL)] = PREFILL  # share of a step's time for long prompts
     speculation: Literal["off", "lookup", "draft"] = "off"  # where guesses of next tokens come from; `tune` measures the gain
     draft_model: FilePath | None = None  # a small GGUF file with the same vocabulary
     projector: FilePath | None = None  # a GGUF file with which the model reads images
     gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers on a GPU; -1: all
-    split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
+    split_mode: Literal["none", "layer", "row", "tensor"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0
     tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
     adapters: dict[AdapterName, FilePath] = Field(default_factory=dict)  # LoRA in GGUF, served as `NAME:ADAPTER`

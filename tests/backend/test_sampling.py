@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.model import ModelMetadata
-from lacre_backend.engine.pace import GROWTH, LEAST, STRETCH, Pace
 from lacre_backend.engine.protocol import Sampling
 from lacre_backend.engine.sampling import draw
 from lacre_backend.engine.sizing import CPU_ROWS, DEFAULT_SLOTS, OVERHEAD, LlamaSettings, derive
@@ -79,27 +77,6 @@ def test_a_draw_is_always_a_token_that_may_come(
         assert row[token] >= row.max() - 1e-3
     if min_p > 0:
         assert np.exp(np.float64(row[token]) - row.max()) >= min_p * (1 - 1e-3)
-
-
-# Pace
-
-
-def test_a_share_stretches_a_step_so_far_and_no_further() -> None:
-    pace = Pace(32, 128)
-    assert pace.share(7) == 32
-    for _ in range(50):
-        pace.observe(7, 0, 0.020)
-        pace.observe(7, 32, 0.020 + 32 * 0.002)
-    assert pace.share(7) == pytest.approx((STRETCH - 1) * 10, abs=1)
-    for _ in range(50):
-        pace.observe(7, 10, 0.020 + 10 * 0.05)
-    assert pace.share(7) == LEAST
-    shares = [LEAST]
-    for _ in range(50):
-        pace.observe(7, 10, 0.020)
-        shares.append(pace.share(7))
-    assert all(b <= GROWTH * a for a, b in pairwise(shares)), "a step that was measured too short lets no whole chunk in"
-    assert shares[-1] == 128
 
 
 # Size

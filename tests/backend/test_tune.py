@@ -9,9 +9,13 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend.commands import tune
+from lacre_backend.engine.pace import PREFILL
+from lacre_backend.engine.sizing import derive
 from lacre_backend.engine.speculation import SpeculationCounts
 from lacre_backend.engine.tune import SLOTS, TuningResult, Way, choose
 from lacre_backend.engine.tune_speculation import SpeculationTrial
+from lacre_backend.engine.tune_steps import LEAST, PAUSE, SHARES, SIZES, StepTimes, choose_steps
+from lacre_backend.engine_process.loading import options
 from lacre_backend.settings import ModelSettings, load
 from lacre_fabric.keys.kms import PLAIN
 from parts.tiny_model import tiny_model, tiny_recurrent_model
@@ -52,17 +56,48 @@ def test_it_writes_its_choice_and_its_table(tmp_path: Path) -> None:
     assert model.slots in SLOTS
     assert model.threads is not None
     assert model.flash is not None
+    assert LEAST <= model.burst <= model.chunk < model.n_batch
+    assert model.slots + model.burst + model.chunk <= model.n_batch
+    assert 0.2 <= model.prefill <= PREFILL
+    assert derive(tmp_path / "tiny.gguf", options(model)).limits.chunk == model.chunk, "a worker takes what was written"
     assert 'path = "tiny.gguf"  # stays' in text
     assert text.count("threads =") == 1
     assert text.startswith("# ours")
     tune.run(path, said.append)
     again = path.read_text()
-    assert again.count("#| tok/s") == 1
+    assert again.count("#| tok/s") == again.count("#| ms a step") == 1
+    assert again.count("\nn_batch = ") == again.count("\nprefill = ") == 1
     assert tomllib.loads(again).keys() == tomllib.loads(SETTINGS).keys()
     assert again.count("#| speculation lookup: ") == again.count("\nspeculation = ") == 1
     assert any("chosen: threads" in line for line in said)
     assert any("times as fast with 1" in line and "guesses right" in line for line in said)
     assert any("chosen: speculation " in line for line in said)
+
+
+def times(quiet: float, token: float, fixed: float = 0.0, most: int = 2048) -> StepTimes:
+    """Of a machine where a step takes `fixed` seconds, and each token of a prompt as many as given."""
+    sizes = [n for n in SIZES if n <= most]
+    return StepTimes(quiet, {n: fixed + token * n for n in sizes}, {n: quiet + token * n for n in sizes})
+
+
+def test_the_sizes_of_steps_follow_from_the_machine() -> None:
+    cpu = choose_steps(times(0.02, 0.0007), 8)
+    assert (cpu.chunk, cpu.burst, cpu.prefill) == (LEAST, LEAST, PREFILL), "more tokens in a step gain nothing"
+    gpu = choose_steps(times(0.02, 0.00001, fixed=0.02), 32)
+    assert gpu.chunk == gpu.burst == 2048, "even a whole chunk takes no time that a reader notices"
+    assert gpu.n_batch >= 32 + gpu.burst + gpu.chunk
+    slow = choose_steps(times(0.3, 0.002, fixed=0.3), 8)
+    assert LEAST < slow.burst < slow.chunk, "a step of the answers alone takes longer than that"
+    middle = choose_steps(times(0.01, 0.0001, fixed=0.02, most=1024), 8)
+    assert 0.01 + 0.0001 * middle.burst <= PAUSE
+
+
+def test_a_share_that_gains_nothing_is_not_given_to_prompts() -> None:
+    """On a machine where the largest measured prompt fits into a small share."""
+    assert choose_steps(times(0.1, 0.00001, most=512), 8).prefill == min(SHARES)
+    assert choose_steps(times(0.1, 0.01), 8).prefill == PREFILL
+    flat = choose_steps(StepTimes(0.0, dict.fromkeys(SIZES, 0.1), {}), 1)
+    assert (flat.prefill, flat.burst) == (PREFILL, LEAST), "a single slot has nothing beside it"
 
 
 @pytest.mark.parametrize(

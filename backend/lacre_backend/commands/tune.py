@@ -17,11 +17,13 @@ from typing import Final
 from lacre.errors import SettingsError
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.model import ModelMetadata
+from lacre_backend.engine.pace import PREFILL
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.sizing import LlamaSettings, SpeculationKind, derive
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.engine.tune import SLOTS, TuningResult, tune
 from lacre_backend.engine.tune_speculation import SpeculationTrial, try_speculation
+from lacre_backend.engine.tune_steps import StepSizes, tune_steps
 from lacre_backend.engine_process.loading import open_draft, options
 from lacre_backend.models.gguf import find
 from lacre_backend.settings import ModelSettings, load
@@ -50,11 +52,15 @@ def run(path: Path, report: Callable[[str], None]) -> None:
         for line in choice.table():
             report("  " + line)
         report(f"  chosen: {choice.way}, {choice.slots} slots")
+        sizes = tune_steps(file.path, as_chosen(wanted, choice))
+        for line in sizes.table:
+            report("  " + line)
+        report(f"  chosen: {sizes}")
         trials = speculations(file.path, model, settings.kms, choice, report)
         best = max((trial for trial in trials if trial.worth_it), key=lambda trial: trial.gain, default=None)
         report(f"  chosen: speculation {'off: no gain measured' if best is None else best.kind}")
-        table = [*choice.table(), *map(str, trials)]
-        text = written(text, index, values(choice, "off" if best is None else best.kind), table)
+        table = [*choice.table(), *sizes.table, *map(str, trials)]
+        text = written(text, index, values(choice, sizes, "off" if best is None else best.kind), table)
     draft = path.with_name(path.name + ".tuned")
     draft.write_text(text, encoding="utf-8")
     draft.chmod(path.stat().st_mode & 0o777)
@@ -66,18 +72,9 @@ def speculations(
     path: Path, model: ModelSettings, kms: str, choice: TuningResult, report: Callable[[str], None]
 ) -> list[SpeculationTrial]:
     """What each kind of speculation gains, if the model is run as chosen."""
-    way, wanted = choice.way, options(model)
     trials = []
     for kind in ("lookup", "draft") if model.draft_model is not None else ("lookup",):
-        settings = replace(
-            wanted,
-            threads=way.threads,
-            flash=way.flash,
-            unified=way.unified,
-            slots=choice.slots,
-            cells=None,
-            speculation=kind,
-        )
+        settings = replace(as_chosen(options(model), choice), speculation=kind)
         try:
             draft = open_draft(model.model_copy(update={"speculation": kind}), model.conditions(kms))
             with closing(Tokenizer(path)) as tokenizer:
@@ -91,12 +88,35 @@ def speculations(
     return trials
 
 
-def values(choice: TuningResult, speculation: SpeculationKind) -> dict[str, str]:
+def as_chosen(wanted: LlamaSettings, choice: TuningResult) -> LlamaSettings:
+    """The model's settings with what was chosen. The sizes of its steps are measured next."""
+    way = choice.way
+    return replace(
+        wanted,
+        threads=way.threads,
+        flash=way.flash,
+        unified=way.unified,
+        slots=choice.slots,
+        cells=None,
+        n_batch=None,
+        chunk=None,
+        burst=None,
+        prefill=PREFILL,
+    )
+
+
+def values(choice: TuningResult, sizes: StepSizes, speculation: SpeculationKind) -> dict[str, str]:
     """As TOML. A unified cache needs no size: it holds the contexts of all slots."""
     way = choice.way
     flags = {"flash": way.flash, "unified": way.unified}
-    numbers = {"threads": str(way.threads), "slots": str(choice.slots)}
-    return numbers | {name: str(flag).lower() for name, flag in flags.items()} | {"speculation": f'"{speculation}"'}
+    numbers = {"threads": way.threads, "slots": choice.slots}
+    numbers |= {"n_batch": sizes.n_batch, "chunk": sizes.chunk, "burst": sizes.burst}
+    return {
+        **{name: str(number) for name, number in numbers.items()},
+        "prefill": str(sizes.prefill),
+        **{name: str(flag).lower() for name, flag in flags.items()},
+        "speculation": f'"{speculation}"',
+    }
 
 
 def written(text: str, index: int, values: Mapping[str, str], table: list[str]) -> str:

@@ -32,17 +32,26 @@ FLASH: Final = {
     False: L.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 
-KvType = Literal["f16", "q8_0"]
-KV_TYPES: Final[dict[KvType, int]] = {"f16": L.GGML_TYPE_F16, "q8_0": L.GGML_TYPE_Q8_0}
+KvType = Literal["f16", "bf16", "q8_0", "q4_0"]
+KV_TYPES: Final[dict[KvType, int]] = {
+    "f16": L.GGML_TYPE_F16,
+    "bf16": 30,  # ggml.h's GGML_TYPE_BF16, which llama-cpp-python does not name
+    "q8_0": L.GGML_TYPE_Q8_0,
+    "q4_0": L.GGML_TYPE_Q4_0,
+}
+BLOCKS: Final[frozenset[KvType]] = frozenset({"q8_0", "q4_0"})  # types of whole blocks: they need flash attention
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How a context computes. threads: for one step. flash: flash attention; None: llama.cpp decides. kv_type: of the cache."""
+    """How a context computes. threads: for one step. flash: flash attention; None: llama.cpp decides. kv_type: of the cache.
+    ubatch: tokens that llama.cpp computes at a time; None: a whole step.
+    """
 
     threads: int
     flash: bool | None = None
     kv_type: KvType = "f16"
+    ubatch: int | None = None
 
 
 class Batch:
@@ -117,7 +126,7 @@ class LlamaContext:
         """adapters: of the model, by name."""
         params = L.llama_context_default_params()
         params.n_ctx = limits.cells if limits.unified else limits.slots * limits.context
-        params.n_batch = params.n_ubatch = limits.step
+        params.n_batch, params.n_ubatch = limits.step, min(compute.ubatch or limits.step, limits.step)
         params.n_seq_max = limits.slots
         params.n_outputs_max = limits.slots + limits.drafts
         params.n_threads = params.n_threads_batch = compute.threads

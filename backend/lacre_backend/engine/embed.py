@@ -24,6 +24,7 @@ from lacre.runtime import tasks
 from lacre_backend.engine.context import FLASH, Batch
 from lacre_backend.engine.delivery import Outbox, TaskEvents, TaskStream
 from lacre_backend.engine.model import Model, ModelMetadata, Weights
+from lacre_backend.engine.pace import PREFILL
 from lacre_backend.engine.packing import Packing, Room
 from lacre_backend.engine.protocol import (
     DIED,
@@ -307,6 +308,11 @@ def _context(path: Path, settings: LlamaSettings, kind: TaskKind) -> int:
         raise SettingsError(f"{path.name} does not generate and has no cache: remove `unified` and `cells`.")
     if settings.kv_type != "f16":
         raise SettingsError(f"{path.name} does not generate and has no cache: remove `kv_type`.")
+    if (settings.n_batch, settings.n_ubatch, settings.chunk, settings.burst, settings.prefill) != (*[None] * 4, PREFILL):
+        raise SettingsError(
+            f"{path.name} does not generate: remove `n_batch`, `n_ubatch`, `chunk`, `burst` and `prefill`. "
+            "Its steps have as many tokens as its context."
+        )
     memory_for_caches(path, facts, settings)
     if settings.n_ctx is not None and facts.n_ctx_most is not None and settings.n_ctx > facts.n_ctx_most:
         raise SettingsError(f"context is {settings.n_ctx}; {path.name} was trained on at most {facts.n_ctx_most} tokens.")

@@ -95,14 +95,14 @@ class LlamaEngine:
         self.tokenizer, self.vocabulary = tokenizer, self._model.vocabulary
         self._adapters = load(self._model, path, adapters)
         self.speculation = speculation(settings, self._model, shape, draft)
-        compute = Compute(shape.threads, settings.flash, settings.kv_type)
+        compute = Compute(shape.threads, settings.flash, settings.kv_type, settings.n_ubatch)
         sees = None if projector is None else Projector(self._model, path, projector, compute, gpu=settings.gpu.layers != 0)
         self._model.info = replace(self._model.info, images=sees)
         self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
         self.adapted = [AdaptedEngine(self, each.name, each.digest, adapted_name(name, each.name)) for each in adapters]
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
-        self._pace = Pace(shape.limits.share, shape.limits.burst)
+        self._pace = Pace(shape.limits.share, shape.limits.most, settings.prefill)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
@@ -263,7 +263,7 @@ class LlamaEngine:
 
     def _step(self) -> None:
         now = time.monotonic()
-        self._scheduler.share = self._pace.share(len(self._scheduler.running))
+        self._scheduler.share = self._pace.share(len(self._scheduler.running), self._scheduler.place)
         if self._ages.due(now):
             self._forget(now)
         self._resume(now)
@@ -307,7 +307,7 @@ class LlamaEngine:
         computed = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None)
         reading = computed - plan.generating - plan.drafted
         if not plan.drafted:
-            self._pace.observe(plan.generating, reading, seconds)
+            self._pace.observe(plan.generating, reading, seconds, plan.attended)
         if self.speculation is not None and reading == 0:
             self.speculation.executed(plan, seconds)
         self.steps += 1

@@ -51,11 +51,12 @@ def silence() -> None:
     L.llama_log_set(_drop, ctypes.c_void_p(0))
 
 
-SplitMode = Literal["none", "layer", "row"]
+SplitMode = Literal["none", "layer", "row", "tensor"]
 _SPLIT_MODES: Final = {
     "none": L.LLAMA_SPLIT_MODE_NONE,
     "layer": L.LLAMA_SPLIT_MODE_LAYER,
     "row": L.LLAMA_SPLIT_MODE_ROW,
+    "tensor": L.LLAMA_SPLIT_MODE_TENSOR,
 }
 
 
@@ -72,6 +73,8 @@ class Gpu:
 
 
 def _params(gpu: Gpu) -> Any:
+    if gpu.split_mode == "tensor" and not L.llama_supports_gpu_offload():
+        raise SettingsError('split_mode = "tensor" needs a GPU, and this llama.cpp was built for none: set "layer".')
     params = L.llama_model_default_params()
     params.n_gpu_layers = gpu.layers
     params.split_mode = _SPLIT_MODES[gpu.split_mode]

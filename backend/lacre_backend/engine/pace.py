@@ -1,46 +1,77 @@
-"""How many prompt tokens fit into a step without stalling running generations. Measured: machines differ a hundredfold.
+"""How many prompt tokens fit into a step without stalling running answers. Measured: machines differ a hundredfold.
 
-Pure: durations in, a number of tokens out.
+Rules:
+- Pure: durations in, a number of tokens out.
+- Prompts get the share `prefill` of a step's time: with 0.55, a step that also reads takes 2.2 times as long as one that only
+  generates.
+- The floor: of `REST` steps in a row, all but one read at least one token, however long it takes. So a prompt of `p` tokens
+  that is read alone needs at most `p + p / (REST - 1) + 2` steps (docs/steps.md).
+- The step at rest is measured again. Without it, an engine that reads without end would never know that other work on the
+  machine has made its steps longer, and would read ever less.
+- Tokens of prompts cost a fixed part, a part for each of them, and attention to all tokens before them. In a split cache
+  llama.cpp computes a prompt's first token with the generated ones, and the others in a pass of their own, which reads all
+  weights again. So a single token has no fixed part.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
-STRETCH: Final = 2.4  # a step that also reads may take this many times as long as one that only generates
-# Tokens: minimum progress of a prompt, for any measurement. With fewer, a step's fixed cost would count as theirs and the
-# share would never grow. llama.cpp's CPU kernels also process rows in fours.
-LEAST: Final = 4
+import numpy as np
+
+PREFILL: Final = 0.55  # of a step's time: 2.2 times as long. The goal is 2.5 for 95 of 100 steps, and steps vary
+LEAST_PREFILL, MOST_PREFILL = 0.05, 0.9
 GROWTH: Final = 2  # times the last share, at most: one step measured too short must not admit a whole chunk
-_WEIGHT: Final = 0.2  # of a new measurement in the running mean
+REST: Final = 32  # steps; one of them reads nothing
+PROBED: Final = 4  # tokens: tried once in `REST` steps of fewer, or their fixed part could not be told from the others
+_WEIGHT: Final = 0.3  # of a new measurement in the running mean
+_NOISE: Final = 0.15  # of a step's time, by which equal steps differ
+_DRIFT: Final = 0.03  # by which a cost may change from one step to the next
+_BASE: Final = 0.02  # of a quiet step: a fixed part that is measured as nothing may still grow by its drift
 
 
 class Pace:
     """Measures steps and sets the share of long prompts. most: tokens, if steps cost almost nothing. first: tokens before
-    anything is measured.
+    anything is measured. prefill: the share of a step's time.
     """
 
-    def __init__(self, first: int, most: int) -> None:
+    def __init__(self, first: int, most: int, prefill: float = PREFILL) -> None:
         self._quiet: dict[int, float] = {}  # seconds of a step that only generates, by number of tasks
-        self._token: float | None = None  # seconds that one prompt token adds
+        self._cost: _Cost | None = None  # of reading beside it
+        self._stretch = prefill / (1 - prefill)
         self._last = first
         self._most = most
+        self._steps = 0
 
-    def observe(self, generating: int, reading: int, seconds: float) -> None:
-        """Records one step: tasks that generated, prompt tokens read beside them, and its duration."""
+    def observe(self, generating: int, reading: int, seconds: float, attended: int = 0) -> None:
+        """Records one step: tasks that generated, prompt tokens read beside them, and its duration. attended: for each of these
+        tokens those before it, added up.
+        """
         if generating == 0:
             return
         if reading == 0:
-            self._quiet[generating] = _mean(self._quiet.get(generating), seconds)
+            known = self._quiet.get(generating, seconds)
+            self._quiet[generating] = (1 - _WEIGHT) * known + _WEIGHT * seconds
         elif (quiet := self._expected(generating)) is not None:
-            self._token = _mean(self._token, max(seconds - quiet, 1e-6) / reading)
+            added = max(seconds - quiet, 1e-6)
+            if self._cost is None:
+                self._cost = _Cost(reading, attended, added)
+            else:
+                self._cost.observe(reading, attended, added, quiet)
 
-    def share(self, generating: int) -> int:
-        """Tokens of long prompts for the next step."""
+    def share(self, generating: int, place: int = 0) -> int:
+        """Tokens of long prompts for the next step. 0: the step rests. place: where the prompt is that it reads."""
+        self._steps += 1
+        turn = self._steps % REST
+        if turn == 0:
+            return 0
         quiet = self._expected(generating)
-        if quiet is not None and self._token is not None:
-            fitting = int((STRETCH - 1) * quiet / self._token)
-            self._last = max(min(fitting, GROWTH * self._last, self._most), LEAST)
+        if quiet is not None and self._cost is not None:
+            fitting = self._cost.fitting(self._stretch * quiet, place, self._most)
+            self._last = max(min(fitting, GROWTH * self._last), 1)
+            if self._last < PROBED and turn == REST // 2:
+                return PROBED
         return self._last
 
     def _expected(self, generating: int) -> float | None:
@@ -49,5 +80,32 @@ class Pace:
         return self._quiet[min(self._quiet, key=lambda n: abs(n - generating))]
 
 
-def _mean(mean: float | None, value: float) -> float:
-    return value if mean is None else (1 - _WEIGHT) * mean + _WEIGHT * value
+class _Cost:
+    """What tokens of prompts add to a step, in seconds. Two or more have a fixed part. Each has a part of its own, and one for
+    each token before it.
+
+    A Kalman filter of these three numbers. What the steps cannot tell apart, it divides as it learned before. A mean by token
+    would count the fixed part as the tokens', and would learn too late that attention to a long text costs more.
+    """
+
+    def __init__(self, reading: int, attended: int, added: float) -> None:
+        self._parts = np.array([0.0, added / reading, 0.0])
+        self._known = np.diag([added / 2, added / reading, added / max(attended, 1)]) ** 2  # their covariances
+
+    def observe(self, reading: int, attended: int, added: float, quiet: float) -> None:
+        """quiet: seconds of the step without them."""
+        counts = np.array([reading > 1, reading, attended], dtype=np.float64)
+        self._known += np.diag((_DRIFT * self._parts + (_BASE * _DRIFT * quiet, 0.0, 0.0)) ** 2)
+        shared = self._known @ counts
+        weights = shared / (counts @ shared + (_NOISE * (quiet + added)) ** 2)
+        self._parts = np.maximum(self._parts + weights * (added - counts @ self._parts), 0.0)
+        self._known -= np.outer(weights, shared)
+
+    def fitting(self, seconds: float, place: int, most: int) -> int:
+        """How many tokens of a prompt from this place on cost so many seconds; at most `most`."""
+        fixed, token, behind = self._parts.tolist()
+        left, each = max(seconds - fixed, 0.0), token + place * behind
+        if each * most + behind * most * most / 2 <= left:
+            return most if left > 0 else 0
+        # fixed + each * n + behind * n * n / 2 = seconds, in a form that does not cancel
+        return int(2 * left / (each + math.sqrt(each * each + 2 * behind * left)))

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from lacre.errors import UsageError
+
+# Tokens, for a CPU where `lacre worker tune` measured nothing
+STEP: Final = 512
+CHUNK: Final = 256
+BURST: Final = 128
+SHARE: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +26,7 @@ class EngineLimits:
     - slots: parallel sequences. context: cells of one. cells: of all, fewer than `slots * context` in a unified cache.
     - step: tokens in a step. chunk: tokens of prompts, while nothing is generated.
     - burst: tokens of all short prompts (of at most this length) while others generate.
-    - share: tokens of long prompts, then. It may be changed at any time after a measurement.
+    - share: tokens of long prompts, before anything is measured (`pace.py`).
     - multiple: how many sequences the kernels process at once.
     - drafts: drafted tokens of all tasks in a step that reads no prompt.
     - cuttable: whether cells can be removed from the end of a sequence; if not, no prefix is reused and there are no fillers.
@@ -29,10 +36,10 @@ class EngineLimits:
     context: int
     cells: int
     unified: bool = False
-    step: int = 512
-    chunk: int = 256
-    burst: int = 128
-    share: int = 32
+    step: int = STEP
+    chunk: int = CHUNK
+    burst: int = BURST
+    share: int = SHARE
     multiple: int = 1
     cuttable: bool = True
     drafts: int = 0
@@ -43,6 +50,11 @@ class EngineLimits:
         rooms = self.slots + max(self.burst + self.share, self.drafts) <= self.step and self.chunk <= self.step
         if not (fits and positive and rooms):
             raise UsageError(f"These limits contradict each other: {self}.")
+
+    @property
+    def most(self) -> int:
+        """Tokens of long prompts while others generate, if they cost almost nothing."""
+        return min(self.chunk, self.step - self.slots - self.burst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,12 @@ class StepPlan:
     def drafted(self) -> int:
         """Guessed tokens of all tasks."""
         return sum(segment.drafted for segment in self.segments)
+
+    @property
+    def attended(self) -> int:
+        """For each token of a prompt, the tokens before it, added up."""
+        prompts = (each for each in self.segments if each.task is not None and not (each.output and len(each.tokens) == 1))
+        return sum(len(each.tokens) * (2 * each.start + len(each.tokens)) // 2 for each in prompts)
 
     @property
     def size(self) -> int:

@@ -177,6 +177,12 @@ class Scheduler:
         return tuple(slot.task.id for slot in self._slots if slot.task is not None and slot.generating)
 
     @property
+    def place(self) -> int:
+        """How much is read of the long prompt whose turn it is; 0 if there is none."""
+        long = [slot for slot in self._slots if slot.task is not None and slot.task.long and unread(slot) > 0]
+        return min(long, key=self._next_to_read).length if long else 0
+
+    @property
     def scopes(self) -> frozenset[bytes]:
         """The scopes that have cells."""
         return frozenset(slot.scope for slot in self._slots if slot.length and slot.scope is not None)
@@ -427,7 +433,7 @@ class Scheduler:
         room = self.limits.burst if others else self.limits.chunk
         left = self._read(short, room, segments)
         # While nothing is generated, a whole chunk stalls no task, but short prompts may come at every step.
-        own = self._round(self.share)
+        own = self._round(self.share if generating else max(self.share, 1))  # 0: a step at rest, which generates
         share = own if others else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
 

@@ -17,19 +17,22 @@ import llama_cpp as L
 
 from lacre.errors import SettingsError
 from lacre_backend.engine import shards
-from lacre_backend.engine.context import KvType
+from lacre_backend.engine.context import BLOCKS, KvType
 from lacre_backend.engine.drafting import MOST
 from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Gpu, ModelMetadata
-from lacre_backend.engine.plan import EngineLimits
+from lacre_backend.engine.pace import LEAST_PREFILL, MOST_PREFILL, PREFILL
+from lacre_backend.engine.plan import BURST, CHUNK, SHARE, STEP, EngineLimits
 from lacre_backend.engine.scheduler import PIECE
 
 DEFAULT_SLOTS: Final = 8
 MAX_SLOTS: Final = 256  # llama.cpp's own limit
+MAX_STEP: Final = 16384  # tokens; beyond some thousands no device reads faster, and the buffers of a step grow with it
 OVERHEAD: Final = 192 * 2**20  # bytes: llama.cpp's buffers for one step, and the process
 CPU_ROWS: Final = 4  # rows that ggml's kernels for repacked weights process at once
 # Of the memory left beside the weights, for caches without a set size: other programs run here too
 SHARE_OF_MEMORY: Final = 0.5
-_Q8_BYTES: Final = (17, 32)  # of q8_0 for 16-bit ones: a block of 32 numbers takes 34 bytes, not 64
+# Bytes for those of 16-bit numbers: a block of 32 numbers takes 34 bytes in q8_0 and 18 in q4_0, not 64
+_KV_BYTES: Final[dict[KvType, tuple[int, int]]] = {"f16": (1, 1), "bf16": (1, 1), "q8_0": (17, 32), "q4_0": (9, 32)}
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -43,7 +46,10 @@ class LlamaSettings:
     - n_ctx: tokens of one sequence. beyond_training: whether it may exceed the length in the file.
     - slots: parallel sequences. unified: one cache for all of them, with `cells` tokens in total, instead of one each.
     - flash: flash attention; None: llama.cpp decides. threads: None: every core that the process may use.
-    - kv_type: the type of the caches' numbers. q8_0 takes 8.5 bits of each, and needs flash attention.
+    - kv_type: the type of the caches' numbers. q8_0 takes 8.5 bits of each and q4_0 4.5; both need flash attention.
+    - n_batch: tokens of a step. n_ubatch: those that llama.cpp computes at a time. None: a whole step.
+    - chunk: tokens of prompts in a step that generates nothing. burst: tokens of all short prompts in a step that generates.
+    - prefill: the share of a step's time that long prompts get while others generate.
     - speculation: where guesses of next tokens come from: prompt lookup, or a draft model.
     """
 
@@ -54,6 +60,11 @@ class LlamaSettings:
     cells: int | None = None
     flash: bool | None = None
     kv_type: KvType = "f16"
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    chunk: int | None = None
+    burst: int | None = None
+    prefill: float = PREFILL
     gpu: Gpu = field(default_factory=Gpu)
     beyond_training: bool = False
     speculation: SpeculationKind = "off"
@@ -94,16 +105,38 @@ def derive(
         )
     threads = settings.threads or len(os.sched_getaffinity(0))
     multiple = 1 if room is None else CPU_ROWS
+    step, chunk, burst, share = _steps(settings, slots)
     limits = EngineLimits(
         slots=slots,
         context=context,
         cells=cells,
         unified=settings.unified,
+        step=step,
+        chunk=chunk,
+        burst=burst,
+        share=share,
         multiple=multiple,
         cuttable=facts.cuttable,
-        drafts=_drafts(settings, slots),
+        drafts=min(_drafts(settings, slots), step - slots),
     )
     return EngineSizing(limits, threads, size)
+
+
+def _steps(settings: LlamaSettings, slots: int) -> tuple[int, int, int, int]:
+    """Tokens of a step, a chunk, a burst and a share at first. Missing values are those of `EngineLimits`, or what fits."""
+    wanted = slots + (settings.burst or min(BURST, settings.chunk or BURST)) + SHARE
+    step = settings.n_batch or max(STEP, settings.chunk or 0, wanted)
+    chunk = settings.chunk or min(CHUNK, step)
+    burst = settings.burst or min(BURST, chunk, (step - slots) // 2)
+    share = min(SHARE, step - slots - burst)
+    if chunk > step or share < 1 or burst < 1:
+        least = max(settings.chunk or 1, slots + (settings.burst or 1) + 1)
+        raise SettingsError(
+            f"n_batch is {step}. With {slots} slots, chunks of {chunk} and bursts of {max(burst, 1)}, set {least} or more."
+        )
+    if settings.n_ubatch is not None and settings.n_ubatch > step:
+        raise SettingsError(f"n_ubatch is {settings.n_ubatch}, and n_batch {step}: set n_ubatch to {step} or less.")
+    return step, chunk, burst, share
 
 
 def _drafts(settings: LlamaSettings, slots: int) -> int:
@@ -115,13 +148,14 @@ def _drafts(settings: LlamaSettings, slots: int) -> int:
 
 def bytes_per_token(facts: ModelMetadata, settings: LlamaSettings) -> int:
     """Bytes of one cell in a cache of the type that the settings name."""
-    of, at_16_bits = _Q8_BYTES if settings.kv_type == "q8_0" else (1, 1)
+    of, at_16_bits = _KV_BYTES[settings.kv_type]
     return -(-facts.bytes_per_token * of // at_16_bits)
 
 
 def _check(settings: LlamaSettings) -> None:
-    if settings.kv_type != "f16" and settings.flash is False:
+    if settings.kv_type in BLOCKS and settings.flash is False:
         raise SettingsError(f"kv_type {settings.kv_type} needs flash attention: remove `flash = false`, or use f16.")
+    _check_steps(settings)
     if settings.n_ctx is not None and settings.n_ctx < MIN_N_CTX:
         raise SettingsError(f"n_ctx is {settings.n_ctx}; a context must hold at least {MIN_N_CTX} tokens.")
     if settings.threads is not None and settings.threads < 1:
@@ -130,6 +164,19 @@ def _check(settings: LlamaSettings) -> None:
         raise SettingsError(f"slots is {settings.slots}; it must be 1 to {MAX_SLOTS}.")
     if settings.cells is not None and not settings.unified:
         raise SettingsError("cells is for a unified cache: set unified too, or remove cells.")
+
+
+def _check_steps(settings: LlamaSettings) -> None:
+    for name, value in (
+        ("n_batch", settings.n_batch),
+        ("n_ubatch", settings.n_ubatch),
+        ("chunk", settings.chunk),
+        ("burst", settings.burst),
+    ):
+        if value is not None and not 1 <= value <= MAX_STEP:
+            raise SettingsError(f"{name} is {value}; it must be 1 to {MAX_STEP} tokens.")
+    if not LEAST_PREFILL <= settings.prefill <= MOST_PREFILL:
+        raise SettingsError(f"prefill is {settings.prefill}; it must be {LEAST_PREFILL} to {MOST_PREFILL}.")
 
 
 def _check_file(path: Path, facts: ModelMetadata, settings: LlamaSettings) -> None:

@@ -1,0 +1,213 @@
+"""Prompts beside answers: the share of a step's time that they get, and the steps that a prompt may take at most.
+
+A simulated machine has a clock of its own: the scheduler's plans say what a step computes, and a cost says how long it takes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lacre_backend.engine.pace import GROWTH, PREFILL, REST, Pace
+from lacre_backend.engine.plan import EngineLimits, StepPlan
+from lacre_backend.engine.scheduler import Scheduler
+from lacre_backend.engine.turns import Fair
+
+LIMITS = EngineLimits(slots=8, context=4096, cells=8 * 4096, multiple=4)
+LEARNING = 10  # steps in which the cost of a machine that was never measured is found
+WARM = 40  # steps before the prompt comes
+
+
+def most_steps(tokens: int) -> int:
+    """The bound that docs/steps.md states, for a long prompt that is read alone."""
+    return tokens + tokens // (REST - 1) + 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds of a step: `quiet` for the answers, then `fixed` for two prompt tokens or more, and for each of them `token`, and
+    `behind` for each token in front of it. noise: of equal steps.
+    """
+
+    quiet: float
+    fixed: float
+    token: float
+    behind: float
+    noise: float = 0.0
+
+    def seconds(self, plan: StepPlan, chance: random.Random) -> float:
+        reading = [segment for segment in plan.segments if segment.task == "long"]
+        n = sum(len(segment.tokens) for segment in reading)
+        before = sum(segment.start * len(segment.tokens) for segment in reading)
+        return (self.quiet + self.fixed * (n > 1) + self.token * n + self.behind * before) * chance.lognormvariate(
+            0, self.noise
+        )
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a prompt was read. steps: seconds of each from its submission to its end, and its tokens in it."""
+
+    steps: list[tuple[float, int]]
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for seconds, _ in self.steps)
+
+    def p95(self, quiet: float, learning: int = 0) -> float:
+        """Of the time between tokens, in quiet steps. learning: steps at the beginning that do not count."""
+        counted = sorted(seconds for seconds, _ in self.steps[learning:]) or [0.0]
+        return counted[math.ceil(0.95 * len(counted)) - 1] / quiet
+
+
+def read(machine: Machine, tokens: int, *, streams: int = 7, prefill: float = PREFILL, slower: float = 1.0) -> Read:
+    """Reads one prompt beside streams as the engine does. slower: all steps from the prompt's first one on."""
+    scheduler, pace, chance = Scheduler(LIMITS), Pace(LIMITS.share, LIMITS.most, prefill), random.Random(0)
+    for i in range(streams):
+        scheduler.submit(f"s{i}", [1, 2, 3], None)
+    steps: list[tuple[float, int]] = []
+    left = True
+    for number in range(WARM + most_steps(tokens) + 1):
+        if number == WARM:
+            scheduler.submit("long", [5] * tokens, None)
+        scheduler.share = pace.share(len(scheduler.running), scheduler.place)
+        plan = scheduler.plan()
+        seconds = machine.seconds(plan, chance) * (slower if number >= WARM else 1.0)
+        took = sum(len(segment.tokens) for segment in plan.segments if segment.task == "long")
+        pace.observe(plan.generating, took, seconds, plan.attended)
+        if number >= WARM:
+            steps.append((seconds, took))
+            assert plan.generating == streams, "every answer gets a token in every step"
+        for segment in plan.segments:
+            if segment.task == "long" and segment.output:
+                left = False
+            elif segment.task is not None and segment.output:
+                scheduler.advance(segment.task, 9)
+        if not left:
+            return Read(steps)
+    raise AssertionError(f"{tokens} tokens took more than {most_steps(tokens)} steps")
+
+
+HERE = Machine(0.020, 0.006, 0.0007, 0.000003)  # as measured with a small model on two cores
+machines = st.builds(
+    Machine,
+    quiet=st.floats(0.005, 0.2),
+    fixed=st.floats(0, 0.2),
+    token=st.floats(0, 0.05),
+    behind=st.floats(0, 0.0001),
+    noise=st.floats(0, 0.3),
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(machine=machines, tokens=st.integers(129, 1500), streams=st.integers(1, 7), slower=st.floats(0.3, 4))
+@example(machine=Machine(0.005, 0.2, 0.05, 0.0001), tokens=1500, streams=7, slower=4.0)
+def test_a_prompt_is_read_within_the_steps_that_the_docs_state(
+    machine: Machine, tokens: int, streams: int, slower: float
+) -> None:
+    """On any machine, however slow reading is, and also where it becomes slower meanwhile."""
+    steps = read(machine, tokens, streams=streams, slower=slower).steps
+    assert len(steps) <= most_steps(tokens)
+    assert sum(n for _, n in steps) == tokens
+    idle = [n == 0 for _, n in steps]
+    assert not any(a and b for a, b in pairwise(idle)), "a step at rest is followed by one that reads"
+
+
+@pytest.mark.parametrize("tokens", [129, 400])
+@pytest.mark.parametrize("others", [[("u", "b"), ("v", "c")], [("t", "b"), ("t", "c")], [("t", "a"), ("t", "a")]])
+def test_several_prompts_take_so_many_times_as_long(tokens: int, others: list[Fair]) -> None:
+    """At the floor, of several tenants, of several callers of one, and of one caller."""
+    scheduler = Scheduler(LIMITS)
+    scheduler.submit("stream", [1, 2, 3], None)
+    fairs: list[Fair] = [("t", "a"), *others]
+    for number, fair in enumerate(fairs):
+        scheduler.submit(f"long{number}", [5] * tokens, None, fair=fair)
+    done: dict[str, int] = {}
+    for number in range(1, len(fairs) * most_steps(tokens) + 2):
+        scheduler.share = 0 if number % REST == 0 else 1
+        for segment in scheduler.plan().segments:
+            if segment.task == "stream":
+                scheduler.advance("stream", 9)
+            elif segment.task is not None and segment.output:
+                done[segment.task] = number
+                scheduler.end(segment.task)
+    assert len(done) == len(fairs)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    quiet=st.floats(0.01, 0.1), fixed=st.floats(0, 0.9), token=st.floats(0.001, 0.4), behind=st.floats(0, 0.0003),
+    prefill=st.sampled_from([0.3, PREFILL, 0.7]), slower=st.sampled_from([1.0, 2.0]),
+)  # fmt: skip
+def test_prompts_get_their_share_of_a_step_and_no_more(
+    quiet: float, fixed: float, token: float, behind: float, prefill: float, slower: float
+) -> None:
+    """fixed, token, behind: in quiet steps. One token is read even if it costs more than the share."""
+    machine = Machine(quiet, fixed * quiet, token * quiet, behind * quiet, noise=0.02)
+    stretch, one = 1 / (1 - prefill), 1 + token + 2500 * behind
+    found = read(machine, 2500, prefill=prefill, slower=slower)
+    most = 1.15 * max(stretch, one) + max(token + 2500 * behind, 0.1)  # one token more
+    assert found.p95(quiet * slower, LEARNING) <= most
+
+
+@pytest.mark.parametrize("slower", [1.0, 2.0])
+def test_the_goal_is_met_and_time_is_not_wasted(slower: float) -> None:
+    found = read(HERE, 4000, slower=slower)
+    assert found.p95(HERE.quiet * slower) <= 2.5
+    reading = found.seconds - slower * HERE.quiet * len(found.steps)
+    assert reading >= 0.75 * PREFILL * found.seconds, "prompts use what they may"
+
+
+@pytest.mark.parametrize("slower", [1.0, 2.0])
+def test_more_tokens_are_read_where_weights_cost_the_most(slower: float) -> None:
+    """A large model on a CPU: a second pass costs nearly as much as a step, and more tokens in it almost nothing."""
+    weights = Machine(0.1, 0.09, 0.002, 0.0, noise=0.1)
+    assert len(read(weights, 2000, slower=slower).steps) < most_steps(2000) / 2
+
+
+def test_where_reading_costs_nothing_all_of_a_chunk_is_read() -> None:
+    found = read(Machine(0.01, 0.0, 0.0, 0.0), 4000)
+    assert max(n for _, n in found.steps) > LIMITS.most - LIMITS.multiple
+    read_by_step = [n for _, n in found.steps[:-1] if n]
+    assert all(b <= GROWTH * (a + LIMITS.multiple) for a, b in pairwise(read_by_step)), "it grows step by step"
+
+
+def test_a_share_stretches_a_step_so_far_and_no_further() -> None:
+    pace = Pace(32, 128)
+    assert pace.share(7) == 32
+    for _ in range(50):
+        pace.observe(7, 0, 0.020)
+        pace.observe(7, 32, 0.020 + 32 * 0.002)
+    assert pace.share(7) == pytest.approx(PREFILL / (1 - PREFILL) * 10, abs=1)
+    for _ in range(50):
+        pace.observe(7, 10, 0.020 + 10 * 0.05)
+    assert pace.share(7) == 1
+    shares = [1]
+    for _ in range(REST - 4):
+        pace.observe(7, 10, 0.020)
+        shares.append(pace.share(7))
+    assert all(b <= GROWTH * a for a, b in pairwise(shares)), "a step that was measured too short lets no whole chunk in"
+    assert shares[-1] == 128
+
+
+def test_a_prompt_whose_adapter_generates_nothing_does_not_rest() -> None:
+    """Only steps that generate something can rest: others would be empty."""
+    scheduler = Scheduler(LIMITS)
+    scheduler.submit("stream", [1, 2, 3], None)
+    scheduler.plan()
+    scheduler.advance("stream", 9)
+    scheduler.submit("long", [5] * 300, None, adapter="x")
+    scheduler.share = 0
+    read: list[str | None] = []
+    for _ in range(8):
+        plan = scheduler.plan()
+        read += [segment.task for segment in plan.segments]
+        if read[-1] == "stream":
+            scheduler.advance("stream", 9)
+    assert {"stream", "long"} <= set(read), "adapters take turns of several steps"
