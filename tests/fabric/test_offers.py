@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -282,6 +283,22 @@ async def test_a_draining_worker_declines(parties: Parties) -> None:
     await draining
     assert before == 1
     assert pool.counts() == [1, 20]
+
+
+async def test_a_worker_that_drains_declines_what_it_has_not_begun(parties: Parties) -> None:
+    pool = await Pool.of(parties)
+    worker, drains = pool.nodes["n1"].worker, []
+
+    class Taken(deque[NatsDelivery]):
+        def append(self, delivery: NatsDelivery) -> None:
+            super().append(delivery)
+            drains.append(asyncio.ensure_future(worker.drain()))
+
+    worker._offered = Taken()
+    assert await read(await pool.ask(turn(conversation("n1", "n2")))) == WHOLE
+    assert len(drains) == 1, "the offer was taken"
+    await drains[0]
+    assert pool.counts() == [0, 1]
 
 
 async def test_offered_work_is_replayed_by_nobody(parties: Parties) -> None:

@@ -64,12 +64,18 @@ class NatsDelivery:
         self.again = message is not None and deliveries(message) > 1
 
     async def start(self) -> None:
+        """Hears the orders about it. Queued work is taken with this."""
         client = self._worker.connection.client
         pool, request_id = self.work.pool, self.work.request_id
         self._subscriptions = [
             await client.subscribe_directly(subjects.cancel(pool, request_id), self._on_cancel),
             await client.subscribe_directly(subjects.credit(pool, request_id), self._on_credit),
         ]
+        if self._message is not None:
+            self.take()
+
+    def take(self) -> None:
+        """From now on this worker tells that it has the work, and must begin it: an offer is no longer declined."""
         self._progress = tasks.detach("signs of work", self._in_progress())
 
     async def claim(self) -> bool:

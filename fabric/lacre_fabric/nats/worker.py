@@ -238,7 +238,9 @@ class NatsWorker:
     def _arrived(self) -> NatsDelivery | None:
         """Taken work, or the delivery from a finished pull. Raises FabricUnavailable if the pull failed."""
         if self._offered:
-            return self._offered.popleft()
+            delivery = self._offered.popleft()
+            delivery.take()  # no sooner: a worker that drains declines what it has not begun
+            return delivery
         for model, waiting in [(model, waiting) for model, waiting in self._pulls.items() if waiting.done()]:
             del self._pulls[model]
             self._slots.pulled(model)
