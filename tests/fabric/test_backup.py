@@ -364,3 +364,14 @@ async def test_an_operator_restores_an_old_backup_and_loses_the_root(tmp_path: P
         assert "old pins work until" in await lacre("root", "replace", "--state", old)
         assert Site.load(old).root != before
         await lacre("fabric", "check", "--state", old)
+
+
+def test_a_machine_that_seems_too_slow_is_not_called_a_wrong_passphrase() -> None:
+    """age refuses the work that the file's head asks for, before it tries the passphrase."""
+    made = encrypted(b"content", passphrase=PASSPHRASE, address=None)
+    head, last = made.split(b"\n", 2)[1].rsplit(b" ", 1)
+    assert int(last) < 30
+    with pytest.raises(SettingsError, match="too busy, or much slower"):
+        decrypted(made.replace(head + b" " + last, head + b" 40", 1), passphrase=PASSPHRASE, address=None)
+    with pytest.raises(SettingsError, match="the passphrase is wrong"):
+        decrypted(made, passphrase=PASSPHRASE + "x", address=None)

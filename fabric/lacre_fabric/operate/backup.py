@@ -46,6 +46,14 @@ _CONTEXT: Final = EncryptionContext("backup", "")
 # Not of the state: NATS' own files, logs, the audit logs, sockets and locks, and a token that expires.
 _LEFT_OUT: Final = frozenset({"nats", "logs", "lock", "env", "health"})
 _AUDIT: Final = PurePosixPath("gateway/audit")
+# age opens only what it expects this machine to derive the key of within 16 s. It measures that each time: a busy machine seems
+# slow, and may have seemed fast when the backup was made.
+_OPENINGS: Final = 10
+_BETWEEN: Final = 0.3  # seconds
+_TOO_MUCH_WORK: Final = "Excessive work parameter"
+_TOO_SLOW: Final = (
+    "the backup does not open here: this machine is too busy, or much slower than the one that made it; try again later"
+)
 _DAMAGED: Final = "the backup is damaged or not one: restore another file"
 
 
@@ -154,10 +162,17 @@ def decrypted(data: bytes, *, passphrase: str | None, address: str | None) -> by
     if passphrase is None:
         raise SettingsError("the backup is encrypted with a passphrase: name its file with --passphrase-file")
     age = _age()
-    try:
-        return bytes(age.decrypt(data, passphrase))
-    except import_module("pyrage").DecryptError as exc:
-        raise SettingsError("the backup does not open: the passphrase is wrong, or the file is damaged") from exc
+    left = _OPENINGS
+    while True:
+        try:
+            return bytes(age.decrypt(data, passphrase))
+        except import_module("pyrage").DecryptError as exc:
+            if not str(exc).startswith(_TOO_MUCH_WORK):
+                raise SettingsError("the backup does not open: the passphrase is wrong, or the file is damaged") from exc
+            left -= 1
+            if not left:
+                raise SettingsError(_TOO_SLOW) from exc
+        time.sleep(_BETWEEN)
 
 
 def _age() -> ModuleType:
