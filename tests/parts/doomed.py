@@ -53,6 +53,7 @@ def _throw(task: asyncio.Task[Any]) -> None:
 def _interrupt(entry: tasks.Thread) -> None:
     """Raises in the thread, and wakes it, for it takes notice only when it runs."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(entry.ident or 0), ctypes.py_object(Doom))
+    others = [other.task.get_loop() for other in tasks.alive() if not isinstance(other, tasks.Thread)]
     for kept in list(vars(entry._target.__self__).values()):  # type: ignore[attr-defined]
         if isinstance(kept, threading.Event):
             kept.set()
@@ -62,7 +63,7 @@ def _interrupt(entry: tasks.Thread) -> None:
         elif isinstance(kept, queue.Queue):
             with kept.not_empty:
                 kept.not_empty.notify_all()
-        elif isinstance(kept, asyncio.AbstractEventLoop):
+        elif isinstance(kept, asyncio.AbstractEventLoop) and kept not in others:  # a thread may know the loop of its owner
             kept.call_soon_threadsafe(kept.stop)
 
 
