@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lacre_backend.engine.pace import GROWTH, PREFILL, REST, Pace
+from lacre_backend.engine.pace import GROWTH, PREFILL, REST, Pace, SteadyPace, fitting
 from lacre_backend.engine.plan import EngineLimits, StepPlan
 from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.turns import Fair
@@ -211,3 +211,67 @@ def test_a_prompt_whose_adapter_generates_nothing_does_not_rest() -> None:
         if read[-1] == "stream":
             scheduler.advance("stream", 9)
     assert {"stream", "long"} <= set(read), "adapters take turns of several steps"
+
+
+parts = st.one_of(st.just(0.0), st.floats(0, 1e3), st.floats(0, 1e-300))
+
+
+@settings(deadline=None)
+@given(
+    cost=st.tuples(parts, parts, parts), seconds=parts, place=st.integers(0, 2**20), most=st.integers(1, 16384),
+)  # fmt: skip
+@example(cost=(0.05, 0.0, 0.000003), seconds=0.02, place=0, most=256)  # nothing is left for a first token that costs nothing
+@example(cost=(0.0, 0.0, 1e-300), seconds=1e-300, place=0, most=16384)  # their product is no number above 0
+def test_whatever_the_parts_a_number_of_tokens_comes_out(
+    cost: tuple[float, float, float], seconds: float, place: int, most: int
+) -> None:
+    n = fitting(cost, seconds, place, most)
+    assert 0 <= n <= most
+    fixed, token, behind = cost
+    if n:
+        assert fixed + (token + place * behind) * n + behind * n * n / 2 <= seconds * (1 + 1e-6)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 256), st.integers(0, 4096), st.floats(1e-5, 30)), max_size=80),
+    place=st.integers(0, 4096),
+)  # fmt: skip
+def test_whatever_is_measured_a_share_comes_out(steps: list[tuple[int, int, int, float]], place: int) -> None:
+    """Also of a machine whose steps suddenly take many times as long, or a hundredth."""
+    pace = Pace(32, 128)
+    for generating, reading, start, seconds in steps:
+        pace.observe(generating, reading, seconds, reading * start + reading * reading // 2)
+        assert 0 <= pace.share(generating, place) <= 128
+        assert 0 <= pace.share(generating, 0) <= 128
+
+
+class BrokenPace(Pace):
+    """Fails as no pace should."""
+
+    def share(self, generating: int, place: int = 0) -> int:
+        if generating == 3:
+            raise ZeroDivisionError
+        return super().share(generating, place)
+
+    def observe(self, generating: int, reading: int, seconds: float, attended: int = 0) -> None:
+        if generating == 3:
+            raise OverflowError
+        super().observe(generating, reading, seconds, attended)
+
+
+def test_a_pace_that_fails_is_measured_anew_and_ends_no_engine(caplog: pytest.LogCaptureFixture) -> None:
+    made: list[Pace] = []
+
+    def make() -> Pace:
+        made.append(BrokenPace(32, 128))
+        return made[-1]
+
+    pace = SteadyPace(make)
+    assert pace.share(7) == 32
+    assert pace.share(3) == 1, "the floor: prompts still advance"
+    assert len(made) == 2
+    pace.observe(3, 0, 0.1)
+    assert len(made) == 3
+    assert pace.share(7) == 32, "and it learns again"
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError, OverflowError]

@@ -32,7 +32,7 @@ from lacre_backend.engine.job import EngineJob, begin
 from lacre_backend.engine.lens import LensTask
 from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
-from lacre_backend.engine.pace import Pace
+from lacre_backend.engine.pace import Pace, SteadyPace
 from lacre_backend.engine.parked import LOOK, Parked
 from lacre_backend.engine.plan import Segment, StepPlan
 from lacre_backend.engine.projector import Projector, ProjectorFile
@@ -102,7 +102,7 @@ class LlamaEngine:
         self.adapted = [AdaptedEngine(self, each.name, each.digest, adapted_name(name, each.name)) for each in adapters]
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
-        self._pace = Pace(shape.limits.share, shape.limits.most, settings.prefill)
+        self._pace = SteadyPace(lambda: Pace(shape.limits.share, shape.limits.most, settings.prefill))
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()

@@ -1,7 +1,7 @@
 """How many prompt tokens fit into a step without stalling running answers. Measured: machines differ a hundredfold.
 
 Rules:
-- Pure: durations in, a number of tokens out.
+- Pure: durations in, a number of tokens out. `SteadyPace` logs what should never fail.
 - Prompts get the share `prefill` of a step's time: with 0.55, a step that also reads takes 2.2 times as long as one that only
   generates.
 - The floor: of `REST` steps in a row, all but one read at least one token, however long it takes. So a prompt of `p` tokens
@@ -16,9 +16,12 @@ Rules:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
+
+from lacre.runtime import tasks
 
 PREFILL: Final = 0.55  # of a step's time: 2.2 times as long. The goal is 2.5 for 95 of 100 steps, and steps vary
 LEAST_PREFILL, MOST_PREFILL = 0.05, 0.9
@@ -28,6 +31,7 @@ PROBED: Final = 4  # tokens: tried once in `REST` steps of fewer, or their fixed
 _WEIGHT: Final = 0.3  # of a new measurement in the running mean
 _NOISE: Final = 0.15  # of a step's time, by which equal steps differ
 _DRIFT: Final = 0.03  # by which a cost may change from one step to the next
+_LEAST: Final = 1e-9  # seconds of a token, at least: none costs nothing, even where the filter finds so
 _BASE: Final = 0.02  # of a quiet step: a fixed part that is measured as nothing may still grow by its drift
 
 
@@ -71,13 +75,39 @@ class Pace:
             fitting = self._cost.fitting(self._stretch * quiet, place, self._most)
             self._last = max(min(fitting, GROWTH * self._last), 1)
             if self._last < PROBED and turn == REST // 2:
-                return PROBED
+                return min(PROBED, self._most)
         return self._last
 
     def _expected(self, generating: int) -> float | None:
         if not self._quiet:
             return None
         return self._quiet[min(self._quiet, key=lambda n: abs(n - generating))]
+
+
+class SteadyPace:
+    """A pace whose failure ends no engine: it only measures. The failure is logged, and measuring begins anew."""
+
+    def __init__(self, make: Callable[[], Pace]) -> None:
+        self._make = make
+        self._pace = make()
+
+    def observe(self, generating: int, reading: int, seconds: float, attended: int = 0) -> None:
+        try:
+            self._pace.observe(generating, reading, seconds, attended)
+        except Exception as error:  # noqa: BLE001 - measuring is not worth an engine, and the log has it
+            self._again(error)
+
+    def share(self, generating: int, place: int = 0) -> int:
+        """After a failure a single token, once."""
+        try:
+            return self._pace.share(generating, place)
+        except Exception as error:  # noqa: BLE001 - measuring is not worth an engine, and the log has it
+            self._again(error)
+            return 1
+
+    def _again(self, error: Exception) -> None:
+        tasks.failed("pace", error)
+        self._pace = self._make()
 
 
 class _Cost:
@@ -102,10 +132,20 @@ class _Cost:
         self._known -= np.outer(weights, shared)
 
     def fitting(self, seconds: float, place: int, most: int) -> int:
-        """How many tokens of a prompt from this place on cost so many seconds; at most `most`."""
+        """As the function `fitting`."""
         fixed, token, behind = self._parts.tolist()
-        left, each = max(seconds - fixed, 0.0), token + place * behind
-        if each * most + behind * most * most / 2 <= left:
-            return most if left > 0 else 0
-        # fixed + each * n + behind * n * n / 2 = seconds, in a form that does not cancel
-        return int(2 * left / (each + math.sqrt(each * each + 2 * behind * left)))
+        return fitting((fixed, token, behind), seconds, place, most)
+
+
+def fitting(cost: tuple[float, float, float], seconds: float, place: int, most: int) -> int:
+    """How many tokens of a prompt from this place on cost so many seconds; at most `most`. cost: the three numbers of `_Cost`,
+    none below 0.
+    """
+    fixed, token, behind = cost
+    left, each = seconds - fixed, max(token, _LEAST) + place * behind
+    if left <= 0:
+        return 0
+    if each * most + behind * most * most / 2 <= left:
+        return most
+    # fixed + each * n + behind * n * n / 2 = seconds, in a form that does not cancel
+    return min(int(2 * left / (each + math.sqrt(each * each + 2 * behind * left))), most)
