@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.ended import how as how_ended
 from lacre_backend.engine.protocol import EngineClosed, EngineError, TextRefused
 from lacre_backend.engine.tokenizer_process import (
     ADD_SPECIAL,
@@ -264,7 +264,7 @@ class _Process:
                 f"llama.cpp cannot load {path}: {cause or 'it gives no reason'}. "
                 "Check that the file is complete, and of an architecture that this llama.cpp supports."
             )
-        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        ended = how_ended(code)
         return (
             f"The tokenizer of {path} cannot be used: its process ended with {ended} in the trial"
             f"{f' ({cause})' if cause else ''}. Convert the model again, with every byte in its vocabulary."

@@ -5,6 +5,7 @@ Rules:
   no other thread stands between a token and the worker.
 - All slow work runs beside the loop: tokenizing, compiling grammars, reading pictures.
 - It writes no core dump, no other process may trace it, and it logs as the worker does: no content.
+- A request that fails, in whatever way, ends alone.
 - It ends when the socket closes, and the kernel ends it with the thread that started it. Signals are the worker's affair.
 """
 
@@ -70,6 +71,7 @@ from lacre_fabric.keys.kms import EncryptionContext
 
 PULSE: Final = 1.0  # seconds
 _PIECE: Final = 2**18  # bytes read at a time
+_FAILED: Final = "The engine failed at this request. Try again, or with another request."
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 
@@ -180,9 +182,9 @@ class EngineChild:
             case Submit():
                 self._submit(message.tasks)
             case Cancel():
-                self._engine.cancel(message.task)
+                self._ending([NamedStream(message.task, self._pipe)], partial(self._engine.cancel, message.task))
             case Speak():
-                self._engine.speak(message.tokens)
+                self._ending((), partial(self._engine.speak, message.tokens))
             case OwnText():
                 words = partial(self._engine.tokenize, message.text, message.special)
                 self._answer(message.number, asyncio.to_thread(words), lambda ids: ((tuple(ids),), 0))
@@ -203,10 +205,17 @@ class EngineChild:
 
     def _submit(self, submitted: Sequence[Task]) -> None:
         streams = [NamedStream(task.id, self._pipe) for task in submitted]
+        self._ending(streams, lambda: self._engine.submit_to([self._with_held(task) for task in submitted], streams))
+
+    def _ending(self, streams: Sequence[NamedStream], act: Callable[[], None]) -> None:
+        """Does what the worker asks. Whatever it raises ends these streams, and no others."""
         try:
-            self._engine.submit_to([self._with_held(task) for task in submitted], streams)
+            act()
         except LacreError as error:
             self._pipe.deliver([(stream, error) for stream in streams])
+        except Exception as error:  # noqa: BLE001 - the answers beside it must not end with this request
+            log.error("engine.request_failed", model=self._engine.model.name, **logs.places(error))
+            self._pipe.deliver([(stream, EngineError(_FAILED)) for stream in streams])
 
     def _with_held(self, task: Task) -> Task:
         """The task with the grammar and the pictures that its numbers stand for. Raises TaskRefused."""
@@ -245,7 +254,7 @@ class EngineChild:
             except LacreError as error:
                 self._pipe.send(Unanswered(number, told(error)))
             except Exception:
-                self._pipe.send(Unanswered(number, told(EngineError("The engine failed at this request."))))
+                self._pipe.send(Unanswered(number, told(EngineError(_FAILED))))
                 raise
             finally:
                 self._asked.pop(number, None)

@@ -256,13 +256,14 @@ class ProcessEngine:
                         self._first.set_result(ready)
                     self._serve(link)
                     settled = time.monotonic() - began > SETTLED
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever fails in one start, the next may succeed
                 if not self._first.done():
                     self._first.set_exception(error)
                     return
-                if not isinstance(error, LacreError | OSError):
-                    raise
-                self._fail(f"it cannot be started: {error}")
+                known = isinstance(error, LacreError | OSError)
+                if not known:  # the worker's other engines go on, and this one tries again
+                    tasks.failed("engine", error)
+                self._fail(f"it cannot be started: {error if known else type(error).__name__}")
             delay = 0.0 if settled else min(max(2 * delay, AGAIN), most)
 
     @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from lacre.wire.wiping import overwrite
+from lacre_backend.engine.ended import how as how_ended
 from lacre_backend.engine.protocol import EngineError, EngineLost
 from lacre_backend.engine_process.messages import (
     FROM_CHILD,
@@ -210,7 +210,7 @@ class EngineLink:
             code = self._child.wait()
         for each in (self._socket, self._woken, self._wake):
             each.close()
-        self._ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self._ended = how_ended(code)
         return self._ended
 
     def _drop(self, number: int) -> None:

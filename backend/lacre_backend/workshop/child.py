@@ -29,6 +29,7 @@ from typing import IO, Any, Final, Generic, TypeVar
 from pydantic import TypeAdapter
 
 from lacre.errors import LacreError, SettingsError, UsageError
+from lacre_backend.engine.ended import how as how_ended
 from lacre_backend.engine.shards import check_name
 
 Asked = TypeVar("Asked")
@@ -112,7 +113,7 @@ def _death(code: int, said: IO[bytes]) -> str:
     said.seek(max(0, said.seek(0, os.SEEK_END) - _SAID))
     lines = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]
     words = next((line for line in reversed(lines) if any(cause in line for cause in _CAUSES)), "it gives no reason")
-    ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    ended = how_ended(code)
     helps = "The machine may have too little memory." if code == -signal.SIGKILL else "Check the model file and the options."
     return f"llama.cpp ended with {ended} at this work: {words[-_LAST_WORDS:]}. Nothing was written. {helps}"
 

@@ -1,0 +1,152 @@
+"""Faults of an engine's process and of what speaks to it: each ends as little as it can."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from backend.generating import GREEDY, made, make_task
+from backend.test_engine_process import PATIENCE, back, outcome, settings
+from lacre_backend.engine.delivery import TaskStream
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.protocol import EngineError, EngineLost, Finish, Task, Token
+from lacre_backend.engine_process.child import EngineChild, Pipe
+from lacre_backend.engine_process.engine import ProcessEngine
+from lacre_backend.engine_process.link import EngineLink
+from lacre_backend.engine_process.messages import (
+    FROM_CHILD,
+    Cancel,
+    Close,
+    Failed,
+    FromChild,
+    Ready,
+    Speak,
+    Submit,
+    TaskEvent,
+    Unframer,
+    framed,
+    raised,
+)
+from parts.tiny_model import tiny_model
+from parts.waiting import until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture
+def engine(model: Path) -> Iterator[ProcessEngine]:
+    with closing(ProcessEngine(settings(model))) as made:
+        yield made
+
+
+class FaultyEngine(LlamaEngine):
+    """A real engine with a fault in the set-up of some requests."""
+
+    def submit_to(self, tasks: Sequence[Task], streams: Sequence[TaskStream]) -> None:
+        if any(task.id.startswith("bad") for task in tasks):
+            raise ValueError("canary")
+        super().submit_to(tasks, streams)
+
+    def cancel(self, task_id: str) -> None:
+        if task_id.startswith("bad"):
+            raise MemoryError
+        super().cancel(task_id)
+
+    def speak(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise IndexError
+        super().speak(tokens)
+
+
+class Worker:
+    """The worker's end of a child's socket."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        ours.setblocking(False)
+        self._socket = ours
+        self._unframer = Unframer(FROM_CHILD)
+        self.heard: list[FromChild] = []
+
+    async def say(self, *messages: Submit | Cancel | Speak | Close) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._socket, b"".join(map(framed, messages)))
+
+    async def hears_the_end_of(self, task: str) -> TaskEvent | Failed:
+        while True:
+            for each in self.heard:
+                ends = isinstance(each, Failed) or (isinstance(each, TaskEvent) and isinstance(each.event, Finish))
+                if isinstance(each, Failed | TaskEvent) and ends and each.task == task:
+                    return each
+            self.heard += self._unframer.feed(await asyncio.get_running_loop().sock_recv(self._socket, 2**18))
+
+
+async def test_a_request_whose_set_up_fails_ends_alone(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = socket.socketpair()
+    own = LlamaSettings(n_ctx=512, slots=4, threads=1)
+    with closing(FaultyEngine(model, name="tiny", digest="", settings=own)) as faulty, ours:
+        pipe = Pipe(theirs.detach())
+        worker, serving = Worker(ours), asyncio.create_task(EngineChild(faulty, pipe).serve())
+        good, bad = make_task(faulty, max_tokens=100), make_task(faulty, max_tokens=100)
+        bad = dataclasses.replace(bad, id="bad")
+        await worker.say(Submit((good,)), Submit((bad,)), Cancel("bad cancel"), Speak(()))
+        for name in ("bad", "bad cancel"):
+            failed = await asyncio.wait_for(worker.hears_the_end_of(name), PATIENCE)
+            assert isinstance(failed, Failed)
+            assert type(raised(failed.failure)) is EngineError
+            assert "canary" not in failed.failure.message
+        ended = await asyncio.wait_for(worker.hears_the_end_of(good.id), PATIENCE)
+        assert isinstance(ended, TaskEvent), "the answer beside it is whole"
+        await worker.say(Close())
+        await asyncio.wait_for(serving, PATIENCE)
+        pipe.socket.close()
+    said = "".join(capfd.readouterr())
+    assert said.count("engine.request_failed") == 3
+    assert "canary" not in said
+
+
+async def test_a_signal_without_a_name_ends_a_process_as_any_other(engine: ProcessEngine) -> None:
+    stream, pid = engine.submit(make_task(engine, max_tokens=400)), engine.pid
+    assert pid is not None
+    assert isinstance(await anext(stream), Token)
+    os.kill(pid, 40)
+    assert isinstance(await outcome(stream), EngineLost)
+    await back(engine, pid)
+    assert not engine.died
+    assert len((await made(engine, max_tokens=4, sampling=GREEDY)).ids) == 4
+    link = EngineLink()
+    os.kill(link.pid, 40)
+    assert await asyncio.to_thread(link.end) == "signal 40"
+
+
+class OnceFaulty(ProcessEngine):
+    """Fails once in an unforeseen way, while it starts another process."""
+
+    faults = 0
+
+    def _check_same(self, ready: Ready) -> None:
+        if self._first.done() and not self.faults:
+            self.faults += 1
+            raise ValueError("canary")
+        super()._check_same(ready)
+
+
+async def test_any_failure_of_a_restart_is_followed_by_another(model: Path) -> None:
+    with closing(OnceFaulty(settings(model))) as engine:
+        pid = engine.pid
+        assert pid is not None
+        os.kill(pid, 9)
+        await until(lambda: engine.faults == 1, PATIENCE)
+        await back(engine, pid)
+        assert not engine.died
+        assert len((await made(engine, max_tokens=4, sampling=GREEDY)).ids) == 4
