@@ -92,6 +92,30 @@ def test_the_sizes_of_steps_follow_from_the_machine() -> None:
     assert 0.01 + 0.0001 * middle.burst <= PAUSE
 
 
+@pytest.mark.parametrize("old", [{"n_batch": 1024, "n_ubatch": 1024}, {"n_ubatch": 512}, {"n_ubatch": 2048}, {"n_batch": 64}])
+def test_what_is_chosen_is_what_a_worker_takes(tmp_path: Path, old: dict[str, int]) -> None:
+    """Whatever sizes the settings had before."""
+    path = tiny_model(tmp_path / "tiny.gguf")
+    wanted = options(ModelSettings(path=path, context=512, **old))
+    for slots in SLOTS:
+        base = tune.as_chosen(wanted, TuningResult(FAST, slots, {}))
+        assert derive(path, base).limits.slots == slots, "tuning can begin"
+        sizes = choose_steps(times(0.02, 0.0007), slots, base.n_ubatch or 0)
+        found = derive(path, tune.with_sizes(base, sizes)).limits
+        assert (found.step, found.chunk, found.burst) == (sizes.n_batch, sizes.chunk, sizes.burst)
+        assert found.step >= old.get("n_ubatch", 1)
+
+
+def test_tuning_a_file_whose_sizes_were_set_writes_what_a_worker_takes(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "tiny.gguf")
+    path = tmp_path / "worker.toml"
+    path.write_text(SETTINGS + "n_batch = 1024\nn_ubatch = 1024\nslots = 64\nburst = 900\n")
+    tune.run(path, lambda _line: None)
+    (model,) = load(path).models
+    assert model.n_ubatch == 1024
+    assert derive(tmp_path / "tiny.gguf", options(model)).limits.step == model.n_batch
+
+
 def test_a_share_that_gains_nothing_is_not_given_to_prompts() -> None:
     """On a machine where the largest measured prompt fits into a small share."""
     assert choose_steps(times(0.1, 0.00001, most=512), 8).prefill == min(SHARES)

@@ -2,7 +2,7 @@
 
 Rules:
 - Only the chosen keys and our own comment in the file change. Every other line stays as it is.
-- The new file is parsed and checked before it atomically replaces the old one.
+- The new file is parsed and checked before it atomically replaces the old one. What an engine would refuse is not written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.model import ModelMetadata
 from lacre_backend.engine.pace import PREFILL
+from lacre_backend.engine.plan import STEP
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.sizing import LlamaSettings, SpeculationKind, derive
 from lacre_backend.engine.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
             report(f"{file.name}: embeds; nothing to tune")
             continue
         wanted = options(model)
-        most = max((slots for slots in SLOTS if _fits(file.path, replace(wanted, slots=slots, cells=None))), default=1)
+        most = max((slots for slots in SLOTS if _fits(file.path, _freed(wanted, slots))), default=1)
         report(f"{file.name}: measuring")
         choice = tune(file.path, wanted.gpu, most=most, kv_type=wanted.kv_type)
         for line in choice.table():
@@ -56,6 +57,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
         for line in sizes.table:
             report("  " + line)
         report(f"  chosen: {sizes}")
+        derive(file.path, with_sizes(as_chosen(wanted, choice), sizes))  # a worker would refuse what this refuses
         trials = speculations(file.path, model, settings.kms, choice, report)
         best = max((trial for trial in trials if trial.worth_it), key=lambda trial: trial.gain, default=None)
         report(f"  chosen: speculation {'off: no gain measured' if best is None else best.kind}")
@@ -98,11 +100,16 @@ def as_chosen(wanted: LlamaSettings, choice: TuningResult) -> LlamaSettings:
         unified=way.unified,
         slots=choice.slots,
         cells=None,
-        n_batch=None,
+        n_batch=None if wanted.n_ubatch is None else max(STEP, wanted.n_ubatch),
         chunk=None,
         burst=None,
         prefill=PREFILL,
     )
+
+
+def with_sizes(settings: LlamaSettings, sizes: StepSizes) -> LlamaSettings:
+    """The settings as they will be written."""
+    return replace(settings, n_batch=sizes.n_batch, chunk=sizes.chunk, burst=sizes.burst, prefill=sizes.prefill)
 
 
 def values(choice: TuningResult, sizes: StepSizes, speculation: SpeculationKind) -> dict[str, str]:
@@ -131,6 +138,11 @@ def written(text: str, index: int, values: Mapping[str, str], table: list[str]) 
     kept = [line for line in lines[begin:end] if not ours.match(line)]
     fresh = [_MARK, *(f"#| {line}" for line in table), *(f"{name} = {value}" for name, value in values.items())]
     return "\n".join([*lines[:begin], *fresh, *kept, *lines[end:]]) + "\n"
+
+
+def _freed(wanted: LlamaSettings, slots: int) -> LlamaSettings:
+    """With so many slots, and without the sizes that are measured anew."""
+    return replace(wanted, slots=slots, cells=None, n_batch=None, n_ubatch=None, chunk=None, burst=None)
 
 
 def _fits(path: Path, settings: LlamaSettings) -> bool:

@@ -75,14 +75,14 @@ def tune_steps(path: Path, settings: LlamaSettings) -> StepSizes:
     )
     running = LlamaContext(model, limits, Compute(shape.threads, settings.flash, settings.kv_type, settings.n_ubatch))
     try:
-        return choose_steps(_times(running, slots, sizes, min(_HISTORY, context // 2)), slots)
+        return choose_steps(_times(running, slots, sizes, min(_HISTORY, context // 2)), slots, settings.n_ubatch or 0)
     finally:
         running.free()
 
 
-def choose_steps(times: StepTimes, slots: int) -> StepSizes:
+def choose_steps(times: StepTimes, slots: int, n_ubatch: int = 0) -> StepSizes:
     """The smallest chunk that reads nearly as fast as any, the largest burst that nobody notices, the smallest share that reads
-    nearly as fast as the largest one.
+    nearly as fast as the largest one. n_ubatch: as set; a step is never smaller.
     """
     rates = {n: n / seconds for n, seconds in times.alone.items() if n >= LEAST} or {LEAST: 1.0}
     chunk = min(n for n in rates if rates[n] >= ENOUGH * max(rates.values()))
@@ -91,7 +91,7 @@ def choose_steps(times: StepTimes, slots: int) -> StepSizes:
     speeds = {share: _fitting(times, share) * (1 - share) for share in SHARES} if times.beside else {PREFILL: 1.0}
     fastest = max(speeds.values())
     prefill = min(share for share in speeds if speeds[share] >= ENOUGH * fastest) if fastest > 0 else PREFILL
-    n_batch = -(-(slots + burst + chunk) // _ROUND) * _ROUND
+    n_batch = max(-(-(slots + burst + chunk) // _ROUND) * _ROUND, n_ubatch)
     return StepSizes(n_batch, chunk, burst, prefill, tuple(_table(times)))
 
 
