@@ -61,6 +61,7 @@ def cutting(places: Sequence[int | None], kept: list[int]) -> Bend:
     return bend
 
 
+@pytest.mark.slow
 async def test_wherever_it_is_cut(tmp_path: Path) -> None:
     """The seam shows in nothing but the usage: one id, each character once."""
     kept: list[int] = []
