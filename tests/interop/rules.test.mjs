@@ -1,7 +1,6 @@
 /** Rules of wire.md that no exchange with an honest gateway shows. `node --test` runs them. */
 
 import { deepStrictEqual as same, ok, rejects, throws } from "node:assert";
-import { generateKeyPairSync, sign } from "node:crypto";
 import { test } from "node:test";
 
 import {
@@ -26,23 +25,11 @@ import { ascii, concat, toBase64url, uint } from "../../sdk/javascript/src/wire/
 import { KEMS, parseKeyConfiguration, suiteOf } from "../../sdk/javascript/src/wire/keys.js";
 import { MAX_SEALED_REQUEST, SealedRequest } from "../../sdk/javascript/src/wire/ohttp.js";
 import { varint } from "../../sdk/javascript/src/wire/varint.js";
+import { json, jws, newKey } from "./signing.mjs";
 
 const NOW = 1_780_000_000;
 
-// Signing, for these tests alone
-
-function newKey() {
-  const { privateKey, publicKey } = generateKeyPairSync("ed25519");
-  return { privateKey, raw: Uint8Array.from(Buffer.from(publicKey.export({ format: "jwk" }).x, "base64url")) };
-}
-
-const json = (value) => ascii(JSON.stringify(value));
-
-function jws(payload, key, typ, alg = "EdDSA") {
-  const bytes = payload instanceof Uint8Array ? payload : json(payload);
-  const signed = `${toBase64url(json({ alg, typ }))}.${toBase64url(bytes)}`;
-  return `${signed}.${toBase64url(sign(null, ascii(signed), key.privateKey))}`;
-}
+// What is signed
 
 const statement = (signer, exp = NOW + 100, next = null) =>
   json({ typ: "lacre-root", signer: toBase64url(signer.raw), exp, next_root: next && toBase64url(next.raw) });

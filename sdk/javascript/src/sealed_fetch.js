@@ -57,7 +57,7 @@ export async function sealedFetch(url, options) {
   const client = {
     kems: options.kems ?? ["xwing"],
     shape: options.shape ?? "pad",
-    pinModels: options.pinModels ?? {},
+    pinModels: pinsOf(options.pinModels ?? {}),
     keepIdentifyingFields: options.keepIdentifyingFields ?? false,
   };
   if (!client.kems.length || !client.kems.every((kem) => KEM_NAMES.includes(kem))) {
@@ -68,6 +68,16 @@ export async function sealedFetch(url, options) {
   const sealing = new Sealing(connection, get, options.memory ?? (await defaultMemory()), outer);
   await sealing.manifest();
   return fetchOf(sealing, client, options);
+}
+
+/** A pin that named no file would be passed over silently. @param {Record<string, string>} given */
+function pinsOf(given) {
+  const own = given !== null && typeof given === "object" && !Array.isArray(given) && !(given instanceof Map);
+  const pins = new Map(own ? Object.entries(given) : []);
+  if (!own || ![...pins.values()].every((pin) => typeof pin === "string" && /^sha256:[0-9a-f]{64}$/.test(pin))) {
+    throw new ConfigurationError("`pinModels` is an object of `sha256:` and 64 hexadecimal digits in small letters, by the model's name");
+  }
+  return pins;
 }
 
 /** @param {Sealing} sealing @param {any} client @param {CallOptions} call @returns {SealedFetch} */

@@ -22,7 +22,7 @@ import { exchanged, SealedAnswer } from "./answer.js";
 import { isRepeatable, prepare, userOf } from "./inner.js";
 import { DATE, INVALID_TOKEN, mediaType, NO_WORKER, OHTTP_KEY, problemOf, readUpTo, UNKNOWN_POOL } from "./problems.js";
 import { Retries, waited } from "./retries.js";
-import { waysOf } from "./routing.js";
+import { askedIn, pinOf, waysOf } from "./routing.js";
 
 export const AUTHORITY = "lacre.invalid";
 const SALT_LIFETIME = 3600; // seconds: the salt is a pseudonym as long as it lives
@@ -41,7 +41,7 @@ const DATE_FORM = /^[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} G
  * @property {number} resume how often a broken answer is resumed
  * @property {readonly string[]} kems names of those accepted
  * @property {string} shape
- * @property {Record<string, string>} pinModels `sha256:…` by the model's name
+ * @property {Map<string, string>} pinModels `sha256:…` by the model's name
  * @property {boolean} keepIdentifyingFields
  */
 /**
@@ -57,6 +57,7 @@ const DATE_FORM = /^[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} G
  * @property {import("../evidence/audit_proof.js").AuditProof | null} audit
  * @property {import("../evidence/receipts.js").Receipt | null} receipt null until the whole answer was read
  */
+/** @typedef {{ pool: string, model?: string, asked: string | null }} Way model: in place of the name that the caller asked for */
 /** @typedef {{ options: Options, signal: AbortSignal | undefined, lost?: number, endurance?: number, stays?: { pool: string, model: string } }} Given */
 
 export class Sealing {
@@ -105,10 +106,12 @@ export class Sealing {
     for (;;) {
       await this.#learn(signal);
       const fetches = this.#fetches;
-      const ways = given.stays ? [given.stays] : await waysOf(this.#taken().manifest, plain, options, this.#routeKey, clock());
+      const { manifest } = this.#taken();
+      const asked = askedIn(manifest, plain, options);
+      const ways = given.stays ? [given.stays] : await waysOf(manifest, plain, asked, options, this.#routeKey, clock());
       attempts += 1;
       try {
-        const { answer, part } = await this.#attempt(plain, ways[passed % ways.length], given, mended.has(INVALID_TOKEN));
+        const { answer, part } = await this.#attempt(plain, { ...ways[passed % ways.length], asked }, given, mended.has(INVALID_TOKEN));
         if (answer.problemType !== DATE || mended.has(DATE) || !this.#correct(valueOf(answer.head.fields, "date"))) {
           return { answer, info: { attempts, lost: retries.lost, parts: [part] } };
         }
@@ -128,7 +131,7 @@ export class Sealing {
     }
   }
 
-  /** @param {Plain} plain @param {{ pool: string, model?: string }} way @param {Given} given @param {boolean} renew */
+  /** @param {Plain} plain @param {Way} way @param {Given} given @param {boolean} renew */
   async #attempt(plain, way, { options, signal }, renew) {
     const trusted = this.#taken();
     const { request, outer, content, expected, part, verify } = await this.#seal(plain, way, options, trusted);
@@ -154,7 +157,7 @@ export class Sealing {
     return { answer, part };
   }
 
-  /** @param {Plain} plain @param {{ pool: string, model?: string }} way @param {Options} options @param {Trusted} trusted */
+  /** @param {Plain} plain @param {Way} way @param {Options} options @param {Trusted} trusted */
   async #seal(plain, way, options, { manifest }) {
     const pool = manifest.pools.get(way.pool);
     if (!pool) throw new NoUsableKeyError(`the manifest has no pool ${way.pool}: it has ${[...manifest.pools.keys()].join(", ") || "none"}`);
@@ -163,7 +166,7 @@ export class Sealing {
     if (!pool.shapes.includes(shape)) throw new NoUsableKeyError(`the pool ${way.pool} takes no request of shape ${shape}`);
     const prepared = prepare(plain, pool.models, { ...options, routed: way.model });
     const { action, model, maxTokens, isDefault } = prepared;
-    const digests = digestsOf(model, pool.models.get(model)?.sha256 ?? [], options.pinModels[model]);
+    const digests = digestsOf(model, pool.models.get(model)?.sha256 ?? [], pinOf(options.pinModels, way.asked, model));
     const asked = { "lacre-pool": way.pool, "lacre-model": model, "lacre-action": action, "lacre-shape": shape };
     const request = await SealedRequest.to(key.config);
     const inner = await this.#inner(prepared, asked, options.cacheScope ?? userOf(plain));
