@@ -13,6 +13,7 @@ export class LocalGateway {
   #root = newKey();
   #signer = newKey();
   #other = toBase64url(newKey().raw);
+  #statement = jws({ typ: "lacre-root", signer: toBase64url(this.#signer.raw), exp: now() + 86400, next_root: null }, this.#root, "lacre-root+jwt");
 
   /** manifest, sealed: answer to one request each. */
   constructor({ models = { m: [] }, routes = {}, manifest = () => new Response(this.document()), sealed = refusal } = {}) {
@@ -21,12 +22,12 @@ export class LocalGateway {
 
   /** A manifest that was made now, and is valid for an hour. */
   document(ver = 1, signer = this.#signer) {
-    const [roots, exp] = [{ typ: "lacre-root", signer: toBase64url(this.#signer.raw), exp: now() + 86400, next_root: null }, now() + 3600];
+    const exp = now() + 3600;
     const models = Object.fromEntries(Object.entries(this.models).map(([name, sha256]) => [name, { sha256, signers: [] }]));
     const keys = [{ config: toBase64url(XWING), not_after: exp }];
     const pool = { models, default_model: Object.keys(models)[0], keys, receipt_key: this.#other, shapes: ["pad"] };
     const claims = { iss: "test", ver, iat: now(), exp, gateway_key: this.#other, pools: { default: pool }, routes: this.routes };
-    return json({ roots: [[jws(roots, this.#root, "lacre-root+jwt")]], manifest: jws(claims, signer, "lacre-manifest+jwt") });
+    return json({ roots: [[this.#statement]], manifest: jws(claims, signer, "lacre-manifest+jwt") });
   }
 
   /** A manifest by a key that nobody named. */

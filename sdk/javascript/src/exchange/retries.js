@@ -69,6 +69,28 @@ export class Retries {
   }
 }
 
+/**
+ * What the work comes to, or a NetworkError after so many seconds. Then its signal aborts, and nobody waits for it any longer.
+ * @template T @param {number} seconds @param {string} what @param {(signal: AbortSignal) => Promise<T>} work @returns {Promise<T>}
+ */
+export async function within(seconds, what, work) {
+  const limit = new AbortController();
+  let timer;
+  /** @type {Promise<never>} */
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => {
+      const error = new NetworkError(`${what} did not come whole within ${seconds} s`);
+      limit.abort(error);
+      reject(error);
+    }, seconds * 1000);
+  });
+  try {
+    return await Promise.race([work(limit.signal), late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** @param {number} seconds @param {AbortSignal | undefined} signal @returns {Promise<void>} */
 export function waited(seconds, signal) {
   return new Promise((resolve, reject) => {

@@ -21,12 +21,13 @@ import { shaped } from "../wire/shapes.js";
 import { exchanged, SealedAnswer } from "./answer.js";
 import { isRepeatable, prepare, userOf } from "./inner.js";
 import { DATE, INVALID_TOKEN, mediaType, NO_WORKER, OHTTP_KEY, problemOf, readUpTo, UNKNOWN_POOL } from "./problems.js";
-import { Retries, waited } from "./retries.js";
+import { Retries, waited, within } from "./retries.js";
 import { askedIn, pinOf, waysOf } from "./routing.js";
 
 export const AUTHORITY = "lacre.invalid";
 const SALT_LIFETIME = 3600; // seconds: the salt is a pseudonym as long as it lives
 const MAX_CORRECTION = 30 * 86400; // seconds
+const FETCH_LIMIT = 20; // seconds for the manifest's head and body: it has 1 MiB at most
 const REFRESH_PAUSE = 30; // seconds between refreshes that an unsigned word or a failure suggests
 const DATE_FORM = /^[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT$/;
 
@@ -77,6 +78,7 @@ export class Sealing {
   #fetches = 0;
   /** @type {Promise<void> | null} */
   #fetching = null;
+  #isHasty = false; // whether the running fetch is tried once only
   #scope = { since: -Infinity, salt: new Uint8Array(), offset: 0 };
 
   /**
@@ -148,7 +150,7 @@ export class Sealing {
     }
     const answer = new SealedAnswer(response, await request.opener(), verify, signal);
     try {
-      part.audit = await this.#proved(response.headers.get("lacre-audit"), { ...expected, ...speaksFor(token) }, trusted);
+      part.audit = await this.#proved(response.headers.get("lacre-audit"), { ...expected, ...speaksFor(token) }, trusted, signal);
       await answer.begin();
     } catch (error) {
       await response.body?.cancel().catch(() => undefined); // it may be locked or broken already
@@ -225,15 +227,15 @@ export class Sealing {
     return token;
   }
 
-  /** The gateway's key may have changed since: a newer manifest is fetched before it is accused. @param {string | null} header @param {Record<string, unknown>} expected @param {Trusted} trusted */
-  async #proved(header, expected, trusted) {
+  /** The gateway's key may have changed since: a newer manifest is fetched before it is accused. @param {string | null} header @param {Record<string, unknown>} expected @param {Trusted} trusted @param {AbortSignal | undefined} signal */
+  async #proved(header, expected, trusted, signal) {
     const fetches = this.#fetches;
     try {
       return await proofOf(header, trusted.manifest.gatewayKeys, expected);
     } catch (error) {
       if (!(error instanceof InvalidAuditError)) throw error;
       this.#doubted = true; // if it cannot be fetched now, the next call fetches it
-      await this.#refresh(fetches, undefined, 0).catch((cause) => {
+      await this.#refresh(fetches, signal, 0).catch((cause) => {
         if (!(cause instanceof LacreError)) throw cause;
       });
       return proofOf(header, this.#taken().manifest.gatewayKeys, expected);
@@ -268,23 +270,23 @@ export class Sealing {
     return now >= this.#fetchedAt + (exp - this.#fetchedAt) / 2;
   }
 
-  /** Makes sure that there is a valid manifest. While the present one is valid, a failed refresh does no harm. @param {AbortSignal} [signal] */
+  /** Makes sure that there is a valid manifest. While the present one is valid, a newer one is fetched beside the calls. @param {AbortSignal} [signal] */
   async #learn(signal) {
     if (!this.#isStale()) return;
     const holds = !this.#doubted && this.#trusted !== null && clock() < this.#trusted.manifest.exp;
-    try {
-      await this.#refresh(this.#fetches, signal, holds ? 0 : null);
-    } catch (error) {
-      if (!holds || !(error instanceof NetworkError || error instanceof ProblemError)) throw error;
-      this.#missedAt = clock();
-    }
+    if (!holds) return this.#refresh(this.#fetches, signal);
+    this.#refresh(this.#fetches, undefined, 0).catch((error) => {
+      if (error instanceof NetworkError || error instanceof ProblemError) this.#missedAt = clock();
+      else this.#doubted = true; // the next call fetches it itself, and throws what is wrong
+    });
   }
 
   /** All calls that need a manifest share one fetch. @param {number} fetches those that the call has seen @param {AbortSignal} [signal] @param {number | null} [number] of tries */
   async #refresh(fetches, signal, number = null) {
+    if (this.#fetching && this.#isHasty && number !== 0) await unless(signal, this.#fetching.catch(() => undefined));
     if (fetches !== this.#fetches) return;
-    const running = (this.#fetching ??= this.#fetch(number).finally(() => (this.#fetching = null)));
-    await (signal ? Promise.race([running, rejectedBy(signal, running)]) : running);
+    if (!this.#fetching) this.#isHasty = number === 0;
+    await unless(signal, (this.#fetching ??= this.#fetch(number).finally(() => (this.#fetching = null))));
   }
 
   /** @param {number | null} number */
@@ -292,10 +294,8 @@ export class Sealing {
     const retries = new Retries({ number, repeatable: true });
     for (;;) {
       try {
-        const response = await exchanged(this.#outer, new URL("/v1/manifest", this.#base), { method: "GET" });
-        if (response.type === "opaqueredirect") throw new ProtocolError("the manifest's address redirects, which is not followed");
-        if (response.status !== 200) throw await problemOf(response);
-        const { trusted, routeKey } = await accept(await readUpTo(response, MAX_DOCUMENT, "the manifest document"), this.#root, this.#memory);
+        const document = await within(FETCH_LIMIT, "the manifest", (signal) => this.#document(signal));
+        const { trusted, routeKey } = await accept(document, this.#root, this.#memory);
         [this.#trusted, this.#routeKey, this.#fetchedAt, this.#doubted, this.#named] = [trusted, routeKey, clock(), false, 0];
         this.#fetches += 1;
         return;
@@ -306,7 +306,18 @@ export class Sealing {
       }
     }
   }
+
+  /** @param {AbortSignal} signal */
+  async #document(signal) {
+    const response = await exchanged(this.#outer, new URL("/v1/manifest", this.#base), { method: "GET", signal });
+    if (response.type === "opaqueredirect") throw new ProtocolError("the manifest's address redirects, which is not followed");
+    if (response.status !== 200) throw await problemOf(response);
+    return readUpTo(response, MAX_DOCUMENT, "the manifest document");
+  }
 }
+
+/** Waits for the work unless the signal aborts. @param {AbortSignal | undefined} signal @param {Promise<unknown>} work */
+const unless = async (signal, work) => (signal ? Promise.race([work, rejectedBy(signal, work)]) : work);
 
 /** @param {unknown} error @param {Retries} retries */
 function pauseAfter(error, retries) {
