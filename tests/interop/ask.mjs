@@ -5,15 +5,18 @@
  *
  * asks the prompts one after the other. Options are those of `sealedFetch`; the second object is merged into the request's body. Prints one JSON line for each piece of an
  * answer, {"piece": …}, and a last one, {"done": true, …}, once the answer is known to be whole. On failure one JSON line goes to
- * stderr, and the exit code is 1.
+ * stderr, and the exit code is 1. `listeners`: so many are left on the program's one signal.
  */
 
+import { getEventListeners } from "node:events";
 import { argv, env, stderr, stdout } from "node:process";
 
 import { BASE_URL, infoOf, LacreError, refusalOf, sealedFetch } from "../../sdk/javascript/src/index.js";
 import { EventBlocks, field } from "../../sdk/javascript/src/exchange/events.js";
 
 const told = (to, line) => to.write(JSON.stringify(line) + "\n");
+const { signal } = new AbortController();
+const left = () => getEventListeners(signal, "abort").length;
 
 async function* events(body) {
   const blocks = new EventBlocks();
@@ -28,10 +31,10 @@ async function main([options, body, ...prompts]) {
 async function ask(fetch, body, prompt) {
   const asked = { messages: [{ role: "user", content: prompt }], stream: true, stream_options: { include_usage: true }, ...body };
   const headers = { accept: "text/event-stream", "content-type": "application/json", authorization: "Bearer of-openai", "user-agent": "x", "x-stainless-os": "y" };
-  const response = await fetch(`${BASE_URL}/chat/completions`, { method: "POST", headers, body: JSON.stringify(asked) });
+  const response = await fetch(`${BASE_URL}/chat/completions`, { method: "POST", headers, body: JSON.stringify(asked), signal });
   const refusal = refusalOf(response);
   if (refusal) throw refusal;
-  if (!response.ok) return told(stdout, { done: true, status: response.status, body: await response.json(), info: infoOf(response) });
+  if (!response.ok) return told(stdout, { done: true, status: response.status, body: await response.json(), info: infoOf(response), listeners: left() });
   let usage = null;
   const names = new Set();
   if (!asked.stream) ({ usage } = await response.json());
@@ -45,12 +48,12 @@ async function ask(fetch, body, prompt) {
       if (piece) told(stdout, { piece });
     }
   }
-  told(stdout, { done: true, status: response.status, usage, names: names.size, info: infoOf(response) });
+  told(stdout, { done: true, status: response.status, usage, names: names.size, info: infoOf(response), listeners: left() });
 }
 
 main(argv.slice(2)).catch((error) => {
   if (!(error instanceof LacreError)) throw error;
   const { name, message, remedy, type, attempts } = error;
-  told(stderr, { error: name, message, remedy, type, attempts });
+  told(stderr, { error: name, message, remedy, type, attempts, listeners: left() });
   process.exitCode = 1;
 });

@@ -129,6 +129,7 @@ async def chat(
     assert (totals is None) == (done.returncode != 0) == bool(done.stderr), done.stderr
     assert not done.stderr.startswith(b"Trace"), done.stderr
     error = json.loads(done.stderr) if done.stderr else {}
+    assert (totals or error)["listeners"] == 0, "the program's signal is left as it was"
     assert b"t0ken" not in done.stdout + done.stderr
     return Ran(done.returncode, [line["piece"] for line in lines], totals, error, gateway)
 

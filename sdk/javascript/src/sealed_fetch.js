@@ -105,39 +105,54 @@ async function sent(sealing, options, input, init) {
     throw new ConfigurationError(`a sealed request goes to ${BASE_URL}, and not to ${host}`, { remedy: "Pass `baseURL: BASE_URL`." });
   }
   const leaving = new AbortController(); // also aborted if the caller drops the answer's body
-  outside?.addEventListener("abort", () => leaving.abort(outside.reason), { once: true, signal: leaving.signal });
-  const given = { options, signal: leaving.signal };
-  const content = new Uint8Array(await request.arrayBuffer());
-  const asked = asking({ method: request.method, path: pathname + search, headers: [...request.headers], content }, options.resume);
-  let first;
+  const follow = () => leaving.abort(outside?.reason);
+  outside?.addEventListener("abort", follow, { once: true, signal: leaving.signal });
+  const ended = () => outside?.removeEventListener("abort", follow); // it may be the signal of a whole program
   try {
-    first = await sealing.exchange(asked, given);
+    return await answered(sealing, options, request, pathname + search, { leaving, ended });
   } catch (error) {
+    ended();
     if (error instanceof ProblemError) return refused(error, pathname);
     throw error;
   }
-  const answer = new ResumableAnswer(sealing, asked, given, first);
+}
+
+/** @typedef {{ leaving: AbortController, ended: () => void }} Stay ended: nothing more of the answer will come */
+
+/** @param {Sealing} sealing @param {import("./exchange/sealing.js").Options} options @param {Request} request @param {string} path @param {Stay} stay */
+async function answered(sealing, options, request, path, stay) {
+  const given = { options, signal: stay.leaving.signal };
+  const content = new Uint8Array(await request.arrayBuffer());
+  const asked = asking({ method: request.method, path, headers: [...request.headers], content }, options.resume);
+  const answer = new ResumableAnswer(sealing, asked, given, await sealing.exchange(asked, given));
   const { status, fields } = answer.head;
-  const response = new Response(await bodyOf(answer, leaving, status), { status, headers: fields });
+  const response = new Response(await bodyOf(answer, stay, status), { status, headers: fields });
   KNOWN.set(response, { info: answer.info, refusal: null });
   return response;
 }
 
-/** @param {ResumableAnswer} answer @param {AbortController} leaving @param {number} status */
-async function bodyOf(answer, leaving, status) {
+/** @param {ResumableAnswer} answer @param {Stay} stay @param {number} status */
+async function bodyOf(answer, { leaving, ended }, status) {
   const pieces = answer.content();
   if (NULL_BODY.has(status)) {
     for await (const _ of pieces); // there is no body to read: its end is verified here
+    ended();
     return null;
   }
   return new ReadableStream(
     {
       async pull(controller) {
-        leaving.signal.throwIfAborted(); // also with records that came before
-        const { done, value } = await pieces.next();
-        leaving.signal.throwIfAborted();
-        if (done) controller.close();
-        else controller.enqueue(value);
+        try {
+          leaving.signal.throwIfAborted(); // also with records that came before
+          const { done, value } = await pieces.next();
+          leaving.signal.throwIfAborted();
+          if (!done) return controller.enqueue(value);
+        } catch (error) {
+          ended();
+          throw error;
+        }
+        ended();
+        controller.close();
       },
       async cancel(reason) {
         leaving.abort(reason);
