@@ -36,7 +36,7 @@ const statement = (signer, exp = NOW + 100, next = null) =>
 const signed = (payload, ...keys) => keys.map((key) => jws(payload, key, "lacre-root+jwt"));
 
 const configuration = (kemId, size, algorithms = "00010002") =>
-  concat(uint(1, 1), uint(kemId, 2), new Uint8Array(size).fill(9), uint(algorithms.length / 2, 2), Buffer.from(algorithms, "hex"));
+  concat([uint(1, 1), uint(kemId, 2), new Uint8Array(size).fill(9), uint(algorithms.length / 2, 2), Buffer.from(algorithms, "hex")]);
 const X25519 = configuration(0x0020, 32);
 const XWING = configuration(0x647a, 1216);
 
@@ -279,7 +279,7 @@ test("public keys that give nothing are refused", async () => {
     const { publicKey } = await make().generateKeyPair();
     const raw = new Uint8Array(await make().serializePublicKey(publicKey));
     const algorithms = Uint8Array.of(0, 4, 0, 1, 0, 2);
-    const sealTo = (key) => SealedRequest.to(parseKeyConfiguration(concat(uint(1, 1), uint(kemId, 2), key, algorithms)));
+    const sealTo = (key) => SealedRequest.to(parseKeyConfiguration(concat([uint(1, 1), uint(kemId, 2), key, algorithms])));
     await sealTo(raw);
     await rejects(sealTo(raw.slice().fill(0, publicKeySize - 32)), NoUsableKeyError, "the X25519 output is zero");
     if (publicKeySize > 32) await rejects(sealTo(raw.slice().fill(255, 0, 3)), NoUsableKeyError, "a coefficient above q");
@@ -291,10 +291,10 @@ test("every suite seals what opens again", async () => {
     for (const aeadId of [1, 2, 3]) {
       const keys = await make().generateKeyPair();
       const raw = new Uint8Array(await make().serializePublicKey(keys.publicKey));
-      const config = parseKeyConfiguration(concat(uint(1, 1), uint(kemId, 2), raw, Uint8Array.of(0, 4, 0, 1, 0, aeadId)));
+      const config = parseKeyConfiguration(concat([uint(1, 1), uint(kemId, 2), raw, Uint8Array.of(0, 4, 0, 1, 0, aeadId)]));
       const request = await SealedRequest.to(config);
       const sealed = await request.seal(ascii("asked"));
-      const info = concat(ascii("message/bhttp chunked request"), Uint8Array.of(0), sealed.slice(0, 7));
+      const info = concat([ascii("message/bhttp chunked request"), Uint8Array.of(0), sealed.slice(0, 7)]);
       const context = await suiteOf(config).createRecipientContext({ recipientKey: keys.privateKey, enc: request.enc, info });
       same(Buffer.from(await context.open(sealed.slice(7 + request.enc.length + 1), ascii("final"))).toString(), "asked");
     }
@@ -310,13 +310,13 @@ test("a request that would be too long is refused", async () => {
 async function usable() {
   const kem = KEMS.get(0x0020).make();
   const raw = await kem.serializePublicKey((await kem.generateKeyPair()).publicKey);
-  return concat(uint(1, 1), uint(0x0020, 2), new Uint8Array(raw), Uint8Array.of(0, 4, 0, 1, 0, 2));
+  return concat([uint(1, 1), uint(0x0020, 2), new Uint8Array(raw), Uint8Array.of(0, 4, 0, 1, 0, 2)]);
 }
 
 // Binary HTTP
 
-const field = (name, value) => concat(varint(name.length), ascii(name), varint(value.length), ascii(value));
-const response = (...parts) => concat(Uint8Array.of(3), ...parts);
+const field = (name, value) => concat([varint(name.length), ascii(name), varint(value.length), ascii(value)]);
+const response = (...parts) => concat([Uint8Array.of(3), ...parts]);
 const OK = varint(200);
 const ZERO = Uint8Array.of(0);
 const END = Uint8Array.of(0, 0);
@@ -336,7 +336,7 @@ test("responses may end where RFC 9292 section 3.8 lets them, and nowhere else",
     if (size === behindHeaders || size === behindContent) same(read(cut).at(-1), { kind: "trailers", fields: [] });
     else throws(() => read(cut), TruncatedError, `${size}`);
   }
-  const known = concat(Uint8Array.of(1), OK, ZERO);
+  const known = concat([Uint8Array.of(1), OK, ZERO]);
   same(read(known).map(({ kind }) => kind), ["head", "trailers"]);
   throws(() => read(known.subarray(0, -1)), TruncatedError);
 });
@@ -344,12 +344,12 @@ test("responses may end where RFC 9292 section 3.8 lets them, and nowhere else",
 test("responses that are not right are refused", () => {
   const long = (limit) => "v".repeat(limit);
   for (const [wrong, error] of [
-    [concat(Uint8Array.of(0), OK, END), MalformedError],
-    [concat(Uint8Array.of(2), OK, END), MalformedError],
+    [concat([Uint8Array.of(0), OK, END]), MalformedError],
+    [concat([Uint8Array.of(2), OK, END]), MalformedError],
     [response(varint(101), ZERO, OK, ZERO, END), MalformedError],
     [response(varint(99), ZERO, END), MalformedError],
     [response(varint(600), ZERO, END), MalformedError],
-    [response(...Array(17).fill(concat(varint(103), ZERO)), OK, ZERO, END), TooLargeError],
+    [response(...Array(17).fill(concat([varint(103), ZERO])), OK, ZERO, END), TooLargeError],
     [response(OK, ZERO, END, Uint8Array.of(1)), MalformedError],
     ...["A", ":path", "a b", "é", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "te"].map(
       (name) => [response(OK, field(name, "x"), ZERO, END), MalformedError],
@@ -366,9 +366,9 @@ test("responses that are not right are refused", () => {
     [response(OK, field("content-length", "3"), ZERO, varint(2), ascii("hi"), ZERO, ZERO), MalformedError],
     [response(OK, field("content-length", "0"), field("content-length", "3"), ZERO, END), MalformedError],
     [response(OK, field("content-length", "+2"), ZERO, varint(2), ascii("hi"), ZERO, ZERO), MalformedError],
-    [concat(Uint8Array.of(1), OK, varint(LIMITS.headers + 1)), TooLargeError],
-    [concat(Uint8Array.of(1), OK, varint(2), field("a", "b"), END), MalformedError],
-    [concat(Uint8Array.of(1), OK, ZERO, varint(LIMITS.content + 1)), TooLargeError],
+    [concat([Uint8Array.of(1), OK, varint(LIMITS.headers + 1)]), TooLargeError],
+    [concat([Uint8Array.of(1), OK, varint(2), field("a", "b"), END]), MalformedError],
+    [concat([Uint8Array.of(1), OK, ZERO, varint(LIMITS.content + 1)]), TooLargeError],
   ]) {
     throws(() => read(wrong), error, Buffer.from(wrong.subarray(0, 60)).toString("latin1"));
   }

@@ -22,7 +22,7 @@ const header = bytes(V.header);
 const [hdr, enc] = [header.slice(0, 7), header.slice(7)];
 const nonce = bytes(V.response_nonce);
 const chunks = V.response_chunks.map(bytes);
-const response = concat(nonce, ...chunks);
+const response = concat([nonce, ...chunks]);
 const opened = [...V.response_records, ""]; // the last chunk is the empty final one
 const FINAL = ascii("final");
 const PKCS8_X25519 = bytes("302e020100300506032b656e04220420"); // RFC 8410: what stands before the 32 bytes of a raw key
@@ -142,15 +142,15 @@ const checks = {
 
   "longer forms of a length are read": async () => {
     const length = new SliceReader(chunks[0]).varint();
-    const long = concat(Uint8Array.of(0x80, 0, 0, length), chunks[0].subarray(varint(length).length));
+    const long = concat([Uint8Array.of(0x80, 0, 0, length), chunks[0].subarray(varint(length).length)]);
     same(await openAll(nonce, long, ...chunks.slice(1)), opened);
   },
 
   "a length is judged before what it announces is there": async () => {
     for (const length of [1, TAG_SIZE, MAX_CHUNK + TAG_SIZE + 1, 2 ** 40]) {
-      await rejects(all(newOpener().push(concat(nonce, varint(length)))), MessageError, `${length}`);
+      await rejects(all(newOpener().push(concat([nonce, varint(length)]))), MessageError, `${length}`);
     }
-    const final = concat(nonce, Uint8Array.of(0), new Uint8Array(MAX_CHUNK + TAG_SIZE + 1));
+    const final = concat([nonce, Uint8Array.of(0), new Uint8Array(MAX_CHUNK + TAG_SIZE + 1)]);
     await rejects(all(newOpener().push(final)), MessageError);
   },
 
@@ -176,7 +176,7 @@ const checks = {
 
   "RFC 9292 section 5.2: responses": () => {
     const content = "Hello World! My content includes a trailing CRLF.\r\n";
-    const early = concat(
+    const early = concat([
       bytes("03406607" + "72756e6e696e67" + "0a" + "22736c65657020313522" + "00"),
       bytes("4067"),
       field("link", "</style.css>; rel=preload; as=style"),
@@ -185,17 +185,17 @@ const checks = {
       field("content-length", String(content.length)),
       bytes("0033"),
       ascii(content),
-    );
+    ]);
     for (const end of ["0000", "00", "0000" + "000000"]) {
-      const told = readResponse(concat(early, bytes(end))); // trailers may be left out; zeros may follow
+      const told = readResponse(concat([early, bytes(end)])); // trailers may be left out; zeros may follow
       same(told.map(({ kind, status }) => status ?? kind), [102, 103, 200, "content", "trailers"]);
       same(told[1].fields.length, 2);
     }
     throws(() => readResponse(early), TruncatedError);
-    throws(() => readResponse(concat(early, bytes("000001"))), MessageError); // padding that is not zero
+    throws(() => readResponse(concat([early, bytes("000001")])), MessageError); // padding that is not zero
 
     const known = readResponse(
-      concat(bytes("0140c8001d"), ascii("This content contains CRLF.\r\n"), bytes("0d"), field("trailer", "text")),
+      concat([bytes("0140c8001d"), ascii("This content contains CRLF.\r\n"), bytes("0d"), field("trailer", "text")]),
     );
     same(known.map(({ kind }) => kind), ["head", "content", "trailers"]);
     same(known[2].fields, [["trailer", "text"]]);
@@ -243,7 +243,7 @@ async function openRequest(head, sealed) {
     same(length, last ? 0 : reader.left);
     plain.push(new Uint8Array(await context.open(reader.take(reader.left), last ? FINAL : new Uint8Array())));
   }
-  return { plain: concat(...plain), context };
+  return { plain: concat(plain), context };
 }
 
 /** A known-length request (RFC 9292 section 3.1), taken apart. */
@@ -260,7 +260,7 @@ function readRequest(message) {
   return { method, scheme, authority, path, fields, content };
 }
 
-const field = (name, value) => concat(varint(name.length), ascii(name), varint(value.length), ascii(value));
+const field = (name, value) => concat([varint(name.length), ascii(name), varint(value.length), ascii(value)]);
 
 async function all(pieces) {
   const found = [];

@@ -25,7 +25,7 @@ export async function proofOf(header, keys, expected) {
   if (!header) throw new InvalidAuditError("the answer has no proof that it was recorded");
   const { index, entry, path, note } = parseHeader(header);
   const checkpoint = await verifiedNote(note, keys);
-  const root = await rootOf(await sha256(concat(Uint8Array.of(0), entry)), index, checkpoint.size, path);
+  const root = await rootOf(await sha256(concat([Uint8Array.of(0), entry])), index, checkpoint.size, path);
   if (!root || !equal(root, checkpoint.root)) throw new InvalidAuditError("the audit proof does not lead from the entry to the root");
   const members = parseEntry(entry);
   for (const [name, value] of Object.entries(expected)) {
@@ -84,7 +84,7 @@ function topLevelNames(text) {
 async function verifiedNote(note, keys) {
   const { origin, size, root, text, signatures } = parseNote(note);
   for (const key of keys) {
-    const id = (await sha256(concat(utf8(`${origin}\n`), Uint8Array.of(1), key))).subarray(0, 4);
+    const id = (await sha256(concat([utf8(`${origin}\n`), Uint8Array.of(1), key]))).subarray(0, 4);
     for (const { name, blob } of signatures) {
       if (name !== origin || !equal(blob.subarray(0, 4), id)) continue;
       if (await verifies(key, blob.subarray(4), text)) return { origin, size, root };
@@ -131,7 +131,7 @@ async function rootOf(leaf, index, size, path) {
   for (const sibling of path) {
     if (last === 0) return null;
     const right = place % 2 === 1 || place === last;
-    node = await sha256(right ? concat(Uint8Array.of(1), sibling, node) : concat(Uint8Array.of(1), node, sibling));
+    node = await sha256(right ? concat([Uint8Array.of(1), sibling, node]) : concat([Uint8Array.of(1), node, sibling]));
     while (right && place % 2 === 0 && place > 0) [place, last] = [half(place), half(last)];
     [place, last] = [half(place), half(last)];
   }

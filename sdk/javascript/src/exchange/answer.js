@@ -59,7 +59,7 @@ export class SealedAnswer {
       if (size > MAX_PROBLEM) throw new TooLargeError(`a problem document of more than ${MAX_PROBLEM} bytes`);
       parts.push(bytes);
     }
-    const type = jsonObject(concat(...parts))?.type;
+    const type = jsonObject(concat(parts))?.type;
     [this.#early, this.problemType] = [parts, typeof type === "string" ? type : null];
   }
 

@@ -1,7 +1,7 @@
 /** What a gateway says outside the seal (docs/wire.md section 13), and its bounded reading. Nothing of it is authenticated. */
 
 import { NetworkError, ProblemError, TooLargeError } from "../errors.js";
-import { concat } from "../wire/bytes.js";
+import { NONE } from "../wire/bytes.js";
 
 export const PROBLEM = "application/problem+json";
 export const MAX_PROBLEM = 65536;
@@ -58,7 +58,7 @@ export async function readUpTo(response, limit, what) {
     await response.body?.cancel();
     throw new TooLargeError(`${what} is longer than ${limit} bytes`);
   }
-  const parts = [];
+  let all = NONE; // grows: kept pieces of one byte each would take a hundred times the limit
   let size = 0;
   const reader = response.body?.getReader();
   for (;;) {
@@ -68,13 +68,19 @@ export async function readUpTo(response, limit, what) {
     } catch (cause) {
       throw new NetworkError(`the connection broke inside ${what}`, { cause });
     }
-    if (step.done || !step.value) return concat(...parts);
-    parts.push(step.value);
-    size += step.value.length;
-    if (size > limit) {
+    if (step.done || !step.value) return all.slice(0, size);
+    const end = size + step.value.length;
+    if (end > limit) {
       await reader?.cancel();
       throw new TooLargeError(`${what} is longer than ${limit} bytes`);
     }
+    if (end > all.length) {
+      const larger = new Uint8Array(Math.min(Math.max(end, 2 * all.length, 4096), limit));
+      larger.set(all.subarray(0, size));
+      all = larger;
+    }
+    all.set(step.value, size);
+    size = end;
   }
 }
 

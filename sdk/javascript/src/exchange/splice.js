@@ -54,12 +54,12 @@ export class Splice {
       if (this.#marked) throw new TooLargeError(`the answer has an event of over ${MAX_EVENT} characters`);
       this.#blocks.forget();
     }
-    return this.#marked ? concat(...out) : bytes;
+    return this.#marked ? concat(out) : bytes;
   }
 
   /** The stream has ended whole: the events that waited. */
   end() {
-    const held = concat(...this.#held);
+    const held = concat(this.#held);
     this.#held = [];
     return held;
   }
@@ -109,7 +109,7 @@ export class Splice {
     const tokens = found[4].split(",").map(Number);
     if (count !== (this.#mark?.count ?? 0) + tokens.length) throw new MalformedError("a resume mark does not follow from the last one");
     this.#mark = { prompt, cached, count };
-    this.tokens.push(...tokens);
+    for (const token of tokens) this.tokens.push(token);
   }
 
   /** Where the text ends, by the count of its log probabilities. @param {Event} event */

@@ -66,5 +66,5 @@ async function waitOf({ pool, model, share }, seed) {
  * @param {Uint8Array} key @param {string} route @param {string | null} user null: the program itself
  */
 export function stickySeed(key, route, user) {
-  return hmac(key, concat(ascii(`lacre route 1\0${route}`), user === null ? new Uint8Array() : utf8(`\0${user}`)));
+  return hmac(key, concat([ascii(`lacre route 1\0${route}`), user === null ? new Uint8Array() : utf8(`\0${user}`)]));
 }

@@ -42,7 +42,7 @@ export function encodeRequest({ method, scheme, authority, path, fields, content
   if (content.length > LIMITS.content) throw new TooLargeError("the content is too long");
   checkContentLength(fields, content.length);
   const lines = encodeFields(fields, LIMITS.headers);
-  return concat(
+  return concat([
     varint(KNOWN_LENGTH_REQUEST),
     string(method, LIMITS.method),
     string(scheme, LIMITS.scheme),
@@ -53,20 +53,20 @@ export function encodeRequest({ method, scheme, authority, path, fields, content
     varint(content.length),
     content,
     varint(0), // no trailers
-  );
+  ]);
 }
 
 /** @param {string} text @param {number} limit */
 function string(text, limit) {
   if (text.length > limit) throw new TooLargeError(`${text.length} bytes where ${limit} are the limit`);
-  return concat(varint(text.length), ascii(text));
+  return concat([varint(text.length), ascii(text)]);
 }
 
 /** @param {Field[]} fields @param {number} limit */
 function encodeFields(fields, limit) {
   if (fields.length > LIMITS.fields) throw new TooLargeError(`${fields.length} fields in a section`);
   fields.forEach(([name, value]) => checkField(name, value));
-  const lines = concat(...fields.flatMap(([name, value]) => [string(name, LIMITS.name), string(value, LIMITS.value)]));
+  const lines = concat(fields.flatMap(([name, value]) => [string(name, LIMITS.name), string(value, LIMITS.value)]));
   if (lines.length > limit) throw new TooLargeError(`a section of ${lines.length} bytes`);
   return lines;
 }

@@ -21,8 +21,8 @@ const UTF8 = new TextEncoder();
 /** @param {string} text @returns {Uint8Array<ArrayBuffer>} */
 export const utf8 = (text) => /** @type {Uint8Array<ArrayBuffer>} */ (UTF8.encode(text));
 
-/** All parts in one array of its own. @param {...Uint8Array} parts @returns {Uint8Array<ArrayBuffer>} */
-export function concat(...parts) {
+/** All parts in one array of its own. @param {Uint8Array[]} parts as one argument: an engine takes few of them @returns {Uint8Array<ArrayBuffer>} */
+export function concat(parts) {
   const all = new Uint8Array(parts.reduce((size, part) => size + part.length, 0));
   let at = 0;
   for (const part of parts) {

@@ -62,7 +62,7 @@ export function suiteOf({ kem, aead }) {
 
 /** hdr of section 6. @param {{ keyId: number, kemId: number, aeadId: number }} config */
 export function headerOf({ keyId, kemId, aeadId }) {
-  return concat(uint(keyId, 1), uint(kemId, 2), uint(KDF_HKDF_SHA256, 2), uint(aeadId, 2));
+  return concat([uint(keyId, 1), uint(kemId, 2), uint(KDF_HKDF_SHA256, 2), uint(aeadId, 2)]);
 }
 
 /**

@@ -25,10 +25,10 @@ export async function hmac(key, data) {
 }
 
 /** HKDF of RFC 5869 with SHA-256; all that is asked for here fits into one block. @param {Uint8Array} prk @param {string} info @param {number} size */
-const expand = async (prk, info, size) => (await hmac(prk, concat(ascii(info), Uint8Array.of(1)))).subarray(0, size);
+const expand = async (prk, info, size) => (await hmac(prk, concat([ascii(info), Uint8Array.of(1)]))).subarray(0, size);
 
 /** @param {Uint8Array} hdr */
-export const requestInfo = (hdr) => concat(LABEL_REQUEST, Uint8Array.of(0), hdr);
+export const requestInfo = (hdr) => concat([LABEL_REQUEST, Uint8Array.of(0), hdr]);
 
 /** L of section 7: the size of the response's nonce, and of the secret exported for it. @param {import("./keys.js").Aead} aead */
 export const responseSecretSize = (aead) => Math.max(aead.nonceSize, aead.keySize);
@@ -56,7 +56,7 @@ export class SealedRequest {
 
   /** SHA-256 of hdr ‖ enc: the name of this request in grants, audit entries and receipts. */
   digest() {
-    return sha256(concat(this.#hdr, this.enc));
+    return sha256(concat([this.#hdr, this.enc]));
   }
 
   /** The sealed body, in full chunks but for the last (section 8). @param {Uint8Array} plain */
@@ -74,7 +74,7 @@ export class SealedRequest {
       if (size > MAX_SEALED_REQUEST) throw new TooLargeError(`a sealed request has at most ${MAX_SEALED_REQUEST} bytes`);
       parts.push(prefix, new Uint8Array(await this.#context.seal(chunk.buffer, (last ? FINAL : NONE).buffer)));
     }
-    return concat(...parts);
+    return concat(parts);
   }
 
   /** The reader of this request's response. Only once the whole request is sealed, and once. */
@@ -97,7 +97,7 @@ export class SealedRequest {
  * @param {import("./keys.js").Aead} aead @param {Uint8Array} enc @param {Uint8Array} secret @param {Uint8Array} nonce
  */
 export async function responseKeys(aead, enc, secret, nonce) {
-  const prk = await hmac(concat(enc, nonce), secret);
+  const prk = await hmac(concat([enc, nonce]), secret);
   return { prk, key: await expand(prk, "key", aead.keySize), base: await expand(prk, "nonce", aead.nonceSize) };
 }
 

@@ -25,7 +25,7 @@ class Queue {
       taken.push(part);
       missing -= part.length;
     }
-    return taken.length === 1 ? taken[0] : concat(...taken);
+    return taken.length === 1 ? taken[0] : concat(taken);
   }
 
   /** At least one byte and at most `limit`, without a copy. @param {number} limit */
@@ -124,7 +124,7 @@ export class StreamReader {
   *varint() {
     const first = yield* this.take(1);
     const rest = yield* this.take(bytesAfter(first[0]));
-    return varintValue(concat(first, rest));
+    return varintValue(concat([first, rest]));
   }
 
   /**
@@ -171,6 +171,6 @@ export class SliceReader {
 
   varint() {
     const first = this.take(1);
-    return varintValue(concat(first, this.take(bytesAfter(first[0]))));
+    return varintValue(concat([first, this.take(bytesAfter(first[0]))]));
   }
 }

@@ -17,5 +17,5 @@ export function bucket(length) {
 /** The message with the zeros that its shape asks for. @param {Uint8Array} message @param {string} shape */
 export function shaped(message, shape) {
   if (shape === "none") return message;
-  return concat(message, new Uint8Array(Math.max(Math.min(bucket(message.length), MOST) - message.length, 0)));
+  return concat([message, new Uint8Array(Math.max(Math.min(bucket(message.length), MOST) - message.length, 0))]);
 }
