@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -14,26 +15,36 @@ import pytest
 
 from backend.generating import GREEDY, made, make_task
 from backend.test_engine_process import PATIENCE, back, outcome, settings
+from lacre.errors import InvalidMessage
 from lacre_backend.engine.delivery import TaskStream
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import EngineError, EngineLost, Finish, Task, Token
+from lacre_backend.engine_process import engine as room
 from lacre_backend.engine_process.child import EngineChild, Pipe
 from lacre_backend.engine_process.engine import ProcessEngine
 from lacre_backend.engine_process.link import EngineLink
 from lacre_backend.engine_process.messages import (
     FROM_CHILD,
+    Answered,
     Cancel,
     Close,
     Failed,
     FromChild,
+    HeldImage,
+    Picture,
     Ready,
     Speak,
     Submit,
     TaskEvent,
     Unframer,
+    UserTexts,
+    WantKey,
     framed,
     raised,
 )
+from lacre_backend.models.sealed import read_head
+from lacre_backend.workshop.sealing import seal_model
+from lacre_fabric.keys.kms import connect
 from parts.tiny_model import tiny_model
 from parts.waiting import until
 
@@ -150,3 +161,75 @@ async def test_any_failure_of_a_restart_is_followed_by_another(model: Path) -> N
         await back(engine, pid)
         assert not engine.died
         assert len((await made(engine, max_tokens=4, sampling=GREEDY)).ids) == 4
+
+
+@pytest.fixture
+def link() -> Iterator[EngineLink]:
+    """To a child that loads nothing."""
+    link = EngineLink()
+    yield link
+    link.kill()
+    link.end()
+
+
+async def test_a_picture_that_no_one_receives_is_forgotten(link: EngineLink) -> None:
+    """Its caller is cancelled when the answer has come, and before the caller's coroutine runs again."""
+    numbers: list[int] = []
+
+    def question(number: int) -> Picture:
+        numbers.append(number)
+        return Picture(number, b"data")
+
+    async def ask() -> None:
+        await asyncio.wrap_future(link.obtain(question, lambda answer: HeldImage(answer.number, answer.tokens)))
+
+    asking = asyncio.create_task(ask())
+    await asyncio.sleep(0)
+    link.answer(Answered(numbers[0], tokens=4))
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    del asking
+    gc.collect()
+    assert list(link._forgotten) == numbers
+
+
+def test_a_picture_in_use_is_held_and_then_forgotten(link: EngineLink) -> None:
+    asked = link.obtain(lambda number: Picture(number, b"data"), lambda answer: HeldImage(answer.number, answer.tokens))
+    link.answer(Answered(1, tokens=4))
+    held = link.wait(asked)
+    assert link.holds(1, held) and not link._forgotten
+    del asked, held
+    gc.collect()
+    assert list(link._forgotten) == [1]
+
+
+def test_work_that_is_cancelled_is_told_at_once(link: EngineLink) -> None:
+    asked = link.ask(lambda number: UserTexts(number, ("a",)))
+    asked.cancel()
+    assert not link._forgotten, "it was sent, though the child says nothing"
+    link.answer(Answered(1))
+
+
+async def test_a_child_that_is_never_silent_hears_what_to_forget(engine: ProcessEngine) -> None:
+    link = engine._link
+    assert link is not None
+    grammar = engine.grammar('start: "a"')
+    del grammar
+    gc.collect()
+    await until(lambda: not link._forgotten, PATIENCE)
+
+
+@pytest.mark.parametrize("which", ["another model's", "the same twice"])
+def test_a_child_gets_its_own_models_keys_alone(tmp_path: Path, link: EngineLink, which: str) -> None:
+    kms = f"file:{tmp_path / 'kms'}"
+    heads = []
+    for seed, name in enumerate(("own", "other")):
+        plain = tiny_model(tmp_path / f"{name}.gguf", seed=seed)
+        seal_model(plain, tmp_path / f"{name}.sealed", kms, lambda _what, _share: None)
+        heads.append(read_head(tmp_path / f"{name}.sealed"))
+    asks = [WantKey(head.wrapped, head.about.digest) for head in heads]
+    service, due = connect(kms), room.keys_due([tmp_path / "own.sealed", tmp_path / "own.gguf", tmp_path / "missing"])
+    assert due.total() == 1
+    room._give_key(link, service, asks[0], due)
+    with pytest.raises(InvalidMessage, match="asks for a key"):
+        room._give_key(link, service, asks[which == "another model's"], due)

@@ -7,6 +7,7 @@ Rules:
   at once.
 - A child that was ready is replaced at once: its requests are lost, not the worker. If it lived less than a second, or could
   not load, it is replaced after a delay that doubles. After a crash the delay stays short: the next request may be harmless.
+- A child gets the keys of its own model's files, each as often as a file has it. The worker reads which ones those are.
 - A child whose step does not end is ended. The requests in it could never end otherwise.
 """
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -70,6 +73,8 @@ from lacre_backend.engine_process.messages import (
     raised,
     told,
 )
+from lacre_backend.models.chunked import SealedModelInvalid
+from lacre_backend.models.sealed import read_head
 from lacre_backend.settings import ModelSettings
 from lacre_fabric.keys.kms import PLAIN, EncryptionContext, Kms, connect
 
@@ -87,9 +92,10 @@ class ProcessEngine:
 
     def __init__(self, settings: ModelSettings, kms: str = PLAIN) -> None:
         """Loads the model. kms: the address of the service that opens sealed models. Raises as `load_engine`."""
-        for path in (settings.path, settings.draft_model, settings.projector, *settings.adapters.values(), *settings.signers):
-            if path is not None:
-                check_name(path)
+        files = (settings.path, settings.draft_model, settings.projector, *settings.adapters.values())
+        self._files = [path for path in files if path is not None]
+        for path in (*self._files, *settings.signers):
+            check_name(path)
         self._settings = settings.model_dump_json()
         self._kms = kms
         self._lock = threading.Lock()  # for the fields below
@@ -169,7 +175,8 @@ class ProcessEngine:
             return  # its stream ends with the child
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        (ids,) = self._up().wait(lambda number: OwnText(number, text, special)).ids
+        link = self._up()
+        (ids,) = link.wait(link.ask(lambda number: OwnText(number, text, special))).ids
         return list(ids)
 
     def speak(self, tokens: Sequence[int]) -> None:
@@ -192,15 +199,13 @@ class ProcessEngine:
 
     def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
         link = self._up()
-        return _held_grammar(link, link.wait(lambda number: Compile(number, source, begun)), begun)
+        return _compiled(link, source, begun)
 
     async def picture(self, data: bytes) -> ReadImage:
         """As `ImageReader.read`."""
         link = self._up()
-        answer = await asyncio.wrap_future(link.ask(lambda number: Picture(number, data)))
-        held = HeldImage(answer.number, answer.tokens)
-        link.hold(answer.number, held)
-        return held
+        asked = link.obtain(lambda number: Picture(number, data), lambda answer: HeldImage(answer.number, answer.tokens))
+        return await asyncio.wrap_future(asked)
 
     def close(self) -> None:
         with self._lock:
@@ -232,8 +237,7 @@ class ProcessEngine:
         """The task with what the child keeps, by number. Raises TaskRefused."""
         grammar = task.sampling.grammar
         if isinstance(grammar, str):
-            source, begun = grammar, task.begun
-            grammar = _held_grammar(link, link.wait(lambda number: Compile(number, source, begun)), begun)
+            grammar = _compiled(link, grammar, task.begun)
             task = replace(task, sampling=replace(task.sampling, grammar=grammar))
         elif grammar is not None and not (isinstance(grammar, HeldGrammar) and grammar.begun == task.begun):
             raise TaskRefused("The grammar was made by another engine, or for another beginning.", field="grammar")
@@ -293,7 +297,7 @@ class ProcessEngine:
 
     def _load(self, link: EngineLink) -> Ready:
         """Raises what the child's loading raised, and SettingsError if the child ended in it."""
-        service = connect(self._kms)
+        service, due = connect(self._kms), keys_due(self._files)
         try:
             link.send(Load(self._settings, "" if service is None else service.scheme))
             for message in link.incoming:
@@ -301,7 +305,7 @@ class ProcessEngine:
                     case None:
                         pass
                     case WantKey():
-                        _give_key(link, service, message)
+                        _give_key(link, service, message, due)
                     case Ready():
                         return message
                     case Unloadable():
@@ -398,16 +402,36 @@ class _Pictures:
         """The child closes its own."""
 
 
-def _held_grammar(link: EngineLink, answer: Answered, begun: tuple[int, ...]) -> HeldGrammar:
-    held = HeldGrammar(answer.number, begun)
-    link.hold(answer.number, held)
-    return held
+def _compiled(link: EngineLink, source: str, begun: tuple[int, ...]) -> HeldGrammar:
+    return link.wait(
+        link.obtain(lambda number: Compile(number, source, begun), lambda answer: HeldGrammar(answer.number, begun))
+    )
 
 
-def _give_key(link: EngineLink, service: Kms | None, asked: WantKey) -> None:
-    """Unwraps the key of a sealed model, and of nothing else: the context names a model."""
+def keys_due(files: Sequence[Path]) -> Counter[tuple[bytes, str]]:
+    """The wrapped keys and digests in the heads of sealed files: once for each file, as loading asks for them."""
+    due: Counter[tuple[bytes, str]] = Counter()
+    for path in files:
+        try:
+            head = read_head(path)
+        except (SealedModelInvalid, OSError):  # a plain file, or one that the child refuses with its reason
+            continue
+        due[head.wrapped, head.about.digest] += 1
+    return due
+
+
+def _give_key(link: EngineLink, service: Kms | None, asked: WantKey, due: Counter[tuple[bytes, str]]) -> None:
+    """Unwraps the key of one of the model's own files, and of nothing else. A file may have taken over the child: then it must
+    not open the other models of this worker's credentials. due: keys that may still be asked for.
+    """
     if service is None:
         raise InvalidMessage("an engine's process asks for a key, and there is no service")
+    if due[asked.wrapped, asked.digest] <= 0:
+        raise InvalidMessage(
+            "an engine's process asks for a key that its model's files do not have, or for one twice. If they were replaced "
+            "just now, start the worker again; if not, check where they come from"
+        )
+    due[asked.wrapped, asked.digest] -= 1
     try:
         key = service.unwrap(asked.wrapped, EncryptionContext("model", "", digest=asked.digest))
     except LacreError as error:

@@ -15,11 +15,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lacre.wire.wiping import overwrite
 from lacre_backend.engine.ended import how as how_ended
@@ -52,6 +53,9 @@ _KEPT_KINDS: Final = (
 )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
 class EngineLink:
     """A running child. Start it in a thread that lives longer: the child ends with that thread."""
 
@@ -77,7 +81,7 @@ class EngineLink:
         self._lock = threading.Lock()  # for the fields below
         self._backlog = bytearray()
         self._over = False
-        self._questions: dict[int, Future[Answered]] = {}
+        self._questions: dict[int, tuple[Future[Any], Callable[[Answered], Any] | None]] = {}
         self._numbers = itertools.count(1)
         self._forgotten: deque[int] = deque()  # appended to by destructors, which must not take the lock
         self._held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -88,12 +92,14 @@ class EngineLink:
 
     def send(self, message: ToChild, *, secret: bool = False) -> None:
         """secret: overwrite its bytes afterwards. Raises EngineLost if the child has ended, or EngineError if it is stuck."""
-        data = self._forgetting() + framed(message)
+        data = framed(message)
         with self._lock:
             if self._over:
                 raise EngineLost(begun=False)
             if len(self._backlog) + len(data) > MAX_BACKLOG:
                 raise EngineError("The engine takes no more requests: its process does not read. Try again later.")
+            if not secret:  # a longer array would move, and leave a copy of the secret
+                data[:0] = self._forgetting()
             if not self._backlog:
                 try:
                     sent = self._socket.send(data)
@@ -112,9 +118,18 @@ class EngineLink:
 
     def ask(self, question: Callable[[int], ToChild]) -> Future[Answered]:
         """The answer to come. If its caller cancels it, the child stops working on it. Raises as `send`."""
-        number, future = next(self._numbers), Future[Answered]()
+        return self._ask(question, None)
+
+    def obtain(self, question: Callable[[int], ToChild], stands: Callable[[Answered], T]) -> Future[T]:
+        """As `ask`, for what the child then keeps. stands: makes what stands for it here: once that is collected, also if no
+        one received it, the child forgets its own.
+        """
+        return self._ask(question, stands)
+
+    def _ask(self, question: Callable[[int], ToChild], stands: Callable[[Answered], Any] | None) -> Future[Any]:
+        number, future = next(self._numbers), Future[Any]()
         with self._lock:
-            self._questions[number] = future
+            self._questions[number] = future, stands
         try:
             self.send(question(number))
         except BaseException:
@@ -124,16 +139,16 @@ class EngineLink:
         future.add_done_callback(lambda done: self._drop(number) if done.cancelled() else None)
         return future
 
-    def wait(self, question: Callable[[int], ToChild]) -> Answered:
-        """The answer. Blocks. Raises the child's error, EngineError if there is none in time, or as `send`."""
-        future = self.ask(question)
+    @staticmethod
+    def wait(future: Future[T]) -> T:
+        """The answer. Blocks. Raises the child's error, or EngineError if there is none in time."""
         try:
             return future.result(STALLED)
         except TimeoutError:
             future.cancel()
             raise EngineError("The engine's process does not answer: this machine is overloaded. Try again later.") from None
 
-    def hold(self, number: int, held: Any) -> None:
+    def _hold(self, number: int, held: Any) -> None:
         """held: stands for what the child keeps by this number, until it is collected here."""
         self._held[number] = held
         weakref.finalize(held, self._forgotten.append, number).atexit = False
@@ -153,14 +168,16 @@ class EngineLink:
 
         Raises InvalidMessage: kill the child then.
         """
-        unframer, poll = Unframer(FROM_CHILD), select.poll()
+        unframer, poll, tidied = Unframer(FROM_CHILD), select.poll(), time.monotonic()
         poll.register(self._woken, select.POLLIN)
         while True:
             with self._lock:
                 poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._backlog else 0))
             ready = dict(poll.poll(TICK * 1000))
-            if not ready:
+            if (now := time.monotonic()) - tidied >= TICK:  # by the clock: the child is never silent for as long
+                tidied = now
                 self._tidy()
+            if not ready:
                 yield None
             if self._woken.fileno() in ready:
                 self._slept()
@@ -180,13 +197,20 @@ class EngineLink:
         """Passes an answer to the asker. Raises InvalidMessage."""
         error = raised(message.failure) if isinstance(message, Unanswered) else None
         with self._lock:
-            future = self._questions.pop(message.number, None)
-        if future is None or not future.set_running_or_notify_cancel():
+            asked = self._questions.pop(message.number, None)
+        if asked is None:
             return  # its asker has gone, and the child was told
-        if isinstance(message, Answered):
-            future.set_result(message)
-        else:
+        future, stands = asked
+        if not future.set_running_or_notify_cancel():
+            self._forgotten.append(message.number)  # its asker left meanwhile, when the question was not found any more
+        elif not isinstance(message, Answered):
             future.set_exception(error)
+        elif stands is None:
+            future.set_result(message)
+        else:  # held before anyone receives it: a caller that is cancelled now never does
+            held = stands(message)
+            self._hold(message.number, held)
+            future.set_result(held)
 
     def end(self) -> str:
         """Ends the child if it does not end by itself. Every question fails.
@@ -200,7 +224,7 @@ class EngineLink:
             self._backlog.clear()
             questions = list(self._questions.values())
             self._questions.clear()
-        for future in questions:
+        for future, _ in questions:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineLost(begun=True))
         try:
@@ -218,6 +242,7 @@ class EngineLink:
             if self._questions.pop(number, None) is None:
                 return
         self._forgotten.append(number)
+        self._tidy()  # at once: the child may be at work on it
 
     def _forgetting(self) -> bytearray:
         """Tells the child what it need not keep."""
