@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lacre_backend.engine.pace import GROWTH, PREFILL, REST, Pace, SteadyPace, fitting
+from lacre_backend.engine.adapter_turns import TURN
+from lacre_backend.engine.pace import GROWTH, PREFILL, PROBED, REST, Pace, SteadyPace, fitting
 from lacre_backend.engine.plan import EngineLimits, StepPlan
 from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.turns import Fair
@@ -68,7 +70,8 @@ class Read:
 
 def read(machine: Machine, tokens: int, *, streams: int = 7, prefill: float = PREFILL, slower: float = 1.0) -> Read:
     """Reads one prompt beside streams as the engine does. slower: all steps from the prompt's first one on."""
-    scheduler, pace, chance = Scheduler(LIMITS), Pace(LIMITS.share, LIMITS.most, prefill), random.Random(0)
+    pace, chance = Pace(LIMITS.share, LIMITS.most, prefill), random.Random(0)
+    scheduler = Scheduler(LIMITS, pace.share)
     for i in range(streams):
         scheduler.submit(f"s{i}", [1, 2, 3], None)
     steps: list[tuple[float, int]] = []
@@ -76,7 +79,6 @@ def read(machine: Machine, tokens: int, *, streams: int = 7, prefill: float = PR
     for number in range(WARM + most_steps(tokens) + 1):
         if number == WARM:
             scheduler.submit("long", [5] * tokens, None)
-        scheduler.share = pace.share(len(scheduler.running), scheduler.place)
         plan = scheduler.plan()
         seconds = machine.seconds(plan, chance) * (slower if number >= WARM else 1.0)
         took = sum(len(segment.tokens) for segment in plan.segments if segment.task == "long")
@@ -249,10 +251,10 @@ def test_whatever_is_measured_a_share_comes_out(steps: list[tuple[int, int, int,
 class BrokenPace(Pace):
     """Fails as no pace should."""
 
-    def share(self, generating: int, place: int = 0) -> int:
+    def share(self, generating: int, place: int = 0, adapter: str | None = None) -> int:
         if generating == 3:
             raise ZeroDivisionError
-        return super().share(generating, place)
+        return super().share(generating, place, adapter)
 
     def observe(self, generating: int, reading: int, seconds: float, attended: int = 0) -> None:
         if generating == 3:
@@ -275,3 +277,52 @@ def test_a_pace_that_fails_is_measured_anew_and_ends_no_engine(caplog: pytest.Lo
     assert len(made) == 3
     assert pace.share(7) == 32, "and it learns again"
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError, OverflowError]
+
+
+def rounds(adapters: int, reader: int, share: Callable[[int, int, str | None], int], tokens: int = 200) -> list[int]:
+    """Tokens of one adapter's prompt in each step, while an answer of each adapter takes turns. It ends with the prompt."""
+    scheduler = Scheduler(EngineLimits(slots=12, context=4096, cells=12 * 4096, multiple=4), share)
+    for i in range(adapters):
+        scheduler.submit(f"s{i}", [1, 2, 3], None, adapter=f"a{i}")
+    found: list[int] = []
+    left = True
+    while left and len(found) < most_of_adapters(adapters, tokens) + 100:
+        if len(found) == 0 and all(scheduler.started(f"s{i}") for i in range(adapters)) and "long" not in scheduler.running:
+            scheduler.submit("long", [5] * tokens, None, adapter=f"a{reader}")
+        plan = scheduler.plan()
+        if "long" in scheduler.running:
+            found.append(sum(len(segment.tokens) for segment in plan.segments if segment.task == "long"))
+        for segment in plan.segments:
+            if segment.task == "long" and segment.output:
+                left = False
+            elif segment.task is not None and segment.output:
+                scheduler.advance(segment.task, 9)
+    return found
+
+
+def most_of_adapters(adapters: int, tokens: int) -> int:
+    """The bound that docs/steps.md states: whole turns."""
+    return adapters * (most_steps(tokens) + TURN)
+
+
+@pytest.mark.parametrize("adapters", [2, 7, 8])  # 8 take turns of 4 steps in 32
+def test_a_prompt_is_read_within_the_bound_where_adapters_take_turns(adapters: int) -> None:
+    """At the floor, whichever adapter has it: no rest of 32 steps is always the same adapter's."""
+    for reader in range(adapters):
+        found = rounds(adapters, reader, Pace(1, 1).share)
+        assert sum(found) == 200
+        assert len(found) <= most_of_adapters(adapters, 200)
+
+
+@pytest.mark.parametrize("adapters", [1, 2, 4, 8])
+def test_each_adapter_rests_and_is_probed_once_in_so_many_of_its_own_steps(adapters: int) -> None:
+    pace = Pace(1, 128)
+    for _ in range(9):
+        pace.observe(1, 0, 0.01)
+        pace.observe(1, 4, 10.0)
+    shares: dict[str, list[int]] = {f"a{i}": [] for i in range(adapters)}
+    for step in range(adapters * 4 * REST):
+        adapter = f"a{step // TURN % adapters}"
+        shares[adapter].append(pace.share(1, 0, adapter))
+    for each in shares.values():
+        assert [each.count(0), each.count(PROBED), each.count(1)] == [4, 4, 4 * REST - 8]

@@ -100,9 +100,9 @@ class LlamaEngine:
         self._model.info = replace(self._model.info, images=sees)
         self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
         self.adapted = [AdaptedEngine(self, each.name, each.digest, adapted_name(name, each.name)) for each in adapters]
-        self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
         self._pace = SteadyPace(lambda: Pace(shape.limits.share, shape.limits.most, settings.prefill))
+        self._scheduler = Scheduler(shape.limits, self._pace.share)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
@@ -263,7 +263,6 @@ class LlamaEngine:
 
     def _step(self) -> None:
         now = time.monotonic()
-        self._scheduler.share = self._pace.share(len(self._scheduler.running), self._scheduler.place)
         if self._ages.due(now):
             self._forget(now)
         self._resume(now)

@@ -4,8 +4,9 @@ Rules:
 - Pure: durations in, a number of tokens out. `SteadyPace` logs what should never fail.
 - Prompts get the share `prefill` of a step's time: with 0.55, a step that also reads takes 2.2 times as long as one that only
   generates.
-- The floor: of `REST` steps in a row, all but one read at least one token, however long it takes. So a prompt of `p` tokens
-  that is read alone needs at most `p + p / (REST - 1) + 2` steps (docs/steps.md).
+- The floor: of `REST` steps of an adapter, all but one read at least one token, however long it takes. So a prompt of `p`
+  tokens that is read alone needs at most `p + p / (REST - 1) + 2` of its adapter's steps (docs/steps.md).
+- The probe: one step of `REST` may read `PROBED` tokens where the share is less.
 - The step at rest is measured again. Without it, an engine that reads without end would never know that other work on the
   machine has made its steps longer, and would read ever less.
 - Tokens of prompts cost a fixed part, a part for each of them, and attention to all tokens before them. In a split cache
@@ -16,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -46,7 +48,7 @@ class Pace:
         self._stretch = prefill / (1 - prefill)
         self._last = first
         self._most = most
-        self._steps = 0
+        self._steps: Counter[str | None] = Counter()  # that generated, by adapter: else all rests could be one adapter's
 
     def observe(self, generating: int, reading: int, seconds: float, attended: int = 0) -> None:
         """Records one step: tasks that generated, prompt tokens read beside them, and its duration. attended: for each of these
@@ -64,10 +66,13 @@ class Pace:
             else:
                 self._cost.observe(reading, attended, added, quiet)
 
-    def share(self, generating: int, place: int = 0) -> int:
-        """Tokens of long prompts for the next step. 0: the step rests. place: where the prompt is that it reads."""
-        self._steps += 1
-        turn = self._steps % REST
+    def share(self, generating: int, place: int = 0, adapter: str | None = None) -> int:
+        """Tokens of long prompts for the next step. 0: the step rests. place: where the prompt is that it reads.
+
+        adapter: of the step. Rests and probes are counted for each, or all of them could be one adapter's.
+        """
+        self._steps[adapter] += generating > 0
+        turn = self._steps[adapter] % REST if generating else 1
         if turn == 0:
             return 0
         quiet = self._expected(generating)
@@ -97,10 +102,10 @@ class SteadyPace:
         except Exception as error:  # noqa: BLE001 - measuring is not worth an engine, and the log has it
             self._again(error)
 
-    def share(self, generating: int, place: int = 0) -> int:
+    def share(self, generating: int, place: int = 0, adapter: str | None = None) -> int:
         """After a failure a single token, once."""
         try:
-            return self._pace.share(generating, place)
+            return self._pace.share(generating, place, adapter)
         except Exception as error:  # noqa: BLE001 - measuring is not worth an engine, and the log has it
             self._again(error)
             return 1

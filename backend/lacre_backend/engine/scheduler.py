@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
@@ -61,9 +61,11 @@ FILLER: Final = 0  # any token works: its result is ignored
 class Scheduler:
     """The state machine. It knows a task from `submit` to `end`."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, pace: Callable[[int, int, str | None], int] | None = None) -> None:
+        """pace: `Pace.share`, asked at each step. None: `share` is a constant."""
         self.limits = limits
         self.share = limits.share
+        self._pace = pace
         self._slots = [CacheSlot(i) for i in range(limits.slots)]
         self._tasks: dict[str, QueuedTask] = {}
         self._turns: FairQueue[QueuedTask] = FairQueue()
@@ -175,12 +177,6 @@ class Scheduler:
         if reads or (self._turns.next() is not None and any(slot.idle for slot in self._slots)):
             return ()
         return tuple(slot.task.id for slot in self._slots if slot.task is not None and slot.generating)
-
-    @property
-    def place(self) -> int:
-        """How much is read of the long prompt whose turn it is; 0 if there is none."""
-        long = [slot for slot in self._slots if slot.task is not None and slot.task.long and unread(slot) > 0]
-        return min(long, key=self._next_to_read).length if long else 0
 
     @property
     def scopes(self) -> frozenset[bytes]:
@@ -432,6 +428,8 @@ class Scheduler:
         long = [slot for slot in reading if slot.task is not None and slot.task.long]
         room = self.limits.burst if others else self.limits.chunk
         left = self._read(short, room, segments)
+        if self._pace is not None and slots:
+            self.share = self._pace(generating, long[0].length if long else 0, slots[0].adapter)
         # While nothing is generated, a whole chunk stalls no task, but short prompts may come at every step.
         own = self._round(self.share if generating else max(self.share, 1))  # 0: a step at rest, which generates
         share = own if others else max(left, own)
