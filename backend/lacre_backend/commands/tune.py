@@ -141,7 +141,7 @@ def written(text: str, index: int, values: Mapping[str, str], table: list[str]) 
 
 
 def _freed(wanted: LlamaSettings, slots: int) -> LlamaSettings:
-    """With so many slots, and without the sizes that are measured anew."""
+    """With so many slots, and without the sizes that are measured again."""
     return replace(wanted, slots=slots, cells=None, n_batch=None, n_ubatch=None, chunk=None, burst=None)
 
 

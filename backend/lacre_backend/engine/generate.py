@@ -175,7 +175,7 @@ class LlamaEngine:
         try:
             jobs += (begin(task, stream, self._model, self._masks) for task, stream in pairs if not task.lens)
             self._enter([job for job in jobs if job.lacks_tokens], lensed)
-        except BaseException:  # whatever it is, their samplers hold memory of llama.cpp
+        except BaseException:  # their samplers hold memory of llama.cpp
             for job in jobs:
                 job.sampler.close()
             raise

@@ -33,7 +33,7 @@ PROBED: Final = 4  # tokens: tried once in `REST` steps of fewer, or their fixed
 _WEIGHT: Final = 0.3  # of a new measurement in the running mean
 _NOISE: Final = 0.15  # of a step's time, by which equal steps differ
 _DRIFT: Final = 0.03  # by which a cost may change from one step to the next
-_LEAST: Final = 1e-9  # seconds of a token, at least: none costs nothing, even where the filter finds so
+_LEAST: Final = 1e-9  # seconds of a token, at least: none costs nothing, also if the filter says so
 _BASE: Final = 0.02  # of a quiet step: a fixed part that is measured as nothing may still grow by its drift
 
 
@@ -90,7 +90,7 @@ class Pace:
 
 
 class SteadyPace:
-    """A pace whose failure ends no engine: it only measures. The failure is logged, and measuring begins anew."""
+    """A pace whose failure ends no engine: it only measures. The failure is logged, and measuring begins again."""
 
     def __init__(self, make: Callable[[], Pace]) -> None:
         self._make = make

@@ -5,7 +5,7 @@ Rules:
   no other thread stands between a token and the worker.
 - All slow work runs beside the loop: tokenizing, compiling grammars, reading pictures.
 - It writes no core dump, no other process may trace it, and it logs as the worker does: no content.
-- A request that fails, in whatever way, ends alone.
+- A request that fails ends alone, also if no one foresaw how.
 - It ends when the socket closes, and the kernel ends it with the thread that started it. Signals are the worker's affair.
 """
 
@@ -208,7 +208,7 @@ class EngineChild:
         self._ending(streams, lambda: self._engine.submit_to([self._with_held(task) for task in submitted], streams))
 
     def _ending(self, streams: Sequence[NamedStream], act: Callable[[], None]) -> None:
-        """Does what the worker asks. Whatever it raises ends these streams, and no others."""
+        """Does what the worker asks. Any failure of it ends these streams, and no others."""
         try:
             act()
         except LacreError as error:

@@ -260,7 +260,7 @@ class ProcessEngine:
                         self._first.set_result(ready)
                     self._serve(link)
                     settled = time.monotonic() - began > SETTLED
-            except Exception as error:  # noqa: BLE001 - whatever fails in one start, the next may succeed
+            except Exception as error:  # noqa: BLE001 - the next start may succeed
                 if not self._first.done():
                     self._first.set_exception(error)
                     return

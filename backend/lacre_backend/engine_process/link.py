@@ -121,7 +121,7 @@ class EngineLink:
         return self._ask(question, None)
 
     def obtain(self, question: Callable[[int], ToChild], stands: Callable[[Answered], T]) -> Future[T]:
-        """As `ask`, for what the child then keeps. stands: makes what stands for it here: once that is collected, also if no
+        """As `ask`, for what the child then keeps. stands: makes the object for it here. Once that is collected, also if no
         one received it, the child forgets its own.
         """
         return self._ask(question, stands)
@@ -202,7 +202,7 @@ class EngineLink:
             return  # its asker has gone, and the child was told
         future, stands = asked
         if not future.set_running_or_notify_cancel():
-            self._forgotten.append(message.number)  # its asker left meanwhile, when the question was not found any more
+            self._forgotten.append(message.number)  # its asker left meanwhile, and could not find the question
         elif not isinstance(message, Answered):
             future.set_exception(error)
         elif stands is None:
