@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_the_sizes_of_steps_follow_from_the_machine() -> None:
 
 
 @pytest.mark.parametrize("old", [{"n_batch": 1024, "n_ubatch": 1024}, {"n_ubatch": 512}, {"n_ubatch": 2048}, {"n_batch": 64}])
-def test_what_is_chosen_is_what_a_worker_takes(tmp_path: Path, old: dict[str, int]) -> None:
+def test_what_is_chosen_is_what_a_worker_takes(tmp_path: Path, old: dict[str, Any]) -> None:
     """Whatever sizes the settings had before."""
     path = tiny_model(tmp_path / "tiny.gguf")
     wanted = options(ModelSettings(path=path, context=512, **old))
