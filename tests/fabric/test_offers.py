@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from lacre import problems
-from lacre_fabric.nats import subjects
-from lacre_fabric.nats.affinity import MAX_UNANSWERED, in_turn
+from lacre_fabric.nats import orders, subjects
+from lacre_fabric.nats.affinity import MAX_OFFERED
 from lacre_fabric.nats.delivery import NatsDelivery
-from lacre_fabric.nats.gateway import NatsGateway
-from lacre_fabric.nats.model_queue import QUIET, ModelQueue
-from lacre_fabric.nats.roles import Role
-from lacre_fabric.nats.streams import MAX_PAYLOAD
+from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, NatsGateway
+from lacre_fabric.nats.model_queue import QUIET
+from lacre_fabric.nats.roles import OFFERS_GROUP, Role
 from lacre_fabric.nats.worker import PULL, NatsWorker
 from lacre_fabric.work.contract import Dispatch, FabricUnavailable, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind
-from lacre_fabric.work.presence import Presence, Roster
-from parts.fabric import LiveFabric, Parties, new_work, read
+from lacre_fabric.work.presence import Presence
+from parts.fabric import LiveFabric, Parties, new_work, read, sealed_bytes
 from parts.waiting import until
 
-NODES = ("n1", "n2")
+from .test_offer_choice import NODES, conversation
+
 WHOLE = [b"x", b"receipt"]
-
-
-def conversation(*turns: str) -> bytes:
-    """An affinity for which the workers have these turns."""
-    while True:
-        affinity = secrets.token_bytes(16)
-        if in_turn(affinity, dict.fromkeys(NODES, 1)) == list(turns):
-            return affinity
 
 
 def turn(affinity: bytes | None, **of: bytes) -> Work:
@@ -102,59 +97,17 @@ class Pool:
         return [len(self.nodes[node].got) for node in NODES]
 
 
-def test_a_conversation_moves_only_if_its_worker_comes_or_goes() -> None:
-    conversations = [secrets.token_bytes(16) for _ in range(300)]
-    free = {f"n{number}": 1 for number in range(5)}
-    first = {one: in_turn(one, free)[0] for one in conversations}
-    assert {node: list(first.values()).count(node) > 20 for node in free} == dict.fromkeys(free, True)
-    fewer = {node: slots for node, slots in free.items() if node != "n3"}
-    moved = [one for one in conversations if in_turn(one, fewer)[0] != first[one]]
-    assert moved == [one for one in conversations if first[one] == "n3"]
-    assert [in_turn(one, fewer)[0] for one in moved] == [in_turn(one, free)[1] for one in moved]
-
-
-def test_no_other_worker_is_asked_in_place_of_a_busy_one() -> None:
-    affinity = conversation("n1", "n2")
-    assert in_turn(affinity, {"n1": 0, "n2": 1}) == []
-    assert in_turn(affinity, {"n1": 1, "n2": 0}) == ["n1"]
-    assert in_turn(affinity, {}) == []
-
-
-def test_a_worker_has_few_offers_to_answer_at_once() -> None:
-    """All are on its connection, and NATS ends one for which too many bytes wait."""
-    affinity, free = conversation("n1", "n2"), {"n1": 100, "n2": 2}
-    assert in_turn(affinity, free, {"n1": MAX_UNANSWERED - 1}) == ["n1", "n2"]
-    assert in_turn(affinity, free, {"n1": MAX_UNANSWERED}) == []
-    assert in_turn(affinity, free, {"n1": 0, "n2": 2}) == ["n1"]
-    assert MAX_UNANSWERED * MAX_PAYLOAD < 64 * 2**20
-
-
-def test_a_worker_of_before_takes_no_offers() -> None:
-    said = Presence.parse(b'{"models": ["m"], "busy": 0, "free": 1}')
-    roster = Roster()
-    roster.hear("r", "n1", said)
-    roster.hear("r", "n2", replace(said, offers=True))
-    assert roster.offered("m", "r") == {"n2": 1}
-    assert (roster.offered("m", "elsewhere"), roster.offered("other", "r")) == ({}, {})
-    roster.silenced("r", "n2")
-    assert (roster.offered("m", "r"), roster.free("m")) == ({}, {"r": 2})
-
-
-def test_a_queue_is_quiet_after_pulls_in_vain() -> None:
-    queue = ModelQueue("m1", pull=None)  # type: ignore[arg-type]  # its state needs no connection
-    assert not queue.quiet(1.0, waits=True)
-    queue.pulling(1.0)
-    assert [queue.quiet(1.0 + after, waits=True) for after in (QUIET / 2, QUIET)] == [False, True]
-    queue.empty(3.0)
-    assert [queue.quiet(3.0 + after, waits=False) for after in (QUIET / 2, QUIET)] == [True, False]
-    queue.pulling(3.0 + QUIET / 2)
-    assert queue.quiet(3.0 + QUIET / 2, waits=True)
-    queue.empty(5.0)
-    queue.pulling(5.1 + QUIET)  # the worker was full in between: there may be work by now
-    assert not queue.quiet(5.1 + QUIET, waits=True)
-    queue.brought()
-    queue.pulling(5.1 + QUIET)
-    assert not queue.quiet(5.1 + QUIET, waits=True)
+async def test_a_queue_is_not_quiet_after_a_reconnection(own: Parties) -> None:
+    worker = await own.worker()
+    own.background(Serving(worker).run())
+    (queue,) = worker._queues
+    await until(lambda: queue.quiet(time.monotonic(), waits=True))
+    own.live.stop()
+    await until(lambda: not worker.connection.connected)
+    began = queue.pulled_since
+    own.live.process = own.live.server.start(own.live.log)
+    await until(lambda: worker.connection.connected)
+    await until(lambda: queue.pulled_since > began)
 
 
 async def test_turns_come_to_one_worker(parties: Parties) -> None:
@@ -264,11 +217,64 @@ async def test_an_offer_without_an_answer_is_in_no_queue(own: Parties) -> None:
     affinity = conversation("n1", "n2")
     await pool.nodes["n1"].worker._offers.unsubscribe()  # type: ignore[union-attr]
     thief = await own.connect("worker-a-n1")
-    await thief.client.subscribe(subjects.offers("a", subjects.DEFAULT_REGION, "n1"))
+    await thief.client.subscribe(subjects.offers("a", subjects.DEFAULT_REGION, "n1"), OFFERS_GROUP)
     await thief.round_trip()
     with pytest.raises(WorkerLost):
         await pool.ask(turn(affinity))
     assert (await own.live.queued(), pool.counts()) == (0, [0, 0])
+    idle = Presence(frozenset({"m1"}), 0, 2, offers=True)
+    for _ in range(3):  # it still announces that it takes offers
+        pool.gateway._sides["a"].roster.hear(subjects.DEFAULT_REGION, "n1", idle)
+        assert await read(await pool.ask(turn(affinity))) == WHOLE
+
+
+async def test_nobody_gets_a_silent_copy_of_offers(parties: Parties) -> None:
+    thief = await parties.connect("worker-a-n1")
+    await thief.client.subscribe(subjects.offers("a", subjects.DEFAULT_REGION, "n1"))
+    await thief.round_trip()
+    assert thief.denials == 1
+    for group, denied in ((OFFERS_GROUP, 1), ("another", 2)):
+        await thief.client.subscribe(subjects.offers("a", subjects.DEFAULT_REGION, "n1"), group)
+        await thief.round_trip()
+        assert thief.denials == denied
+
+
+async def test_taken_work_is_no_error(parties: Parties) -> None:
+    """Whatever else NATS denies meanwhile."""
+    pool = await Pool.of(parties)
+    connection = pool.gateway.connection
+    denials = connection.denials
+    task = asyncio.ensure_future(_each(20, lambda: pool.ask(turn(conversation("n1", "n2")))))
+    while not task.done():
+        await connection.client.publish("work.elsewhere", b"")
+        await asyncio.sleep(0.001)
+    for dispatch in await task:
+        assert await read(dispatch) == WHOLE
+    assert connection.denials > denials + 20
+    assert pool.counts()[0] > 0
+
+
+async def _each(times: int, ask: Callable[[], Awaitable[Dispatch]]) -> list[Dispatch]:
+    return [await ask() for _ in range(times)]
+
+
+async def test_long_work_is_queued(parties: Parties) -> None:
+    """All offers to a worker are on its connection, whichever gateway process they are of."""
+    pool = await Pool.of(parties)
+    asked, publish = [], pool.gateway._sent_to
+
+    async def noted(subject: str, *more: Any, **options: Any) -> Any:
+        asked.append(subject.partition(".")[0])
+        return await publish(subject, *more, **options)
+
+    pool.gateway._sent_to = noted  # type: ignore[method-assign]  # it only looks
+    for size in (MAX_OFFERED, MAX_OFFERED + 1):
+        sealed = sealed_bytes()
+        work = turn(conversation("n1", "n2"), sealed=sealed + bytes(size - len(sealed)))
+        assert await read(await pool.ask(work)) == WHOLE
+    assert asked[0] == "offer"
+    assert asked[-1] == "work"
+    assert asked.count("offer") == 1
 
 
 async def test_a_draining_worker_declines(parties: Parties) -> None:
@@ -283,6 +289,49 @@ async def test_a_draining_worker_declines(parties: Parties) -> None:
     await draining
     assert before == 1
     assert pool.counts() == [1, 20]
+
+
+async def test_offers_on_their_way_to_a_worker_that_leaves_are_answered(parties: Parties) -> None:
+    """Each is declined or reaches nobody: none waits for an answer in vain."""
+    pool = await Pool.of(parties, slots=16)
+    worker, side = pool.nodes["n1"].worker, pool.gateway._sides["a"]
+    affinity, idle = conversation("n1", "n2"), Presence(frozenset({"m1"}), 0, 16, offers=True)
+    left = asyncio.Event()
+
+    async def turns() -> None:
+        while not left.is_set():
+            side.roster.hear(subjects.DEFAULT_REGION, "n1", idle)
+            assert await read(await pool.ask(turn(affinity))) == WHOLE
+
+    asking = [asyncio.ensure_future(turns()) for _ in range(4)]
+    await until(lambda: pool.counts()[0] > 4)
+    await worker.drain()
+    left.set()
+    await asyncio.gather(*asking)
+    assert not side.shunned._until
+
+
+async def test_one_offer_is_weighed_at_a_time(parties: Parties) -> None:
+    """Each may have as many sequences as the worker has slots."""
+    worker = await parties.worker(slots=16)
+    pulled = asyncio.ensure_future(worker.pull())
+    await until(lambda: worker._queues[0].quiet(time.monotonic(), waits=True))
+    taken: list[bool] = []
+    answer = worker._answer_offer
+
+    async def noted(delivery: NatsDelivery, *, taken: bool, seen: list[bool] = taken) -> None:
+        seen.append(taken)
+        await answer(delivery, taken=taken)
+
+    worker._answer_offer = noted  # type: ignore[method-assign]  # it only looks
+    key = orders.OrderKeys("secret").of("a", "x").hex()
+    request = {orders.KEY: key, REQUEST: "", GATEWAY: "g1", GRANT: ""}
+    subject = subjects.offer("a", subjects.DEFAULT_REGION, "n1", "m1")
+    for _ in range(3):  # as one chunk brings them
+        head = "".join(f"{name}: {value}\r\n" for name, value in (request | {REQUEST: secrets.token_hex(16)}).items())
+        assert worker._on_offer(subject, f"NATS/1.0\r\n{head}\r\n".encode(), sealed_bytes())
+    await pulled
+    assert taken == [True, False, False]
 
 
 async def test_a_worker_that_drains_declines_what_it_has_not_begun(parties: Parties) -> None:
@@ -328,9 +377,32 @@ async def test_with_permissions_of_before_all_work_is_queued(own: Parties) -> No
     assert gateway.connection.denials == 0
 
 
+async def test_with_permissions_of_before_a_gateway_queues_all(own: Parties) -> None:
+    """Its NATS server denies offers; the workers' does not."""
+
+    def older(role: Role) -> Role:
+        if not role.credential.name.startswith("gateway-"):
+            return role
+        return replace(role, publish=tuple(subject for subject in role.publish if not subject.startswith("offer.")))
+
+    own.live.stop()
+    own.live.start(older)
+    await own.live.provision()
+    pool = await Pool.of(own)
+    affinity = conversation("n1", "n2")
+    for _ in range(3):
+        assert await read(await pool.ask(turn(affinity))) == WHOLE
+    assert pool.gateway.connection.denials == 1, "it offers nothing until it reconnects"
+    assert not pool.gateway._sides["a"].shunned._until
+    own.live.stop()
+    await until(lambda: not pool.gateway.connection.connected)
+    own.live.start()
+    await until(lambda: pool.gateway._may_offer)
+
+
 def test_each_worker_hears_offers_to_itself(server: LiveFabric) -> None:
     for role in server.roles():
         name = role.credential.name
         heard = [subject for subject in role.subscribe if subject.startswith("offer.")]
         pool, _, node = name.removeprefix("worker-").partition("-")
-        assert heard == ([f"offer.{pool}.lacre.{node}.*"] if name.startswith("worker-") else []), name
+        assert heard == ([f"offer.{pool}.lacre.{node}.* offers"] if name.startswith("worker-") else []), name

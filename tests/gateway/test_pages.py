@@ -91,7 +91,8 @@ async def test_a_preflight_of_the_list(wire: Wire, path: str, method: str) -> No
     got = fields(head)
     assert head.startswith(b"http/1.1 204")
     assert (got["access-control-allow-origin"], got["access-control-allow-methods"]) == (PAGE, method.lower())
-    asked = {"authorization", "content-type", "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens"}
+    asked = {"authorization", "content-type", "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens",
+             "lacre-affinity"}  # fmt: skip
     assert asked <= set(got["access-control-allow-headers"].split(", "))
     assert got["access-control-max-age"] == "600"
     assert not {"access-control-allow-credentials", "access-control-allow-private-network"} & set(got)

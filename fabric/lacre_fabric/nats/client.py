@@ -120,6 +120,13 @@ class DirectClient(Client):
         self._direct[subscription._id] = take
         return subscription
 
+    async def leave(self, subscription: Subscription) -> None:
+        """Unsubscribes, and hears what is on its way until then: the library drops it."""
+        await self._send_unsubscribe(subscription._id)
+        await self.flush()
+        await self.flush()
+        await subscription.unsubscribe()
+
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         self._direct.pop(sid, None)
         super()._remove_sub(sid, max_msgs)

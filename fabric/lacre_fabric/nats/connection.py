@@ -92,6 +92,7 @@ class Connection:
         self.denials = 0
         self.denied = ""
         self.on_reconnect: Callable[[], None] = lambda: None
+        self.on_denied: Callable[[str], None] = lambda _text: None
         self._last_error: Exception | None = None
         self._refusals = 0
         self._closing: asyncio.Task[object] | None = None
@@ -191,6 +192,7 @@ class Connection:
             return
         self.denials += 1
         self.denied = text
+        self.on_denied(text)
         log.warning("fabric.denied", role=self.credential.name, denied=text)
 
     async def _on_change(self) -> None:

@@ -16,9 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import field
 from functools import partial
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import nats.errors
 import nats.js.errors
@@ -28,11 +27,10 @@ from lacre.errors import InvalidMessage, MessageTooLarge, NewerFormat
 from lacre.jose.claims import Members
 from lacre.jose.formats import Format
 from lacre.runtime import tasks
-from lacre.runtime.records import record
-from lacre_fabric.native.json_bytes import read_object
 from lacre_fabric.nats import orders, subjects
-from lacre_fabric.nats.affinity import in_turn
-from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection
+from lacre_fabric.nats.acks import DENIED, Ack
+from lacre_fabric.nats.affinity import MAX_OFFERED, in_turn
+from lacre_fabric.nats.connection import API_TIMEOUT, Connection
 from lacre_fabric.nats.pool import KEEP, PoolSide, Waiting, read_presence
 from lacre_fabric.nats.regions import Sent, in_order
 from lacre_fabric.nats.revocations import RevocationReader, revoke
@@ -43,8 +41,6 @@ from lacre_fabric.work.contract import (
     QUEUE_LIMIT,
     Backlog,
     Capacity,
-    DuplicateWork,
-    FabricError,
     FabricUnavailable,
     NoQueue,
     NoWorkers,
@@ -69,42 +65,10 @@ MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name only 
 _OF_QUEUES: Final = (Header.MSG_ID.value, Header.MSG_TTL.value)  # headers for JetStream
 _NO_POOL: Final = "-"  # no pool has this name
 _STATUS_LINE: Final = 64  # bytes of `NATS/1.0` and the empty line, with a margin
-_NO_RESPONDERS: Final = b"NATS/1.0 503"
-_MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
+_OFFER_DENIED: Final = 'publish to "offer.'  # of what NATS says, in the client's lower case
 
 
-@record(frozen=True, slots=True)
-class _Ack:
-    """JetStream's answer to a publish. block: headers, as on the wire."""
-
-    block: bytes
-    payload: bytes = field(repr=False)
-
-    def sequence(self) -> int:
-        """Raises DuplicateWork, QueueFull or FabricUnavailable."""
-        if self.block.startswith(_NO_RESPONDERS):
-            raise NoQueue("the pool has no queue: run `lacre up`, or provision the fabric")
-        try:
-            said = read_object(self.payload, "the ack")
-            error = said.get("error")
-            if error is not None:
-                raise _refused(error)
-            if said.get("duplicate"):
-                raise DuplicateWork("this sealed request was published before")
-            return Members(said, "the ack").count("seq")
-        except (AttributeError, InvalidMessage) as exc:
-            raise FabricUnavailable("NATS sent an invalid ack: check that the pool's queue is a JetStream stream") from exc
-
-
-def _refused(error: Mapping[str, Any]) -> FabricError:
-    if error.get("err_code") == STORE_FAILED:
-        return QueueFull("the pool's queue is full")
-    if error.get("err_code") == TOO_MANY_REQUESTS:
-        return NoQueue("the pool's queue has too many writes waiting: a client floods it")
-    return FabricUnavailable(f"NATS refuses: {str(error.get('description', 'no reason given'))[:_MAX_TEXT]}")
-
-
-def _give_up(acked: asyncio.Future[_Ack | None]) -> None:
+def _give_up(acked: asyncio.Future[Ack | None]) -> None:
     if not acked.done():
         acked.set_result(None)
 
@@ -130,10 +94,13 @@ class NatsGateway:
         self._sides: dict[str, PoolSide] = {}  # by pool
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
-        self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of requests being published, by request id
+        self._acks: dict[str, asyncio.Future[Ack | None]] = {}  # of requests being published, by request id
+        self._offering: dict[str, str] = {}  # the subjects of those being offered, by request id
+        self._may_offer = True  # False: NATS servers with the permissions of an older version
         self._order_keys = orders.OrderKeys(connection.credential.password)
         self._sent = Sent()
         connection.on_reconnect = self._returned
+        connection.on_denied = self._on_denied
 
     @classmethod
     async def connect(
@@ -260,6 +227,7 @@ class NatsGateway:
     def _returned(self) -> None:
         """Runs after each reconnection. Sequences may restart from 1, and acks and advisories may be lost."""
         self._by_sequence.clear()
+        self._may_offer = True
         for side in self._sides.values():
             side.look_soon()
 
@@ -290,21 +258,28 @@ class NatsGateway:
 
         Raises WorkerLost if that is unknown: the worker may have taken the work and died.
         """
-        if work.affinity is None:
+        if work.affinity is None or len(work.sealed) > MAX_OFFERED or not self._may_offer:
             return False
         plain = {name: value for name, value in headers.items() if name not in _OF_QUEUES}
-        for node in in_turn(work.affinity, side.roster.offered(work.model, region), side.unanswered):
+        free = side.shunned.without(region, side.roster.offered(work.model, region))
+        for node in in_turn(work.affinity, free, side.unanswered):
             waiting.offered = asyncio.get_running_loop().create_future()
+            subject = self._offering[work.request_id] = subjects.offer(work.pool, region, node, work.model)
             side.unanswered[node] += 1
             try:
-                ack = await self._sent_to(subjects.offer(work.pool, region, node, work.model), work, plain, waiting.offered)
+                ack = await self._sent_to(subject, work, plain, waiting.offered)
             finally:
                 side.unanswered -= Counter((node,))
+                del self._offering[work.request_id]
             if waiting.offered.done():
+                side.shunned.answered(region, node)
                 return waiting.offered.result() == TAKEN
-            side.roster.silenced(region, node)
-            if ack is None or not ack.block.startswith(_NO_RESPONDERS):
+            if ack is DENIED:
+                return False
+            if ack is None or not ack.nobody:
+                side.shunned.add(region, node)
                 raise WorkerLost("a worker did not answer the offer of a request")
+            side.roster.silenced(region, node)
         return False
 
     async def _queued(
@@ -349,10 +324,13 @@ class NatsGateway:
 
     async def _sent_to(
         self, subject: str, work: Work, headers: Mapping[str, str], answer: asyncio.Future[bytes] | None = None
-    ) -> _Ack | None:
-        """What NATS says about the message; None if it says nothing. answer: ends the waiting too. Raises FabricUnavailable."""
+    ) -> Ack | None:
+        """What NATS says about the message; None if it says nothing. Raises FabricUnavailable.
+
+        answer: of the worker that the message offers work to. It ends the waiting too.
+        """
         denials, loop = self.connection.denials, asyncio.get_running_loop()
-        acked: asyncio.Future[_Ack | None] = loop.create_future()
+        acked: asyncio.Future[Ack | None] = loop.create_future()
         self._acks[work.request_id] = acked
         patience = loop.call_later(API_TIMEOUT, _give_up, acked)
         if answer is not None:
@@ -366,7 +344,7 @@ class NatsGateway:
         finally:
             patience.cancel()
             del self._acks[work.request_id]
-        if ack is None and self.connection.denials != denials:
+        if ack is None and answer is None and self.connection.denials != denials:
             raise self.connection.unavailable(TimeoutError(), denials)
         return ack
 
@@ -374,8 +352,15 @@ class NatsGateway:
         acked = self._acks.get(subject.removeprefix(self._acks_at))
         if acked is None or acked.done():
             return False
-        acked.set_result(_Ack(block, payload))
+        acked.set_result(Ack(block, payload))
         return True
+
+    def _on_denied(self, text: str) -> None:
+        if _OFFER_DENIED in text:
+            self._may_offer = False
+        for request_id, subject in self._offering.items():
+            if f'"{subject.lower()}"' in text and not (acked := self._acks[request_id]).done():
+                acked.set_result(DENIED)
 
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
         """Presence on the lobby. If the pool has its own connection, this adds nothing."""

@@ -43,7 +43,7 @@ class ModelQueue:
 
     def pulling(self, now: float) -> None:
         self.filled = False
-        if now > self.empty_at + QUIET:
+        if now > self.empty_at + QUIET or self.pulled_since == math.inf:
             self.pulled_since = now
 
     def empty(self, now: float) -> None:
@@ -52,6 +52,10 @@ class ModelQueue:
 
     def brought(self) -> None:
         """A pull brought work: there may be more."""
+        self.unknown()
+
+    def unknown(self) -> None:
+        """Nothing is known of it: nothing answered a pull, or the connection that a pull waited on is gone."""
         self.pulled_since, self.empty_at = math.inf, -math.inf
 
     def quiet(self, now: float, *, waits: bool) -> bool:
@@ -63,6 +67,7 @@ class ModelQueue:
 
     def silent(self, now: float) -> None:
         """NATS says that nothing listens for pulls."""
+        self.unknown()
         self.silent_since = min(self.silent_since, now)
         self.there = now - self.silent_since < MISSING_AFTER
 

@@ -22,6 +22,7 @@ import structlog
 from lacre.errors import InvalidMessage, NewerFormat
 from lacre.runtime import tasks
 from lacre_fabric.nats import subjects
+from lacre_fabric.nats.affinity import Shunned
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.work import frames
 from lacre_fabric.work.contract import BEAT, SETTLE, FabricError, FabricUnavailable, WorkerLost
@@ -123,6 +124,7 @@ class PoolSide:
         self.waiting: dict[str, Waiting] = {}  # by request
         self.presence_came = asyncio.Event()
         self.unanswered: Counter[str] = Counter()  # offers, by worker
+        self.shunned = Shunned()
         self.settled_at = 0.0  # on the monotonic clock; silence after this time means that there is no worker
         self._gateway_id = gateway_id
         self._open, self._tell, self._gone = open_connection, tell, gone

@@ -11,7 +11,8 @@ Rules:
 - The warden asks the servers how much each client sends, and makes them close connections or read their own configuration
   again. Only the site's operator holds it, because it can close any connection. It also has its own account.
 - A worker asks JetStream's shared API nothing: all pools share its queue of questions, which drops them all when full.
-- A gateway offers work to any worker of its pools. A worker hears only offers to itself.
+- A gateway offers work to any worker of its pools. A worker hears only offers to itself, and only as one of a group
+  (`OFFERS_GROUP`): each offer comes to one subscriber, so nobody gets a silent copy.
 - A gateway reads only its own replies. A worker uses only its own pool, and only the queue of its own region.
 - Permissions alone do not enforce this (see `accounts`): each role also has an account with no more than it needs.
 """
@@ -48,6 +49,7 @@ GUARD: Final = (CONNECTIONS, KICK, RELOAD)  # the warden's questions and orders 
 MAX_PROCESSES: Final = 16  # of one gateway; beyond it, give another gateway its own credential
 MAX_SLOTS: Final = 500  # parallel requests of one worker, whose connection has two subscriptions for each
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
+OFFERS_GROUP: Final = "offers"  # NATS gives each message to one subscriber of a group
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # orders from gateways, as `KIND.POOL.REQUEST`
 TOLD_BY_WORKERS: Final = ("reply", "presence")  # `reply.POOL.GATEWAY.REQUEST`, `presence.POOL.REGION.NODE`
 
@@ -151,7 +153,8 @@ def gateway(
 
 def worker(credential: Credential, pool: str, node: str | None, region: str = subjects.DEFAULT_REGION) -> Role:
     """node: None for a credential that all of a pool's workers share, like replicas of one deployment. They have the same keys
-    and read the same queue. Such a credential can also forge the presence of another node of the pool.
+    and read the same queue. Such a credential can also forge the presence of another node of the pool, and hear a part of the
+    offers to it. It can let them go unanswered, as it can drop work that it pulls: those requests fail, and none runs twice.
     """
     name = "*" if node is None else subjects.check_name("node", node)
     return Role(
@@ -163,7 +166,7 @@ def worker(credential: Credential, pool: str, node: str | None, region: str = su
         (
             _own_inbox(credential),
             *(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS),
-            subjects.offers(pool, region, name),
+            f"{subjects.offers(pool, region, name)} {OFFERS_GROUP}",
         ),
     )
 

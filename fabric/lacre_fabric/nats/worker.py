@@ -38,7 +38,7 @@ from lacre_fabric.nats.delivery import NatsDelivery, digest_of
 from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, WORK
 from lacre_fabric.nats.handing_back import was_handed_back
 from lacre_fabric.nats.model_queue import ModelQueue
-from lacre_fabric.nats.roles import MAX_SLOTS, Credential
+from lacre_fabric.nats.roles import MAX_SLOTS, OFFERS_GROUP, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, NoMoreWork, Work
 from lacre_fabric.work.model_counts import ModelCounts
@@ -51,7 +51,6 @@ PULL_EACH: Final = 0.5  # seconds, if there are fewer free slots than models; th
 NOT_ABLE: Final = 0.5  # seconds between checks whether the worker can work
 _STAMP: Final = "Nats-Time-Stamp"  # header of stored messages that JetStream returns: when they were written
 LAST_PULL: Final = PULL + 0.5  # seconds until a draining worker's pulls have ended: NATS ends them in time for `PULL`
-OFFERS: Final = "offers"  # the group of this worker's subscriptions, so that each offer comes once
 FREE_AGAIN: Final = 0.05  # seconds from a full worker's first free slot until it announces it
 
 log = structlog.get_logger("lacre.fabric")
@@ -103,6 +102,7 @@ class NatsWorker:
         self._presence: tasks.Background | None = None
         self._draining = False
         self.claims_of = pool
+        connection.on_reconnect = self._returned
 
     @classmethod
     async def connect(
@@ -156,7 +156,7 @@ class NatsWorker:
         offers: Subscription | None = None
         try:
             async with self.connection.mapped(confirmed=True):
-                offers = await self.connection.client.subscribe_directly(subject, self._on_offer, group=OFFERS)
+                offers = await self.connection.client.subscribe_directly(subject, self._on_offer, group=OFFERS_GROUP)
         except FabricUnavailable:
             log.warning("offers.denied", pool=self._pool, remedy="configure NATS again with this version")
             if offers is not None:
@@ -165,6 +165,11 @@ class NatsWorker:
             return
         self._offers = offers
         await self._say_presence()
+
+    def _returned(self) -> None:
+        """Runs after each reconnection: the pulls that waited are lost, and there may be work by now."""
+        for queue in self._queues:
+            queue.unknown()
 
     def _on_offer(self, subject: str, block: bytes, payload: bytes) -> bool:
         headers = protocol.fields(block, status=False)
@@ -180,6 +185,7 @@ class NatsWorker:
             return False
         if taken := known and self._takes(queue):
             self._slots.take(delivery.attempt, queue.model)
+            self._slots.weigh(delivery.attempt, None)  # until `pull` returns it: it may have many sequences
             for one in self._queues:
                 one.filled = one.filled or not self._slots.free(one.model)
         tasks.detach("an offer", self._answer_offer(delivery, taken=taken))
@@ -238,9 +244,10 @@ class NatsWorker:
     def _arrived(self) -> NatsDelivery | None:
         """Taken work, or the delivery from a finished pull. Raises FabricUnavailable if the pull failed."""
         if self._offered:
-            delivery = self._offered.popleft()
-            delivery.take()  # no sooner: a worker that drains declines what it has not begun
-            return delivery
+            offered = self._offered.popleft()
+            self._slots.weigh(offered.attempt, 1)
+            offered.take()  # no sooner: a worker that drains declines what it has not begun
+            return offered
         for model, waiting in [(model, waiting) for model, waiting in self._pulls.items() if waiting.done()]:
             del self._pulls[model]
             self._slots.pulled(model)
@@ -374,9 +381,6 @@ class NatsWorker:
         if self._presence is not None:
             await self._presence.close()
         await self._say_presence()
-        if self._offers is not None and self.connection.connected:
-            with suppress(nats.errors.Error):
-                await self._offers.unsubscribe()
         while self._offered:
             await _hand_back(self._offered.popleft())
         pulls, self._pulls = self._pulls, {}
@@ -386,6 +390,9 @@ class NatsWorker:
                 for queue in self._queues:  # once its subscriber is gone, the server drops a waiting pull
                     await queue.pull.unsubscribe()
                 await self.connection.round_trip()
+                if self._offers is not None:  # until now it declined them: gateways wait for an answer to each
+                    await self.connection.client.leave(self._offers)
+                    await self.connection.round_trip()
         await tasks.end(*pulls.values(), expected=(FabricUnavailable,))
 
     async def _announce(self) -> None:

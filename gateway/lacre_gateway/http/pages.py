@@ -24,7 +24,7 @@ _EXPOSED: Final = ", ".join((audit_proof.HEADER, MANIFEST_VERSION, "lacre-reques
 _ASKED: Final = ", ".join(
     (
         *("authorization", "dpop", "content-type", "accept", "incremental"),
-        *(outer.POOL, outer.MODEL, outer.ACTION, outer.CEILING, outer.CEILING_IS_DEFAULT, outer.SHAPE),
+        *(outer.POOL, outer.MODEL, outer.ACTION, outer.CEILING, outer.CEILING_IS_DEFAULT, outer.SHAPE, outer.AFFINITY),
     )
 ).encode()
 _METHODS: Final = {"/v1/sealed": b"POST", "/v1/manifest": b"GET", "/v1/me/usage": b"GET"}
