@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -240,22 +239,22 @@ async def test_nobody_gets_a_silent_copy_of_offers(parties: Parties) -> None:
 
 
 async def test_taken_work_is_no_error(parties: Parties) -> None:
-    """Whatever else NATS denies meanwhile."""
+    """NATS denies something else to the gateway while the worker answers."""
     pool = await Pool.of(parties)
-    connection = pool.gateway.connection
-    denials = connection.denials
-    task = asyncio.ensure_future(_each(20, lambda: pool.ask(turn(conversation("n1", "n2")))))
-    while not task.done():
+    worker, connection = pool.nodes["n1"].worker, pool.gateway.connection
+    answer, said = worker._answer_offer, []
+
+    async def later(delivery: NatsDelivery, *, taken: bool) -> None:
+        said.append(taken)
+        before = connection.denials
         await connection.client.publish("work.elsewhere", b"")
-        await asyncio.sleep(0.001)
-    for dispatch in await task:
-        assert await read(dispatch) == WHOLE
-    assert connection.denials > denials + 20
-    assert pool.counts()[0] > 0
+        await until(lambda: connection.denials > before)
+        await answer(delivery, taken=taken)
 
-
-async def _each(times: int, ask: Callable[[], Awaitable[Dispatch]]) -> list[Dispatch]:
-    return [await ask() for _ in range(times)]
+    worker._answer_offer = later  # type: ignore[method-assign]  # it only waits
+    assert await read(await pool.ask(turn(conversation("n1", "n2")))) == WHOLE
+    assert said == [True]
+    assert pool.counts() == [1, 0]
 
 
 async def test_long_work_is_queued(parties: Parties) -> None:
