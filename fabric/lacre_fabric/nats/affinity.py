@@ -6,8 +6,8 @@ Rules:
 - The gateway offers the work to that worker. Only if the worker declines it, or is certainly not there, does the work go
   elsewhere: it never runs twice.
 - A busy worker is not asked, and no other one in its place: the pool's queue decides then.
-- A worker that leaves an offer unanswered is asked nothing for a while, and its presence does not end that. Each such offer fails
-  a request.
+- A worker that leaves an offer unanswered is asked nothing for a while, and its presence does not end that: each such offer
+  fails a request.
 """
 
 from __future__ import annotations
