@@ -17,9 +17,9 @@ from nats.aio.subscription import Subscription
 from fuzz.target import Script, Target, outcome
 from lacre.errors import InvalidMessage
 from lacre_fabric.nats import protocol, subjects
+from lacre_fabric.nats.acks import Ack
 from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.connection import Connection, Stored
-from lacre_fabric.nats.gateway import _Ack
 from lacre_fabric.nats.pool import KEEP, PoolSide
 from lacre_fabric.nats.protocol import BrokenProtocol, Event, NatsMessage, ProtocolReader
 from lacre_fabric.work.contract import FabricError, FabricUnavailable
@@ -136,7 +136,7 @@ def _honest(request: str) -> bytes:
 def jetstream_says(data: bytes) -> object:
     """An ack by the first byte, or a message of a stream."""
     if data[:1] == b"\x01":
-        return _Ack(b"", data[1:]).sequence()
+        return Ack(b"", data[1:]).sequence()
     try:
         said = json.loads(data[1:])
     except (ValueError, RecursionError) as exc:
