@@ -26,6 +26,8 @@ import yaml
 
 from parts.waiting import PATIENCE, wait_until
 
+REMOVALS = 10  # tries, a second apart
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 TOOLS = ("buildah", "podman", "runc", "mmdebstrap", "iptables", "catatonit")
@@ -179,10 +181,22 @@ def engine(folder: Path) -> Iterator[Engine]:
         made.podman("pod", "rm", "--all", "--force", "--time=1", check=False)
         made.podman("rm", "--all", "--force", "--time=1", check=False)
         made.podman("network", "prune", "--force", check=False)
+        _remove(folder)  # the images with it
+
+
+def _remove(folder: Path) -> None:
+    """Podman tidies up after each container in a process of its own, which may mount the storage once more."""
+    for left in reversed(range(REMOVALS)):
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
         for mount in reversed([mount for mount in mounts if mount.startswith(f"{folder}/")]):
-            subprocess.run(["umount", mount], check=True)
-        shutil.rmtree(folder)  # the images with it
+            subprocess.run(["umount", mount], check=not left)
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError:
+            if not left:
+                raise
+        time.sleep(1)
 
 
 def _overlays(folder: Path) -> bool:
