@@ -32,7 +32,6 @@ from lacre_backend.engine_process.messages import (
     FromChild,
     HeldImage,
     Picture,
-    Ready,
     Speak,
     Submit,
     TaskEvent,
@@ -138,29 +137,6 @@ async def test_a_signal_without_a_name_ends_a_process_as_any_other(engine: Proce
     link = EngineLink()
     os.kill(link.pid, 40)
     assert await asyncio.to_thread(link.end) == "signal 40"
-
-
-class OnceFaulty(ProcessEngine):
-    """Fails once in an unforeseen way, while it starts another process."""
-
-    faults = 0
-
-    def _check_same(self, ready: Ready) -> None:
-        if self._first.done() and not self.faults:
-            self.faults += 1
-            raise ValueError("canary")
-        super()._check_same(ready)
-
-
-async def test_any_failure_of_a_restart_is_followed_by_another(model: Path) -> None:
-    with closing(OnceFaulty(settings(model))) as engine:
-        pid = engine.pid
-        assert pid is not None
-        os.kill(pid, 9)
-        await until(lambda: engine.faults == 1, PATIENCE)
-        await back(engine, pid)
-        assert not engine.died
-        assert len((await made(engine, max_tokens=4, sampling=GREEDY)).ids) == 4
 
 
 @pytest.fixture

@@ -260,14 +260,13 @@ class ProcessEngine:
                         self._first.set_result(ready)
                     self._serve(link)
                     settled = time.monotonic() - began > SETTLED
-            except Exception as error:  # noqa: BLE001 - the next start may succeed
+            except Exception as error:
                 if not self._first.done():
                     self._first.set_exception(error)
                     return
-                known = isinstance(error, LacreError | OSError)
-                if not known:  # the worker's other engines go on, and this one tries again
-                    tasks.failed("engine", error)
-                self._fail(f"it cannot be started: {error if known else type(error).__name__}")
+                if not isinstance(error, LacreError | OSError):
+                    raise  # a fault of the worker's own, which ends it
+                self._fail(f"it cannot be started: {error}")
             delay = 0.0 if settled else min(max(2 * delay, AGAIN), most)
 
     @contextmanager
