@@ -37,7 +37,7 @@ OWN_USAGE_PATH: Final = "/v1/me/usage"
 
 class GatewayApp(FastAPI):
     """sealed: serves the sealed requests. The listener passes them to it and not through ASGI, whose layers would cost each of
-    them more than the decision about it (docs/performance.md).
+    them more than the decision about it (docs/gateway-performance.md).
     """
 
     sealed: SealedRoute

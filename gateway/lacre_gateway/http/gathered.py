@@ -1,7 +1,7 @@
 """A transport that collects the writes of one turn of the event loop, and passes them on in one piece.
 
 A server writes an answer's head and each piece of its body separately. Each of these writes costs more in the kernel than many
-of our decisions (docs/performance.md).
+of our decisions (docs/gateway-performance.md).
 
 Rules:
 - Nothing is held longer than the turn in which it was written, and never more than `MOST` bytes.
