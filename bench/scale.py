@@ -8,6 +8,10 @@ so each pool is about equally busy.
   the smallest, less one: the goal is at most 0.2.
 - `nats_cpu_us_per_request_wN`: the same of nats-server. `kv_same_key_per_s`: how many leases a second can be drawn from one
   budget. `kv_updates_per_s`: from eight at once. Their bucket is always synced.
+- `queue_per_s`: works a second through one pool's work queue: published, acknowledged, pulled, acknowledged again. One process
+  publishes and pulls, 64 at a time. `queue_nats_cpu_us`: the CPU time of nats-server for one.
+- `commits_per_s`: commits a second of one audit log on this disk, of one entry each. `commit_entries_per_s`: entries a second
+  in the largest groups that a commit takes. `sync_ms`: one sync of a file on this disk.
 - `wait_wN_ms`, `expected_wN_ms`: the mean wait for a slot, beside M/G/k's expectation for the measured rate and service times
   (`bench/queueing.py`). The wait is the time to the first byte, less that of an empty pool.
 - `scaled_after_s`: a pool of 4 workers gets three times the load that it can carry. Each second a rule reads the gateway's
@@ -20,7 +24,9 @@ so each pool is about equally busy.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -35,18 +41,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from bench import arrivals, command
+from bench.audit_years import entries_of
 from bench.crowd import Shift, Task
 from bench.queueing import mean_wait, wanted
 from bench.stand import MODEL, POOL, ROOT, Stand, ended, stand, usage
+from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.nats.subjects import BUDGETS_BUCKET, DEFAULT_REGION
+from lacre_fabric.nats.worker import PULL
 from lacre_fabric.operate.site import GATEWAY_ID
+from lacre_gateway.audit.entries import STARTED, Event, encode
+from lacre_gateway.audit.journal import MAX_GROUP
+from lacre_gateway.audit.store import Store
 
 WORKERS = (1, 4, 16, 64)
 RATE, BUSY = 30.0, 0.7
 IDLE_RATE = 5.0  # where nobody waits
+ABREAST = 64
 STEP, CAPACITY_AT_FIRST, TARGET = 3.0, 4, 0.8
 LOOK, START = 1.0, 3.0  # seconds between looks at the demand; and until a worker that was asked for is there
 _DEMAND = re.compile(rf'^lacre_pool_demand{{pool="{POOL}",region="{DEFAULT_REGION}"}} ([0-9.]+)', re.MULTILINE)
@@ -161,6 +176,64 @@ async def leases(served: Stand, seconds: float) -> command.Figures:
         await connection.close()
 
 
+async def queued(served: Stand, seconds: float) -> command.Figures:
+    """Works of 1.3 KiB through the queue of one model. No other worker may pull from it."""
+    gateway = await Connection.open(served.nats_url, served.site.credential(f"gateway-{GATEWAY_ID}"))
+    worker = await Connection.open(served.nats_url, served.site.credential(f"worker-{POOL}"))
+    subject, stream = subjects.work(POOL, DEFAULT_REGION, MODEL), subjects.work_stream(POOL, DEFAULT_REGION)
+    pull = await worker.jetstream.pull_subscribe_bind(consumer=subjects.consumer(MODEL), stream=stream)
+    until, work, pulled = time.perf_counter() + seconds, bytes(1300), 0
+
+    async def publish() -> None:
+        while time.perf_counter() < until:
+            await gateway.jetstream.publish(subject, work)
+
+    async def take() -> None:
+        nonlocal pulled
+        while True:
+            for message in await pull.fetch(ABREAST, timeout=seconds):
+                await message.ack()
+                pulled += 1
+
+    try:
+        before, began = usage(served.nats.pid).cpu, time.perf_counter()
+        taking = asyncio.create_task(take())
+        await asyncio.gather(*(publish() for _ in range(ABREAST)))
+        took = time.perf_counter() - began
+        cpu, done = usage(served.nats.pid).cpu - before, pulled
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+        return {"queue_per_s": done / took, "queue_nats_cpu_us": cpu / done * 1e6}
+    finally:
+        await gateway.close()
+        await worker.close()
+
+
+def committed(folder: Path, seconds: float) -> command.Figures:
+    """One audit log, on the disk of the temporary files, published as a busy gateway does it."""
+    store = Store(folder / "audit", Ed25519PrivateKey.generate(), "bench.example/audit")
+    store.commit(encode(Event(time=time.time(), event=STARTED)))
+    figures: command.Figures = {}
+    for name, size in (("commits_per_s", 1), ("commit_entries_per_s", MAX_GROUP)):
+        group = [entry for number in range(size) for entry in itertools.islice(entries_of(number), 1)]
+        count, until = 0, time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            store.commit(group)
+            count += len(group)
+            if store.unpublished >= 64 * MAX_GROUP:
+                store.published(store.publication(()).write())
+        figures[name] = count / seconds
+    store.close()
+    with (folder / "synced").open("wb", buffering=0) as file:
+        times = []
+        for _ in range(200):
+            file.write(bytes(1000))
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - began)
+    return figures | {"sync_ms": statistics.median(times) * 1e3}
+
+
 def demand(served: Stand) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{served.admin_port}/metrics", timeout=5) as answer:
         match = _DEMAND.search(answer.read().decode())
@@ -175,7 +248,11 @@ def measure(quick: bool) -> command.Figures:
         for count in WORKERS:
             figures |= steady(served, workers, count, 6.0 if quick else 40.0)
         figures |= asyncio.run(leases(served, 1.0 if quick else 5.0))
+        figures |= committed(Path(name), 1.0 if quick else 5.0)
         figures |= scaled(served, workers, 15.0 if quick else 40.0)
+        workers.shift(0, 1.0)
+        time.sleep(PULL)
+        figures |= asyncio.run(queued(served, 1.0 if quick else 5.0))
     costs = [figures[f"cpu_us_per_request_w{count}"] for count in WORKERS]
     return {name: round(value, 3) for name, value in (figures | {"cpu_spread": max(costs) / min(costs) - 1}).items()}
 

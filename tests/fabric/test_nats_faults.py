@@ -218,7 +218,7 @@ async def test_work_that_cannot_be_returned_is_rejected(parties: Parties, kept_b
         await drained_with(first)
     async with asyncio.timeout(5):
         frames = [(frame.kind, frame.payload) async for frame in frames_of(dispatch)]
-    assert frames == [(FrameKind.ERROR, problems.UNCLAIMED.type.encode())]
+    assert frames == [(FrameKind.ERROR, problems.BUSY.type.encode())]
     assert await parties.live.queued() == 0
     await parties.live.provision()
 
@@ -458,17 +458,24 @@ async def test_it_is_announced_only_while_it_can_work(ends: Ends) -> None:
 
 
 async def test_what_came_when_it_could_not_any_more_goes_back(ends: Ends) -> None:
-    """It had asked for work while it could: the caller is told that nobody began, and sends it again."""
+    """It had asked for work while it could. The work waits in the queue until a worker can do it, and counts as new there."""
     await ends.until(1)
     pulling = tasks.spawn("pull", ends.worker.pull())
     await asyncio.sleep(0.1)  # the pull waits at the server
     ends.able.able = set()
-    dispatch = await ends.gateway.dispatch(new_work())
+    work = new_work()
+    dispatch = await ends.gateway.dispatch(work)
     async with asyncio.timeout(15):
-        frames = [frame async for frame in frames_of(dispatch)]
-    assert [(frame.kind, frame.payload) for frame in frames] == [(FrameKind.ERROR, problems.UNCLAIMED.type.encode())]
-    assert not pulling.done()
-    await tasks.end(pulling)
+        frames = asyncio.ensure_future(read(dispatch))
+        await asyncio.sleep(0.5)
+        assert not pulling.done() and not frames.done()
+        ends.able.able = {"m1"}
+        delivery = await pulling
+        assert (delivery.work, delivery.again) == (work, False)
+        await delivery.send(FrameKind.DATA, b"x")
+        await delivery.send(FrameKind.USAGE, b"")
+        assert await frames == [b"x", b""]
+    await delivery.drop()
 
 
 async def test_a_claim_that_is_tried_says_what_time_it_is(ends: Ends) -> None:

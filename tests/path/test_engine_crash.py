@@ -71,5 +71,6 @@ async def test_a_crash_at_a_random_token(tmp_path: Path, record_property: Any) -
     record_property("engine_crashes", report)
     print(report)
     assert whole + len(typed) == KILLS
-    assert resumed + len(typed) > KILLS // 2, "most were struck before their end"
+    assert resumed > KILLS // 3, "many were struck before their end"
+    assert len(typed) <= KILLS // 10, "the other worker goes on with the answer"
     assert all(isinstance(each, lacre.StreamBroken | lacre.Unavailable) for each in typed)

@@ -243,7 +243,7 @@ async def test_work(parties: Parties) -> None:
     await until(lambda: replies)
     coming.cancel()
     await asyncio.wait([coming])
-    assert [frame.payload.decode() for frame in replies] == [problems.UNCLAIMED.type]
+    assert [frame.payload.decode() for frame in replies] == [problems.BUSY.type]
 
 
 async def test_a_frame_and_presence(parties: Parties) -> None:

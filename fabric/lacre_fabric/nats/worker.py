@@ -294,7 +294,7 @@ class NatsWorker:
             if delivery is None or self._serves(queue.model):
                 full = queue.filled and not self._slots.free(queue.model)
                 return None if delivery is not None and full and await delivery.hand_back() else delivery
-            await _turn_away(delivery)  # the worker became unable to serve it after it pulled
+            await _hand_back(delivery)  # the worker became unable to serve it after it pulled
         return None
 
     async def _looked(self, queue: ModelQueue, *, found: bool) -> None:
@@ -427,15 +427,13 @@ async def _returned(pull: asyncio.Task[NatsDelivery | None], patience: float) ->
 
 
 async def _hand_back(delivery: NatsDelivery) -> None:
-    """Returns work that never started to its queue, for another worker. If that fails, rejects it."""
+    """Returns work that never started to its queue, for another worker. If that fails, rejects it: the client sends it again.
+
+    Not as `UNCLAIMED`, because that counts as a worker that the request may have ended.
+    """
     if not await delivery.hand_back():
-        await _turn_away(delivery)
-
-
-async def _turn_away(delivery: NatsDelivery) -> None:
-    """Rejects work that never started. The client may send it again, to another worker or pool."""
-    with suppress(FabricUnavailable, Cancelled):
-        await delivery.reject(problems.UNCLAIMED.type)
+        with suppress(FabricUnavailable, Cancelled):
+            await delivery.reject(problems.BUSY.type)
 
 
 def _is_good(waiting: asyncio.Task[NatsDelivery | None]) -> bool:
