@@ -14,6 +14,7 @@ import {
   TrustError,
   UsedError,
 } from "../../sdk/javascript/src/errors.js";
+import { affinityOf, beginningOf } from "../../sdk/javascript/src/exchange/affinity.js";
 import { receiptOf, checkModel, digestsOf } from "../../sdk/javascript/src/evidence/receipts.js";
 import { MAX_DOCUMENT, verifyDocument } from "../../sdk/javascript/src/trust/chain.js";
 import { parseConnectionString } from "../../sdk/javascript/src/trust/connection.js";
@@ -53,6 +54,31 @@ const documentOf = (roots, manifest, by = signer) => json({ roots, manifest: jws
 const simple = (changes, keys) => documentOf([signed(statement(signer), root)], claims(changes, keys));
 const verified = async (document, pin = root) => (await verifyDocument(document, pin.raw, NOW)).manifest;
 const refused = (document, why, pin) => rejects(verified(document, pin), TrustError, why);
+
+// Affinity
+
+test("all turns and branches of a conversation begin alike, and others do not", () => {
+  const [system, ann, answer] = [{ role: "system", content: "s" }, { role: "user", content: "a" }, { role: "assistant", content: "b" }];
+  const first = beginningOf({ messages: [system, ann] });
+  same(beginningOf({ messages: [system, ann, answer, { role: "user", content: "c" }] }), first);
+  const others = [
+    { messages: [system, { role: "user", content: "c" }] },
+    { messages: [ann] },
+    { messages: [ann], system: "s" },
+    { input: "a", instructions: "s" },
+  ];
+  same(new Set([first, ...others.map(beginningOf)]).size, 5);
+  same(beginningOf({ input: "a" }), beginningOf({ input: [ann, answer] }));
+  for (const none of [{}, { messages: [] }, { messages: [system] }, { messages: 5 }, { input: null }, { messages: [null] }]) {
+    same(beginningOf(none), null);
+  }
+});
+
+test("an affinity is the value that the Python client sends", async () => {
+  same(await affinityOf("00".repeat(16), "p", "m", "beginning"), "RB9wHnaHdKfFrXhXDk3v8Q");
+  const others = [["01", "p", "m", "x"], ["00", "q", "m", "x"], ["00", "p", "n", "x"], ["00", "p", "m", "y"], ["00", "p\0m", "", "x"]];
+  same(new Set(await Promise.all(others.map((each) => affinityOf(...each)))).size, 5);
+});
 
 // Trust
 

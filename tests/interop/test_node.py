@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.checkpoints import Checkpoint
+from lacre.exchange.affinity import affinity_of
 from lacre.jose.jws import raw_public_key
 from lacre.trust.manifest import ModelEntry
 from lacre.trust.routes import ModelRoute, RouteTarget
@@ -154,7 +155,10 @@ async def test_a_sealed_chat(kem: str) -> None:
     }  # fmt: skip
     of_http = {"host", "connection", "content-length", "accept-encoding", "accept-language", "sec-fetch-mode", "user-agent"}
     of_http |= {"cache-control", "pragma"}
-    assert {name: value for name, value in sealed.headers.items() if name not in of_http} == expected
+    said = {name: value for name, value in sealed.headers.items() if name not in of_http}
+    salt = dict(app.scopes[0]["headers"])[b"lacre-cache-salt"].decode()
+    beginning = json.dumps([[None, None], json.loads(app.bodies[0])["messages"]], separators=(",", ":")).encode()
+    assert said == {**expected, "lacre-affinity": affinity_of(salt, "default", "tiny", beginning)}
     assert b"Baltic" not in sealed.content
     assert len(sealed.content) == {"xwing": 5240, "x25519": 4152}[kem]
     asked = json.loads(app.bodies[0])
@@ -166,6 +170,17 @@ async def test_a_sealed_chat(kem: str) -> None:
         "content-type", "accept", "date", "lacre-cache-salt", "lacre-resume",
         "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-shape",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "body"),
+    [({"affinity": False}, {}), ({}, {"messages": [{"role": "system", "content": "x"}]})],
+    ids=["off", "no-user"],
+)
+async def test_an_affinity_is_not_always_said(options: dict[str, Any], body: dict[str, Any]) -> None:
+    ran = await chat(options, body)
+    assert ran.code == 0
+    assert "lacre-affinity" not in ran.gateway.relay.requests[-1].headers
 
 
 @pytest.mark.parametrize("kem", KEMS)

@@ -30,6 +30,8 @@ const KEM_NAMES = [...KEMS.values()].map(({ name }) => name);
  * @property {readonly string[]} [kems] default: `["xwing"]`
  * @property {"pad" | "none"} [shape] default: `pad`
  * @property {Record<string, string>} [pinModels] the digest `sha256:…` of a model's file, by its name
+ * @property {boolean} [affinity] default true: the turns of a chat come to the worker that has it in its prefix cache. The gateway then
+ *   sees which requests are of one conversation
  * @property {boolean} [keepIdentifyingFields] default: members such as `user` are dropped from bodies
  * @property {import("./trust/memory.js").Memory} [memory] default: IndexedDB in browsers, else a file of this user
  * @property {typeof fetch} [fetch] sends what is sealed; default: the platform's
@@ -58,6 +60,7 @@ export async function sealedFetch(url, options) {
     kems: options.kems ?? ["xwing"],
     shape: options.shape ?? "pad",
     pinModels: pinsOf(options.pinModels ?? {}),
+    affinity: options.affinity ?? true,
     keepIdentifyingFields: options.keepIdentifyingFields ?? false,
   };
   if (!client.kems.length || !client.kems.every((kem) => KEM_NAMES.includes(kem))) {

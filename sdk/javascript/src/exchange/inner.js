@@ -8,10 +8,11 @@ import { outputOf } from "../trust/manifest.js";
 import { isName } from "../trust/routes.js";
 import { utf8 } from "../wire/bytes.js";
 import { MAX_SEALED_REQUEST } from "../wire/ohttp.js";
+import { beginningOf } from "./affinity.js";
 import { jsonObject } from "./problems.js";
 
 /** @typedef {{ method: string, path: string, headers: [string, string][], content: Uint8Array }} Plain header names are lower-case */
-/** @typedef {{ plain: Plain, action: string, model: string, maxTokens: number, isDefault: boolean }} Prepared */
+/** @typedef {{ plain: Plain, action: string, model: string, maxTokens: number, isDefault: boolean, beginning?: string | null }} Prepared beginning: of a chat's conversation */
 
 const MAX_CONTENT = MAX_SEALED_REQUEST - 2 ** 17; // sealing adds less than that
 const MAX_TOKENS = 2147483647;
@@ -96,7 +97,8 @@ export function prepare(plain, models, { keepIdentifyingFields, model: option, r
   const sealed = Object.fromEntries(Object.entries(body).filter(([name]) => !dropped.includes(name)));
   if (action === "http") return { plain: withBody(allowed, body, sealed), action, model: named(preset), maxTokens: asked, isDefault: false };
   if (routed !== undefined || sealed.model === undefined || sealed.model === null) sealed.model = preset;
-  return { plain: withBody(allowed, body, sealed), ...ceilingOf(action, sealed, models) };
+  const beginning = action === "chat" ? beginningOf(sealed) : null;
+  return { plain: withBody(allowed, body, sealed), ...ceilingOf(action, sealed, models), beginning };
 }
 
 /** @param {string} action @param {Record<string, any>} body @param {Map<string, import("../trust/manifest.js").ModelEntry>} models */

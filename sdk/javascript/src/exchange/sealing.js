@@ -18,6 +18,7 @@ import { encodeRequest, valueOf } from "../wire/bhttp.js";
 import { randomBytes, toBase64url, toHex, utf8 } from "../wire/bytes.js";
 import { hmac, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, SealedRequest } from "../wire/ohttp.js";
 import { shaped } from "../wire/shapes.js";
+import { affinityOf } from "./affinity.js";
 import { exchanged, SealedAnswer } from "./answer.js";
 import { isRepeatable, prepare, userOf } from "./inner.js";
 import { DATE, INVALID_TOKEN, mediaType, NO_WORKER, OHTTP_KEY, problemOf, readUpTo, UNKNOWN_POOL } from "./problems.js";
@@ -43,6 +44,7 @@ const DATE_FORM = /^[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} G
  * @property {readonly string[]} kems names of those accepted
  * @property {string} shape
  * @property {Map<string, string>} pinModels `sha256:…` by the model's name
+ * @property {boolean} affinity whether a chat's requests say which conversation they are of
  * @property {boolean} keepIdentifyingFields
  */
 /**
@@ -171,7 +173,11 @@ export class Sealing {
     const digests = digestsOf(model, pool.models.get(model)?.sha256 ?? [], pinOf(options.pinModels, way.asked, model));
     const asked = { "lacre-pool": way.pool, "lacre-model": model, "lacre-action": action, "lacre-shape": shape };
     const request = await SealedRequest.to(key.config);
-    const inner = await this.#inner(prepared, asked, options.cacheScope ?? userOf(plain));
+    const salt = await this.#saltOf(options.cacheScope ?? userOf(plain));
+    const inner = this.#inner(prepared, asked, salt);
+    const { beginning } = prepared;
+    /** @type {Record<string, string>} */
+    const affinity = options.affinity && beginning ? { "lacre-affinity": await affinityOf(salt, way.pool, model, beginning) } : {};
     const content = await request.seal(shaped(encodeRequest(inner), shape));
     const digest = await request.digest();
     /** @type {Part} */
@@ -185,7 +191,7 @@ export class Sealing {
       part,
       outer: {
         ...{ "content-type": MEDIA_TYPE_REQUEST, accept: MEDIA_TYPE_RESPONSE, incremental: "?1", ...asked },
-        ...{ "lacre-max-tokens": String(maxTokens), ...(isDefault ? { "lacre-max-tokens-default": "?1" } : {}) },
+        ...{ "lacre-max-tokens": String(maxTokens), ...(isDefault ? { "lacre-max-tokens-default": "?1" } : {}), ...affinity },
       },
       expected: {
         ...{ kind: "intent", decision: "allow", enc: toBase64url(digest), sealed_bytes: content.length, kem: part.kem },
@@ -200,19 +206,23 @@ export class Sealing {
     };
   }
 
-  /** @param {import("./inner.js").Prepared} prepared @param {Record<string, string>} asked @param {string | null} user */
-  async #inner({ plain, maxTokens, isDefault }, asked, user) {
+  /** The value of `lacre-cache-salt`. @param {string | null} user */
+  async #saltOf(user) {
     const now = clock();
     if (!(now - this.#scope.since >= 0 && now - this.#scope.since < SALT_LIFETIME)) {
       this.#scope = { since: now, salt: randomBytes(16), offset: 0 };
     }
-    const { salt, offset } = this.#scope;
-    const own = user === null ? salt : (await hmac(salt, utf8(user))).subarray(0, salt.length);
+    const { salt } = this.#scope;
+    return toHex(user === null ? salt : (await hmac(salt, utf8(user))).subarray(0, salt.length));
+  }
+
+  /** @param {import("./inner.js").Prepared} prepared @param {Record<string, string>} asked @param {string} salt */
+  #inner({ plain, maxTokens, isDefault }, asked, salt) {
     /** @type {import("../wire/bhttp.js").Field[]} */
     const fields = [
       ...plain.headers,
-      ["date", new Date((now + offset) * 1000).toUTCString()],
-      ["lacre-cache-salt", toHex(own)],
+      ["date", new Date((clock() + this.#scope.offset) * 1000).toUTCString()],
+      ["lacre-cache-salt", salt],
       ...Object.entries(asked),
       [isDefault ? "lacre-most-tokens" : "lacre-max-tokens", String(maxTokens)],
     ];
