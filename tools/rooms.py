@@ -35,7 +35,7 @@ class Package:
 PACKAGES: Final[Mapping[str, Package]] = {
     "lacre": Package(
         "sdk",
-        20,
+        21,
         12,
         (
             ("errors", "_version"),
@@ -47,7 +47,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
             ("transport",),
             ("chat",),
             ("client",),
-            ("direct", "openai", "legacy", "proxy"),
+            ("direct", "openai", "legacy", "proxy", "page"),
             (FRONT, "cli"),
             ("__main__",),
         ),

@@ -29,7 +29,7 @@ import httpx2
 from lacre import errors
 from lacre.client import AsyncClient
 from lacre.evidence.exchange_info import Facts
-from lacre.exchange.refusal_shapes import shaped
+from lacre.exchange.refusal_shapes import explained, shaped, status_of
 from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
 from lacre.exchange.retry import may_have_lost
 from lacre.runtime import arguments
@@ -67,16 +67,6 @@ _UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would othe
 _MODELS: Final = "/v1/models"
 _BLANKS: Final = " \t"
 _PLAIN: Final = re.compile(r"[\t -~]*")
-
-# The first match counts. Any other exception is a bug, and its answer is a bare 500.
-_STATUS: Final[tuple[tuple[type[errors.LacreError], int], ...]] = (
-    (errors.MessageTooLarge, 413),
-    (errors.SettingsError, 500),
-    (errors.UsageError, 400),
-    (errors.NetworkError, 502),
-    (errors.ProtocolError, 502),
-    (errors.VerificationError, 502),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,29 +281,15 @@ async def _pieces(answer: httpx2.Response, path: str) -> AsyncIterator[bytes]:
         if not answer.headers.get("content-type", "").startswith(EVENT_STREAM):
             raise
         # In the form that clients of every API here take for an error: by its name, its type, or its member `error`.
-        told = {"type": "error", **shaped(path, _status(exc), explained(exc)["error"])}
+        told = {"type": "error", **shaped(path, status_of(exc), explained(exc)["error"])}
         yield b"\n\nevent: error\ndata: " + json.dumps(told).encode() + b"\n\n"
-
-
-def explained(error: errors.LacreError) -> dict[str, Any]:
-    """The error in OpenAI's shape: what happened, what helps, and the checks that were made by then."""
-    message, code = str(error).rstrip("."), re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
-    helps = error.remedy if error.remedy not in message else ""
-    checked = None if error.verification is None else error.verification.members()
-    told = {"message": f"{message}. {helps}".strip(" ."), "type": "lacre_error", "param": None, "code": code}
-    return {"error": {**told, "remedy": error.remedy, "request_id": error.request_id, "verification": checked}}
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.LacreError)  # noqa: S101 - registered only for these
-    status = _status(error)
+    status = status_of(error)
     headers = {"x-should-retry": "false"} if may_have_lost(error) else None  # OpenAI's header; the client has already retried
     return JSONResponse(shaped(request.url.path, status, explained(error)["error"]), status, headers)
-
-
-def _status(error: errors.LacreError) -> int:
-    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-    return 504 if isinstance(error, httpx2.TimeoutException) else status
 
 
 async def _not_found(request: Request, _exc: Exception) -> Response:

@@ -19,9 +19,9 @@ import anyio
 import pytest
 
 from lacre import errors, problems
+from lacre.chat.blocks import ended_blocks
 from lacre.cli.explain import bar
 from lacre.cli.output import EXIT_CODES, exit_code, printable
-from lacre.cli.render import ended_blocks
 from lacre_backend.api.app import create_app
 from parts.bent import without
 from parts.commands import run_lacre

@@ -7,14 +7,15 @@ import ipaddress
 import json
 import secrets
 import socket
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from lacre.cli import lock
 from lacre.cli.output import AsJson, PinModel, PoolName, Url, err, pins, say, waiting
+from lacre.cli.page import PageOpening, prices_in
 from lacre.errors import SettingsError
 from lacre.runtime import private_files, shell, tasks
 from lacre.runtime.hosts import is_loopback
@@ -47,6 +48,12 @@ def proxy(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may call, as http://localhost:3000.")
     ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Also serve a chat page here, and open it in the browser.")] = False,
+    browser: Annotated[bool, typer.Option(help="With --open: open the browser, or only print the page's link.")] = True,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="A TOML file with a table `prices`, as in the gateway's plans.toml: the page shows costs."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve OpenAI's API on loopback, sealing every request. Ctrl-C ends it."""
@@ -54,17 +61,24 @@ def proxy(
     from lacre.runtime.served_hosts import base_url
 
     check_host(host, allowed=allow_remote)
+    if open_page and not is_loopback(host):
+        raise SettingsError(f"the chat page is only served on loopback: use --open without --host {host}")
+    known = None if prices is None else prices_in(prices)
     pinned = pins(pin_model)
     key = secrets.token_urlsafe(32) if key_file is None else key_from(key_file)
     with listening(host, port) as listener:
         port = listener.getsockname()[1]
         door = ProxyAccess.on(port, key, names=allow_host or (), origins=allow_origin or (), listening=host)
         shown = base_url(host, port)
-        told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
+        opening = PageOpening(_origin(shown), browser=browser) if open_page else None
+        link = None if opening is None else opening.door.link()
+        told = _as_json(shown, key, key_file, link) if as_json else _as_shell(shown, key, key_file)
         if door.hosts.everywhere:
             elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this machine; a name needs --allow-host"
             err().print(elsewhere, markup=False, style="dim", soft_wrap=True)
-        asyncio.run(tasks.run(_serve(url, pool, pinned, door, listener, told)))
+        if opening is not None and link is not None and not as_json:
+            err().print(f"chat page (works once, for ten minutes): {link}", markup=False, soft_wrap=True)
+        asyncio.run(tasks.run(_serve(url, pool, pinned, known, door, listener, told, opening, link)))
 
 
 def check_host(host: str, *, allowed: bool) -> None:
@@ -109,19 +123,31 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    url: str | None, pool: str | None, pinned: dict[str, str] | None, door: ProxyAccess, listener: socket.socket, told: str
+    url: str | None,
+    pool: str | None,
+    pinned: dict[str, str] | None,
+    prices: dict[str, Any] | None,
+    door: ProxyAccess,
+    listener: socket.socket,
+    told: str,
+    opening: PageOpening | None,
+    link: str | None,
 ) -> None:
     import uvicorn
 
     from lacre.client import AsyncClient
+    from lacre.page.app import beside
     from lacre.proxy import create_app
     from lacre.runtime.listening import BoundedConfig, Door
 
-    async with AsyncClient(url, pool=pool, pin_models=pinned) as client:
+    async with AsyncClient(url, pool=pool, pin_models=pinned, prices=prices) as client:
         with waiting("fetching the manifest"):
             await client.models()  # reports at once, and not to each caller, why sealing cannot work
+        app = create_app(client, door)
+        if opening is not None:
+            app = beside(app, opening.app(client, pinned, priced=prices is not None))
         config = BoundedConfig(
-            create_app(client, door),
+            app,
             Door(connections=CONNECTIONS, encoded_slashes=True),  # a model's name may hold one
             lifespan="off",
             proxy_headers=False,
@@ -132,7 +158,7 @@ async def _serve(
         server = uvicorn.Server(config)
         say(told)
         err().print(lock.line(client.verification), markup=False, style="green")
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), nullcontext() if opening is None or link is None else opening.shown(link):
             await server.serve([listener])
 
 
@@ -147,9 +173,9 @@ def _as_shell(base_url: str, key: str, key_file: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _as_json(base_url: str, key: str, key_file: Path | None) -> str:
+def _as_json(base_url: str, key: str, key_file: Path | None, link: str | None) -> str:
     shown = {"api_key": key} if key_file is None else {"key_file": str(key_file.resolve())}
-    return json.dumps({"base_url": base_url, "origin": _origin(base_url), **shown})
+    return json.dumps({"base_url": base_url, "origin": _origin(base_url), **shown, **({} if link is None else {"page": link})})
 
 
 def _origin(base_url: str) -> str:

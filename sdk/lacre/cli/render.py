@@ -6,7 +6,6 @@ block, which still grows, is redrawn.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,13 +17,13 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
+from lacre.chat.blocks import ended_blocks
 from lacre.chat.stream_sync import ChatStream
 from lacre.cli.output import printable, waiting, write
 
 REDRAW: Final = 0.08  # seconds: faster redraws flicker
 # Rich's own settings, except that HTML and link definitions are plain text.
 _PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
-_FENCE: Final = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 
 
 class Display(Protocol):
@@ -92,14 +91,6 @@ def _markdown(text: str) -> RenderableType:
     drawn = Markdown("", hyperlinks=False)  # a link shows its address: a model must not hide where it leads
     drawn.markup, drawn.parsed = text, _PARSER.parse(text)
     return drawn
-
-
-def ended_blocks(text: str) -> int:
-    """How much of the text is finished blocks: up to the last empty line outside a fence."""
-    end = text.rfind("\n\n")
-    while end >= 0 and len(_FENCE.findall(text[:end])) % 2:
-        end = text.rfind("\n\n", 0, end)
-    return end + 2 if end >= 0 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,89 @@
+"""The chat page's part of `lacre proxy`: its link, the browser, and the prices that it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import tomllib
+import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lacre.cli.surroundings import read_file, utf8
+from lacre.errors import SettingsError
+from lacre.runtime import folders, private_files, tasks
+from lacre.transport.browser_grant import has_browser
+from lacre.transport.login import OsKeyring
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from lacre.client import AsyncClient
+
+FOLDER: Final = "chats"  # of the encrypted history, below this user's state
+
+
+class PageOpening:
+    """The page of one proxy. origin: where it is served. browser: whether to open it for the person."""
+
+    def __init__(self, origin: str, *, browser: bool) -> None:
+        from lacre.page.door import PageDoor
+
+        self.door = PageDoor(origin, self._remove)
+        self._browser = browser
+        self._file: Path | None = None
+
+    def app(self, client: AsyncClient, pinned: Mapping[str, str] | None, *, priced: bool) -> ASGIApp:
+        from lacre.page.app import Page, create_page
+        from lacre.page.chats import Chats
+        from lacre.page.history import ChatHistory
+
+        history = ChatHistory(folders.state() / FOLDER, OsKeyring.find())
+        return create_page(Page(client, self.door, Chats(history), priced=priced, pinned=pinned or {}))
+
+    @contextmanager
+    def shown(self, link: str) -> Iterator[None]:
+        """Opens the browser. It gets the link by a private file: every user of the machine can read a program's arguments."""
+        if not self._browser or not has_browser():
+            yield
+            return
+        folder = folders.state()
+        self._file = file = folder / f"open-{self.door.cookie}.html"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_files.replace(file, _leading(link))
+        except OSError as exc:
+            raise SettingsError(f"{file} cannot be written ({exc.strerror}): use --no-browser") from exc
+        try:
+            tasks.detach("opening the browser", asyncio.to_thread(webbrowser.open, file.as_uri()))
+            yield
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
+        """A signal ends the process without a last word: then the file stays, and its link leads nowhere."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+
+def prices_in(path: Path) -> dict[str, Any]:
+    """The table `prices` of a TOML file. Raises SettingsError."""
+    try:
+        found = tomllib.loads(utf8(read_file(path), str(path))).get("prices")
+    except tomllib.TOMLDecodeError as exc:
+        raise SettingsError(f"{path} is not TOML ({exc})") from exc
+    if not isinstance(found, dict):
+        raise SettingsError(f"{path} has no table `prices`: write one as in the gateway's plans.toml")
+    return found
+
+
+def _leading(link: str) -> bytes:
+    """A page that goes to the link."""
+    target = escape(link)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer"><title>Lacre</title>'
+        f'<meta http-equiv="refresh" content="0;url={target}"><p><a href="{target}">Open the chat</a>'
+    ).encode()
