@@ -57,7 +57,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
     ),
     "lacre_gateway": Package(
         "gateway",
-        18,
+        19,
         12,
         (
             (FRONT, "settings", "audit"),
@@ -69,6 +69,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
             ("gateway",),
             ("relay",),
             ("admin", "app"),
+            ("console",),
             ("serve",),
             ("processes",),
             ("commands",),

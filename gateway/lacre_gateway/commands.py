@@ -1,4 +1,4 @@
-"""`lacre gateway`, `doctor`, `token check`, `revoke`, `audit`, `policy` and `budget`."""
+"""`lacre gateway`, `doctor`, `token check`, `revoke`, `audit`, `policy`, `budget` and `admin`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre_gateway.admin import budget_commands
+from lacre_gateway.admin import budget_commands, console_commands
 from lacre_gateway.audit import commands as audit
 from lacre_gateway.budget import commands as budget
 from lacre_gateway.policy import commands as policy
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
         app.command()(revoke)
         budget.register(app)
         budget_commands.register(budget.budget)
+        console_commands.register(app)
         app.command()(doctor)
         from lacre_fabric.operate.commands import token_app
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import uvloop
@@ -51,6 +51,9 @@ from lacre_gateway.http.logs import standard_logging
 from lacre_gateway.http.server import Server, allow_connections, bind, make_server
 from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.settings import GatewaySettings
+
+if TYPE_CHECKING:
+    from lacre_gateway.console.console import OperatorsConsole
 
 _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
@@ -106,7 +109,8 @@ async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], l
         listener = listeners.enter_context(bind(settings.listen, shared=settings.shared))
         gateway = build(settings, keys.value[0], log, link.manifest, others=keys.value[1:])
         server = make_server(create_app(gateway), settings.listen, context)
-        admin = AdminListener(gateway, context)
+        console = _console(gateway)
+        admin = AdminListener(gateway, context, None if console is None else console.extend)
         gateway.doors["public"] = server.config.door
         parent = os.getppid() if settings.shared else None
         gateway.reloading = SettingsReload(gateway, admin, level, read, parent)
@@ -119,6 +123,7 @@ async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], l
             tasks.start("signing keys", partial(_keep_keys, gateway, keys), restart=_GOES_ON),
             tasks.start("audit logs", _keeper(gateway).run, restart=_KEEPS_ON),
             *reloading(gateway, partial(_watched, gateway, link, certificate)),
+            *(() if console is None else console.start()),
         ]
         log.info("listening", host=listener.getsockname()[0], port=listener.getsockname()[1])
         admin.open()
@@ -129,10 +134,23 @@ async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], l
         finally:
             await admin.close()
             await tasks.together(*(each.close() for each in running))
+            if console is not None:
+                await console.close()
             await gateway.feed.close()
             await gateway.close()
             await link.close()
             log.info("stopped")
+
+
+def _console(gateway: Gateway) -> OperatorsConsole | None:
+    """A gateway without one loads nothing of it. Raises SettingsError."""
+    if gateway.settings.console is None:
+        return None
+    try:
+        from lacre_gateway.console.console import OperatorsConsole  # noqa: PLC0415 - only where the settings ask for it
+    except ImportError as exc:
+        raise SettingsError(f"[console] needs the package {exc.name}: install lacre[gateway]") from exc
+    return OperatorsConsole(gateway)
 
 
 def _settle_memory() -> None:

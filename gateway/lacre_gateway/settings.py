@@ -137,6 +137,44 @@ class Admin(Table):
         return is_loopback(self.host)
 
 
+class Console(Table):
+    """The operators' console, at the admin listener.
+
+    url: the origin at which people open it. issuer: the one of `issuers` that signs people in; None: only `lacre admin open`
+    does. client_id: the console's id at that issuer. client_secret: a private file; None for a public client. scope: asked for
+    beside `openid`. resource: the API that the access token is asked for (RFC 8707). session: the most seconds that a sign-in
+    holds. step_up: seconds after a sign-in in which changes are accepted. keep_days: how long the minutes of the overview stay.
+    """
+
+    url: Annotated[str, AfterValidator(_origin)]
+    issuer: str | None = None
+    client_id: Annotated[str, Field(min_length=1)] | None = None
+    client_secret: FilePath | None = None
+    scope: str = "lacre:admin"
+    resource: str | None = None
+    session: Annotated[float, Field(ge=60, le=86400)] = 8 * 3600.0
+    step_up: Annotated[float, Field(ge=1, le=3600)] = 300.0
+    keep_days: Annotated[int, Field(ge=1, le=366)] = 30
+
+    @property
+    def host(self) -> str:
+        """As browsers send it in `Host`."""
+        return urlsplit(self.url).netloc
+
+    @property
+    def secure(self) -> bool:
+        return self.url.startswith("https:")
+
+    def moved(self, ports: int) -> Console:
+        """The console of another process, whose admin port is higher by so much."""
+        parts = urlsplit(self.url)
+        return (
+            self
+            if parts.port is None
+            else self.model_copy(update={"url": f"{self.url.removesuffix(f':{parts.port}')}:{parts.port + ports}"})
+        )
+
+
 class Tracing(Table):
     """Where traces go to: an OTLP collector's HTTP address, such as http://127.0.0.1:4318. sample: the share of requests."""
 
@@ -259,7 +297,9 @@ class ModelLimits(Table):
 
 
 class GatewaySettings(Table):
-    """The whole file. processes: how many serve the same port. admin: None serves neither metrics nor admin API."""
+    """The whole file. processes: how many serve the same port. admin: None serves neither metrics nor admin API.
+    console: None serves none.
+    """
 
     gateway: Annotated[Name, AfterValidator(_gateway_name)]
     public_url: Annotated[str, AfterValidator(_web_url)]
@@ -271,6 +311,7 @@ class GatewaySettings(Table):
     policies: FilePath | None = None  # None: the rules that ship with Lacre
     listen: Listen = Listen()
     admin: Admin | None = None
+    console: Console | None = None
     tracing: Tracing | None = None
     alerts: Webhook | None = None
     processes: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1
@@ -298,9 +339,21 @@ class GatewaySettings(Table):
                 "admin", "set admin.host to a loopback address, or set listen.tls: access tokens pass there"
             )
         names = [issuer.issuer for issuer in self.issuers]
+        if self.console is not None:
+            self._check_console(self.console, names)
         if len(set(names)) != len(names):
             raise PydanticCustomError("issuers", "issuers: each issuer may appear once; put all its keys in one jwks")
         return self
+
+    def _check_console(self, console: Console, names: list[str]) -> None:
+        if self.admin is None:
+            raise PydanticCustomError("console", "console: it is served at the admin listener: add a table [admin]")
+        if not self.admin.loopback and not console.secure:
+            raise PydanticCustomError("console_url", "console.url must be https: the admin listener serves TLS")
+        if (console.issuer is None) != (console.client_id is None):
+            raise PydanticCustomError("console_issuer", "console: write both issuer and client_id, or neither")
+        if console.issuer is not None and console.issuer not in names:
+            raise PydanticCustomError("console_issuer", "console.issuer must be one of [[issuers]], whose keys verify tokens")
 
     def checked(self) -> GatewaySettings:
         """These settings, which were put together from two files. Raises SettingsError if they do not fit together."""
@@ -340,6 +393,7 @@ class GatewaySettings(Table):
                 "memory": None if self.memory is None else self.memory / name,
                 "listen": self.listen.model_copy(update={"port": port}),
                 "admin": admin,
+                "console": None if self.console is None else self.console.moved(number),
             }
         )
         own._process, own._shared = number, True

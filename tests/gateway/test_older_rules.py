@@ -31,8 +31,9 @@ def older(folder: Path, *more: str) -> Path:
         assert f', "{action}"' in text
         text = text.replace(f', "{action}"', "")
     (folder / SCHEMA_FILE).write_text(text)
-    for case in (folder / "cases").rglob("*budget*"):
-        case.unlink()
+    for action in LATER_ACTIONS:
+        for case in (folder / "cases").rglob(f"{action.replace(':', '-')}-*"):
+            case.unlink()
     return folder
 
 
@@ -44,8 +45,9 @@ def test_it_decides_as_before(tmp_path: Path) -> None:
     assert rules.policies.decide(AdminQuestion(ROOT, AdminAction.USAGE, "g", "192.0.2.1", 1.0)).allowed
 
 
-def test_it_denies_actions_that_it_does_not_know(tmp_path: Path) -> None:
-    question = AdminQuestion(ROOT, AdminAction.BUDGET, "g", "192.0.2.1", 1.0)
+@pytest.mark.parametrize("action", [AdminAction.BUDGET, AdminAction.AUDIT])
+def test_it_denies_actions_that_it_does_not_know(tmp_path: Path, action: AdminAction) -> None:
+    question = AdminQuestion(ROOT, action, "g", "192.0.2.1", 1.0)
     assert RuleSet.load(shipped()).policies.decide(question).allowed
     assert not RuleSet.load(older(tmp_path / "older")).policies.decide(question).allowed
 

@@ -11,6 +11,7 @@ import { createInterface } from 'node:readline'
 import Provider from 'oidc-provider'
 
 const CAREFUL = 'careful' // a client whose proofs must have a nonce of the provider's
+const CONSOLE = 'console' // the operators' console of a gateway
 const DEVICE = 'urn:ietf:params:oauth:grant-type:device_code'
 const LIVES = { person: 3600, brief: 1 } // seconds that an access token lives, by the client that people log in with
 
@@ -39,6 +40,14 @@ function makeProvider(issuer, keys) {
         response_types: [],
         token_endpoint_auth_method: 'client_secret_post',
       })),
+      {
+        client_id: CONSOLE,
+        application_type: 'native',
+        grant_types: ['authorization_code'],
+        redirect_uris: ['http://127.0.0.1/console/callback'],
+        response_types: ['code'],
+        token_endpoint_auth_method: 'none',
+      },
       ...Object.keys(LIVES).map((client_id) => ({
         client_id,
         application_type: 'native',
@@ -65,14 +74,18 @@ function makeProvider(issuer, keys) {
         useGrantedResource: () => true,
         getResourceServerInfo: (_ctx, resource, client) => ({
           audience: 'lacre',
-          scope: 'lacre:http',
+          scope: client.clientId === CONSOLE ? 'lacre:console' : 'lacre:http',
           accessTokenFormat: 'jwt',
           accessTokenTTL: LIVES[client.clientId] ?? 3600,
           jwt: { sign: { alg: resource.split(':').at(-1) } },
         }),
       },
     },
-    extraTokenClaims: () => ({ org: { id: 'acme' }, realm_access: { roles: ['staff'] } }),
+    // A person's role is in the name: `reader-rita` is of the group `readers`.
+    extraTokenClaims: (_ctx, { accountId }) => ({
+      org: { id: 'acme' },
+      realm_access: { roles: ['staff', ...(/^(reader|operator)-/.test(accountId ?? '') ? [`${accountId.split('-')[0]}s`] : [])] },
+    }),
   })
 }
 

@@ -22,6 +22,7 @@ from lacre_fabric.work.contract import (
     FabricUnavailable,
     NoWorkers,
     QueueFull,
+    SeenWorker,
     Work,
     WorkerLost,
 )
@@ -134,6 +135,13 @@ class MemoryGateway:
 
     def counts(self) -> Mapping[tuple[str, str, str], ModelCounts]:
         return self._hub.counts
+
+    def seen(self) -> Mapping[tuple[str, str, str], SeenWorker]:
+        return {
+            (worker.pool, DEFAULT_REGION, f"node-{number}"): SeenWorker(
+                tuple(worker.models), worker.slots.busy, worker.slots.total - worker.slots.busy
+            ) for number, worker in enumerate(self._hub.live)
+        }  # fmt: skip
 
     async def backlog(self, pool: str, region: str, models: Sequence[str] = ()) -> Backlog:
         waiting = [work.model for work, _ in self._hub.queue if work.pool == pool and region == DEFAULT_REGION]

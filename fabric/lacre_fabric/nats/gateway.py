@@ -45,6 +45,7 @@ from lacre_fabric.work.contract import (
     NoQueue,
     NoWorkers,
     QueueFull,
+    SeenWorker,
     Work,
     WorkerLost,
 )
@@ -151,6 +152,9 @@ class NatsGateway:
 
     def counts(self) -> Mapping[tuple[str, str, str], ModelCounts]:
         return {(pool, *at): counts for pool, side in self._sides.items() for at, counts in side.roster.counts().items()}
+
+    def seen(self) -> Mapping[tuple[str, str, str], SeenWorker]:
+        return {(pool, *at): said.seen for pool, side in self._sides.items() for at, said in side.roster.live().items()}
 
     async def backlog(self, pool: str, region: str, models: Sequence[str] = ()) -> Backlog:
         stream, every = subjects.work_stream(pool, region), subjects.works(pool, region) if models else None

@@ -127,6 +127,18 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenWorker:
+    """What a live worker says of itself. models: those it takes work for now; none: it drains. Tokens are since its start."""
+
+    models: tuple[str, ...]
+    busy: int
+    free: int
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Backlog:
     """Queued requests of a pool in one region; and of each model that was asked for."""
 
@@ -178,6 +190,9 @@ class GatewayFabric(Protocol):
 
     def counts(self) -> Mapping[tuple[str, str, str], ModelCounts]:
         """The workers' own counts, by pool, region and model."""
+
+    def seen(self) -> Mapping[tuple[str, str, str], SeenWorker]:
+        """The live workers, by pool, region and node."""
 
     async def backlog(self, pool: str, region: str, models: Sequence[str] = ()) -> Backlog:
         """The queued requests that no worker has acked yet. models: those to count one by one.

@@ -19,7 +19,7 @@ from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.jose.formats import Format
 from lacre.jose.jws import b64u
-from lacre_fabric.work.contract import PRESENT_FOR, Capacity
+from lacre_fabric.work.contract import PRESENT_FOR, Capacity, SeenWorker
 from lacre_fabric.work.model_counts import ModelCounts, ModelSums, parse_counts
 
 PRESENCE: Final = Format("presence", "gateway or command")
@@ -59,6 +59,15 @@ class Presence:
     def slots(self) -> tuple[object, ...]:
         """All that decides where work goes."""
         return self.models, self.free, self.room
+
+    @property
+    def seen(self) -> SeenWorker:
+        """Of its models together."""
+        counts = self.counts.values()
+        return SeenWorker(
+            models=tuple(sorted(self.models)), busy=self.busy, free=self.free, prompt=sum(one.prompt for one in counts),
+            cached=sum(one.cached for one in counts), generated=sum(one.generated for one in counts),
+        )  # fmt: skip
 
     def free_for(self, model: str) -> int:
         return min(self.free, self.room.get(model, self.free))

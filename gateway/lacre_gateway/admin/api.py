@@ -16,7 +16,8 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final
@@ -129,23 +130,35 @@ class _Guarded(APIRoute):
 
         async def guarded(request: Request) -> Response:
             await request.app.state.limit.check(request)
-            asking = await _identified(request)
-            refusals, subject = asking.gateway.refusals, (asking.who.issuer, asking.who.subject)
-            refusals.check(subject, asking.address)
+            asking = await identified(request, Fields.collect(request.scope["headers"]).authorization())
             request.scope["state"][_CALLER] = asking
-            try:
+            with charged(asking):
                 if takes_body:
-                    request = _with_body(request, await _body(request, asking.gateway.settings.limits.body_timeout))
+                    request = _with_body(request, await body_of(request, asking.gateway.settings.limits.body_timeout))
                 return await handler(request)
-            except (Refusal, RequestValidationError, UsageError) as exc:
-                if not isinstance(exc, Refusal) or exc.problem.status in CALLERS_FAULT:
-                    refusals.refused(subject, asking.address)
-                raise
 
         return guarded
 
 
-async def _body(request: Request, seconds: float) -> bytes:
+def guarded_router() -> APIRouter:
+    """For further calls of known callers."""
+    return APIRouter(route_class=_Guarded)
+
+
+@contextmanager
+def charged(asking: AdminCaller) -> Iterator[None]:
+    """Counts a refusal of the body against the caller. Raises Refusal if there were too many."""
+    refusals, subject = asking.gateway.refusals, (asking.who.issuer, asking.who.subject)
+    refusals.check(subject, asking.address)
+    try:
+        yield
+    except (Refusal, RequestValidationError, UsageError) as exc:
+        if not isinstance(exc, Refusal) or exc.problem.status in CALLERS_FAULT:
+            refusals.refused(subject, asking.address)
+        raise
+
+
+async def body_of(request: Request, seconds: float) -> bytes:
     """Raises Refusal."""
     body = bytearray()
     try:
@@ -222,14 +235,13 @@ class AdminCaller:
         return gateway
 
 
-async def _identified(request: Request) -> AdminCaller:
-    """Raises Refusal.
+async def identified(request: Request, authorization: bytes | None) -> AdminCaller:
+    """authorization: the value of that header. Raises Refusal.
 
     A token that is bound to a key is refused: proofs of possession are for sealed requests.
     """
     gateway: Gateway = request.app.state.gateway
     address = address_of(request.scope)
-    authorization = Fields.collect(request.scope["headers"]).authorization()
     access = await gateway.authenticator.authenticate(authorization, address)
     request.scope["state"][KNOWN] = True
     return AdminCaller(gateway, access.principal, address, request.scope["state"]["request_id"])

@@ -56,7 +56,7 @@ def tenants(
     from lacre.cli.output import error_as_json, say_csv, say_json, say_table
     from lacre_gateway.admin.reports import TenantsReport
 
-    with error_as_json(as_json), _api(admin, token_file, ca, settings, state) as api:
+    with error_as_json(as_json), api_of(admin, token_file, ca, settings, state) as api:
         found = api.get("/v1/tenants", TenantsReport)
     if as_json:
         say_json(found.model_dump(mode="json"), indent=2)
@@ -99,7 +99,7 @@ def top_up(
     Example: lacre budget top-up 100000 --limit tokens_per_day --tenant acme --user alice --plan standard
     """
     body = _named_budget(limit, tenant, user, plan, issuer, number) | {"amount": _given_amount(limit, amount)}
-    with _api(admin, token_file, ca, settings, state) as api:
+    with api_of(admin, token_file, ca, settings, state) as api:
         _change(api, "/v1/budgets/top-up", body, as_json=as_json)
 
 
@@ -119,11 +119,11 @@ def reset(
 ) -> None:
     """Give back the used amount of one limit in its window, at every gateway. It can be repeated with the same --id."""
     body = _named_budget(limit, tenant, user, plan, issuer, number)
-    with _api(admin, token_file, ca, settings, state) as api:
+    with api_of(admin, token_file, ca, settings, state) as api:
         _change(api, "/v1/budgets/reset", body, as_json=as_json)
 
 
-def _api(admin: str | None, token_file: Path | None, ca: Path | None, settings: Path | None, state: Path | None) -> AdminApi:
+def api_of(admin: str | None, token_file: Path | None, ca: Path | None, settings: Path | None, state: Path | None) -> AdminApi:
     """Raises SettingsError."""
     from lacre_fabric.operate.site import Site
     from lacre_fabric.operate.up import default_state

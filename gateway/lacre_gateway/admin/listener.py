@@ -41,11 +41,12 @@ class _Running:
 
 
 class AdminListener:
-    """context: the gateway's own certificate, for addresses that are not on loopback."""
+    """context: the gateway's own certificate, for addresses that are not on loopback. extend: adds routes to its app."""
 
-    def __init__(self, gateway: Gateway, context: Context | None) -> None:
+    def __init__(self, gateway: Gateway, context: Context | None, extend: Callable[[FastAPI], None] | None = None) -> None:
         self._gateway = gateway
         self._context = context
+        self._extend = extend
         self._app: FastAPI | None = None
         self._running: _Running | None = None
 
@@ -76,6 +77,8 @@ class AdminListener:
         gateway = self._gateway
         if self._app is None:
             self._app = create_admin(gateway)
+            if self._extend is not None:
+                self._extend(self._app)
         server = make_server(self._app, listen, self._context if encrypted else None)
         gateway.doors["admin"] = server.config.door
         self._running = _Running(server, tasks.start("admin API", partial(server.serve, sockets=[at])), at)

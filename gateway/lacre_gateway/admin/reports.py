@@ -269,3 +269,10 @@ class Revocations(Report):
 class Draining(Report):
     draining: bool
     streams: int
+
+
+class OpenLink(Report):
+    """A link that signs a browser in to the console, once. seconds: how long it works."""
+
+    url: str
+    seconds: float

@@ -32,7 +32,20 @@ _ADMIN: Final = frozenset(
         "/v1/budgets/top-up", "/v1/budgets/reset",
     }
 )  # fmt: skip
-_ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/v1/me/usage", "/healthz", "/readyz"}) | _ADMIN
+_CONSOLE: Final = frozenset(
+    {
+        "/v1/minutes", "/v1/workers", "/v1/requests", "/v1/requests/detail", "/v1/requests/usage", "/v1/requests/proof",
+        "/v1/policy", "/v1/policy/test", "/v1/policy/replay", "/v1/keys", "/v1/checkpoint", "/v1/audit/verify",
+        "/v1/console/links", "/console", "/console/", "/console/sign-in", "/console/start", "/console/callback",
+        "/console/open", "/console/sign-out", "/console/me", "/console/tenants", "/console/tenants.csv", "/console/tenant",
+        "/console/top-up", "/console/reset",
+        "/console/revoke", "/console/requests", "/console/request", "/console/proof", "/console/policy",
+        "/console/policy/test", "/console/policy/replay", "/console/policy/reload", "/console/keys", "/console/workers",
+        "/console/drain", "/console/audit", "/console/audit/verify", "/console/audit/checkpoint", "/console/audit/export",
+        "/console/static/style.css", "/console/static/live.mjs", "/console/static/icon.svg",
+    }
+)  # fmt: skip
+_ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/v1/me/usage", "/healthz", "/readyz"}) | _ADMIN | _CONSOLE
 _FAILED: Final = 400
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Probes arrive every few seconds, so only their failures are logged.

@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Protocol
 
@@ -33,7 +34,7 @@ from lacre_gateway.budget.settlement import Verdict
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds: from a denial on loopback to the longest stream of a large model.
-_DURATIONS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+DURATIONS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _COMMITS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _NO_PROBLEM: Final = "none"
 
@@ -55,19 +56,37 @@ class FinishedRequest(Protocol):
     def started(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """All that ended since the start. ended: by outcome. first_byte: requests by the bounds of `DURATIONS`. Tokens are those of
+    verified receipts; cached ones are among the prompt's.
+    """
+
+    ended: Mapping[str, int]
+    first_byte: tuple[int, ...]
+    prompt: int
+    cached: int
+    completion: int
+
+
 class Durations:
-    """How many requests took how long, in the buckets of `_DURATIONS`. Used on one thread."""
+    """How many requests took how long, in the buckets of `DURATIONS`. Used on one thread."""
 
     def __init__(self) -> None:
-        self._counts = [0] * (len(_DURATIONS) + 1)
+        self._counts = [0] * (len(DURATIONS) + 1)
         self._sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(_DURATIONS, seconds)] += 1
+        self._counts[bisect_left(DURATIONS, seconds)] += 1
         self._sum += seconds
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """For each bound, and for all that took longer."""
+        return tuple(self._counts)
+
     def add_to(self, family: HistogramMetricFamily, *labels: str) -> None:
-        bounds = [*(str(float(bound)) for bound in _DURATIONS), "+Inf"]
+        bounds = [*(str(float(bound)) for bound in DURATIONS), "+Inf"]
         counts = map(float, accumulate(self._counts))
         family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sum)
 
@@ -150,6 +169,19 @@ class Metrics(Collector):
                 self._tokens.labels(pool, model, "completion"),
             )
         return children
+
+    def totals(self) -> Totals:
+        tokens: dict[str, int] = {}
+        for family in self._tokens.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    kind = sample.labels["kind"]
+                    tokens[kind] = tokens.get(kind, 0) + int(sample.value)
+        return Totals(
+            ended={outcome: sum(durations.counts) for outcome, durations in self._whole.items()},
+            first_byte=self._first_byte.counts,
+            prompt=tokens.get("prompt", 0), cached=tokens.get("cached", 0), completion=tokens.get("completion", 0),
+        )  # fmt: skip
 
     def committed(self, seconds: float, entries: int) -> None:
         """A group of entries is durable. entries: 0 if it could not be written."""

@@ -7,7 +7,7 @@ omits is undecided, even if its other conditions fail: nothing is guessed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -75,6 +75,13 @@ class Explanation:
     def near(self) -> tuple[Voice, ...]:
         """Policies for such requests whose conditions do not hold."""
         return tuple(voice for voice in self.voices if voice.speaks and voice.holds is False and not voice.failed)
+
+
+def written_out(policies: PolicySet) -> Iterator[tuple[str, str, Mapping[str, str], str]]:
+    """Each policy: its name, its effect, its annotations and its text, as Cedar formats it."""
+    for template in policies.policies.to_pst().static_policies.values():
+        notes = {name: text for name, text in template.annotations.items() if name != "id"}
+        yield policies.names[template.id], template.effect, notes, str(_alone(template)).strip()
 
 
 def explain(policies: PolicySet, question: AnyQuestion, missing: frozenset[str] = frozenset()) -> Explanation:

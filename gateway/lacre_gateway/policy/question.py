@@ -33,7 +33,7 @@ from lacre_gateway.policy.reads import Reads
 _NEWEST: Final = frozenset({"affinity"})
 LATER_MEMBERS: Final = _NEWEST | {"weekday", "local_hour", "local_minute", "zone"}
 OMITTED_BY_OLDER: Final = (_NEWEST, LATER_MEMBERS)
-LATER_ACTIONS: Final = ("admin:budget",)
+LATER_ACTIONS: Final = ("admin:budget", "admin:audit")
 _POST_QUANTUM: Final = frozenset({Kem.XWING})
 _HOUR: Final = 3600
 _DAY_HOURS: Final = 24
@@ -49,6 +49,7 @@ class AdminAction(StrEnum):
     RELOAD = "admin:reload"
     DRAIN = "admin:drain"
     BUDGET = "admin:budget"
+    AUDIT = "admin:audit"
 
 
 @lru_cache(maxsize=1024)

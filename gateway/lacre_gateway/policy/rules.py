@@ -98,6 +98,10 @@ class RuleSet:
         cases = tuple(PolicyCase.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
         return cls(policies, cases, _digest(files), plans, signature, untested)
 
+    def with_policies(self, text: str) -> PolicySet:
+        """These policies under this set's schema and time zone, to try them. Raises PolicyError."""
+        return PolicySet.parse(str(self.policies.schema), {"candidate.cedar": text}, self.policies.zone)
+
     def run(self) -> Iterator[tuple[PolicyCase, str | None]]:
         """Each case, and the fault of its decision."""
         for case in self.cases:

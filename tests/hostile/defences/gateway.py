@@ -37,7 +37,7 @@ MUTATIONS: Final = Mutation.of(
      "await self._writable()", ""),
     ("heads: admin", "an administrator is known before the body is read", "lacre_gateway.admin.api",
      "_routes: Final = APIRouter(route_class=_Guarded)", "_routes: Final = APIRouter()"),
-    ("heads: admin_long", "a body of the admin API is bounded", "lacre_gateway.admin.api:_body",
+    ("heads: admin_long", "a body of the admin API is bounded", "lacre_gateway.admin.api:body_of",
      "if len(body) + len(piece) > MAX_BODY:"),
     ("heads: denied", "policy decides before the body is read", "lacre_gateway.relay.relay:_permitted",
      "first = MAX_HEADER if declared is not None else MAX_SEALED_REQUEST + 1", "first = MAX_SEALED_REQUEST + 1"),

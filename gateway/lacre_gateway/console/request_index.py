@@ -1,0 +1,294 @@
+"""The requests of the audit log as an SQLite table, so that a page finds them.
+
+It can be made again from the log at any time, and proves nothing by itself.
+
+Rules:
+- It takes entries in the order of the log, each once: the place up to which it did is in the same transaction.
+- It keeps the newest requests up to a number, and a sum for each tenant, day, model and user.
+- A damaged file is made again. A log that cannot be read leaves the index as it is, and says so.
+- It reads in portions with pauses, because requests are served beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lacre.errors import LacreError, SettingsError
+from lacre_fabric.logs import Log
+from lacre_gateway.audit import feed
+from lacre_gateway.audit.entries import AdminIntent, Annex, Intent, Outcome, parse
+from lacre_gateway.audit.feed import Cursor, PlacedEntry
+
+KEEP: Final = 500_000  # requests; some 200 MB
+MAX_PAGES: Final = 131_072  # of 4 KiB: 512 MiB
+KEEP_DAYS: Final = 400  # of the sums
+_PORTION: Final = 500  # entries of one transaction
+_PAUSE: Final = 0.02  # seconds after each, for the threads that serve
+PAGE: Final = 50  # requests of one answer
+
+_FIELDS: Final = (
+    "kind", "log", "idx", "time", "subject", "tenant", "issuer", "address", "pool", "model", "action", "shape", "kem", "plan",
+    "max_tokens", "sealed_bytes", "decision", "policies", "policy_set", "target",
+)  # fmt: skip
+_ENDS: Final = (
+    "outcome", "status", "problem", "exceeded", "prompt_tokens", "cached_tokens", "completion_tokens", "duration", "money",
+    "unreceipted",
+)  # fmt: skip
+COLUMNS: Final = ("request_id", *_FIELDS, *_ENDS)
+_TABLES: Final = f"""
+CREATE TABLE IF NOT EXISTS requests (seq INTEGER PRIMARY KEY, request_id TEXT UNIQUE, {", ".join((*_FIELDS, *_ENDS))});
+CREATE INDEX IF NOT EXISTS by_time ON requests (time);
+CREATE INDEX IF NOT EXISTS by_subject ON requests (subject, seq);
+CREATE INDEX IF NOT EXISTS by_tenant ON requests (tenant, seq);
+CREATE INDEX IF NOT EXISTS by_outcome ON requests (outcome, seq);
+CREATE TABLE IF NOT EXISTS sums (tenant TEXT, day INTEGER, model TEXT, subject TEXT, requests INTEGER, prompt INTEGER,
+    cached INTEGER, completion INTEGER, money INTEGER, PRIMARY KEY (tenant, day, model, subject)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS place (only_one INTEGER PRIMARY KEY CHECK (only_one = 1), log TEXT, idx INTEGER);
+"""
+# Only names from this file are in the texts of statements; values are bound.
+_ADD: Final = (
+    f"INSERT OR IGNORE INTO requests ({', '.join(('request_id', *_FIELDS))}) VALUES ({', '.join('?' * (len(_FIELDS) + 1))})"  # noqa: S608
+)
+_END: Final = f"UPDATE requests SET {', '.join(f'{name} = ?' for name in _ENDS)} WHERE request_id = ?"  # noqa: S608
+_SUM: Final = """INSERT INTO sums SELECT tenant, CAST(time / 86400 AS INTEGER), model, subject, 1, ?, ?, ?, ? FROM requests
+WHERE request_id = ? ON CONFLICT DO UPDATE SET requests = requests + 1, prompt = prompt + excluded.prompt,
+cached = cached + excluded.cached, completion = completion + excluded.completion, money = money + excluded.money"""
+UNDER_WAY: Final = "under way"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A request of the index: its members by name, and its number."""
+
+    seq: int
+    members: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class UseSum:
+    """What a user did in a day with a model. day: since the epoch."""
+
+    day: int
+    model: str
+    subject: str
+    requests: int
+    prompt: int
+    cached: int
+    completion: int
+    money: int
+
+
+@dataclass(frozen=True, slots=True)
+class WantedRequests:
+    """Which requests. before: the number of one; only older ones are wanted. Times in seconds since the epoch."""
+
+    request_id: str | None = None
+    subject: str | None = None
+    tenant: str | None = None
+    outcome: str | None = None
+    since: float | None = None
+    until: float | None = None
+    before: int | None = None
+
+
+class RequestIndex:
+    """Used in any thread. path: of the file. root: of the audit logs. keep: how many requests stay."""
+
+    def __init__(self, path: Path, root: Path, log: Log, keep: int = KEEP) -> None:
+        self._path = path
+        self._root = root
+        self._log = log
+        self._keep = keep
+        self._catching_up = threading.Lock()
+        self._lock = threading.Lock()
+        self._database = self._opened()
+        self.fault = ""  # why the log could not be read, the last time
+
+    def catch_up(self, patience: float = 60.0) -> None:
+        """Takes the entries that came since. Never raises for a log or a file that does not hold: `fault` says it.
+
+        patience: seconds to wait for another thread that does so; after them, nothing is done.
+        """
+        if not self._catching_up.acquire(timeout=patience):
+            return
+        try:
+            try:
+                self._catch_up()
+                self.fault = ""
+            except (LacreError, OSError) as exc:
+                self._tell(str(exc))
+            except sqlite3.DatabaseError as exc:
+                self._tell(f"the index is damaged ({exc}): it is made again")
+                with self._lock:
+                    self._database.close()
+                    self._path.unlink(missing_ok=True)
+                    self._database = self._opened()
+        finally:
+            self._catching_up.release()
+
+    @property
+    def place(self) -> Cursor | None:
+        """The next entry that it takes."""
+        with self._lock:
+            row = self._database.execute("SELECT log, idx FROM place").fetchone()
+        return None if row is None else Cursor(*row)
+
+    def find(self, wanted: WantedRequests, limit: int = PAGE) -> list[Found]:
+        """The newest first."""
+        terms, values = [], list[Any]()
+        for name in ("request_id", "subject", "tenant"):
+            if (value := getattr(wanted, name)) is not None:
+                terms.append(f"{name} = ?")
+                values.append(value)
+        if wanted.outcome == UNDER_WAY:
+            terms.append("outcome IS NULL AND kind = 'intent'")
+        elif wanted.outcome is not None:
+            terms.append("outcome = ?")
+            values.append(wanted.outcome)
+        if wanted.since is not None:
+            terms.append(
+                "seq >= (SELECT ifnull((SELECT seq FROM requests WHERE time >= ? ORDER BY time, seq LIMIT 1), 1 << 62))"
+            )
+            values.append(wanted.since)
+        if wanted.until is not None:
+            terms.append("seq < ifnull((SELECT seq FROM requests WHERE time >= ? ORDER BY time, seq LIMIT 1), 1 << 62)")
+            values.append(wanted.until)
+        if wanted.before is not None:
+            terms.append("seq < ?")
+            values.append(wanted.before)
+        where = f"WHERE {' AND '.join(terms)}" if terms else ""
+        query = f"SELECT seq, {', '.join(COLUMNS)} FROM requests {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        with self._lock:
+            rows = self._database.execute(query, (*values, limit)).fetchall()
+        return [Found(row[0], _members(row[1:])) for row in rows]
+
+    def sums(self, tenant: str, since_day: int) -> list[UseSum]:
+        """A tenant's use, the newest day first."""
+        query = (
+            "SELECT day, model, subject, requests, prompt, cached, completion, money FROM sums "
+            "WHERE tenant = ? AND day >= ? ORDER BY day DESC, requests DESC, model, subject"
+        )
+        with self._lock:
+            return [UseSum(*row) for row in self._database.execute(query, (tenant, since_day))]
+
+    @property
+    def outcomes(self) -> list[str]:
+        """Those that requests of the index have."""
+        with self._lock:
+            found = self._database.execute(
+                "SELECT DISTINCT outcome FROM requests WHERE outcome IS NOT NULL ORDER BY 1"
+            ).fetchall()
+        return [name for (name,) in found]
+
+    def close(self) -> None:
+        with self._catching_up, self._lock:
+            self._database.close()
+
+    def _catch_up(self) -> None:
+        """Raises LacreError, OSError or sqlite3.DatabaseError."""
+        try:
+            self._take(feed.read(self._root, None, self.place, alone=True))
+        except SettingsError:
+            if self.place is None:
+                raise
+            self._forget()  # the log of that place was erased, or is another one
+            self._take(feed.read(self._root, None, None, alone=True))
+
+    def _take(self, entries: Iterator[PlacedEntry | None]) -> None:
+        portion: list[PlacedEntry] = []
+        for entry in entries:
+            if entry is None:
+                break
+            portion.append(entry)
+            if len(portion) >= _PORTION and b'"annex"' not in entry.data[:40]:
+                self._write(portion)
+                portion = []
+                time.sleep(_PAUSE)
+        if portion:
+            self._write(portion)
+
+    def _write(self, portion: Sequence[PlacedEntry]) -> None:
+        with self._lock, self._database as database:
+            policies: list[str] | None = None
+            for entry in portion:
+                members = parse(entry.data)
+                policies = _take_entry(database, entry, members, policies)
+            last = portion[-1]
+            database.execute("INSERT OR REPLACE INTO place VALUES (1, ?, ?)", (last.origin, last.index + 1))
+            database.execute("DELETE FROM requests WHERE seq <= (SELECT max(seq) FROM requests) - ?", (self._keep,))
+            database.execute("DELETE FROM sums WHERE day < ?", (int(time.time() // 86400) - KEEP_DAYS,))
+
+    def _forget(self) -> None:
+        with self._lock, self._database as database:
+            for table in ("requests", "sums", "place"):
+                database.execute(f"DELETE FROM {table}")  # noqa: S608
+
+    def _tell(self, fault: str) -> None:
+        if fault != self.fault:
+            self._log.warning("requests not indexed", reason=fault)
+        self.fault = fault
+
+    def _opened(self) -> sqlite3.Connection:
+        """The file; a new one if that one is damaged; or one in memory if there can be none."""
+        for _ in range(2):
+            try:
+                return _open(self._path)
+            except sqlite3.DatabaseError:
+                with contextlib.suppress(OSError):
+                    self._path.unlink(missing_ok=True)
+            except OSError as exc:
+                self._log.warning("requests indexed in memory", reason=f"{self._path}: {exc.strerror}")
+                break
+        database = sqlite3.connect(":memory:", check_same_thread=False)
+        database.executescript(_TABLES)
+        return database
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Raises sqlite3.DatabaseError or OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    database = sqlite3.connect(path, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = OFF")  # a crash may damage it: then it is made again
+        database.execute(f"PRAGMA max_page_count = {MAX_PAGES}")
+        database.executescript(_TABLES)
+        database.execute(f"SELECT {', '.join(COLUMNS)} FROM requests LIMIT 1").fetchone()  # noqa: S608
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _take_entry(
+    database: sqlite3.Connection, entry: PlacedEntry, members: Mapping[str, Any], policies: list[str] | None
+) -> list[str] | None:
+    """policies: of the annex before. Returns those of this annex, for the next entry."""
+    kind = members["kind"]
+    if kind == Annex.kind:
+        return list(members["policies"])
+    if kind in (Intent.kind, AdminIntent.kind):
+        named = policies if policies is not None and members.get("annex") is not None else members["policies"]
+        row = {**members, "log": entry.origin, "idx": entry.index, "policies": json.dumps(named)}
+        database.execute(_ADD, (members["request_id"], *(row.get(name) for name in _FIELDS)))
+    elif kind == Outcome.kind:
+        done = database.execute(_END, (*(members.get(name) for name in _ENDS), members["request_id"])).rowcount
+        if done and members["outcome"] != "refused":
+            counts = (members["prompt_tokens"], members["cached_tokens"], members["completion_tokens"], members.get("money"))
+            database.execute(_SUM, (*(count or 0 for count in counts), members["request_id"]))
+    return None
+
+
+def _members(row: Sequence[Any]) -> dict[str, Any]:
+    members = dict(zip(COLUMNS, row, strict=True))
+    members["policies"] = json.loads(members["policies"] or "[]")
+    return members
