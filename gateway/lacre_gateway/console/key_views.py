@@ -86,9 +86,11 @@ class KeyViews:
 
 def _of_manifest(manifest: Manifest, now: float) -> Iterator[KeyReport]:
     for name, pool in sorted(manifest.pools.items()):
-        for place, key in enumerate(pool.keys):
-            state = "expired" if key.not_after <= now else "newest" if place == 0 else "older generation"
+        seen: set[str] = set()
+        for key in pool.keys:  # the newest first
             suite = Kem(key.config.kem).label
+            state = "expired" if key.not_after <= now else "older generation" if suite in seen else "newest"
+            seen.add(suite)
             yield KeyReport(
                 what="pool", of=name, key=f"{key.config.key_id}: {fingerprint(key.config)[:_SHOWN]}", suite=suite, state=state,
                 until=key.not_after,

@@ -163,15 +163,15 @@ class MinuteCount:
     def sample(self, now: float, load: PoolLoad) -> Minute | None:
         """The minute before, once it is over."""
         at = int(now // 60)
-        done = None if at == self._at else self._done()
+        done = None if at == self._at else self.unfinished()
         if done is not None:
-            self._at, self._load = at, PoolLoad()
+            self._at, self._load, self._before = at, PoolLoad(), self._totals()
         self._load = PoolLoad(*(max(pair) for pair in zip(astuple(self._load), astuple(load), strict=True)))
         return done
 
-    def _done(self) -> Minute:
+    def unfinished(self) -> Minute:
+        """The minute so far."""
         before, now = self._before, self._totals()
-        self._before = now
         ended = {name: count - before.ended.get(name, 0) for name, count in now.ended.items()}
         answered, refused = ended.pop("answered", 0), ended.pop("refused", 0)
         first = [new - old for new, old in zip(now.first_byte, before.first_byte, strict=True)]

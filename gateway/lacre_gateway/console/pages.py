@@ -7,6 +7,7 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse, Response
 
+from lacre.trust.manifest import Manifest
 from lacre_gateway.admin import api
 from lacre_gateway.admin.reports import StatusReport
 from lacre_gateway.console.drawing import DrawnLine, draw
@@ -16,7 +17,7 @@ from lacre_gateway.console.views import Views
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.policy.question import AdminAction
 
-_SOON = 24 * 3600.0  # seconds before a manifest's end, from which on the overview warns
+_AGED = 0.75  # of a manifest's life, after which the overview warns: publishers renew it long before
 
 
 def install(app: FastAPI, site: ConsoleSite, views: Views) -> None:
@@ -60,12 +61,16 @@ def alerts(gateway: Gateway, status: StatusReport) -> list[tuple[str, str]]:
         found.append(("settings", f"the file on the disk was refused: {status.settings.fault}"))
     if status.settings is not None and status.settings.restart:
         found.append(("settings", f"a restart is needed for {', '.join(status.settings.restart)}"))
-    if gateway.feed.ready and gateway.feed.manifest.expires_at - gateway.clock() < _SOON:
-        found.append(("manifest", "it expires within a day: is the publisher running?"))
+    if gateway.feed.ready and _aged(gateway.feed.manifest, gateway.clock()):
+        found.append(("manifest", "most of its life is over, and no newer one came: is the publisher running?"))
     return found + [
         (f"pool {pool}", "no live worker serves it")
         for pool, regions in status.pools.items() if not any(at.workers for at in regions.values())
     ]  # fmt: skip
+
+
+def _aged(manifest: Manifest, now: float) -> bool:
+    return now - manifest.issued_at > _AGED * (manifest.expires_at - manifest.issued_at)
 
 
 def _sums(day: MinutesReport) -> dict[str, int]:

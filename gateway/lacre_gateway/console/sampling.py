@@ -8,7 +8,7 @@ from collections import deque
 from typing import Final
 
 from lacre_gateway.admin.gauges import Gauges
-from lacre_gateway.console.minutes import MinuteCount, MinuteStore, PoolLoad
+from lacre_gateway.console.minutes import Minute, MinuteCount, MinuteStore, PoolLoad
 from lacre_gateway.gateway import Gateway
 
 EVERY: Final = 10.0  # seconds between two looks; each asks NATS for the queues
@@ -46,6 +46,11 @@ class GatewaySampler:
         minute = self._count.sample(gateway.clock(), load)
         if minute is not None:
             await asyncio.to_thread(self._store.add, minute)
+
+    @property
+    def unfinished(self) -> Minute:
+        """The present minute so far."""
+        return self._count.unfinished()
 
     def rate(self, at: Place) -> float | None:
         """The tokens in a second that a worker generated, over the last minute; None if it is not known for so long."""

@@ -252,7 +252,11 @@ class ConsoleSite:
     def _menu(self, visit: Visit) -> list[tuple[str, str, bool]]:
         """The pages that this person may see; whether it is this one. The decision is neither remembered nor recorded."""
         here = visit.request.url.path
-        return [(path, name, path == here) for path, name, action in MENU if action is None or self.may(visit, action)]
+        return [
+            (path, name, path == here or (path != HOME and here.startswith(path.removesuffix("s"))))
+            for path, name, action in MENU
+            if action is None or self.may(visit, action)
+        ]
 
     def may(self, visit: Visit, action: AdminAction) -> bool:
         """Whether rules would permit it, to show or leave out a part of a page. It permits nothing by itself."""

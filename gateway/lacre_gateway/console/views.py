@@ -30,6 +30,7 @@ class Views:
     async def last_day(self, gateway: Gateway) -> MinutesReport:
         """For a view that was permitted already."""
         found = await asyncio.to_thread(self.store.since, int(gateway.clock() // 60) - DAY)
+        found.append(self.sampler.unfinished)
         return MinutesReport(
             minutes=[
                 MinuteReport(

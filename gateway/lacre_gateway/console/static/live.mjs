@@ -30,6 +30,7 @@ async function turn() {
   setTimeout(turn, EVERY);
 }
 
+document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 if (document.querySelector("[data-live]") !== null) {
   setTimeout(turn, EVERY);
 }
