@@ -27,11 +27,18 @@ def open_console(
     """Print a link that opens the operators' console as the holder of the access token. It works once, for a minute."""
     import webbrowser
 
+    from lacre import problems
     from lacre.cli.output import say
+    from lacre.errors import RefusedError, SettingsError
     from lacre_gateway.admin.reports import OpenLink
 
     with api_of(admin, token_file, ca, settings, state) as api:
-        link = api.post("/v1/console/links", {}, OpenLink)
+        try:
+            link = api.post("/v1/console/links", {}, OpenLink)
+        except RefusedError as exc:
+            if exc.problem != problems.NOT_FOUND.type:
+                raise
+            raise SettingsError("this gateway has no console: add a table [console] to its settings, and restart it") from exc
     say(link.url)
     if browser:
         webbrowser.open(link.url)

@@ -133,13 +133,13 @@ class TrustedIssuer:
     names: ClaimNames
 
     async def key(self, header: Mapping[str, Any]) -> jwt.PyJWK:
-        """Raises _NotVerified or KeysUnavailable."""
+        """Raises NotVerified or KeysUnavailable."""
         kid, alg = header.get("kid"), header.get("alg")
         if alg not in self.algorithms:
-            raise _NotVerified("alg", "not among this issuer's algorithms")
+            raise NotVerified("alg", "not among this issuer's algorithms")
         key = self.keys.find(kid, alg) or await self.keys.seek(kid, alg)
         if key is None:
-            raise _NotVerified("kid", "not among this issuer's keys")
+            raise NotVerified("kid", "not among this issuer's keys")
         return key
 
     def verdict(self, token: str, key: jwt.PyJWK, epoch: int) -> _Verdict:
@@ -177,7 +177,7 @@ def _fault(error: jwt.PyJWTError, claims: Mapping[str, Any]) -> BadClaim:
     return BadClaim(claim, reason, problem, ended)
 
 
-class _NotVerified(Exception):
+class NotVerified(Exception):
     """The value is not a token of a known issuer. The text says by which part, and why, in fixed words."""
 
     def __init__(self, part: str, why: str) -> None:
@@ -320,7 +320,7 @@ class Authenticator:
         facts: dict[str, str] = {}
         try:
             if token is None:
-                raise _NotVerified("authorization", "missing" if authorization is None else "not a JWT")
+                raise NotVerified("authorization", "missing" if authorization is None else "not a JWT")
             with self._throttle.verifying(address):
                 issuer, header = self._issuer(token)
                 facts["issuer"] = issuer.issuer
@@ -333,7 +333,7 @@ class Authenticator:
         except BadClaim as exc:
             self._throttle.failed(address)
             raise _unusable(exc, scheme, facts) from exc
-        except (jwt.PyJWTError, _NotVerified, InvalidMessage) as exc:
+        except (jwt.PyJWTError, NotVerified, InvalidMessage) as exc:
             self._throttle.failed(address)
             if authorization is None:
                 missing = {"reason": says.MISSING}
@@ -344,18 +344,18 @@ class Authenticator:
     def _issuer(self, token: str) -> tuple[TrustedIssuer, Mapping[str, Any]]:
         """The configured issuer whose keys and rules judge the token, and the token's header. Nothing is verified yet.
 
-        Raises _NotVerified or InvalidMessage.
+        Raises NotVerified or InvalidMessage.
         """
         head, payload, _ = token.split(".")
         header, claims = read_object(head), read_object(payload)
         if "crit" in header:
-            raise _NotVerified("crit", "not understood")
+            raise NotVerified("crit", "not understood")
         if str(header.get("typ", "jwt")).lower() not in _TYPES:
-            raise _NotVerified("typ", "not an access token")
+            raise NotVerified("typ", "not an access token")
         issuer = claims.get("iss")
         trusted = self._by_name.get(issuer) if isinstance(issuer, str) else None
         if trusted is None:
-            raise _NotVerified("iss", "missing" if issuer is None else "not in the settings")
+            raise NotVerified("iss", "missing" if issuer is None else "not in the settings")
         return trusted, header
 
     def _proved(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
@@ -402,7 +402,7 @@ def _unusable(fault: BadClaim, scheme: bytes, facts: Mapping[str, str] = NO_FACT
 
 def _noted(fault: Exception) -> str:
     """For the operator: what shows that the token is not one of ours. Never quotes the token."""
-    if isinstance(fault, _NotVerified):
+    if isinstance(fault, NotVerified):
         return str(fault)
     if isinstance(fault, jwt.InvalidSignatureError):
         return "signature: not by this issuer's key"

@@ -19,7 +19,7 @@ from lacre_gateway.console.request_index import RequestIndex
 from lacre_gateway.console.request_views import RequestViews
 from lacre_gateway.console.sampling import GatewaySampler
 from lacre_gateway.console.site import ConsoleSite
-from lacre_gateway.console.views import Views
+from lacre_gateway.console.views import BudgetBurn, Views
 from lacre_gateway.gateway import Gateway
 
 FOLDER: Final = "console"  # beside the audit log, with its name before it
@@ -39,7 +39,7 @@ class OperatorsConsole:
         self.store = MinuteStore(self.folder / "minutes.sqlite3", console.keep_days, gateway.log)
         self.sampler = GatewaySampler(gateway, self.store)
         self.index = RequestIndex(self.folder / "requests.sqlite3", gateway.settings.audit, gateway.log)
-        self.views = Views(self.store, self.sampler)
+        self.views = Views(self.store, self.sampler, BudgetBurn())
         self.requests = RequestViews(self.index, gateway.settings.audit)
         self.policies = PolicyViews(gateway.settings.audit, asyncio.Lock())
         self.keys = KeyViews(gateway.settings.audit, asyncio.Lock())

@@ -9,14 +9,16 @@ from starlette.responses import RedirectResponse, Response
 
 from lacre.trust.manifest import Manifest
 from lacre_gateway.admin import api
-from lacre_gateway.admin.reports import StatusReport
+from lacre_gateway.admin.reports import StatusReport, Used
 from lacre_gateway.console.drawing import DrawnLine, draw
 from lacre_gateway.console.reports import MinutesReport
 from lacre_gateway.console.site import HOME, ConsoleSite, Visit
 from lacre_gateway.console.views import Views
+from lacre_gateway.console.words import readable, share
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.policy.question import AdminAction
 
+_NEAR = 0.8  # of a limit, from which on the overview warns
 _AGED = 0.75  # of a manifest's life, after which the overview warns: publishers renew it long before
 
 
@@ -32,10 +34,11 @@ async def overview(views: Views, visit: Visit) -> Response:
         return RedirectResponse("/console/me", 303)
     status = await api.status(visit.request, visit.asking)
     day, feed = await views.last_day(visit.gateway), visit.gateway.feed
-    now = int(visit.gateway.clock() // 60)
+    now, burn = int(visit.gateway.clock() // 60), await views.burn.most(visit.gateway)
     return visit.show(
-        "overview.html", "Overview", status=200, report=status, alerts=alerts(visit.gateway, status),
-        drawings=_drawings(day, now), day=_sums(day), manifest=feed.manifest if feed.ready else None,
+        "overview.html", "Overview", status=200, report=status, alerts=alerts(visit.gateway, status) + _nearly_used(burn),
+        drawings=_drawings(day, now), day=_sums(day), burn=burn,
+        currency=visit.gateway.budgets.plans.currency, manifest=feed.manifest if feed.ready else None,
     )  # fmt: skip
 
 
@@ -66,6 +69,13 @@ def alerts(gateway: Gateway, status: StatusReport) -> list[tuple[str, str]]:
     return found + [
         (f"pool {pool}", "no live worker serves it")
         for pool, regions in status.pools.items() if not any(at.workers for at in regions.values())
+    ]  # fmt: skip
+
+
+def _nearly_used(burn: list[Used]) -> list[tuple[str, str]]:
+    return [
+        (f"budget of {line.name}", f"{share(line.used, line.ceiling)} of {readable(line.kind)} is used")
+        for line in burn if line.used >= _NEAR * (line.ceiling or 0)
     ]  # fmt: skip
 
 

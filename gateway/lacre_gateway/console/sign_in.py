@@ -34,7 +34,7 @@ from lacre_fabric.keys.secret_files import read_secret
 from lacre_gateway.auth.claims import BadClaim, moment
 from lacre_gateway.auth.fetch import MAX_DOCUMENT, TIME_LIMIT, TRUST, FetchFailed, fetch, make_client
 from lacre_gateway.auth.jwks_remote import WELL_KNOWN
-from lacre_gateway.auth.tokens import TrustedIssuer
+from lacre_gateway.auth.tokens import NotVerified, TrustedIssuer
 from lacre_gateway.console.sessions import Flow
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.settings import Console, fetchable
@@ -113,7 +113,10 @@ class SignIn:
             raise SignInFailed("the access token is bound to a key: the console needs a bearer token")
         if examined.principal.subject != claims["sub"] or examined.principal.issuer != self.issuer:
             raise SignInFailed("the access token is somebody else's")
-        at = moment(claims, "auth_time") if "auth_time" in claims else 0.0
+        try:
+            at = moment(claims, "auth_time") if "auth_time" in claims else 0.0
+        except BadClaim as exc:
+            raise SignInFailed("the ID token's auth_time is no time") from exc
         return SignedIn(access, examined.principal.subject, min(at, self._gateway.clock()))
 
     async def _identity(self, token: str, flow: Flow) -> Mapping[str, Any]:
@@ -133,7 +136,7 @@ class SignIn:
                 raise SignInFailed("the ID token is of another sign-in")
         except SignInFailed:
             raise
-        except (jwt.PyJWTError, LacreError, BadClaim, ValueError) as exc:
+        except (jwt.PyJWTError, LacreError, NotVerified, BadClaim, ValueError) as exc:
             raise SignInFailed("the ID token does not hold") from exc
         return claims
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from lacre_fabric.work.contract import FabricError
 from lacre_gateway.admin.api import AdminCaller
+from lacre_gateway.admin.reports import Used
 from lacre_gateway.console.minutes import MinuteStore
 from lacre_gateway.console.reports import MinuteReport, MinutesReport, ServedModelReport, WorkerReport, WorkersReport
 from lacre_gateway.console.sampling import GatewaySampler
@@ -14,14 +17,37 @@ from lacre_gateway.gateway import Gateway
 from lacre_gateway.policy.question import AdminAction
 
 DAY: Final = 1440  # minutes
+_KEPT: Final = 60.0  # seconds: a list of all budgets costs a round trip for each of their parts
+_MOST: Final = 6  # budgets of the overview
+
+
+class BudgetBurn:
+    """The tenants' limits that are used most, at most a minute old."""
+
+    def __init__(self) -> None:
+        self._read_at = 0.0
+        self._lines: list[Used] = []
+        self._reading = asyncio.Lock()
+
+    async def most(self, gateway: Gateway) -> list[Used]:
+        """For a view that was permitted already. If the fabric is away, as they were."""
+        async with self._reading:
+            if gateway.clock() - self._read_at >= _KEPT:
+                with suppress(FabricError):
+                    found, _ = await gateway.budgets.tenants()
+                    lines = [Used.of(line) for use in found.values() for line in use.budgets if line.ceiling]
+                    self._lines = sorted(lines, key=lambda line: -line.used / (line.ceiling or 1))[:_MOST]
+                    self._read_at = gateway.clock()
+        return self._lines
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """The console's own sources."""
+    """The console's own sources. burn: the limits that are used most."""
 
     store: MinuteStore
     sampler: GatewaySampler
+    burn: BudgetBurn
 
     async def minutes(self, asking: AdminCaller) -> MinutesReport:
         gateway = await asking.may(AdminAction.USAGE)

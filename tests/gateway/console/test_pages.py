@@ -217,6 +217,13 @@ async def test_limits_are_raised_by_a_form(put_up: PutUp) -> None:
     assert (done.status_code, done.headers["location"]) == (303, "/console/tenant?tenant=acme&done=topped-up"), done.text
     page = await root.get(done.headers["location"])
     assert "The limit is raised" in page.text
+    async with desk.stage.fake_worker(), desk.stage.http() as client:
+        assert (await desk.stage.post(client)).status_code == 200
+    await desk.stage.outcomes(1)
+    await desk.stage.gateway.budgets.close()  # what it holds is written down
+    home = (await root.get("/console/")).text
+    assert "tokens per day" in home
+    assert "5\u202f700" in home
     await until(lambda: [e for e in desk.stage.entries("event") if e["event"] == "budget-topped-up"])
     [event] = [e for e in desk.stage.entries("event") if e["event"] == "budget-topped-up"]
     assert (event["actor"], event["count"]) == ("acme/root", 700)

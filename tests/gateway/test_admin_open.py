@@ -1,0 +1,46 @@
+"""`lacre admin open` as it is typed, against a gateway's own admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from pathlib import Path
+
+from parts.commands import run_lacre_bytes
+from parts.console_browser import SETTINGS, URL, Desk
+from parts.stage import Stage
+
+from .conftest import PutUp, served
+
+
+async def typed(stage: Stage, folder: Path, scope: str = "lacre:admin") -> subprocess.CompletedProcess[bytes]:
+    token = folder / "token"
+    token.write_text(stage.issuer.token(scope=scope, sub="root"))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LACRE_")}
+    async with served(stage.admin) as (_, port):
+        arguments = ("admin", "open", "--admin", f"http://127.0.0.1:{port}", "--token-file", str(token))
+        return await asyncio.to_thread(run_lacre_bytes, *arguments, env=clean)
+
+
+async def test_a_link_that_works(put_up: PutUp, tmp_path: Path) -> None:
+    desk = Desk(await put_up(settings=SETTINGS))
+    done = await typed(desk.stage, tmp_path)
+    assert done.returncode == 0, done.stderr
+    link = done.stdout.decode().strip()
+    assert link.startswith(f"{URL}/console/open?code=")
+    assert "root of acme" in (await desk.person().get(link.removeprefix(URL))).text
+    assert link.rpartition("=")[2] not in desk.stage.log.getvalue()
+
+
+async def test_who_may_not(put_up: PutUp, tmp_path: Path) -> None:
+    desk = Desk(await put_up(settings=SETTINGS))
+    refused = await typed(desk.stage, tmp_path, "lacre:http")
+    assert refused.returncode == 3
+    assert b"console/open" not in refused.stdout
+
+
+async def test_a_gateway_without_console(put_up: PutUp, tmp_path: Path) -> None:
+    refused = await typed(await put_up(), tmp_path)
+    assert refused.returncode == 1
+    assert b"add a table [console]" in refused.stderr
