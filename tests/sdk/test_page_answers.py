@@ -14,6 +14,7 @@ from lacre import problems
 from lacre.page import answers
 from lacre_backend.api.app import create_app
 from parts.bent import without
+from parts.chat_app import ChatApp
 from parts.chat_page import Visitor, page_of
 from parts.echo_engine import EchoEngine
 from parts.relay import Relay, refusing
@@ -80,8 +81,31 @@ async def test_a_seam(inside: Visitor, relay: Relay) -> None:
     assert 0 < seam["at"] < len(text_of(lines)) and text_of(lines) == "one two three four five six"
     before = text_of(lines[: lines.index(seam)])
     assert len(before) == seam["at"], "it is told where it was"
-    assert [node for node in drawn(lines)[0][1] if node == ["seam", []]]
+    first, mark, rest = drawn(lines)[0][1]
+    assert mark == ["seam", []] and first + rest == text_of(lines)
+    assert seam["at"] <= len(first) < seam["at"] + len("three"), "the mark stands there, at the end of the word"
     assert lines[-1]["t"] == "end" and len(lines[-1]["parts"]) == 1 and lines[-1]["usage"]["completion"] >= 27
+
+
+class Thinking(ChatApp):
+    """A model that thinks before it answers."""
+
+    async def stream(self, send: Any, usage: dict[str, Any] | None) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        deltas = [{"reasoning_content": "<b>hm"}, {"reasoning_content": ", so"}, {"content": "one two three"}]
+        events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        for event in [*map(json.dumps, [*events, {"choices": [], "usage": usage}]), "[DONE]"]:
+            await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body"})
+
+
+async def test_thoughts(tmp_path: Path) -> None:
+    async with page_of(Relay(Thinking()), tmp_path) as visitor:
+        await visitor.enter()
+        lines = await visitor.answer("count")
+    assert [line["d"] for line in lines if line["t"] == "thought"] == ["<b>hm", ", so"]
+    assert text_of(lines) == "one two three" and lines[-1]["t"] == "end"
 
 
 async def test_rendered_later(inside: Visitor) -> None:

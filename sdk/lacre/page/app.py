@@ -266,7 +266,7 @@ def _told(page: Page, members: Mapping[str, Any]) -> Response:
 
 
 def _refusal(page: Page, request: Request, exc: Exception) -> Response:
-    if isinstance(exc, LacreError):
+    if isinstance(exc, LacreError) and not isinstance(exc, ClosedDoor):
         return JSONResponse({"error": explained(exc)["error"]}, status_of(exc), page.guards)
     status, code, text = 404, "unknown_path", "The chat page has no such address."
     if isinstance(exc, ClosedDoor):

@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
+from lacre.errors import LacreError
+
 LINK_LIFE: Final = 600.0  # seconds: a person opens a link at once
 SESSION_LIFE: Final = 7 * 86400  # seconds; the proxy forgets all sessions when it ends
 MAX_SESSIONS: Final = 8  # browsers of one person
@@ -32,8 +34,10 @@ _SAFE: Final = frozenset({"GET", "HEAD"})
 _HERE: Final = frozenset({"same-origin", "none"})  # none: the person typed the address, or opened a bookmark
 
 
-class ClosedDoor(Exception):
+class ClosedDoor(LacreError):
     """The door stays closed. code: for the page; the text is for a person and names what helps."""
+
+    remedy = "Open the chat page by a new link."
 
     def __init__(self, status: int, code: str, text: str) -> None:
         super().__init__(text)

@@ -137,7 +137,7 @@ class ChatHistory:
         if self._key is None:
             return
         nonce = secrets.token_bytes(_NONCE)
-        sealed = _MAGIC + nonce + AESGCM(self._key).encrypt(nonce, content, _MAGIC + name.encode())
+        sealed = _MAGIC + nonce + AESGCM(self._key).encrypt(nonce, content, _of_chat(name))
         with _writing(self.folder):
             private_files.replace(self._path(name), sealed)
 
@@ -178,7 +178,7 @@ class ChatHistory:
             raise SettingsError("it is not an encrypted chat")
         nonce, rest = sealed[len(_MAGIC) :][:_NONCE], sealed[len(_MAGIC) + _NONCE :]
         try:
-            return AESGCM(self._key).decrypt(nonce, rest, _MAGIC + name.encode())
+            return AESGCM(self._key).decrypt(nonce, rest, _of_chat(name))
         except (InvalidTag, ValueError):
             raise SettingsError("it was changed, or belongs to another history") from None
 
@@ -246,6 +246,11 @@ def _writing(folder: Path) -> Iterator[None]:
 def _entry(name: str) -> str:
     """The name of the keyring's entry."""
     return f"chats-{name[:64]}"
+
+
+def _of_chat(name: str) -> bytes:
+    """What a chat's encryption is bound to."""
+    return _MAGIC + name.encode()
 
 
 def _bound(kind: Kind) -> bytes:

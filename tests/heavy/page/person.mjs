@@ -24,6 +24,12 @@ try {
   await checked(page, "welcome");
   await pictured(page, "welcome-wide-light");
 
+  // A small model can write without an end: new chats take over what is set here
+  await page.keyboard.press("Alt+,");
+  await page.getByLabel("Longest answer").fill("150");
+  await page.getByLabel("Temperature").fill("0");
+  await page.keyboard.press("Escape");
+
   // A question, and what was verified of its answer
   await sent(page, "Name three seas. Answer with a short list.");
   await page.locator('article.assistant[aria-busy="true"]').waitFor();
@@ -73,11 +79,25 @@ try {
   await page.locator("article.assistant .markdown").first().waitFor();
   told.reloaded = { same: (await page.locator(".messages").innerText()) === before, draft: await page.getByRole("textbox", { name: "Message" }).inputValue() };
 
+  // Two windows of one chat: neither loses what the other wrote
+  const second = await page.context().newPage();
+  await second.goto(`${env.ORIGIN}/`);
+  await second.locator("article.assistant .markdown").first().waitFor();
+  for (const [window, text] of [[page, "from the first window"], [second, "from the second window"]]) {
+    await window.getByRole("textbox", { name: "Message" }).fill(text);
+    await window.waitForTimeout(1500);
+  }
+  told.windows = await second.locator(".chat-title").allInnerTexts();
+  told.trouble = await second.locator(".trouble").innerText();
+  await second.locator(".chat-open").nth(0).click();
+  await second.close();
+  told.mine = await page.getByRole("textbox", { name: "Message" }).inputValue();
+  told.errors = told.errors.filter((error) => !error.includes("409"));
+
   // The worker dies in mid-answer: another one resumes, and the place is marked
   await page.keyboard.press("Alt+n");
   await page.keyboard.press("Alt+,");
   await page.getByLabel("Longest answer").fill("300");
-  await page.getByLabel("Temperature").fill("0");
   await page.getByLabel("System prompt").fill("You are a storyteller.");
   await page.keyboard.press("Escape");
   await sent(page, STORY);

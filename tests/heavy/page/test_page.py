@@ -116,6 +116,8 @@ def test_a_person(tmp_path: Path) -> None:
     assert seen["branches"] == ["2 / 2"] and seen["again"] == ["2 / 2", "2 / 2"]
     assert len(seen["back"]) == 2
     assert seen["reloaded"] == {"same": True, "draft": "not sent yet"}
+    assert any("(this window)" in title for title in seen["windows"]) and "Another window changed" in seen["trouble"]
+    assert seen["mine"] == "from the first window"
     seam = seen["seam"]
     assert seam["marks"] == 1 and "at the same token" in seam["says"][0] and not seam["error"], seam
     assert seen["parts"] == 1

@@ -25,6 +25,7 @@ export function showProof(state, facts) {
       "div",
       { class: "proof-body" },
       summary(checked, facts, all),
+      !facts && state.error && note("unlocked", [state.error.message, state.error.remedy].filter((text, i, all) => !i || !all[0].includes(text)).join(" "), "warn"),
       h("dl", { class: "checks" }, ...rows.map(row)),
       facts && resumed(facts),
       facts && kept(facts),

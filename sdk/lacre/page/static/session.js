@@ -42,18 +42,20 @@ export class Session extends EventTarget {
   }
 
   async begin() {
-    await this.look();
+    await this.list();
+    // A gateway that is away takes a while to give up on, and the chats are here.
+    const looked = this.look().catch((error) => this.tell("trouble", { error }));
     if (this.state.history.state === "locked" && this.state.history.kind === "keyring") {
       await this.openHistory({ kind: "open" }).catch((error) => this.tell("trouble", { error }));
     }
-    await this.list();
     if (this.heads.length > 0) await this.show(this.heads[0].id);
     else this.tell("chat");
+    await looked;
   }
 
   /** What the proxy knows and has verified. */
   async look() {
-    this.state = await asked("state");
+    this.state = { ...(await asked("state")), history: this.state.history };
     this.tell("state");
   }
 
@@ -220,6 +222,7 @@ export class Session extends EventTarget {
     tree.touch(chat);
     this.changed(chat);
     await this.keep(chat);
+    if (node.state === "done" && this.state.models.length === 0) await this.look().catch(() => undefined); // the gateway is back
     await this.render().catch((error) => this.tell("trouble", { error }));
     this.tell("settled", { chat, node });
     if (this.chat === chat) this.tell("chat", { settled: node });
