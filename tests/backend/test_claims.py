@@ -59,7 +59,7 @@ async def test_what_is_repeatable_begins_beside_the_claim(stage: Stage, app: App
         asking = asyncio.create_task(stage.ask())
         await until(lambda: app.calls)
         await asyncio.sleep(0.05)
-        assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())  # not a frame yet
+        assert not asking.done() and not any(inbound.started for inbound in claims.inbound.values())  # not a frame yet
         claims.answered.set()
         answer = await asking
     assert [frame.kind for frame in answer.frames] == [FrameKind.DATA, FrameKind.USAGE] and answer.opened()[0].status == 200
@@ -118,7 +118,7 @@ async def test_that_the_app_failed_is_for_the_winner_to_say(stage: Stage, app: A
         asking = asyncio.create_task(stage.ask())
         await asyncio.wait_for(failed.wait(), 10)
         await asyncio.sleep(0.05)
-        assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())
+        assert not asking.done() and not any(inbound.started for inbound in claims.inbound.values())
         claims.answered.set()
         if lost:
             with pytest.raises(QueueTimeout):

@@ -10,6 +10,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lacre_fabric.work import gateway_stream
 from lacre_fabric.work.contract import CREDIT, Cancelled, FabricError, FrameGap, QueueTimeout, WorkerLost
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import CATCH_UP, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
@@ -57,7 +58,7 @@ async def test_beats_count_and_are_not_read() -> None:
     inbound = Inbound(1.0)
     for frame in (Frame(ONE, 0, FrameKind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, FrameKind.BEAT, b"")):
         inbound.put(frame)
-    assert inbound.started.is_set()
+    assert inbound.started
     assert inbound.receipt == b"so far"
     inbound.put(Frame(ONE, 3, FrameKind.USAGE, b"final"))
     assert [frame.kind async for frame in frames_in(inbound)] == [FrameKind.DATA, FrameKind.USAGE]
@@ -70,6 +71,27 @@ async def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
         inbound.put(Frame(ONE, number, FrameKind.BEAT, payload))
     assert inbound.receipts == (b"5", b"6", b"7", b"8")
     assert inbound.receipt == b"8"
+    inbound.drop()
+
+
+@pytest.mark.parametrize("ends_first", [True, False])
+@pytest.mark.parametrize("last", [FrameKind.USAGE, FrameKind.ERROR, FrameKind.STOPPED])
+async def test_a_parting_ends_with_the_worker_s_last_word(
+    last: FrameKind, ends_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_stream, "PARTING", 600.0)
+    inbound = Inbound(600.0)
+    await inbound.parting()  # no worker has begun
+    inbound.put(*data(ONE, 0))
+    if ends_first:
+        inbound.put(Frame(ONE, 1, last, b""))
+    parting = asyncio.create_task(inbound.parting())
+    await asyncio.sleep(0)
+    assert not parting.done() or ends_first
+    if not ends_first:
+        inbound.put(Frame(ONE, 1, last, b""))
+    async with asyncio.timeout(60):
+        await parting
     inbound.drop()
 
 

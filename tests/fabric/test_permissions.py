@@ -277,7 +277,7 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     assert {**after, **written} == {**before, **written}
     assert after != before, "what it may write was written"
     assert await who.manifest() == b"genuine"
-    assert not inbound.started.is_set()
+    assert not inbound.started
     assert gateway.workers("a", "m1") == 1
 
 

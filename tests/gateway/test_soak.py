@@ -160,3 +160,16 @@ async def test_nothing_is_left(
     assert len(served) >= ROUNDS
     await until(lambda: not any(each() is not None for each in served), why=lambda: [each() for each in served])
     await until(lambda: held() - before < MOST, why=held)
+
+
+async def test_a_running_answer_keeps_no_token(stage: Stage, worker: FakeWorker, served: list[weakref.ref[Exchange]]) -> None:
+    """It may take minutes, and its token was checked before it began. Its trace context is read at its end."""
+    client, goes_on = Client(stage, worker), asyncio.Event()
+    worker.script = Script(before=goes_on.wait)
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    asked = asyncio.create_task(client.post(client.sealed(), traceparent=trace))
+    await until(lambda: bool(worker.opened))
+    exchange = served[0]()
+    assert exchange is not None and exchange.fields.values == {b"traceparent": trace.encode()}
+    goes_on.set()
+    assert await asked == 200

@@ -389,7 +389,7 @@ class NatsGateway:
             inbound = self._by_sequence.get((said.text("stream"), said.count("stream_seq")))
         except InvalidMessage:
             return False
-        if inbound is None or inbound.started.is_set():
+        if inbound is None or inbound.started:
             return False
         inbound.fail(WorkerLost("every delivery of the request failed"))
         return True
@@ -472,7 +472,7 @@ class NatsDispatch:
                 await self._inbound.parting()
         finally:
             sequence = gateway.forget(self._side, self._request_id)
-        if sequence is not None and not self._inbound.started.is_set() and gateway.connection.connected:
+        if sequence is not None and not self._inbound.started and gateway.connection.connected:
             with suppress(nats.errors.Error):  # deleted already, or it will expire
                 stream = subjects.work_stream(self._pool, self._waiting.region or "")
                 await gateway.connection.jetstream.delete_msg(stream, sequence)

@@ -230,7 +230,7 @@ class PoolSide:
             frame = Frame.read(block, payload)
         except NewerFormat as exc:
             self._tell_newer(exc)
-            if (asked := self.waiting.get(request_id)) is not None and not asked.inbound.started.is_set():
+            if (asked := self.waiting.get(request_id)) is not None and not asked.inbound.started:
                 asked.inbound.fail(WorkerLost(str(exc)))  # else it would wait for its whole queue limit
             return False
         except InvalidMessage:
@@ -274,7 +274,7 @@ class PoolSide:
         self.look_soon()
 
     async def _look(self) -> None:
-        unbegun = [one for one in self.waiting.values() if one.region is not None and not one.inbound.started.is_set()]
+        unbegun = [one for one in self.waiting.values() if one.region is not None and not one.inbound.started]
         lost = [one for one in unbegun if one.sequence is None]  # no ack came, so it may never have been there
         for region in {one.region for one in unbegun if one.region is not None}:
             here = {one.sequence: one for one in unbegun if one.region == region and one.sequence is not None}
@@ -285,5 +285,5 @@ class PoolSide:
         if lost:
             await asyncio.sleep(GRACE)
         for one in lost:
-            if not one.inbound.started.is_set():
+            if not one.inbound.started:
                 one.inbound.fail(WorkerLost("the connection to NATS broke, and the state of the request is unknown"))

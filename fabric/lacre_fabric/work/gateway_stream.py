@@ -60,20 +60,21 @@ class Inbound:
         self._over = False
         self._beats = 0  # beats in a row; the reader never sees them
         self._consumed = self._told = 0
-        self._receipts: deque[bytes] = deque(maxlen=KEPT_RECEIPTS)
+        self.receipts: tuple[bytes, ...] = ()
         # One timer. It is rescheduled when it fires, not with each frame.
         self._silent_at = self._loop.time() + queue_limit
         self._watch = self._watching()
-        self._ended = asyncio.Event()  # no more frames will come, or none that count
-        self.started = asyncio.Event()
+        self._ended = False  # no more frames will come, or none that count
+        self._parted: asyncio.Event | None = None  # made once somebody waits for the end
 
     @property
-    def receipts(self) -> tuple[bytes, ...]:
-        return tuple(self._receipts)
+    def started(self) -> bool:
+        """Whether a worker has sent a frame."""
+        return self._bound is not None
 
     @property
     def receipt(self) -> bytes | None:
-        return self._receipts[-1] if self._receipts else None
+        return self.receipts[-1] if self.receipts else None
 
     @property
     def ready(self) -> bool:
@@ -92,7 +93,7 @@ class Inbound:
             return False
         self._next += 1
         if frame.kind in (FrameKind.USAGE, FrameKind.BEAT, FrameKind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
-            self._receipts.append(frame.payload)
+            self.receipts = (*self.receipts[1 - KEPT_RECEIPTS :], frame.payload)
         if frame.kind is FrameKind.STOPPED:
             self.fail(ReaderStalled("the worker stopped because its credit was not renewed in time"))
             return True
@@ -105,7 +106,7 @@ class Inbound:
             self._frames.append(frame)
             self._wake()
             if frame.kind is not FrameKind.DATA:
-                self._ended.set()
+                self._end()
         return True
 
     def hold(self) -> None:
@@ -121,7 +122,7 @@ class Inbound:
             self._over, self._error = True, error
             self._watch.cancel()
             self._wake()
-            self._ended.set()
+            self._end()
 
     def drop(self) -> None:
         """Discards the stream without an error and cancels its timer. For a request that was never queued or is over."""
@@ -130,10 +131,11 @@ class Inbound:
 
     async def parting(self) -> None:
         """Waits for the last receipt of a worker that was told to stop. Returns at once if no worker has begun."""
-        if self.started.is_set():
+        if self.started and not self._ended:
+            self._parted = self._parted or asyncio.Event()
             with suppress(TimeoutError):
                 async with asyncio.timeout(PARTING):
-                    await self._ended.wait()
+                    await self._parted.wait()
 
     def consumed(self, size: int) -> int | None:
         """The reader took `size` more bytes. Returns the total if the worker is due a renewal."""
@@ -171,13 +173,17 @@ class Inbound:
 
     def _bind(self, attempt: str) -> None:
         self._bound = attempt
-        self.started.set()
         self._watch.cancel()
         self._watch = self._watching()
 
     def _watching(self) -> asyncio.TimerHandle:
         self._due = self._silent_at  # kept here, because uvloop's handle cannot tell once the time has passed
         return self._loop.call_at(self._due, self._look)
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._parted is not None:
+            self._parted.set()
 
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():

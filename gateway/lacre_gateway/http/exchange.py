@@ -146,6 +146,10 @@ class Exchange:
     def traceparent(self) -> str | None:
         return self.fields.traceparent()
 
+    def decided(self) -> None:
+        """Everything of its head has been used: an answer of minutes need not keep the token."""
+        self.fields = self.fields.for_trace()
+
     def known(self) -> None:
         """The caller has a valid token."""
         self.is_known = True
@@ -304,6 +308,7 @@ class Exchange:
         await self._writable()
         self.first_byte = time.monotonic()
         self._send_head(200, *_ANSWER_HEADERS, *self._told(), _audit(proof))
+        self.limits = []  # the answer may take minutes
 
     async def write(self, pieces: Sequence[bytes]) -> None:
         """Raises Stalled if the client does not take the bytes before in time."""
@@ -340,7 +345,8 @@ class Exchange:
         if not self._answer.whole:
             self.abort()
         self._kept, self.body, self.task = bytearray(), bytearray(), None
-        self.fields, self.recorded = self.fields.for_trace(), None
+        self.recorded = None
+        self.decided()
 
     def _finish(self, pieces: Sequence[bytes] = ()) -> None:
         self._over = True

@@ -144,6 +144,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
             )
             del sealed, work  # megabytes, which an answer of minutes need not keep
             room.release()
+            exchange.decided()
             try:
                 with Attended(exchange, limits.longest_stream, _too_long):
                     last = await _forward(exchange, dispatch, trail)
@@ -392,6 +393,7 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
         pieces, size = [], 0
         if frame.kind is FrameKind.ERROR:
             raise WorkerRefused(frame.payload)
+        del frame  # a record has up to 16 KiB, and the next one may take long
 
 
 def _too_long() -> WorkerLost:
