@@ -341,7 +341,8 @@ class NatsGateway:
             answer.add_done_callback(lambda _: _give_up(acked))
         try:
             reply = f"{self._acks_at}{work.request_id}"
-            await self.connection.client.publish(subject, work.sealed, reply=reply, headers=dict(headers))
+            alone = len(self._side(work.pool).waiting) < 2
+            await self.connection.client.publish_directly(subject, work.sealed, reply=reply, headers=headers, at_once=alone)
             ack = await acked
         except nats.errors.Error as exc:
             raise self.connection.unavailable(exc, denials) from exc
@@ -402,7 +403,7 @@ class NatsGateway:
         _, pool, request_id = subject.split(".")
         proof = orders.proof(self._order_keys.of(pool, request_id), payload or orders.CANCEL)
         with suppress(nats.errors.Error):
-            await self.connection.client.publish(subject, payload, headers={orders.PROOF: proof})
+            await self.connection.client.publish_directly(subject, payload, headers={orders.PROOF: proof})
 
     def forget(self, side: PoolSide, request_id: str) -> int | None:
         """Forgets the request. Returns its message's sequence if that is still valid."""

@@ -62,4 +62,4 @@ def parse_key(text: str | None) -> bytes | None:
 
 
 def _mac(key: bytes, said: bytes) -> bytes:
-    return hmac.new(key, said, hashlib.sha256).digest()[:_SIZE]
+    return hmac.digest(key, said, "sha256")[:_SIZE]

@@ -1,6 +1,7 @@
-"""Parses the bytes that a NATS server sends to a client into events. No I/O and no clock.
+"""Parses the bytes that a NATS server sends to a client into events, and writes a client's messages. No I/O and no clock.
 
 Rules:
+- A message that is written is one message: no name, subject or value in it can begin another line.
 - A peer chooses a message's subject, reply subject, headers and payload, so none of them is trusted. The server puts one space
   between the words of a control line and allows no space or tab in a subject. So lines are split at spaces only: otherwise a
   subject with a form feed could name another subscription.
@@ -13,10 +14,10 @@ Source: https://docs.nats.io/reference/reference-protocols/nats-protocol, and AD
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-from lacre.errors import InvalidMessage, ProtocolError
+from lacre.errors import InvalidMessage, ProtocolError, UsageError
 
 MAX_LINE: Final = 64 * 1024  # bytes of a control line: INFO names every server of a cluster; other lines have at most 4 KiB
 MAX_SIZE: Final = 64 * 2**20  # bytes of the largest message that a nats-server can be configured to accept
@@ -167,3 +168,12 @@ def fields(block: bytes, *, status: bool) -> dict[str, str]:
         found[STATUS] = said[1].decode("ascii")
         found[DESCRIPTION] = (said[2] or b"").decode("ascii")
     return found
+
+
+def encode_publish(subject: str, payload: bytes, *, reply: str, headers: Mapping[str, str]) -> bytes:
+    """A message with headers, as a client sends it. Raises UsageError for text that would be more than one word or line."""
+    block = "".join(["NATS/1.0\r\n", *[f"{name}: {value}\r\n" for name, value in headers.items()], "\r\n"])
+    if len(f"{subject} {reply}".split()) != 1 + bool(reply) or block.count("\n") + block.count("\r") != 2 * len(headers) + 4:
+        raise UsageError("a subject or header for NATS has a space or a line end: pass one word, and one line")
+    data = block.encode()
+    return b"".join((f"HPUB {subject} {reply} {len(data)} {len(data) + len(payload)}\r\n".encode(), data, payload, _CRLF))
