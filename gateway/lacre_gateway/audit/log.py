@@ -39,7 +39,7 @@ from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.audit.store import Committed, Publication, Store
 
 _LINGER: Final = 0.02  # seconds that outcomes may wait for more entries; no request waits for them
-DISTANCE: Final = 0.005  # seconds between the beginnings of two commits, at most: a worker takes longer to answer
+DISTANCE: Final = 0.01  # seconds between the beginnings of two commits, at most: a worker takes longer to answer
 _DISTANCE_EACH: Final = 0.0005  # of it, for each other running request
 _CLOSE_LIMIT: Final = 30.0  # seconds for a disk to take the last entries; a busy disk takes some
 _RETRY: Final = 1.0  # seconds between attempts to publish
@@ -145,23 +145,32 @@ class AuditLog:
         Raises EntryTooLarge.
         """
         recorded: asyncio.Future[Recorded] = self._loop.create_future()
-        recorded.add_done_callback(_retrieved)
-        self._entries.append(_Waiting(entry, encode(entry), recorded))
+        self._take(_Waiting(entry, encode(entry), recorded))
+        return recorded
+
+    def note(self, outcome: Outcome) -> None:
+        """As `append`, for an outcome whose place in the tree nobody asks for. Raises EntryTooLarge."""
+        self._take(_Waiting(outcome, encode(outcome), None))
+
+    def _take(self, waiting: _Waiting) -> None:
+        self._entries.append(waiting)
         if self._over:
             self._refuse_rest()
-        elif not isinstance(entry, Outcome):
+        elif not isinstance(waiting.entry, Outcome):
             self._wake()
         elif self._lingering is None and not self._due.is_set():
-            self._lingering = self._loop.call_later(_LINGER, self._wake)
-        return recorded
+            self._lingering = self._loop.call_later(_LINGER, self._lingered)
 
     def _wake(self) -> None:
         """Wakes the thread. The thread clears `_due` before it looks, so a later entry wakes it again."""
-        if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
         if not self._due.is_set():
             self._due.set()
+
+    def _lingered(self) -> None:
+        """The timer is not stopped when an intent takes the outcomes along: a new one for each would cost more."""
+        self._lingering = None
+        if self._entries:
+            self._wake()
 
     @property
     def size(self) -> int:
@@ -242,9 +251,9 @@ class AuditLog:
 
     def _next_group(self) -> tuple[list[_Waiting], bool]:
         """All waiting entries, up to a limit; none after a time; and whether the log is to end."""
+        self._keep_distance()
         if not self._due.wait(None if self.writable and not self._store.unpublished and not self._rotation else _IDLE):
             return [], False
-        self._keep_distance()
         closing = self._closing
         self._due.clear()
         group = [self._entries.popleft() for _ in range(min(len(self._entries), _MAX_WAITING))]
@@ -253,7 +262,7 @@ class AuditLog:
         return group, closing and not group
 
     def _keep_distance(self) -> None:
-        """Lets more entries collect, without a wake-up for each of them."""
+        """Lets entries collect. Before waiting for one: to wake this thread costs the event loop more than to append one."""
         while not self._closing and (wait := self._next_commit - time.monotonic()) > 0:
             time.sleep(wait)
 
@@ -305,12 +314,14 @@ class AuditLog:
         number = -1
         for waiting in batch:
             number += len(waiting.data)  # the annex has the first number
-            answers.append((waiting.recorded, Recorded(committed, number)))
+            if waiting.recorded is not None:
+                answers.append((waiting.recorded, Recorded(committed, number)))
             if isinstance(waiting.entry, Intent):
                 self._open[waiting.entry.request_id] = None
             elif isinstance(waiting.entry, Outcome):
                 self._open.pop(waiting.entry.request_id, None)
-        self._tell(answers)
+        if answers:
+            self._tell(answers)
 
     def _failed(self, batch: Sequence[_Waiting], error: OSError) -> None:
         """Refuses intents; keeps the outcomes of intents that are recorded."""
@@ -402,9 +413,4 @@ def _settle(answers: Sequence[_Answer]) -> None:
             recorded.set_result(answer)
         else:
             recorded.set_exception(answer)
-
-
-def _retrieved(recorded: asyncio.Future[Recorded]) -> None:
-    """An outcome that no task awaits must not warn when it is collected."""
-    if not recorded.cancelled():
-        recorded.exception()
+            recorded.exception()  # so that nothing warns of one that no task awaits

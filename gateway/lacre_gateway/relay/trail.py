@@ -86,7 +86,7 @@ class Trail:
         if self.claim is not None:
             self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
         money = self._settle(end.outcome if self.recorded.exception() is None else REFUSED, verdict)
-        self._gateway.audit.append(
+        self._gateway.audit.note(
             Outcome(
                 request_id=self._intent.request_id,
                 time=round(self._intent.time + duration, 3),
