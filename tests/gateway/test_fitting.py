@@ -213,24 +213,42 @@ amounts = st.integers(0, 5000)
 
 
 @given(
-    amounts,
-    st.sampled_from([LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY, LimitKind.MONEY_PER_MONTH]),
+    st.dictionaries(st.sampled_from(LimitKind), amounts, min_size=1),
     st.integers(1, 6000),
     st.integers(1, 600),
     st.tuples(*[st.sampled_from([0, 1, 333_333, 10**6, 3 * 10**6])] * 3),
 )
-def test_what_is_reserved_fits_the_limit(
-    ceiling: int, kind: LimitKind, prompt: int, output: int, prices: tuple[int, int, int]
+def test_what_is_reserved_fits_each_limit(
+    ceilings: dict[LimitKind, int], prompt: int, output: int, prices: tuple[int, int, int]
 ) -> None:
     price = Price(*prices)
-    caller = Caller("p", (BudgetScope("user", "user.x", "x", ((kind, ceiling),)),))
+    caller = Caller("p", (BudgetScope("user", "user.x", "x", tuple(ceilings.items())),))
+
+    def above(prompt_tokens: int) -> set[LimitKind]:
+        asked = ceiling_of(price, prompt_tokens, output)
+        return {kind for kind, ceiling in ceilings.items() if asked.of(kind) > ceiling}
+
     try:
         most = fitting.most(caller, price, Reservation(prompt, output, shrinks=True))
     except AboveLimit as refused:
-        assert ceiling_of(price, 1, output).of(kind) > ceiling, "not even one token of a prompt fits"
+        assert refused.kind in above(1), "not even one token of a prompt fits"
         if refused.met.fits is not None:
-            assert ceiling_of(price, min(fitting.LEAST, prompt), refused.met.fits).of(kind) <= ceiling
+            asked = ceiling_of(price, min(fitting.LEAST, prompt), refused.met.fits)
+            assert asked.of(refused.kind) <= ceilings[refused.kind]
         return
     assert 1 <= most <= prompt
-    assert ceiling_of(price, most, output).of(kind) <= ceiling
-    assert most == prompt or ceiling_of(price, most + 1, output).of(kind) > ceiling
+    assert not above(most)
+    assert most == prompt or above(most + 1)
+
+
+@given(st.dictionaries(st.sampled_from(LimitKind), amounts), st.integers(1, 6000), st.integers(1, 600))
+def test_what_must_not_shrink_is_reserved_whole_or_refused(ceilings: dict[LimitKind, int], prompt: int, output: int) -> None:
+    price = Price(10**6, 10**5, 10**6)
+    caller = Caller("p", (BudgetScope("user", "user.x", "x", tuple(ceilings.items())),))
+    asked = ceiling_of(price, prompt, output)
+    try:
+        assert fitting.most(caller, price, Reservation(prompt, output)) == prompt
+    except AboveLimit as refused:
+        assert asked.of(refused.kind) > ceilings[refused.kind]
+    else:
+        assert all(asked.of(kind) <= ceiling for kind, ceiling in ceilings.items())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_gateway.budget import fields, holds
-from lacre_gateway.budget.callers import PLAN, TENANT, USER, Amounts, BudgetScope, Caller
-from lacre_gateway.budget.holds import Hold, Lender, Standing
+from lacre_gateway.budget import counters, fields
+from lacre_gateway.budget.callers import PLAN, TENANT, USER, BudgetScope, Caller
+from lacre_gateway.budget.counters import CallersCounters, Standing
+from lacre_gateway.budget.holds import Hold, Lender
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.lease import Counter
+from lacre_gateway.budget.lease import Account
 from lacre_gateway.budget.plans import LimitKind
 
 KINDS = st.sampled_from(LimitKind)
@@ -19,7 +20,7 @@ STANDINGS = st.lists(st.builds(Standing, SCOPES, KINDS, COUNTS, COUNTS, st.none(
 
 
 def forget() -> None:
-    for kept in (fields._policies, fields._name, holds._name):
+    for kept in (fields._policies, fields._name, counters._name):
         kept.cache_clear()
 
 
@@ -49,8 +50,10 @@ def test_fields_as_the_draft_has_them() -> None:
 @given(st.lists(st.tuples(SCOPES, st.sampled_from("ab"), KINDS, COUNTS), min_size=1, max_size=6))
 def test_names_of_limits_do_not_depend_on_those_before(asked: list[tuple[str, str, LimitKind, int]]) -> None:
     forget()
-    for label, plan, kind, window in asked:
+    for label, plan, kind, later in asked:
+        window = 24_000 + later
         scope = BudgetScope(label, "key", "name", ((kind, 5),))
-        charges = ((scope, (Counter(kind, window, 5, 5), Amounts(1, 1, 1).of(kind))),)
-        hold = Hold(Caller(plan, (scope,)), None, Reservation(1, 1), Lender("holder"), charges)
+        caller, account = Caller(plan, (scope,)), Account("key", "name", "holder", 60.0)
+        charged = CallersCounters(caller, {kind: window}, [(scope, account)])
+        hold = Hold(caller, None, Reservation(1, 1), Lender("holder"), charged)
         assert hold.limits == (f"{label}:{plan}/{kind}@{window}",)

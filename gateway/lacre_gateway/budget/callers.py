@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from lacre.jose.jws import b64u
@@ -35,12 +35,22 @@ class BudgetScope:
     limits: tuple[tuple[LimitKind, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Caller:
-    """plan: the caller's. scopes: those with any limit."""
+    """plan: the caller's. scopes: those with any limit. least: the lowest ceiling of each unit. Equal only to itself, so
+    that its counters can be kept under it.
+    """
 
     plan: str
     scopes: tuple[BudgetScope, ...]
+    least: Amounts = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits = [limit for scope in self.scopes for limit in scope.limits]
+        lowest = [_NO_LIMIT] * 3
+        for kind, ceiling in limits:
+            lowest[unit_of(kind)] = min(lowest[unit_of(kind)], ceiling)
+        object.__setattr__(self, "least", Amounts(*lowest))
 
 
 @record(frozen=True, slots=True)
@@ -52,12 +62,25 @@ class Amounts:
     money: int
 
     def of(self, kind: LimitKind) -> int:
-        if kind is LimitKind.MONEY_PER_MONTH:
-            return self.money
-        return self.tokens if kind in TOKENS else self.requests
+        return self.by_unit()[unit_of(kind)]
+
+    def by_unit(self) -> tuple[int, int, int]:
+        """In the order of `unit_of`."""
+        return self.requests, self.tokens, self.money
+
+    def fit(self, ceilings: Amounts) -> bool:
+        return self.requests <= ceilings.requests and self.tokens <= ceilings.tokens and self.money <= ceilings.money
 
 
 TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
+_NO_LIMIT: Final = 2**63
+
+
+def unit_of(kind: LimitKind) -> int:
+    """What the limit counts: 0: requests, 1: tokens, 2: money."""
+    if kind is LimitKind.MONEY_PER_MONTH:
+        return 2
+    return 1 if kind in TOKENS else 0
 
 
 def caller(  # noqa: PLR0917 - who it is, as the ledger remembers callers

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Final
 
 from lacre.errors import Detail
 from lacre_gateway.budget.callers import PLAN
-from lacre_gateway.budget.holds import Met, Standing
+from lacre_gateway.budget.counters import Standing
+from lacre_gateway.budget.holds import Met
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.windows import DAY, SECONDS
 
@@ -30,6 +32,7 @@ UNITS: Final = {
     LimitKind.MONEY_PER_MONTH: "micro-units",
     LimitKind.CONCURRENT_STREAMS: "concurrent-requests",
 }
+_REMAINING: Final = attrgetter("remaining")
 _OPENAI: Final = (
     (b"requests", (LimitKind.REQUESTS_PER_MINUTE,)),
     (b"tokens", (LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY)),
@@ -54,7 +57,7 @@ def fields(standings: Iterable[Standing]) -> Headers:
     told = [standing for standing in standings if standing.scope != PLAN]
     if not told:
         return []
-    policies = tuple((standing.scope, standing.kind, standing.ceiling) for standing in told)
+    policies = tuple([standing[:3] for standing in told])
     levels = ", ".join(map(_level, told))
     return [(b"ratelimit-policy", _policies(policies)), (b"ratelimit", levels.encode()), *_openai(told)]
 
@@ -87,7 +90,7 @@ def _openai(told: Sequence[Standing]) -> Headers:
     """Of the limits that such a client knows, the one with the least left."""
     headers: Headers = []
     for noun, kinds in _OPENAI:
-        found = min((each for each in told if each.kind in kinds), key=lambda each: each.remaining, default=None)
+        found = min([each for each in told if each.kind in kinds], key=_REMAINING, default=None)
         if found is not None:
             headers += [
                 (b"x-ratelimit-limit-" + noun, str(found.ceiling).encode()),

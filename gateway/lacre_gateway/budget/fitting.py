@@ -61,6 +61,8 @@ def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
     unused. Raises AboveLimit.
     """
     found = asked.max_prompt_tokens
+    if ceiling_of(price, found, asked.max_tokens).fit(caller.least):  # nearly always, and limits are many
+        return found
     if asked.shrinks:
         least_of_all = min(found, 1)
         for _, kind, ceiling in _limits(caller):

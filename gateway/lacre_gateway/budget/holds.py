@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter as Counts
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from operator import itemgetter
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
-from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller, ceiling_of
+from lacre_gateway.budget.callers import Amounts, Caller, ceiling_of
+from lacre_gateway.budget.counters import CallersCounters, Standing, limit_name
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.lease import Charge, Counter
+from lacre_gateway.budget.lease import Counter
 from lacre_gateway.budget.plans import LimitKind, Price
 from lacre_gateway.budget.windows import bounds
 
 # Seconds to wait after a refusal that was only due to unused reservations of others.
 SOON: Final = 2.0
 _STREAMS: Final = LimitKind.CONCURRENT_STREAMS
-NOTHING: Final = Amounts(0, 0, 0)
 
 
 class BudgetRefused(Exception):
@@ -78,29 +77,19 @@ class Exhausted(BudgetRefused):
         self.met = met
 
     @classmethod
-    def of(cls, plan: str, charges: Sequence[tuple[BudgetScope, Charge]], now: float) -> Self:
+    def of(cls, plan: str, counters: CallersCounters, amounts: Amounts, now: float) -> Self:
         """The limit for which the caller has to wait longest."""
-        standings = tuple(_standings(charges, now))
+        standings = counters.standings(now)
         short = [
             (scope, counter, _wait(counter, amount, now), amount)
-            for scope, (counter, amount) in charges
+            for scope, counter, amount in counters.by_scope(amounts)
             if not counter.has(amount, now)
         ]
         if not short:
-            return cls(charges[0][1][0].kind, None, SOON, standings)
+            return cls(standings[0].kind, None, SOON, standings)
         scope, counter, wait, amount = max(short, key=itemgetter(2))
         met = Met(scope.label, counter.ceiling, amount, counter.remaining)
-        return cls(counter.kind, _named(scope, plan, counter), wait, standings, met)
-
-
-class Standing(NamedTuple):
-    """How far one limit is used. reset: seconds until its window ends; None if it has none."""
-
-    scope: str
-    kind: LimitKind
-    ceiling: int
-    remaining: int
-    reset: float | None
+        return cls(counter.kind, limit_name(scope, plan, counter), wait, standings, met)
 
 
 class Unsettled:
@@ -154,66 +143,47 @@ class Hold:
     It ends with `stream_over` and `settle`, each once.
     """
 
-    __slots__ = ("_charges", "_keys", "_over", "_settled", "_unsettled", "caller", "ceilings", "lease", "price", "reserved")
+    __slots__ = ("_counters", "_over", "_settled", "_unsettled", "caller", "ceilings", "lease", "price", "reserved")
 
     def __init__(
-        self,
-        caller: Caller,
-        price: Price | None,
-        ceilings: Reservation,
-        lender: Lender,
-        charges: tuple[tuple[BudgetScope, Charge], ...],
-    ) -> None:
+        self, caller: Caller, price: Price | None, ceilings: Reservation, lender: Lender, counters: CallersCounters
+    ) -> None:  # fmt: skip
+        """counters: what it was charged to."""
         self._unsettled = lender.unsettled
+        self._counters = counters
         self.caller = caller
         self.price = price
         self.ceilings = ceilings
         self.reserved = ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
         self.lease = lender.holder
-        self._charges = charges
-        self._keys = frozenset(scope.key for scope, _ in charges)
         self._over = self._settled = False
 
     @property
     def limits(self) -> tuple[str, ...]:
         """Every limit that was charged, as `user:standard/tokens_per_day@20782`: scope, plan, kind and number of the window."""
-        return tuple(_named(scope, self.caller.plan, counter) for scope, (counter, _) in self._charges)
+        return self._counters.names
 
     def standings(self, now: float) -> tuple[Standing, ...]:
-        return tuple(_standings(self._charges, now))
+        return self._counters.standings(now)
 
     def stream_over(self) -> None:
         """The stream has ended, however much it will turn out to have used."""
         if not self._over:
             self._over = True
-            self._unsettled.add(self._keys)
-            for _, (counter, amount) in self._charges:
-                if counter.kind is _STREAMS:
-                    counter.settle(amount, 0)
+            self._unsettled.add(self._counters.keys)
+            self._counters.stream_over(self.reserved)
 
     def settle(self, used: Amounts) -> None:
         """Gives back the unused part."""
         self.stream_over()
         if not self._settled:
             self._settled = True
-            for _, (counter, amount) in self._charges:
-                if counter.kind is not _STREAMS:
-                    counter.settle(amount, used.of(counter.kind))
-            self._unsettled.remove(self._keys)
+            self._counters.settle(self.reserved, used)
+            self._unsettled.remove(self._counters.keys)
 
     def cost(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
         """Micro-units, at the prices of the reservation."""
         return 0 if self.price is None else self.price.of(prompt_tokens, cached_tokens, completion_tokens)
-
-
-def _named(scope: BudgetScope, plan: str, counter: Counter) -> str:
-    return _name(scope.label, plan, counter.kind, counter.window)
-
-
-@lru_cache(maxsize=4096)
-def _name(label: str, plan: str, kind: LimitKind, window: int) -> str:
-    """All callers of a plan share it, for as long as the window lasts."""
-    return f"{label}:{plan}/{kind}@{window}"
 
 
 def _wait(counter: Counter, amount: int, now: float) -> float:
@@ -221,9 +191,3 @@ def _wait(counter: Counter, amount: int, now: float) -> float:
     if counter.kind is _STREAMS or counter.firm + counter.used + amount <= counter.ceiling:
         return SOON
     return max(SOON, bounds(counter.kind, counter.window)[1] - now)
-
-
-def _standings(charges: Sequence[tuple[BudgetScope, Charge]], now: float) -> Iterator[Standing]:
-    for scope, (counter, _) in charges:
-        reset = None if counter.kind is _STREAMS else max(0.0, bounds(counter.kind, counter.window)[1] - now)
-        yield Standing(scope.label, counter.kind, counter.ceiling, counter.remaining, reset)

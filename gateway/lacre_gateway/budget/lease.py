@@ -76,15 +76,16 @@ class Counter:
 
     @property
     def spare(self) -> int:
-        return self.capacity - self.committed
+        return self.capacity - self.used - self.reserved
 
     @property
     def remaining(self) -> int:
         """How much of the ceiling is neither drawn nor committed, as far as this gateway knows."""
-        return max(0, self.ceiling - self.others - self.committed)
+        return max(0, self.ceiling - self.others - self.used - self.reserved)
 
     def has(self, amount: int, now: float) -> bool:
-        return min(self.capacity, self.ceiling) - self.used - self.reserved >= amount and now < self.until
+        committed = self.used + self.reserved + amount
+        return committed <= self.capacity and committed <= self.ceiling and now < self.until
 
     def reserve(self, amount: int) -> None:
         self.reserved += amount
@@ -127,7 +128,9 @@ class Proposal:
 
 @dataclass(slots=True)
 class Account:
-    """One holder's leases of one budget. longest: seconds that the longest stream may take."""
+    """One holder's leases of one budget. longest: seconds that the longest stream may take. edition: rises when `current`, or a
+    ceiling of a counter in it, may have changed.
+    """
 
     key: str
     name: str
@@ -139,6 +142,7 @@ class Account:
     raised: Mapping[Limit, Mapping[str, int]] = field(default_factory=dict)
     touched: float = 0.0
     written: float = -math.inf
+    edition: int = 0
 
     def counter(self, kind: LimitKind, window: int, ceiling: int) -> Counter:
         """The counter of the kind, in that window or in the oldest that is still open, if that is later. ceiling: the
@@ -150,6 +154,7 @@ class Account:
             if found is not None:
                 self.past.append(found)
             found = self.current[kind] = Counter.after(found, kind, window)
+            self.edition += 1
         found.ceiling = self.ceiling(kind, found.window, ceiling)
         return found
 
@@ -162,6 +167,7 @@ class Account:
         idle = not needs and now - self.touched >= IDLE
         before, record = record, record or Record(self.name)
         self.raised = record.raised
+        self.edition += 1
         for kind, (_, ceiling) in ((kind, pair) for need in needs for kind, pair in need.amounts.items()):
             self.counter(kind, windows[kind], ceiling)
         until = now + STREAMS_TERM
@@ -243,6 +249,7 @@ class Account:
     def see(self, record: Record) -> None:
         """Takes note of a record that was read."""
         self.raised = record.raised
+        self.edition += 1
         for counter in (*self.past, *self.current.values()):
             self._see(counter, record)
 
@@ -254,6 +261,7 @@ class Account:
 
         A request that was settled during the write left more in the record than is used; that is still to be given back.
         """
+        self.edition += 1
         self.past = [counter for counter in self.past if counter.reserved or self._owes(counter, record)]
         self.current = {
             kind: counter

@@ -28,10 +28,11 @@ from lacre_gateway.budget import callers, fitting
 from lacre_gateway.budget.additions import Approver
 from lacre_gateway.budget.alerts import BudgetAlerts
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
+from lacre_gateway.budget.counters import CallersCounters
 from lacre_gateway.budget.draws import CeilingChange, Draw, Waiter, answer, parsed, with_additions
-from lacre_gateway.budget.holds import NOTHING, SOON, AboveLimit, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
+from lacre_gateway.budget.holds import SOON, AboveLimit, BudgetUnavailable, Exhausted, Hold, Lender, UnknownPlan
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
+from lacre_gateway.budget.lease import Account, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.plans import LimitKind, Plans, Price
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.report import Line, OwnLimit, lines
@@ -50,6 +51,7 @@ _LOOK: Final = 2.0  # seconds between two reads for additions alone
 _AT_ONCE: Final = 16  # running writes for which no request waits
 _ANNOUNCE: Final = 10.0  # seconds between signs of life, which also tell the server's time
 _MAX_CALLERS: Final = 16_384
+_MAX_COUNTERS: Final = 1024  # callers whose counters are kept, of some kilobytes each
 _MAX_USERS: Final = 256  # users of one tenant in one report
 GONE_AFTER: Final = 3 * _ANNOUNCE  # seconds without one, after which people take a gateway for dead
 ALIVE: Final = "alive"  # the first part of the keys of the signs of life
@@ -84,6 +86,7 @@ class Ledger:
         self._draws: dict[str, Draw] = {}
         self._lender = Lender(self.holder)
         self._callers: dict[tuple[str, str, str, str | None, tuple[str, ...]], Caller | None] = {}
+        self._counters: dict[Caller, CallersCounters] = {}  # of those who asked in the last second
         self._calendar = Calendar()
         self._tending: tasks.Background | None = None
         self._announced = float("-inf")
@@ -177,26 +180,27 @@ class Ledger:
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
         while True:
             now = self.now()
-            charges = self._charges(caller, amounts, now)
-            short = lacking([charge for _, charge in charges], now)
+            counters = self._counters_of(caller, now)
+            charges = counters.charges(amounts)
+            short = lacking(charges, now)
             if not short:
-                commit(charge for _, charge in charges)
-                self._draw_ahead(charges)
-                return Hold(caller, price, ceilings, self._lender, tuple(charges))
-            await self._draw_for(caller, amounts, charges, short, deadline)
+                commit(charges)
+                for key in counters.running_low():  # draws before a request has to wait for it
+                    self._wake(self._draws[key])
+                return Hold(caller, price, ceilings, self._lender, counters)
+            await self._draw_for(caller, amounts, short, deadline)
 
     def _left(self, caller: Caller, price: Price | None, ceilings: Reservation) -> int:
         """The prompt tokens, of those asked for, that fit the rest of the caller's limits, as far as this gateway knows."""
-        charges = self._charges(caller, NOTHING, self.now())
-        rooms = (fitting.room(counter.kind, counter.remaining, price, ceilings.max_tokens) for _, (counter, _) in charges)
+        rests = self._counters_of(caller, self.now()).remaining()
+        rooms = (fitting.room(kind, rest, price, ceilings.max_tokens) for kind, rest in rests)
         return min([ceilings.max_prompt_tokens, *(room for room in rooms if room is not None)])
 
     def _lowered(self, caller: Caller, price: Price | None, asked: Reservation) -> Reservation:
         """With as much of a default output as the rest of the caller's limits has, as far as this gateway knows."""
         if asked.floor == asked.max_tokens:
             return asked
-        charges = self._charges(caller, NOTHING, self.now())
-        return fitting.lowered(asked, price, ((counter.kind, counter.remaining) for _, (counter, _) in charges))
+        return fitting.lowered(asked, price, self._counters_of(caller, self.now()).remaining())
 
     def _caller(self, plans: Plans, who: Principal) -> Caller:
         key = (who.issuer, who.tenant, who.subject, who.plan, who.groups if plans.groups else ())
@@ -209,15 +213,16 @@ class Ledger:
             raise UnknownPlan
         return found
 
-    def _charges(self, caller: Caller, amounts: Amounts, now: float) -> list[tuple[BudgetScope, Charge]]:
-        windows = self._calendar.at(now)
-        charges = []
-        for scope in caller.scopes:
-            account = self._draw(scope).account
-            account.touched = now
-            for kind, ceiling in scope.limits:
-                charges.append((scope, (account.counter(kind, windows[kind], ceiling), amounts.of(kind))))
-        return charges
+    def _counters_of(self, caller: Caller, now: float) -> CallersCounters:
+        """Those of now. Their accounts count as used."""
+        windows, found = self._calendar.at(now), self._counters.get(caller)
+        if found is None or not found.current(windows, self._draws):
+            if len(self._counters) >= _MAX_COUNTERS:
+                self._counters.clear()
+            accounts = [(scope, self._draw(scope).account) for scope in caller.scopes]
+            found = self._counters[caller] = CallersCounters(caller, windows, accounts)
+        found.touch(now)
+        return found
 
     def _draw(self, scope: BudgetScope) -> Draw:
         found = self._draws.get(scope.key)
@@ -226,23 +231,10 @@ class Ledger:
             found = self._draws[scope.key] = Draw(account)
         return found
 
-    def _draw_ahead(self, charges: Sequence[tuple[BudgetScope, Charge]]) -> None:
-        """If a lease runs low, draws the next one before a request has to wait for it."""
-        for scope, (counter, _) in charges:
-            if counter.spare <= counter.low and counter.remaining > counter.spare:
-                counter.low = -1
-                self._wake(self._draws[scope.key])
-
-    async def _draw_for(
-        self,
-        caller: Caller,
-        amounts: Amounts,
-        charges: Sequence[tuple[BudgetScope, Charge]],
-        short: Sequence[Counter],
-        deadline: float,
-    ) -> None:
+    async def _draw_for(self, caller: Caller, amounts: Amounts, short: Sequence[Counter], deadline: float) -> None:
         """Waits until the budgets that lack something were drawn from. Raises Exhausted or BudgetUnavailable."""
-        wanting = {scope.key: scope for scope, (counter, _) in charges if counter in short}
+        charges = self._counters_of(caller, self.now()).by_scope(amounts)
+        wanting = {scope.key: scope for scope, counter, _ in charges if counter in short}
         waiters = []
         for scope in wanting.values():
             need = Need({kind: (amounts.of(kind), ceiling) for kind, ceiling in scope.limits})
@@ -261,10 +253,11 @@ class Ledger:
                 waiter.met.cancel()
         if not all(met):
             now = self.now()
-            charges = self._charges(caller, amounts, now)
+            counters = self._counters_of(caller, now)
             if self.alerts is not None:
-                self.alerts.refused(((self._draw(scope).account, *charge) for scope, charge in charges), now)
-            raise Exhausted.of(caller.plan, charges, now)
+                charges = counters.by_scope(amounts)
+                self.alerts.refused(((self._draw(scope).account, counter, amount) for scope, counter, amount in charges), now)
+            raise Exhausted.of(caller.plan, counters, amounts, now)
 
     async def usage(self, tenant: str) -> list[Line]:
         """The budgets of a tenant, and those of its users that this gateway has served lately. Raises FabricUnavailable."""
@@ -412,6 +405,7 @@ class Ledger:
 
     async def _tend(self) -> None:
         while True:
+            self._counters.clear()
             if self.bucket is not None:
                 try:
                     await self._announce(self.bucket)
