@@ -5,6 +5,7 @@ It is rude on purpose where a test asks: other origins, hosts and tokens.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,6 +86,8 @@ class Person:
         return entered
 
     async def get(self, path: str, **options: Any) -> httpx2.Response:
+        """A page. The index has all of the log by then: a page itself waits for it only a moment, on any machine."""
+        await asyncio.to_thread(self.desk.console.index.catch_up)
         return await self.http.get(path, **options)
 
     async def csrf(self) -> str:

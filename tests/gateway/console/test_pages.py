@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ async def test_pages_of_requests(desk: Desk, root: Person) -> None:
     async with desk.stage.http() as client:
         for number in range(70):
             await desk.stage.post(client, desk.stage.issuer.token(sub=f"user-{number}"))
+    await asyncio.to_thread(desk.console.index.catch_up)
     async with desk.stage.http(app=desk.stage.admin) as client:
         headers = {"authorization": f"Bearer {desk.admin()}"}
         seen: list[str] = []
