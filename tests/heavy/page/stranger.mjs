@@ -53,6 +53,17 @@ try {
   told.struckBy = await page.evaluate(() => window.struck ?? null);
   told.visible = await page.locator(".messages").isVisible();
   await pictured(page, "hostile-wide-light");
+  // A picture, and a model that takes none: what helps is said once
+  await page.keyboard.press("Alt+n");
+  const png = Buffer.from("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==", "base64");
+  await page.locator('.composer input[type="file"]').setInputFiles([{ name: "dot.png", mimeType: "image/png", buffer: png }]);
+  await page.locator(".composer .thumb").waitFor();
+  const drawn = await page.locator(".composer .thumb").evaluate((image) => image.naturalWidth);
+  await sent(page, "What is in this picture?");
+  const refused = await ended(page);
+  told.picture = { drawn, says: await refused.locator(".failure p").allInnerTexts() };
+  await checked(page, "failure");
+
   // By the policy itself, beside all that the page does: no script of ours could do it either
   told.policy = await page.evaluate(() => {
     const tried = {};

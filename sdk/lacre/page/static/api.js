@@ -9,7 +9,7 @@ const HALF = "lacre-page-half";
 export class Failure extends Error {
   /** @param {{ message: string, remedy?: string, code?: string, request_id?: string | null, verification?: any }} told */
   constructor(told, status = 0) {
-    super(told.message);
+    super(bare(told.message, told.remedy ?? ""));
     this.name = "Failure";
     this.status = status;
     this.code = told.code ?? "failed";
@@ -22,6 +22,12 @@ export class Failure extends Error {
   members() {
     return { message: this.message, remedy: this.remedy, code: this.code, request_id: this.requestId, verification: this.verification };
   }
+}
+
+/** The message without the remedy, which the proxy's messages end with: the page shows it apart. */
+function bare(message, remedy) {
+  const end = remedy.replace(/\.$/, "");
+  return end && message.includes(end) ? message.replace(end, "").replace(/[\s.]*$/, ".") : message;
 }
 
 const away = () =>

@@ -149,7 +149,7 @@ session.addEventListener("trouble", ({ detail: { error } }) => shown(error));
 
 /** An error that belongs to no answer. */
 function shown(error) {
-  const text = [error.message, error.remedy && !error.message.includes(error.remedy) ? error.remedy : ""].filter(Boolean).join(" ");
+  const text = [error.message, error.remedy].filter(Boolean).join(" ");
   if (document.querySelector("dialog[open]")) return toast(text, "error");
   const close = iconButton("close", "Close", () => (trouble.hidden = true), { class: "icon-button small" });
   trouble.replaceChildren(h("span", {}, text), close);

@@ -162,12 +162,11 @@ export function figures(facts) {
 
 function failure(node, acts) {
   const { error } = node;
-  const said = error.remedy && error.message.includes(error.remedy) ? error.message.replace(error.remedy, "").trim() : error.message;
   return h(
     "div",
     { class: "failure", role: "alert" },
     h("p", { class: "failure-title" }, node.text ? "The answer broke off" : "No answer"),
-    h("p", {}, said),
+    h("p", {}, error.message),
     error.remedy && h("p", { class: "remedy" }, error.remedy),
     h(
       "p",
