@@ -43,6 +43,7 @@ class ModelSettings(Table):
     chunk: PositiveInt | None = None  # tokens of prompts in a step that generates nothing
     burst: PositiveInt | None = None  # tokens of all short prompts in a step that also generates
     prefill: Annotated[float, Field(ge=LEAST_PREFILL, le=MOST_PREFILL)] = PREFILL  # share of a step's time for long prompts
+    idle_caches: NonNegativeInt | None = None  # bytes for copies of idle caches; default: a quarter of the memory left
     speculation: Literal["off", "lookup", "draft"] = "off"  # where guesses of next tokens come from; `tune` measures the gain
     draft_model: FilePath | None = None  # a small GGUF file with the same vocabulary
     projector: FilePath | None = None  # a GGUF file with which the model reads images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
+from lacre_backend.engine.plan import Copy, Discard, EngineLimits, Restore, Save, StepPlan, Trim
 from lacre_backend.engine.scheduler import NO_DRAFTS, Scheduler
 from lacre_backend.engine.turns import NOBODY, Fair
 
@@ -14,6 +14,9 @@ TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
 WHOLE = dataclasses.replace(SPLIT, cuttable=False)
 TWO = EngineLimits(slots=2, context=512, cells=1024)
 FOUR = EngineLimits(slots=4, context=1024, cells=4096)
+SAVING = EngineLimits(
+    slots=3, context=512, cells=1536, step=256, chunk=200, burst=96, share=64, multiple=4, drafts=20, saved=1500
+)
 
 
 class Memory:
@@ -25,16 +28,30 @@ class Memory:
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
         self.slots: list[list[list[object]]] = [[] for _ in range(limits.slots)]
+        self.copies: dict[int, list[list[object]]] = {}  # of idle caches
+        self.broken = False  # whether nothing is restored
 
-    def execute(self, plan: StepPlan, owners: dict[str, object]) -> None:
-        """owners: of each task: whose cells it may attend to."""
+    def execute(self, plan: StepPlan, owners: dict[str, object]) -> list[Restore]:
+        """owners: of each task: whose cells it may attend to. Returns what was not restored."""
+        lost = []
         for step in plan.memory:
-            if isinstance(step, Trim):
-                assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
-                assert self.limits.cuttable or step.keep == 0, "one state can only be dropped whole"
-                del self.slots[step.slot][step.keep :]
-            else:
-                self.copy(step)
+            match step:
+                case Trim():
+                    assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
+                    assert self.limits.cuttable or step.keep == 0, "one state can only be dropped whole"
+                    del self.slots[step.slot][step.keep :]
+                case Copy():
+                    self.copy(step)
+                case Save():
+                    assert step.number not in self.copies
+                    self.copies[step.number] = [list(cell) for cell in self.slots[step.slot]]
+                    assert len(self.copies[step.number]) == step.length
+                    assert all(cell[1] == (step.scope, step.adapter) for cell in self.slots[step.slot])
+                case Restore():
+                    lost += [] if self.restored(step) else [step]
+                case Discard():
+                    del self.copies[step.number]
+        assert sum(map(len, self.copies.values())) <= self.limits.saved
         assert plan.size <= self.limits.step
         assert [s.slot for s in plan.segments] == sorted({s.slot for s in plan.segments}), "once each, ascending"
         for segment in plan.segments:
@@ -50,6 +67,16 @@ class Memory:
         assert self.limits.cuttable or not plan.after
         for trim in plan.after:
             del self.slots[trim.slot][trim.keep :]
+        assert not {step.slot for step in lost} & {segment.slot for segment in plan.segments}, "none depends on it"
+        return lost
+
+    def restored(self, step: Restore) -> bool:
+        assert not self.slots[step.slot]
+        assert 0 < step.keep <= step.length == len(self.copies[step.number])
+        assert all(cell[1] == (step.scope, step.adapter) for cell in self.copies[step.number])
+        if not self.broken:
+            self.slots[step.slot] = [list(cell) for cell in self.copies[step.number][: step.keep]]
+        return not self.broken
 
     def copy(self, step: Copy) -> None:
         assert not self.slots[step.target]
@@ -99,7 +126,8 @@ class Driver:
     def step(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
         """drafts: guesses; those that are all 7 are right."""
         plan = self.scheduler.plan(drafts)
-        self.memory.execute(plan, self.owners)
+        for lost in self.memory.execute(plan, self.owners):
+            self.scheduler.lost(lost)
         assert self.scheduler.free_cells == self.memory.limits.cells - self.memory.used, (
             "the counts are those of the real cells"
         )
@@ -155,7 +183,8 @@ class Driver:
         """To the end of a task, or of all."""
         while until in self.wanted if until else self.scheduler.busy:
             plan = self.step()
-            assert plan.copied or any(segment.task for segment in plan.segments), "no step goes by without work"
+            worked = plan.copied or any(segment.task for segment in plan.segments)
+            assert worked or any(isinstance(step, Restore) for step in plan.memory), "no step goes by without work"
         assert until or not self.wanted, "every task ended, once"
 
     @property

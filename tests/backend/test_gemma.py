@@ -59,6 +59,11 @@ def engine() -> Iterator[LlamaEngine]:
         yield engine
 
 
+def test_its_idle_caches_are_not_copied(engine: LlamaEngine) -> None:
+    """llama.cpp copies no cell outside of the window, and a shorter beginning may need it."""
+    assert (engine._scheduler.limits.saved, engine._context.vault) == (0, None)
+
+
 @pytest.fixture(scope="module")
 def app(engine: LlamaEngine) -> App:
     return create_app([engine])

@@ -13,7 +13,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from backend.scheduling import FOUR, SPLIT, TIGHT, TWO, WHOLE, Driver
 from lacre.errors import UsageError
 from lacre_backend.engine.plan import Copy, EngineLimits, Trim
-from lacre_backend.engine.scheduler import MIN_REUSE, PIECE, Scheduler
+from lacre_backend.engine.reuse import MIN_REUSE
+from lacre_backend.engine.scheduler import PIECE, Scheduler
 from lacre_backend.engine.turns import Fair
 
 PREFIX = list(range(100, 100 + 3 * MIN_REUSE))

@@ -24,7 +24,8 @@ from lacre_backend.engine.adapted import AdaptedEngine
 from lacre_backend.engine.adapters import AdapterFile
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import EngineLimits
-from lacre_backend.engine.scheduler import COMPARED, MIN_REUSE, Scheduler
+from lacre_backend.engine.reuse import MIN_REUSE
+from lacre_backend.engine.scheduler import COMPARED, Scheduler
 from lacre_gateway.auth.claims import Principal
 from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
 from parts.echo_engine import EchoEngine

@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.model import Model, logged_errors
-from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
+from lacre_backend.engine.plan import Copy, Discard, EngineLimits, MemoryStep, Restore, Save, StepPlan, Trim
 from lacre_backend.engine.protocol import EngineError
+from lacre_backend.engine.vault import CacheVault
 
 Logits = NDArray[np.float32]
 
@@ -144,14 +145,41 @@ class LlamaContext:
         self._batch = Batch(limits.step)
         self._adapters = adapters
         self._adapter: str | None = None  # the one in use
+        self.vault: CacheVault | None = None
+
+    def keep_copies(self, most: int, free: Callable[[], int]) -> None:
+        """Lets plans copy caches out of the slots and back. As `CacheVault`."""
+        self.vault = CacheVault(self.pointer, most, free)
 
     def execute(self, plan: StepPlan) -> list[int]:
-        """Executes a plan. Returns the positions of the outputs in the batch, in order. `logits` has one row for each."""
-        for step in plan.memory:
-            if isinstance(step, Copy):
-                self._copy(step)
-            else:
-                self._trim(step)
+        """Executes a plan in which nothing is restored. As `compute`."""
+        self.remember(plan.memory)
+        return self.compute(plan)
+
+    def remember(self, steps: Sequence[MemoryStep]) -> list[Restore]:
+        """Executes a plan's memory. Returns what could not be restored."""
+        failed: list[Restore] = []
+        for step in steps:
+            match step:
+                case Trim():
+                    self._trim(step)
+                case Copy():
+                    self._copy(step)
+                case Save():
+                    if self.vault is not None:
+                        self.vault.save(step)
+                case Discard():
+                    if self.vault is not None:
+                        self.vault.discard(step.number)
+                case Restore():
+                    if not self._restored(step):
+                        failed.append(step)
+        return failed
+
+    def compute(self, plan: StepPlan) -> list[int]:
+        """Computes a plan's segments. Returns the positions of the outputs in the batch, in order. `logits` has one row for
+        each.
+        """
         outputs: list[int] = []
         if plan.segments:
             self._use(plan.adapter)
@@ -173,6 +201,8 @@ class LlamaContext:
         L.llama_memory_clear(self._memory, True)
 
     def free(self) -> None:
+        if self.vault is not None:
+            self.vault.close()
         self.wipe()
         L.llama_free(self.pointer)
 
@@ -185,6 +215,11 @@ class LlamaContext:
     def _trim(self, trim: Trim) -> None:
         if not L.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):
             raise EngineError("This model's cache cannot be cut at this position.")
+
+    def _restored(self, step: Restore) -> bool:
+        restored = self.vault is not None and self.vault.restore(step)
+        self._trim(Trim(step.slot, step.keep if restored else 0))
+        return restored
 
     def _copy(self, copy: Copy) -> None:
         # A split cache copies whole sequences only. In a unified cache the sequences share the cells.

@@ -308,6 +308,8 @@ def _context(path: Path, settings: LlamaSettings, kind: TaskKind) -> int:
         raise SettingsError(f"{path.name} does not generate and has no cache: remove `unified` and `cells`.")
     if settings.kv_type != "f16":
         raise SettingsError(f"{path.name} does not generate and has no cache: remove `kv_type`.")
+    if settings.idle_caches:
+        raise SettingsError(f"{path.name} does not generate and has no cache: remove `idle_caches`.")
     if (settings.n_batch, settings.n_ubatch, settings.chunk, settings.burst, settings.prefill) != (*[None] * 4, PREFILL):
         raise SettingsError(
             f"{path.name} does not generate: remove `n_batch`, `n_ubatch`, `chunk`, `burst` and `prefill`. "

@@ -5,8 +5,8 @@ Rules:
 - Only the decode thread uses the context, the scheduler and the samplers. Callers leave tasks and cancellations behind a lock.
   The thread takes them between steps, so each takes effect within one step.
 - No log line and no error contains any part of a prompt or answer.
-- A scope's cache is removed some time after its last use (`scope_ages.py`). When nothing is cached or running, the cells' data
-  is overwritten.
+- A scope's cache is removed some time after its last use. When nothing is cached or running, the cells' data is overwritten
+  (`cache_care.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import llama_cpp as L
 import numpy as np
 
 from lacre.runtime import tasks
 from lacre_backend.engine.adapted import AdaptedEngine, adapted_name
 from lacre_backend.engine.adapters import AdapterFile, load, size
 from lacre_backend.engine.beside import Beside
+from lacre_backend.engine.cache_care import CacheCare
 from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox, TaskEvents, TaskStream
 from lacre_backend.engine.draft_model import DraftFile
@@ -34,7 +36,7 @@ from lacre_backend.engine.masks import GRACE, Masks
 from lacre_backend.engine.model import Model, Weights
 from lacre_backend.engine.pace import Pace, SteadyPace
 from lacre_backend.engine.parked import LOOK, Parked
-from lacre_backend.engine.plan import Segment, StepPlan
+from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan
 from lacre_backend.engine.projector import Projector, ProjectorFile
 from lacre_backend.engine.protocol import (
     DIED,
@@ -51,16 +53,15 @@ from lacre_backend.engine.protocol import (
 from lacre_backend.engine.rows import Rows
 from lacre_backend.engine.sampling import choose
 from lacre_backend.engine.scheduler import NO_DRAFTS, Scheduler
-from lacre_backend.engine.scope_ages import ScopeAges
-from lacre_backend.engine.sizing import LlamaSettings, derive
+from lacre_backend.engine.sizing import EngineSizing, LlamaSettings, derive, free_memory
 from lacre_backend.engine.speculation import speculation
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.vault import VaultCounts
 from lacre_backend.engine.watch import EngineHealth
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
 
 CLOSE_LIMIT: Final = 30.0  # seconds for a running step; a large one takes several on a slow machine
-_TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
 
 
 class LlamaEngine:
@@ -98,11 +99,15 @@ class LlamaEngine:
         compute = Compute(shape.threads, settings.flash, settings.kv_type, settings.n_ubatch)
         sees = None if projector is None else Projector(self._model, path, projector, compute, gpu=settings.gpu.layers != 0)
         self._model.info = replace(self._model.info, images=sees)
-        self._context = LlamaContext(self._model, shape.limits, compute, self._adapters)
+        limits = self._savable(shape)
+        self._context = LlamaContext(self._model, limits, compute, self._adapters)
+        if limits.saved:
+            self._context.keep_copies(shape.idle_bytes, free_memory)
         self.adapted = [AdaptedEngine(self, each.name, each.digest, adapted_name(name, each.name)) for each in adapters]
         self._masks = Masks(self._model)
         self._pace = SteadyPace(lambda: Pace(shape.limits.share, shape.limits.most, settings.prefill))
-        self._scheduler = Scheduler(shape.limits, self._pace.share)
+        self._scheduler = Scheduler(limits, self._pace.share)
+        self._caches = CacheCare(self._scheduler, self._context, self.speculation)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
@@ -114,8 +119,6 @@ class LlamaEngine:
         self._inbox: list[EngineJob] = []  # those of `_jobs` that the decode thread has not taken yet
         self._cancelled: list[EngineJob] = []  # since the decode thread's last check
         self._closing = self._closed = False
-        self._ages = ScopeAges()
-        self._dirty = False  # whether old cells still have data
         self.steps = 0
         self.computed_tokens = 0  # submitted to `llama_decode`, without fillers
         self._thread = tasks.thread(f"decode {name}", self._run)
@@ -140,6 +143,12 @@ class LlamaEngine:
     def held(self) -> tuple[int, int]:
         """Unfinished tasks, and cells in use including caches. Exact while nothing runs."""
         return len(self._jobs) + len(self._beside.ids), self._scheduler.limits.cells - self._scheduler.free_cells
+
+    @property
+    def idle_caches(self) -> VaultCounts:
+        """Of the copies of idle caches."""
+        vault = self._context.vault
+        return VaultCounts() if vault is None else replace(vault.counts)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
@@ -182,6 +191,10 @@ class LlamaEngine:
         for job in (each for each in jobs if not each.lacks_tokens):
             job.sampler.close()
             job.stream.road.deliver([(job.stream, job.finish("length"))])
+
+    def _savable(self, shape: EngineSizing) -> EngineLimits:
+        """The limits, without copies where they would lack cells: llama.cpp copies none outside of a layer's window."""
+        return replace(shape.limits, saved=0) if L.llama_model_n_swa(self._model.pointer) > 0 else shape.limits
 
     def _enter(self, jobs: Sequence[EngineJob], lensed: Sequence[LensTask]) -> None:
         """Enters all jobs at once, or none."""
@@ -244,7 +257,7 @@ class LlamaEngine:
                 if self._closing:
                     return False
                 idle = not (self._inbox or self._cancelled or self._scheduler.busy or self._beside.busy)
-                timed_out = idle and not self._changed.wait(self._patience())
+                timed_out = idle and not self._changed.wait(self._caches.patience())
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
@@ -256,30 +269,32 @@ class LlamaEngine:
                 if not job.ended:
                     self._end(job, "cancelled")
             if timed_out and not self._scheduler.busy:
-                self._tidy()
+                self._caches.tidy()
             if self._scheduler.busy or self._beside.busy:
                 return True
             self._outbox.flush()
 
     def _step(self) -> None:
         now = time.monotonic()
-        if self._ages.due(now):
-            self._forget(now)
+        self._caches.look(now)
         self._resume(now)
         plan = self._scheduler.plan(self._drafts())
-        began = time.monotonic()
         for task_id in plan.admitted:
             self._start(self._jobs[task_id], now)
         working = [self._jobs[segment.task] for segment in plan.segments if segment.task is not None]
         working += [self._jobs[task_id] for task_id in plan.copied]
         try:
-            rows = self._context.execute(plan)
+            for step in self._context.remember(plan.memory):
+                self._scheduler.lost(step)
+                self._start(self._jobs[step.task], now)
+            began = time.monotonic()
+            rows = self._context.compute(plan)
         except EngineError as error:
             self._fail(working, error)
             return
         if plan.segments:
             self._watch.done()
-            self._dirty = True
+            self._caches.dirty = True
             self._record(plan, time.monotonic() - began)
         self._tell_read(plan)
         outputs = [segment for segment in plan.segments if segment.output]
@@ -293,8 +308,7 @@ class LlamaEngine:
 
     def _start(self, job: EngineJob, now: float) -> None:
         job.start(self._scheduler.cached(job.task.id), now)
-        if job.task.cache_scope is not None:
-            self._ages.use(job.task.cache_scope, now)
+        self._caches.use(job.task.cache_scope, now)
 
     def _drafts(self) -> Mapping[str, Sequence[int]]:
         """Guesses for the next step, by task."""
@@ -442,8 +456,8 @@ class LlamaEngine:
         self._scheduler.end(job.task.id, keep=keep)
         if self.speculation is not None:
             self.speculation.forget(job.task.id)
-        if keep and job.task.cache_scope is not None:
-            self._ages.use(job.task.cache_scope, time.monotonic())
+        if keep:
+            self._caches.use(job.task.cache_scope, time.monotonic())
         with self._changed:
             del self._jobs[job.task.id]
             self._rows.remove(job.task)
@@ -470,27 +484,3 @@ class LlamaEngine:
             job.sampler.close()
         self._beside.give_up(None if closed else EngineError(DIED))
         self._outbox.flush()
-
-    # Caches
-
-    def _patience(self) -> float | None:
-        """How long to wait for work before tidying up."""
-        if (expires := self._ages.expires) is not None:
-            return expires - time.monotonic()
-        return _TIDY if self._dirty else None
-
-    def _tidy(self) -> None:
-        """While nothing runs: removes expired caches, and overwrites the data when nothing is left."""
-        now = time.monotonic()
-        self._forget(now)
-        plan = self._scheduler.plan()
-        self._context.execute(replace(plan, segments=(), after=()))
-        if self.speculation is not None:
-            self.speculation.wipe()
-        if self._dirty and not self._scheduler.scopes:
-            self._context.wipe()
-            self._dirty = False
-
-    def _forget(self, now: float) -> None:
-        for scope in self._ages.expired(now):
-            self._scheduler.forget(scope)

@@ -30,6 +30,7 @@ class EngineLimits:
     - multiple: how many sequences the kernels process at once.
     - drafts: drafted tokens of all tasks in a step that reads no prompt.
     - cuttable: whether cells can be removed from the end of a sequence; if not, no prefix is reused and there are no fillers.
+    - saved: cells of idle caches that are kept outside of the context's own (`saved.py`).
     """
 
     slots: int
@@ -43,12 +44,14 @@ class EngineLimits:
     multiple: int = 1
     cuttable: bool = True
     drafts: int = 0
+    saved: int = 0
 
     def __post_init__(self) -> None:
         fits = self.context <= self.cells <= self.slots * self.context
         positive = min(self.slots, self.context, self.share, self.burst, self.chunk) > 0
         rooms = self.slots + max(self.burst + self.share, self.drafts) <= self.step and self.chunk <= self.step
-        if not (fits and positive and rooms):
+        savable = self.saved == 0 or (self.cuttable and not self.unified and self.saved > 0)
+        if not (fits and positive and rooms and savable):
             raise UsageError(f"These limits contradict each other: {self}.")
 
     @property
@@ -72,6 +75,43 @@ class Copy:
     source: int
     target: int
     keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Keeps a copy of the slot's `length` cells outside of the context. number: of the copy. scope, adapter: whose cells."""
+
+    slot: int
+    number: int
+    length: int
+    scope: bytes
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Fills the slot, which is empty, with the first `keep` of a copy's `length` cells, for a task of this scope and adapter.
+
+    If it fails, the slot is empty, and the task must be `lost`. No segment of the same plan depends on it.
+    """
+
+    slot: int
+    number: int
+    length: int
+    keep: int
+    task: str
+    scope: bytes
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Removes a copy."""
+
+    number: int
+
+
+MemoryStep = Trim | Copy | Save | Restore | Discard
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +141,7 @@ class StepPlan:
     segments' tasks; None: the base model alone.
     """
 
-    memory: tuple[Trim | Copy, ...]
+    memory: tuple[MemoryStep, ...]
     segments: tuple[Segment, ...]
     after: tuple[Trim, ...]
     admitted: tuple[str, ...]

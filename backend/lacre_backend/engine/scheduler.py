@@ -21,9 +21,9 @@ Rules:
 - A plan lists tokens by ascending slot. With a split cache llama.cpp computes neighbouring sequences together, and starts again
   at every gap. Measured: 8 of 16 slots take 35 ms a step with gaps, 13 without.
 - llama.cpp's CPU kernels process rows in fours, and single rows cost much more (7 sequences take 30 ms, 8 take 24). So other
-  slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. They are idle, or
-  wait for their adapter's turn. The filler is removed after the step. It is added only if it lengthens no task's attention: a
-  neighbour's timing must not reveal an idle cache.
+  slots get one filler token (`fillers.py`): those in gaps, and those next to the running ones if that makes the count round.
+- An idle cache that loses its slot is copied out first (`saved.py`), and back when its scope asks for it. A step moves few
+  tokens in that way while others generate. A task whose cache was copied back is read from the next step on: it may be `lost`.
 - A step that reads no prompt may check drafted tokens: guesses of the next ones (`speculation.py`). They take free cells only,
   and at most `drafts` of a step. `advance` confirms them one by one; the cells of wrong ones are removed before the next step.
 """
@@ -42,20 +42,19 @@ from lacre_backend.engine.adapter_turns import AdapterTurns, Runner
 from lacre_backend.engine.cells import Cells
 from lacre_backend.engine.choices import Choices
 from lacre_backend.engine.drafting import MAX_DRAFT
-from lacre_backend.engine.placement import distances
-from lacre_backend.engine.plan import Copy, EngineLimits, Segment, StepPlan, Trim
-from lacre_backend.engine.slots import CacheSlot, QueuedTask, age, cost, unread, weight
+from lacre_backend.engine.fillers import filled
+from lacre_backend.engine.plan import Copy, Discard, EngineLimits, MemoryStep, Restore, Save, Segment, StepPlan, Trim
+from lacre_backend.engine.reuse import FoundCells, Reuse
+from lacre_backend.engine.saved import MIN_SAVED, SavedCache, SavedCaches
+from lacre_backend.engine.slots import CacheSlot, QueuedTask, age, unread, weight
 from lacre_backend.engine.tokens import Tokens
 from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
-MIN_REUSE: Final = 16  # tokens; computing a shorter common prefix (every chat's first words) is faster than finding it
-MIN_COPY: Final = 128  # tokens; below it, copying between slots takes longer than computing. Choices copy any shared prefix
 MARGIN: Final = 32  # free cells per running task before another is admitted, so that it is not sent back at once
 COMPARED: Final = 64  # prefixes compared per step, about 4 us each; later tasks wait for the next step
-PAD: Final = 256  # llama.cpp reads cells in multiples of this many
+MOVED: Final = 2048  # tokens copied out or back in a step while others generate; further tasks wait for the next step
 PIECE: Final = 63  # tokens: from 64 of one sequence on, ggml's flash attention on CPUs computes in tiles
 NO_DRAFTS: Final[Mapping[str, Sequence[int]]] = MappingProxyType({})
-FILLER: Final = 0  # any token works: its result is ignored
 
 
 class Scheduler:
@@ -73,8 +72,10 @@ class Scheduler:
         self._groups: dict[str, Choices[QueuedTask]] = {}
         self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
-        self._compared = 0  # prefixes compared in this step
-        self._memory: list[Trim | Copy] = []
+        self._memory: list[MemoryStep] = []
+        self._saved = SavedCaches(limits.saved)
+        self._reuse = Reuse(self._slots, self._saved, cuttable=limits.cuttable)
+        self._moved = 0  # tokens copied out or back in this step
 
     # Input
 
@@ -114,7 +115,7 @@ class Scheduler:
             slot.used = self._tick()
             self._undraft(slot)
             if not keep or task.scope is None:
-                self._trim(slot, self._of_choices(slot, task) if keep else 0)
+                self._trim(slot, self._reuse.of_choices(slot, task) if keep else 0)
         elif task.choices is None or task not in task.choices.waiting:
             self._turns.drop(task.fair, task_id)
         if task.choices is not None:
@@ -143,6 +144,24 @@ class Scheduler:
         for slot in self._slots:
             if slot.idle and slot.scope == scope:
                 self._trim(slot, 0)
+        self._memory += map(Discard, self._saved.forget(scope))
+
+    def lost(self, step: Restore) -> None:
+        """The last plan's step failed, and its slot is empty: the task's prompt is read, and the copy removed."""
+        task = self._tasks[step.task]
+        slot = task.slot
+        if step.number in self._saved:
+            self._saved.take(step.number)
+            self._memory.append(Discard(step.number))
+        if slot is None or not slot.restored:
+            return
+        if task.cached == slot.restored:
+            task.cached = 0
+        if task.choices is not None and task.choices.cached == slot.restored:
+            task.choices.cached = 0
+        self._cells.cut(slot.index, 0)
+        slot.length = slot.restored = 0
+        task.long = unread(slot) > self.limits.burst
 
     # State
 
@@ -196,6 +215,7 @@ class Scheduler:
         """
         for slot in self._slots:
             self._undraft(slot)
+            slot.restored = 0
         for choices in self._groups.values():
             reader = choices.reader
             if reader is not None and reader.slot is not None and reader.slot.length >= choices.length:
@@ -205,7 +225,7 @@ class Scheduler:
         adapter, generating, segments = self._compute()
         if drafts and generating == len(segments):
             self._draft(drafts, segments)
-        ordered, after = self._filled([segments[i] for i in sorted(segments)], adapter)
+        ordered, after = filled([segments[i] for i in sorted(segments)], adapter, self._slots, self.limits, self.free_cells)
         memory, self._memory = tuple(self._memory), []
         still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this same plan
         return StepPlan(memory, ordered, after, admitted, generating, still, adapter)
@@ -228,10 +248,11 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> Iterator[str]:
-        self._compared = 0
-        while self._compared < COMPARED and any(slot.idle for slot in self._slots):
+        self._reuse.compared = self._moved = 0
+        others = any(slot.generating for slot in self._slots)
+        while self._reuse.compared < COMPARED and any(slot.idle for slot in self._slots):
             task = self._turns.next()
-            if task is None:
+            if task is None or (others and self._moved >= MOVED):
                 return
             if task.choices is not None and task.choices.must_wait(task):
                 self._turns.drop(task.fair, task.id)
@@ -244,77 +265,45 @@ class Scheduler:
 
     def _place(self, task: QueuedTask) -> bool:
         """Gives the task a slot, with its scope's cached tokens. False if there are not enough cells."""
-        slot, source, common = self._best(task)
-        shared = common if source is None or self.limits.unified else 0  # a copy in a split cache takes cells of its own
+        found = self._reuse.best(task)
+        slot, source, saved, common = found.slot, found.source, found.saved, found.common
+        # A copy in a split cache takes cells of its own
+        shared = 0 if saved is not None or (source is not None and not self.limits.unified) else common
         running = sum(not s.idle for s in self._slots)
         need = len(task.tokens) - shared + 1
-        if running and self._available(slot, source, common) < need + MARGIN * running:
+        if running and self._available(found) < need + MARGIN * running:
             return False
-        self._trim(slot, common if source is None else 0)
+        if saved is not None:  # before others are added: it might have to go for them
+            self._saved.take(saved.number)
+        self._retire(slot, found.kept)
         if source is not None:
             self._cells.copy(source.index, slot.index, common)
             self._memory.append(Copy(source.index, slot.index, common))
+        elif saved is not None:
+            self._restore(slot, task, saved, common)
+            need -= common
         slot.tokens, slot.length = task.tokens, common
         slot.task, slot.scope, slot.choices, task.slot = task, task.scope, task.choices, slot
         slot.adapter = task.adapter
         task.number = slot.used = self._tick()
-        found = common
+        cached = common
         if task.choices is not None:
-            found = task.choices.cached = common if task.choices.cached is None else task.choices.cached
+            cached = task.choices.cached = common if task.choices.cached is None else task.choices.cached
             if common < task.choices.length:
                 task.choices.reader = task
-        task.cached = found if task.cached is None else task.cached
-        task.long = unread(slot) > self.limits.burst
+        task.cached = cached if task.cached is None else task.cached
+        task.long = len(task.tokens) - common > self.limits.burst
         while self.free_cells < need and self._evict():
             pass
         return True
 
-    def _available(self, slot: CacheSlot, source: CacheSlot | None, common: int) -> int:
+    def _available(self, found: FoundCells) -> int:
         """The cells that are free once every idle cache is removed, except the one that the task would use."""
-        kept = [0 if s.idle and s is not source else s.length for s in self._slots]
-        kept[slot.index] = common if source is None else 0
+        kept = [0 if s.idle and s is not found.source else s.length for s in self._slots]
+        kept[found.slot.index] = found.kept
         return self.free_cells + self._cells.freeable(kept)
 
-    def _best(self, task: QueuedTask) -> tuple[CacheSlot, CacheSlot | None, int]:
-        """The slot to use, the slot to copy from (None: use its own cells), and the length of the common prefix."""
-        idle = [slot for slot in self._slots if slot.idle]
-        common = {slot.index: self._common(slot, task) for slot in self._slots}
-        best = max(idle, key=lambda slot: (common[slot.index], slot.used))
-        source = max(self._slots, key=lambda slot: common[slot.index])
-        sibling = task.choices is not None and source.choices is task.choices  # then none of the prompt is computed again
-        least, gain = (1, 0) if sibling else (MIN_REUSE, MIN_COPY)
-        if common[best.index] >= max(least, common[source.index] - gain):
-            return best, None, common[best.index]
-        far = distances([None if slot.idle else slot.adapter == task.adapter for slot in self._slots])
-        fresh = min(idle, key=lambda slot: cost(slot, *far[slot.index]))
-        if common[source.index] >= max(gain, 1) and source is not fresh:
-            return fresh, source, common[source.index]
-        return fresh, None, 0
-
-    def _common(self, slot: CacheSlot, task: QueuedTask) -> int:
-        """The length of the common prefix. Without a sibling's logits it leaves at least the last token."""
-        if (ours := self._of_choices(slot, task)) > 0:
-            return ours
-        if slot.adapter != task.adapter:  # its cells hold what other weights computed
-            return 0
-        if task.scope is None or slot.scope != task.scope or not self.limits.cuttable:
-            return 0
-        limit = min(len(task.tokens) - 1, slot.length)
-        self._compared += limit > 0
-        return task.tokens.common(slot.tokens, limit)
-
     # Choices
-
-    def _of_choices(self, slot: CacheSlot, task: QueuedTask) -> int:
-        """How many tokens of its request's prompt a slot has for the task. A state that cannot be cut must end exactly
-        there.
-        """
-        choices = task.choices
-        if choices is None or slot.choices is not choices:
-            return 0
-        if not self.limits.cuttable:
-            return choices.length if slot.length == choices.length else 0
-        return min(slot.length, choices.length)
 
     def _is_copied(self, task: QueuedTask) -> bool:
         return task.slot is not None and task.slot.length == len(task.tokens)
@@ -351,6 +340,26 @@ class Scheduler:
             slot.length = keep
             self._memory.append(Trim(slot.index, keep))
 
+    def _retire(self, slot: CacheSlot, keep: int) -> None:
+        """Cuts an idle cache for another task. If much of it is cut, it is copied out first."""
+        if self.limits.saved and slot.scope is not None and slot.length - keep >= MIN_SAVED:
+            number, removed = self._saved.add((slot.scope, slot.adapter), slot.tokens, slot.length)
+            self._memory += map(Discard, removed)
+            if number is not None:
+                self._memory.append(Save(slot.index, number, slot.length, slot.scope, slot.adapter))
+                self._moved += slot.length
+        self._trim(slot, keep)
+
+    def _restore(self, slot: CacheSlot, task: QueuedTask, saved: SavedCache, common: int) -> None:
+        """Copies a cache back into an empty slot. The copy stays only if much of it is another text's."""
+        self._cells.grow(slot.index, common)
+        scope = b"" if task.scope is None else task.scope  # the task's own, not the copy's: it opens for no other
+        self._memory.append(Restore(slot.index, saved.number, saved.length, common, task.id, scope, task.adapter))
+        self._moved += saved.length
+        slot.restored = common
+        kept = saved.length - common >= MIN_SAVED
+        self._memory += map(Discard, self._saved.put_back(saved) if kept else [saved.number])
+
     def _undraft(self, slot: CacheSlot) -> None:
         """Removes the cells of drafted tokens that were not confirmed."""
         if slot.drafted:
@@ -362,7 +371,7 @@ class Scheduler:
         """Removes the longest-unused idle cache. A prompt that choices may still copy goes last."""
         idle = [slot for slot in self._slots if slot.idle and slot.length]
         if idle:
-            self._trim(min(idle, key=lambda slot: (slot.choices is not None, slot.used)), 0)
+            self._retire(min(idle, key=lambda slot: (slot.choices is not None, slot.used)), 0)
         return bool(idle)
 
     def _preempt(self, segments: dict[int, Segment]) -> None:
@@ -455,38 +464,6 @@ class Scheduler:
                 self._take(slot, n, segments)
                 room -= n
         return room
-
-    def _filled(self, segments: list[Segment], adapter: str | None) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
-        """Adds fillers in the gaps and up to a round number; also returns how to remove them. adapter: of the step. A filler is
-        as long as the shortest segment: llama.cpp computes sequences of one length together.
-        """
-        if len(segments) < 2 or not self.limits.cuttable:
-            return tuple(segments), ()
-        longest = max(segment.start + len(segment.tokens) for segment in segments)
-        padded = min(-(-longest // PAD) * PAD, self.limits.context)
-        first, last = segments[0].slot, segments[-1].slot
-        each = min(len(segment.tokens) for segment in segments)
-        usable = [s for s in self._slots if (s.idle or s.adapter != adapter) and s.length + each <= padded]
-        inside = [slot for slot in usable if first < slot.index < last and not self.limits.unified]
-        outside = self._beside(usable, first, last)
-        n = len(segments) + len(inside)
-        missing = -n % self.limits.multiple
-        if each == 1 and n > self.limits.multiple and 0 < missing <= min(self.limits.multiple // 2, len(outside)):
-            inside += outside[:missing]
-        if each * len(inside) > min(self.limits.step, self.free_cells) - sum(len(segment.tokens) for segment in segments):
-            return tuple(segments), ()
-        fillers = [Segment(slot.index, slot.length, (FILLER,) * each, None, True) for slot in inside]
-        ordered = sorted([*segments, *fillers], key=lambda segment: segment.slot)
-        return tuple(ordered), tuple(Trim(filler.slot, filler.start) for filler in fillers)
-
-    def _beside(self, usable: Sequence[CacheSlot], first: int, last: int) -> list[CacheSlot]:
-        """Idle slots that border the running ones; in a unified cache, any."""
-        if self.limits.unified:
-            return list(usable)
-        known = {slot.index: slot for slot in usable}
-        after = itertools.takewhile(known.__contains__, range(last + 1, len(self._slots)))
-        before = itertools.takewhile(known.__contains__, range(first - 1, -1, -1))
-        return [known[index] for index in (*after, *before)]
 
 
 def _piece(slot: CacheSlot) -> int:

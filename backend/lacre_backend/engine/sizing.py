@@ -29,6 +29,8 @@ MAX_SLOTS: Final = 256  # llama.cpp's own limit
 MAX_STEP: Final = 16384  # tokens; beyond some thousands no device reads faster, and the buffers of a step grow with it
 OVERHEAD: Final = 192 * 2**20  # bytes: llama.cpp's buffers for one step, and the process
 CPU_ROWS: Final = 4  # rows that ggml's kernels for repacked weights process at once
+IDLE_SHARE: Final = 0.25  # of the memory left beside weights and caches, for copies of idle caches
+_COPIED: Final = 32  # bytes that a copy has for each token, beside its cell
 # Of the memory left beside the weights, for caches without a set size: other programs run here too
 SHARE_OF_MEMORY: Final = 0.5
 # Bytes for those of 16-bit numbers: a block of 32 numbers takes 34 bytes in q8_0 and 18 in q4_0, not 64
@@ -50,6 +52,7 @@ class LlamaSettings:
     - n_batch: tokens of a step. n_ubatch: those that llama.cpp computes at a time. None: a whole step.
     - chunk: tokens of prompts in a step that generates nothing. burst: tokens of all short prompts in a step that generates.
     - prefill: the share of a step's time that long prompts get while others generate.
+    - idle_caches: bytes for copies of idle caches; 0: none are kept.
     - speculation: where guesses of next tokens come from: prompt lookup, or a draft model.
     """
 
@@ -67,16 +70,18 @@ class LlamaSettings:
     prefill: float = PREFILL
     gpu: Gpu = field(default_factory=Gpu)
     beyond_training: bool = False
+    idle_caches: int | None = None
     speculation: SpeculationKind = "off"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSizing:
-    """The decision. cache_bytes: memory of the caches."""
+    """The decision. cache_bytes: memory of the caches. idle_bytes: of the copies of idle ones."""
 
     limits: EngineLimits
     threads: int
     cache_bytes: int
+    idle_bytes: int = 0
 
 
 def derive(
@@ -106,6 +111,7 @@ def derive(
     threads = settings.threads or len(os.sched_getaffinity(0))
     multiple = 1 if room is None else CPU_ROWS
     step, chunk, burst, share = _steps(settings, slots)
+    idle = _idle(facts, settings, None if room is None else room - size)
     limits = EngineLimits(
         slots=slots,
         context=context,
@@ -118,8 +124,27 @@ def derive(
         multiple=multiple,
         cuttable=facts.cuttable,
         drafts=min(_drafts(settings, slots), step - slots),
+        saved=idle // (bytes_per_token(facts, settings) + _COPIED),
     )
-    return EngineSizing(limits, threads, size)
+    return EngineSizing(limits, threads, size, idle)
+
+
+def _idle(facts: ModelMetadata, settings: LlamaSettings, left: int | None) -> int:
+    """Bytes for copies of idle caches. left: bytes beside weights and caches; None: they are on a GPU, whose caches are copied
+    only if the settings say so, because it reads a prompt about as fast.
+    """
+    wanted = settings.idle_caches
+    if wanted and settings.unified:
+        raise SettingsError("idle_caches is for a cache for each slot: remove unified, or idle_caches.")
+    if not facts.cuttable or settings.unified or (left is None and wanted is None):
+        return 0
+    if wanted is None or left is None:
+        return int(max(left or 0, 0) * IDLE_SHARE) if wanted is None else wanted
+    if wanted > max(left, 0):
+        raise SettingsError(
+            f"idle_caches is {wanted} bytes, and {_mib(max(left, 0))} is free beside the weights and caches. Set fewer bytes."
+        )
+    return wanted
 
 
 def _steps(settings: LlamaSettings, slots: int) -> tuple[int, int, int, int]:

@@ -1,6 +1,7 @@
 """The scheduler's tasks and the slots that they run in, and the orders among them.
 
-Rules: pure. A slot's cells hold the first `length` tokens of its task, and then its drafted ones, if any.
+Rules: pure. A slot's cells hold the first `length` tokens of its task, and then its drafted ones, if any. Cells that this plan
+restores are not read behind before the next plan: the restoring may fail.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class QueuedTask:
 class CacheSlot:
     """One sequence of llama.cpp's cache."""
 
-    __slots__ = ("adapter", "choices", "drafted", "index", "length", "scope", "task", "tokens", "used")
+    __slots__ = ("adapter", "choices", "drafted", "index", "length", "restored", "scope", "task", "tokens", "used")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -48,6 +49,7 @@ class CacheSlot:
         self.choices: Choices[QueuedTask] | None = None
         self.task: QueuedTask | None = None
         self.used = 0  # when it was last in use, by the scheduler's counter
+        self.restored = 0  # cells that this plan brings back for the task, if that succeeds
         self.drafted: tuple[int, ...] = ()  # guesses of the next tokens, whose cells follow; not known to be right yet
 
     @property
@@ -57,7 +59,7 @@ class CacheSlot:
     @property
     def generating(self) -> bool:
         task = self.task
-        return task is not None and task.generated > 0 and len(task.tokens) - self.length == 1
+        return task is not None and task.generated > 0 and not self.restored and len(task.tokens) - self.length == 1
 
 
 def age(slot: CacheSlot) -> int:
@@ -81,5 +83,5 @@ def weight(task: QueuedTask, held: Counter[Fair | str], oldest: int) -> tuple[bo
 
 
 def unread(slot: CacheSlot) -> int:
-    """Tokens of the slot's task that are not computed yet."""
-    return 0 if slot.task is None else len(slot.task.tokens) - slot.length
+    """Tokens of the slot's task that are not computed yet, and may be."""
+    return 0 if slot.task is None or slot.restored else len(slot.task.tokens) - slot.length

@@ -19,11 +19,11 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.context import Compute
 from lacre_backend.engine.draft_model import DraftFile, DraftModel
 from lacre_backend.engine.drafting import Drafter, Wanted
+from lacre_backend.engine.fillers import FILLER
 from lacre_backend.engine.gain import Gain, Offer
 from lacre_backend.engine.lookup import Lookup
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.plan import EngineLimits, StepPlan
-from lacre_backend.engine.scheduler import FILLER
 from lacre_backend.engine.sizing import EngineSizing, LlamaSettings
 
 _PRIOR: Final = 0.6  # the share of right guesses before any was checked

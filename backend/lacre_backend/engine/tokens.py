@@ -58,6 +58,10 @@ class Tokens:
             return start + len(rest)
         return start + next(i for i, token in enumerate(rest) if token != other_rest[i])
 
+    def digests(self, length: int) -> tuple[bytes, ...]:
+        """Of each whole block of the first `length` tokens; none if they were not chained."""
+        return () if self._digests is None else tuple(self._digests[: length // BLOCK])
+
     def _chain(self) -> None:
         """Adds the missing digests. Each covers everything up to the end of its block."""
         if self._digests is not None:

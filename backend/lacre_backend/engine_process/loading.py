@@ -91,6 +91,7 @@ def options(model: ModelSettings) -> LlamaSettings:
         burst=model.burst,
         prefill=model.prefill,
         beyond_training=model.beyond_training,
+        idle_caches=model.idle_caches,
         speculation=model.speculation,
         gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
     )
