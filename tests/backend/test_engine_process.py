@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from cryptography.hazmat.primitives.hashes import SHA512
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from backend.generating import GREEDY, made, make_task, rest_of, run
 from backend.test_sealed_memory import files_held_by, slices
@@ -40,8 +42,10 @@ from lacre_backend.engine.protocol import (
 )
 from lacre_backend.engine_process import engine as room
 from lacre_backend.engine_process.engine import ProcessEngine
+from lacre_backend.models.sealed import message_context, read_head
 from lacre_backend.settings import ModelSettings
 from lacre_backend.workshop.sealing import seal_model
+from lacre_fabric.keys.kms import connect
 from parts.memory import found_in_memory
 from parts.tiny_model import tiny_lora, tiny_model, tiny_reranker
 from parts.up import alive, descendants, wait_until_gone
@@ -103,6 +107,13 @@ async def test_a_crash_ends_its_streams_and_it_comes_back(engine: ProcessEngine)
     assert not engine.died and engine.fault is None
     after = await made(engine, max_tokens=8, sampling=GREEDY)
     assert (after.ids, after.text) == (before.ids, before.text)
+
+
+async def test_the_first_restart_waits_for_nothing(engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short its process lived. The delays are for those that end again at once."""
+    for name in ("AGAIN", "AGAIN_MOST", "AGAIN_CRASHED", "SETTLED"):
+        monkeypatch.setattr(room, name, 1e6)
+    await back(engine, strike(engine))
 
 
 async def test_while_there_is_no_process_every_call_says_so(engine: ProcessEngine, model: Path) -> None:
@@ -324,6 +335,24 @@ def test_sealed_weights_are_in_its_memory_alone(tmp_path: Path) -> None:
         assert not any(found_in_memory(each, needles) for each in below)
         held = [content for each in (owner.pid, pid, *below) for content in files_held_by(each)]
         assert not any(needle in content for content in held for needle in needles.values())
+        owner.communicate("")
+        assert owner.returncode == 0
+
+
+def test_the_key_of_a_sealed_model_does_not_stay(tmp_path: Path) -> None:
+    """Neither the one that crossed the socket nor the one that opens the chunks, once the model is loaded."""
+    path, address = tmp_path / "tiny.sealed", f"file:{tmp_path / 'kms'}"
+    seal_model(tiny_model(tmp_path / "tiny.gguf"), path, address, lambda _what, _share: None)
+    head, service = read_head(path), connect(address)
+    assert service is not None
+    key = bytes(service.unwrap(head.wrapped, head.about.context))
+    salt = path.read_bytes()[head.at :][:24]
+    label = b"c2sp.org/chunked-encryption@v1+AEAD_AES_256_GCM\0"
+    chunks = HKDFExpand(SHA512(), 32 + 12 + 32, label + salt + message_context(head.core)).derive(key)[:32]
+    with started(str(path), address) as owner:
+        pid = pid_of(owner)
+        for each in (owner.pid, pid, *descendants(pid)):
+            assert found_in_memory(each, {"key": key, "chunks": chunks}) == set(), each
         owner.communicate("")
         assert owner.returncode == 0
 

@@ -30,6 +30,7 @@ import uvloop
 
 from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.runtime import tasks
+from lacre.wire.wiping import overwrite
 from lacre_backend.engine.delivery import Delivered
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine
@@ -85,7 +86,7 @@ class Pipe:
         self.socket = socket.socket(fileno=file)
         self.socket.setblocking(False)
         self._lock = threading.Lock()
-        self._unframer = Unframer(TO_CHILD)
+        self._unframer = Unframer(TO_CHILD, secret=True)
 
     def send(self, *messages: FromChild) -> None:
         """Waits until the worker takes them; it always reads. Does nothing if the worker has gone."""
@@ -110,8 +111,15 @@ class Pipe:
         poll.register(self.socket, select.POLLIN)
         while True:
             poll.poll()
-            if found := self.parsed(self.socket.recv(_PIECE)):
+            data = self.socket.recv(_PIECE)
+            found = self.parsed(data)
+            overwrite(data)  # it may have a key, and the unframer has its own
+            if found:
                 return found[0]  # the worker asks nothing before the model is loaded, and sends one answer at a time
+
+    def loaded(self) -> None:
+        """No further key comes."""
+        self._unframer.secret = False
 
     async def read(self) -> list[ToChild]:
         return self.parsed(await asyncio.get_running_loop().sock_recv(self.socket, _PIECE))
@@ -154,7 +162,9 @@ class KeysOfWorker:
             raise InvalidMessage("the worker answered something else than a key")
         if answer.key is None:
             raise SettingsError("the worker has no key") if answer.failure is None else raised(answer.failure)
-        return bytearray(answer.key)
+        key = bytearray(answer.key)
+        overwrite(answer.key)
+        return key
 
     def close(self) -> None:
         """The worker closes the service."""
@@ -274,6 +284,7 @@ async def _serve(file: int) -> None:
     if engine is None:
         return
     pulse = tasks.start("pulse", partial(_pulse, engine, pipe))
+    pipe.loaded()
     try:
         await EngineChild(engine, pipe).serve()
     finally:
@@ -310,10 +321,14 @@ def _loaded(pipe: Pipe) -> LlamaEngine | LlamaEmbedder | None:
 
 
 def _tell(engine: LlamaEngine | LlamaEmbedder) -> None:
-    """Logs what the engine's guesses were worth."""
-    if isinstance(engine, LlamaEngine) and engine.speculation is not None:
+    """Logs what the engine's guesses and its copies of idle caches were worth."""
+    if not isinstance(engine, LlamaEngine):
+        return
+    if engine.speculation is not None:
         counts = engine.speculation.counts
         log.info("worker.speculation", model=engine.model.name, number=counts.guessed, accepted=counts.accepted)
+    if (copies := engine.idle_caches).saved:
+        log.info("worker.idle_caches", model=engine.model.name, number=copies.saved, accepted=copies.restored)
 
 
 def _alone(parent: int) -> None:

@@ -79,9 +79,9 @@ class Codec(Generic[T]):
     def __init__(self, kind: type[T], stands_for: Mapping[Any, Any] = MappingProxyType({})) -> None:
         self._write, self._read = _form(kind, stands_for)
 
-    def encode(self, value: T) -> bytearray:
-        """Raises UsageError for a value that is not of the annotated type."""
-        out = bytearray()
+    def encode(self, value: T, before: int = 0) -> bytearray:
+        """before: how many empty bytes precede it. Raises UsageError for a value that is not of the annotated type."""
+        out = bytearray(before)
         try:
             self._write(value, out)
         except (TypeError, AttributeError, ValueError, KeyError, OverflowError, struct.error) as exc:

@@ -5,8 +5,8 @@ Rules:
 - One thread per engine starts its children and reads from them. It waits for nothing else, so a child never waits for it.
 - What can be decided here is decided here: checks of tasks, and the text that tokens release. So `submit` and `cancel` return
   at once.
-- A child that was ready is replaced at once: its requests are lost, not the worker. If it lived less than a second, or could
-  not load, it is replaced after a delay that doubles. After a crash the delay stays short: the next request may be harmless.
+- A child that ended is replaced at once: its requests are lost, not the worker. If the next one lives less than a second, or
+  cannot load, a delay follows that doubles. After a crash the delay stays short: the next request may be harmless.
 - A child gets the keys of its own model's files, each as often as a file has it. The worker reads which ones those are.
 - A child whose step does not end is ended. The requests in it could never end otherwise.
 """
@@ -79,7 +79,7 @@ from lacre_backend.settings import ModelSettings
 from lacre_fabric.keys.kms import PLAIN, EncryptionContext, Kms, connect
 
 CLOSE_LIMIT: Final = 35.0  # seconds: for the engine's own limit, and to free its memory
-AGAIN: Final = 0.5  # seconds before the second try to start a child, doubled with each further one
+AGAIN: Final = 0.5  # seconds before the third try to start a child, doubled with each further one
 AGAIN_MOST: Final = 30.0
 AGAIN_CRASHED: Final = 2.0  # the longest delay after a child that was ready
 SETTLED: Final = 1.0  # seconds after which a ready child counts as one that works
@@ -250,7 +250,7 @@ class ProcessEngine:
 
     def _keep(self) -> None:
         """Starts one child after the other, until the engine is closed."""
-        delay = 0.0
+        delay, tries = 0.0, 0
         while not self._closing.wait(delay):
             settled, most = False, AGAIN_MOST
             try:
@@ -267,7 +267,8 @@ class ProcessEngine:
                 if not isinstance(error, LacreError | OSError):
                     raise  # a fault of the worker's own, which ends it
                 self._fail(f"it cannot be started: {error}")
-            delay = 0.0 if settled else min(max(2 * delay, AGAIN), most)
+            tries = 0 if settled else tries + 1
+            delay = 0.0 if tries < 2 else min(AGAIN * 2.0 ** min(tries - 2, 10), most)
 
     @contextmanager
     def _started(self) -> Iterator[tuple[EngineLink, Ready]]:
@@ -436,7 +437,9 @@ def _give_key(link: EngineLink, service: Kms | None, asked: WantKey, due: Counte
     except LacreError as error:
         link.send(ModelKey(None, told(error)))
         return
+    copy = bytes(key)
     try:
-        link.send(ModelKey(bytes(key)), secret=True)
+        link.send(ModelKey(copy), secret=True)
     finally:
         overwrite(key)
+        overwrite(copy)

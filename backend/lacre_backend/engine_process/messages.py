@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, LacreError, SettingsError, UsageError
+from lacre.wire.wiping import overwrite
 from lacre_backend.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -242,19 +243,24 @@ _CODECS: Final[Mapping[type[Any], tuple[int, Codec[Any]]]] = {
 def framed(message: Message) -> bytearray:
     """Raises UsageError if the message is too large."""
     number, codec = _CODECS[type(message)]
-    body = codec.encode(message)
-    if len(body) + _KIND > MAX_FRAME:
-        raise UsageError(f"a {type(message).__name__} of {len(body)} bytes is larger than the {MAX_FRAME} of one message")
-    body[:0] = _HEAD.pack(len(body) + _KIND, number)
-    return body
+    frame = codec.encode(message, _HEAD.size)
+    length = len(frame) - _HEAD.size
+    if length + _KIND > MAX_FRAME:
+        raise UsageError(f"a {type(message).__name__} of {length} bytes is larger than the {MAX_FRAME} of one message")
+    _HEAD.pack_into(frame, 0, length + _KIND, number)
+    return frame
 
 
 class Unframer:
-    """Makes messages of bytes as they come. kinds: `TO_CHILD` or `FROM_CHILD`, whichever this side reads."""
+    """Makes messages of bytes as they come. kinds: `TO_CHILD` or `FROM_CHILD`, whichever this side reads.
 
-    def __init__(self, kinds: tuple[type[Any], ...]) -> None:
+    secret: whether it overwrites its own copies of the messages, because one of them has a key.
+    """
+
+    def __init__(self, kinds: tuple[type[Any], ...], *, secret: bool = False) -> None:
         self._codecs = [_CODECS[kind][1] for kind in kinds]
         self._held = bytearray()
+        self.secret = secret
 
     def feed(self, data: bytes) -> list[Any]:
         """The messages that are complete. Raises InvalidMessage; read nothing more then."""
@@ -268,8 +274,14 @@ class Unframer:
             begin, end = at + _HEAD.size, at + _HEAD.size - _KIND + length
             if len(held) < end:
                 break
-            messages.append(self._codecs[number].decode(bytes(held[begin:end])))
+            with memoryview(held)[begin:end] as part:
+                body = bytes(part)
+            messages.append(self._codecs[number].decode(body))
+            if self.secret:
+                overwrite(body)
             at = end
+        if self.secret:
+            held[:at] = bytes(at)
         del held[:at]
         return messages
 

@@ -60,11 +60,13 @@ class ChunkedReader:
             raise SealedModelInvalid(f"the key of the sealed model has {len(key)} bytes; it must have {KEY}")
         prefix = os.pread(file, PREFIX, at)
         expand = HKDFExpand(algorithm or SHA512(), KEY + _NONCE + _COMMITMENT, _LABEL + prefix[:_SALT] + context)
-        derived = bytearray(expand.derive(key))
+        derived = bytearray(KEY + _NONCE + _COMMITMENT)
+        expand.derive_into(key, derived)
         try:
             if not bytes_eq(bytes(derived[KEY + _NONCE :]), prefix[_SALT:]):
                 raise SealedModelInvalid("the sealed model does not open: its head was edited, or its key is another")
-            self._cipher = AESGCM(derived[:KEY])
+            with memoryview(derived)[:KEY] as cipher_key:
+                self._cipher: AESGCM | None = AESGCM(cipher_key)
             self._nonce = int.from_bytes(derived[KEY : KEY + _NONCE], "big")
         finally:
             overwrite(derived)
@@ -95,8 +97,9 @@ class ChunkedReader:
             done += part
 
     def close(self) -> None:
-        """Overwrites the text that it holds."""
+        """Overwrites the text that it holds, and drops the key. It reads nothing more."""
         overwrite(self._text)
+        self._cipher = None
         self._held = -1
 
     def _hold(self, number: int) -> None:
@@ -112,11 +115,13 @@ class ChunkedReader:
         sealed = memoryview(self._sealed)[: len(target) + count * TAG]
         if os.preadv(self._file, [sealed], self._at + number * _RECORD) != len(sealed):
             raise SealedModelInvalid("the sealed model was cut off while it was read")
-        size = len(target) // count
+        size, cipher = len(target) // count, self._cipher
+        if cipher is None:
+            raise SealedModelInvalid("the sealed model is closed")
         try:
             for i in range(count):
                 nonce = (self._nonce ^ (number + i)).to_bytes(_NONCE, "big")
                 record = sealed[i * (size + TAG) : (i + 1) * (size + TAG)]
-                self._cipher.decrypt_into(nonce, record, None, target[i * size : (i + 1) * size])
+                cipher.decrypt_into(nonce, record, None, target[i * size : (i + 1) * size])
         except InvalidTag:
             raise SealedModelInvalid(f"chunk {number + i} of the sealed model is damaged or edited") from None
