@@ -15,7 +15,7 @@ from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.protocol import encode_publish
 from parts.cut import way_to
-from parts.fabric import Parties, answer, new_work, read
+from parts.fabric import Parties
 from parts.waiting import until
 
 SUBJECT = subjects.cancel("a", "0" * 32)
@@ -77,15 +77,6 @@ async def test_the_messages_of_one_turn_are_one_write(parties: Parties, monkeypa
         await gateway.client.publish_directly(SUBJECT, b"%d" % number, headers={})
     await until(lambda: len(found) == 5)
     assert [data.count(b"HPUB") for data in writes if data.startswith(b"HPUB")] == [5]
-
-
-async def test_a_lone_request_waits_for_no_other(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "DISTANCE", 600.0)
-    gateway, worker = await parties.gateway(), await parties.worker()
-    for _ in range(3):
-        dispatch = await gateway.dispatch(new_work())
-        await answer(worker)
-        assert await read(dispatch) == [b"x", b"receipt"]
 
 
 async def test_what_a_lost_connection_did_not_take_leaves_by_the_next_one(parties: Parties) -> None:

@@ -5,9 +5,8 @@ Rules:
 - A read loop that ends for any other reason reconnects at once.
 - `is_connected` means that messages flow. The client pings the server once a second. It reconnects after `MAX_SILENT` checks
   without a byte, or if its read loop or reconnection task has died.
-- Writes of `publish_directly` keep a distance, and messages between them leave together: each write wakes the server, which
-  costs more than all else about a message. While the connection is down, or a server does not read, the library keeps messages
-  within its own limit.
+- Messages that `publish_directly` gets in one turn of the loop leave in one write. While the connection is down, or a server
+  does not read, the library keeps messages within its own limit.
 - A sender of useless messages is read more slowly: a flood gets a fifth of the event loop's time. The server then closes this
   connection and no other.
 """
@@ -43,8 +42,6 @@ TELL_EVERY: Final = 10.0  # seconds between log lines about unusable messages
 PENALTY: Final = 4.0  # reading pauses for this multiple of the time that useless messages took
 MAX_PENALTY: Final = 0.5  # seconds per pause; well below what counts as silence
 RETRY: Final = 1.0  # seconds until a reconnection that failed unexpectedly is retried
-DISTANCE: Final = 0.002  # seconds between two writes, unless `_TOGETHER` is reached; a worker takes longer to answer
-_TOGETHER: Final = 64 * 1024  # bytes of messages that leave at once
 _MAX_UNSENT: Final = 2 * 2**20  # bytes that wait for a server to read them, besides the library's own as many
 _CHUNK: Final = 32 * 1024  # bytes per read: other connections get their turn after twice as many
 _PING: Final = b"PING\r\n"
@@ -116,10 +113,8 @@ class DirectClient(Client):
         self._transport = NatsTransport()
         self._reader = protocol.ProtocolReader(keep)
         self._ps = self._reader  # type: ignore[assignment]  # the library itself calls only `reset` of its parser
-        self._outgoing: list[bytes] = []  # messages for the next write
+        self._outgoing: list[bytes] = []  # messages of this turn
         self._outgoing_size = 0
-        self._sending: asyncio.Handle | None = None
-        self._send_at = 0.0  # on the loop's clock: not before
         self._heard = 0  # chunks received
         self._tell_at = 0.0
         self.unusable = 0
@@ -137,25 +132,16 @@ class DirectClient(Client):
         await self.flush()
         await subscription.unsubscribe()
 
-    async def publish_directly(
-        self, subject: str, payload: bytes, *, reply: str = "", headers: Mapping[str, str], at_once: bool = False
-    ) -> None:
-        """As `publish`, without the library's queue, future and task for each message. Raises nats.errors.Error.
-
-        at_once: waits for no other message.
-        """
+    async def publish_directly(self, subject: str, payload: bytes, *, reply: str = "", headers: Mapping[str, str]) -> None:
+        """As `publish`, without the library's queue, future and task for each message. Raises nats.errors.Error."""
         if not self.is_connected or self._unsent() > _MAX_UNSENT or len(payload) > self._max_payload:
             await self.publish(subject, payload, reply=reply, headers=dict(headers))
             return
         message = protocol.encode_publish(subject, payload, reply=reply, headers=headers)
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._send)
         self._outgoing.append(message)
         self._outgoing_size += len(message)
-        if at_once or self._outgoing_size >= _TOGETHER:
-            self._send()
-        elif self._sending is None:
-            loop = asyncio.get_running_loop()
-            wait = self._send_at - loop.time()
-            self._sending = loop.call_later(wait, self._send) if wait > 0 else loop.call_soon(self._send)
 
     def _unsent(self) -> int:
         """Bytes that the system has not taken yet. The library's queue must be empty, or later messages would overtake it."""
@@ -166,12 +152,10 @@ class DirectClient(Client):
         return waiting + self._outgoing_size
 
     def _send(self) -> None:
-        if self._sending is not None:
-            self._sending.cancel()
-            self._sending = None
-        self._send_at = asyncio.get_running_loop().time() + DISTANCE
         outgoing, size = self._outgoing, self._outgoing_size
         self._outgoing, self._outgoing_size = [], 0
+        if not outgoing:  # one of the library's commands took them along
+            return
         try:
             if self.is_connected:
                 self._transport.write(b"".join(outgoing))  # type: ignore[union-attr]  # as above

@@ -341,8 +341,7 @@ class NatsGateway:
             answer.add_done_callback(lambda _: _give_up(acked))
         try:
             reply = f"{self._acks_at}{work.request_id}"
-            alone = len(self._side(work.pool).waiting) < 2
-            await self.connection.client.publish_directly(subject, work.sealed, reply=reply, headers=headers, at_once=alone)
+            await self.connection.client.publish_directly(subject, work.sealed, reply=reply, headers=headers)
             ack = await acked
         except nats.errors.Error as exc:
             raise self.connection.unavailable(exc, denials) from exc

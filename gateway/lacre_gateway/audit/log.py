@@ -39,7 +39,7 @@ from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.audit.store import Committed, Publication, Store
 
 _LINGER: Final = 0.02  # seconds that outcomes may wait for more entries; no request waits for them
-DISTANCE: Final = 0.01  # seconds between the beginnings of two commits, at most: a worker takes longer to answer
+DISTANCE: Final = 0.005  # seconds between the beginnings of two commits, at most: a worker takes longer to answer
 _DISTANCE_EACH: Final = 0.0005  # of it, for each other running request
 _CLOSE_LIMIT: Final = 30.0  # seconds for a disk to take the last entries; a busy disk takes some
 _RETRY: Final = 1.0  # seconds between attempts to publish
