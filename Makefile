@@ -13,13 +13,16 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo npm pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready projector tested environments chart-test container-test sbom dist
+.PHONY: help demo demo-web npm pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clients generate clean ready projector tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: ready  ## Send one sealed chat to a real model, seen from both sides.
 	$(BIN)/lacre demo
+
+demo-web: ready  ## Print the link of a chat page over a real model. Ctrl-C ends it.
+	$(BIN)/lacre demo --web
 
 test: tested  ## Run the fast tests.
 	$(SHARED) -m "not slow and not container and not heavy"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import httpx2
 import pytest
 
 import lacre
@@ -114,6 +115,24 @@ def test_an_interrupted_demo(number: signal.Signals, tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "")
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"lock"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_demo_of_the_chat_page(tmp_path: Path) -> None:
+    """It prints one link, which leads to the page, and leaves nothing behind."""
+    env = environment(tmp_path / "state") | {"TMPDIR": str(tmp_path)}
+    command = [*LACRE, "demo", "--web", "--as-shipped"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        links = (line.strip() for line in process.stdout if line.startswith("http"))
+        opened = httpx2.get(next(links), follow_redirects=False)
+        assert (opened.status_code, opened.headers["location"]) == (303, "/")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("lacre-demo-*"))
 
 
 class TestDeaths:

@@ -1,13 +1,22 @@
-"""`lacre demo`: runs one sealed chat through everything, and shows the request beside what the gateway saw of it."""
+"""`lacre demo`: runs one sealed chat through everything, and shows the request beside what the gateway saw of it.
+
+With `--web` it serves the chat page instead.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import IO, Final, cast
 
 import httpx2
 from rich.console import Console
@@ -18,10 +27,14 @@ from rich.text import Text
 import lacre
 from lacre.evidence import audit_proof
 from lacre.evidence.audit_proof import AuditProof
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.supervisor import GRACE, ChildDied
 from lacre_fabric.operate.up import Running, running
 
 PROMPT: Final = "I want to leave my job. In two sentences, how do I tell my boss?"
 MAX_TOKENS: Final = 128
+USER: Final = "ada@example.com"
+WORKERS: Final = 2  # of the chat page: if one ends in the middle of an answer, the other one resumes it
 _SHOWN: Final = 128  # bytes of ciphertext
 
 
@@ -67,10 +80,44 @@ async def demo(out: Console, *, as_shipped: bool = False) -> Result:
         out.print("[dim]Starting nats-server, a gateway and a worker with the model …[/dim]")
         async with running(Path(folder) / "state", 0, as_shipped=as_shipped, tell=tell) as (live, _):
             tap = _Tap()
-            token = live.site.token("ada@example.com")
+            token = live.site.token(USER)
             memory = lacre.VersionMemory()
             async with lacre.AsyncClient(live.connection_string, token=token, memory=memory, transport=tap) as client:
                 return await _ask(client, tap, live, out)
+
+
+async def page(out: Console, *, as_shipped: bool = False) -> None:
+    """Starts everything in a temporary state, prints the link of the chat page, and runs until it is cancelled.
+
+    Raises ChildDied, and what `running` raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="lacre-demo-") as folder:
+        out.print(f"[dim]Starting nats-server, a gateway and {WORKERS} workers with the model …[/dim]")
+        state = Path(folder) / "state"
+        tell = partial(out.print, style="dim", markup=False)
+        async with running(state, 0, workers=WORKERS, as_shipped=as_shipped, tell=tell) as (live, supervisor):
+            with _proxy(live, Path(folder)) as said:
+                if not (line := await asyncio.to_thread(said.readline)):
+                    raise ChildDied("lacre proxy ended: its own message says why")
+                out.print("The chat page. This link works once; Ctrl-C ends everything:")
+                out.print(json.loads(line)["page"], markup=False, soft_wrap=True)
+                await supervisor.watch()
+
+
+@contextmanager
+def _proxy(live: Running, folder: Path) -> Iterator[IO[bytes]]:
+    """The output of `lacre proxy --open`, as the demo's user, which opens no browser. Its state is in `folder`."""
+    own = {"LACRE_URL": live.connection_string, "LACRE_TOKEN": live.site.token(USER), "XDG_STATE_HOME": str(folder / "user")}
+    command = leashed([*PYTHON, "-m", "lacre", "proxy", "--port", "0", "--open", "--no-browser", "--json"])
+    with subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            yield cast("IO[bytes]", process.stdout)
+        finally:
+            process.terminate()
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console) -> Result:

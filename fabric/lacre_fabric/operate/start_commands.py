@@ -121,6 +121,9 @@ def _adapter(said: str) -> tuple[str, Path]:
 
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Print the link of the chat page instead, and run until Ctrl-C. Needs lacre[proxy].")
+    ] = False,
     as_shipped: AsShipped = False,
 ) -> None:
     """Start everything in a temporary state, and show one sealed chat from both sides."""
@@ -128,6 +131,9 @@ def demo(
     from lacre_fabric.operate.up import until_signalled
 
     async def run() -> None:
+        if web:
+            await show.page(Console(), as_shipped=as_shipped)
+            return
         result = await show.demo(Console(stderr=as_json), as_shipped=as_shipped)
         if as_json:
             typer.echo(show.as_json(result))
