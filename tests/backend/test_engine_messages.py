@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from lacre_backend.engine.protocol import (
     TaskRefused,
     Token,
 )
+from lacre_backend.engine_process.child import KeysOfWorker, Pipe
 from lacre_backend.engine_process.messages import (
     FROM_CHILD,
     MAX_FRAME,
@@ -49,6 +51,7 @@ from lacre_backend.engine_process.messages import (
     Speak,
     Submit,
     TaskEvent,
+    ToChild,
     Unanswered,
     Unframer,
     Unloadable,
@@ -59,7 +62,7 @@ from lacre_backend.engine_process.messages import (
     told,
 )
 from lacre_backend.models.sealed import SealedModelInvalid
-from lacre_fabric.keys.kms import KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms import EncryptionContext, KmsUnreachable, WrongWrapping
 from parts.echo_engine import EchoEngine
 
 WHOLE = st.integers(-(2**63), 2**63 - 1)
@@ -196,3 +199,21 @@ def test_every_field_of_a_model_crosses() -> None:
     assert isinstance(ready, Ready)
     for field in dataclasses.fields(ModelInfo):
         assert getattr(ready.info, field.name) == getattr(info, field.name)
+
+
+class KeptMessage(Pipe):
+    """Keeps what it receives."""
+
+    def wait(self) -> ToChild:
+        self.kept = super().wait()
+        return self.kept
+
+
+def test_a_key_is_overwritten_where_it_arrived() -> None:
+    key, (ours, theirs) = bytes(range(32)), socket.socketpair()
+    with ours:
+        ours.sendall(framed(ModelKey(key)))
+        pipe = KeptMessage(theirs.detach())
+        with pipe.socket:
+            assert KeysOfWorker("file", pipe).unwrap(b"wrapped", EncryptionContext("model", "", digest="sha256:0")) == key
+    assert pipe.kept == ModelKey(bytes(32))

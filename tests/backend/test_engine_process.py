@@ -42,6 +42,7 @@ from lacre_backend.engine.protocol import (
 )
 from lacre_backend.engine_process import engine as room
 from lacre_backend.engine_process.engine import ProcessEngine
+from lacre_backend.engine_process.messages import ModelKey, framed
 from lacre_backend.models.sealed import message_context, read_head
 from lacre_backend.settings import ModelSettings
 from lacre_backend.workshop.sealing import seal_model
@@ -109,11 +110,12 @@ async def test_a_crash_ends_its_streams_and_it_comes_back(engine: ProcessEngine)
     assert (after.ids, after.text) == (before.ids, before.text)
 
 
-async def test_the_first_restart_waits_for_nothing(engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_first_restart_waits_for_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However short its process lived. The delays are for those that end again at once."""
     for name in ("AGAIN", "AGAIN_MOST", "AGAIN_CRASHED", "SETTLED"):
         monkeypatch.setattr(room, name, 1e6)
-    await back(engine, strike(engine))
+    with closing(ProcessEngine(settings(model))) as engine:
+        await back(engine, strike(engine))
 
 
 async def test_while_there_is_no_process_every_call_says_so(engine: ProcessEngine, model: Path) -> None:
@@ -259,7 +261,7 @@ def test_closing_ends_the_process_and_its_tokenizer(model: Path) -> None:
 
 
 PROGRAM = """
-import sys, time
+import sys
 from pathlib import Path
 from lacre_backend.engine_process.engine import ProcessEngine
 from lacre_backend.settings import ModelSettings
@@ -337,6 +339,31 @@ def test_sealed_weights_are_in_its_memory_alone(tmp_path: Path) -> None:
         assert not any(needle in content for content in held for needle in needles.values())
         owner.communicate("")
         assert owner.returncode == 0
+
+
+UNWRAPS = """
+import socket, sys
+from lacre.wire.wiping import overwrite
+from lacre_backend.engine_process.child import KeysOfWorker, Pipe
+from lacre_fabric.keys.kms import EncryptionContext
+key = KeysOfWorker("file", Pipe(int(sys.argv[1]))).unwrap(b"wrapped", EncryptionContext("model", "", digest="sha256:0"))
+overwrite(key)
+print(len(key), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_key_that_crosses_the_socket_leaves_no_copy() -> None:
+    """At once, before anything else could take the place of a freed one."""
+    key, (ours, theirs) = os.urandom(32), socket.socketpair()
+    with ours, theirs:
+        ours.sendall(framed(ModelKey(key)))
+        command = [sys.executable, "-P", "-c", UNWRAPS, str(theirs.fileno())]
+        both = subprocess.PIPE
+        with subprocess.Popen(command, stdin=both, stdout=both, text=True, pass_fds=[theirs.fileno()]) as child:
+            assert pid_of(child) == len(key), "it had the key"
+            assert found_in_memory(child.pid, {"first": key[:16], "last": key[16:]}) == set()
+            child.communicate("")
 
 
 def test_the_key_of_a_sealed_model_does_not_stay(tmp_path: Path) -> None:
@@ -440,9 +467,6 @@ async def test_many_texts_and_callers_that_leave(engine: ProcessEngine) -> None:
         each.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
     assert await engine.tokens(["after"]) == [engine.tokenize("after")]
-
-
-# The API over it
 
 
 async def test_the_api_passes_its_loss_to_the_node(engine: ProcessEngine) -> None:
