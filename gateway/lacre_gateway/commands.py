@@ -1,4 +1,4 @@
-"""`lacre gateway`, `doctor`, `token check`, `revoke`, `audit`, `policy`, `budget` and `admin`."""
+"""`lacre gateway`, `doctor`, `token check`, `revoke`, `audit`, `policy`, `budget`, `admin` and `top`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from lacre_gateway.admin import budget_commands, console_commands
 from lacre_gateway.audit import commands as audit
 from lacre_gateway.budget import commands as budget
+from lacre_gateway.console import top_commands
 from lacre_gateway.policy import commands as policy
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
         budget.register(app)
         budget_commands.register(budget.budget)
         console_commands.register(app)
+        top_commands.register(app)
         app.command()(doctor)
         from lacre_fabric.operate.commands import token_app
 

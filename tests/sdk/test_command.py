@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import shutil
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -28,10 +24,9 @@ from parts.commands import run_lacre
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay, refusing, served
+from parts.screen import TMUX, Screen
 from parts.terminal import at_terminal
 from parts.up import LACRE
-
-TMUX = shutil.which("tmux")
 
 
 @pytest.fixture(scope="module")
@@ -225,38 +220,6 @@ def test_a_model_does_not_command_the_terminal() -> None:
     assert printable("a\x1b]52;c;aGk=\x07\x9b2Jb\tc\nd\r") == "a�]52;c;aGk=��2Jb\tc\nd�"
 
 
-class Screen:
-    """`lacre chat` in a terminal of its own, in tmux."""
-
-    def __init__(self, home: Path) -> None:
-        self.socket = str(home / "tmux")
-
-    def tmux(self, *arguments: str, check: bool = True, **options: Any) -> str:
-        command = [str(TMUX), "-S", self.socket, *arguments]
-        return subprocess.run(command, check=check, capture_output=True, text=True, **options).stdout
-
-    def start(self, variables: dict[str, str], *options: str) -> None:
-        """And waits for its first prompt."""
-        line = shlex.join([*LACRE, "chat", *options]) + "; echo ended with $?; sleep 100"
-        variables |= {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
-        self.tmux("-f", "/dev/null", "new-session", "-d", "-x", "110", "-y", "40", line, env=variables)
-        self.wait_for(r"\n>\s*\n")
-
-    def keys(self, *keys: str) -> None:
-        self.tmux("send-keys", *keys)
-
-    def end(self) -> None:
-        self.keys("C-d")
-        self.wait_for("ended with 0")
-
-    def wait_for(self, pattern: str, seconds: float = 60.0) -> str:
-        deadline = time.monotonic() + seconds
-        while not re.search(pattern, shown := self.tmux("capture-pane", "-p")):
-            assert time.monotonic() < deadline, f"{pattern!r} is not on the screen:\n{shown}"
-            time.sleep(0.05)
-        return shown
-
-
 @pytest.fixture
 def screen(tmp_path: Path) -> Iterator[Screen]:
     if TMUX is None:
@@ -268,7 +231,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 class TestChat:
     def test_a_conversation(self, gateway: Gateway, screen: Screen, tmp_path: Path) -> None:
-        screen.start(settings(gateway, tmp_path))
+        screen.start_chat(settings(gateway, tmp_path))
         screen.wait_for(r"A sealed chat with tiny[^🔒]*🔒 root \S{8}… · manifest v1")
 
         screen.keys("# The sea", "C-j", "C-j", "It is **wide**.", "Enter")  # one message, of three lines
@@ -303,7 +266,7 @@ class TestChat:
                 await anyio.sleep(0.02)
 
         gateway.before = before
-        screen.start(settings(gateway, tmp_path), "--plain")
+        screen.start_chat(settings(gateway, tmp_path), "--plain")
         screen.keys("A sentence that is long enough to be cut off.", "Enter")
         screen.wait_for(r"\nA sentence that")
         screen.keys("C-c")
@@ -321,7 +284,7 @@ class TestChat:
 
     def test_history_is_kept_only_where_it_is_asked_for(self, gateway: Gateway, screen: Screen, tmp_path: Path) -> None:
         file = tmp_path / "typed"
-        screen.start(settings(gateway, tmp_path), "--history", str(file))
+        screen.start_chat(settings(gateway, tmp_path), "--history", str(file))
         screen.keys("Kept.", "Enter")
         screen.wait_for("5 tokens")
         screen.end()
