@@ -17,6 +17,10 @@ def page(*parts: str) -> str:
     return "# A page\n\nText.\n\n" + "\n".join(f"```{part}\n```\n" for part in parts)
 
 
+# Until then the process that bash began is another bash.
+RUNS = "until grep --quiet ^sleep /proc/$!/cmdline; do :; done"
+
+
 async def said(folder: Path, *parts: str, seconds: float = SECONDS) -> str:
     return await Session(folder, seconds, {"MORE": "more"}).run(blocks(page(*parts)))
 
@@ -40,8 +44,8 @@ async def test_blocks_are_one_session_whose_output_the_page_shows(tmp_path: Path
         (["sh\n: shown only", "text\n$ : shown only"], "not printed"),
         (["sh\nfalse | cat"], "a command failed"),
         (['sh\nFROM_OUTSIDE=1\necho "$FROM"'], "a command failed"),
-        (["sh\nsleep 300 &"], "it left processes behind: sleep 300"),
-        (["sh\nsetsid sleep 300 > /dev/null 2>&1 &\nsleep 0.5"], "it left processes behind: sleep 300"),
+        ([f"sh\nsleep 300 &\n{RUNS}"], "it left processes behind: sleep 300"),
+        ([f"sh\nsetsid sleep 300 > /dev/null 2>&1 &\n{RUNS}"], "it left processes behind: sleep 300"),
     ],
 )
 async def test_a_fault_ends_the_session_and_shows_it(tmp_path: Path, parts: list[str], words: str) -> None:
