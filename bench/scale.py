@@ -61,7 +61,7 @@ from lacre_gateway.audit.store import Store
 WORKERS = (1, 4, 16, 64)
 RATE, BUSY = 30.0, 0.7
 IDLE_RATE = 5.0  # where nobody waits
-ABREAST = 64
+ABREAST, WAITING = 64, 256  # works in flight to the queue, and in it at most
 STEP, CAPACITY_AT_FIRST, TARGET = 3.0, 4, 0.8
 LOOK, START = 1.0, 3.0  # seconds between looks at the demand; and until a worker that was asked for is there
 _DEMAND = re.compile(rf'^lacre_pool_demand{{pool="{POOL}",region="{DEFAULT_REGION}"}} ([0-9.]+)', re.MULTILINE)
@@ -182,10 +182,15 @@ async def queued(served: Stand, seconds: float) -> command.Figures:
     worker = await Connection.open(served.nats_url, served.site.credential(f"worker-{POOL}"))
     subject, stream = subjects.work(POOL, DEFAULT_REGION, MODEL), subjects.work_stream(POOL, DEFAULT_REGION)
     pull = await worker.jetstream.pull_subscribe_bind(consumer=subjects.consumer(MODEL), stream=stream)
-    until, work, pulled = time.perf_counter() + seconds, bytes(1300), 0
+    until, work, published, pulled = time.perf_counter() + seconds, bytes(1300), 0, 0
 
     async def publish() -> None:
+        nonlocal published
         while time.perf_counter() < until:
+            if published - pulled >= WAITING:
+                await asyncio.sleep(0.001)
+                continue
+            published += 1
             await gateway.jetstream.publish(subject, work)
 
     async def take() -> None:
@@ -198,11 +203,12 @@ async def queued(served: Stand, seconds: float) -> command.Figures:
     try:
         before, began = usage(served.nats.pid).cpu, time.perf_counter()
         taking = asyncio.create_task(take())
-        await asyncio.gather(*(publish() for _ in range(ABREAST)))
-        took = time.perf_counter() - began
-        cpu, done = usage(served.nats.pid).cpu - before, pulled
-        taking.cancel()
-        await asyncio.gather(taking, return_exceptions=True)
+        try:
+            await asyncio.gather(*(publish() for _ in range(ABREAST)))
+        finally:
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
+        took, cpu, done = time.perf_counter() - began, usage(served.nats.pid).cpu - before, pulled
         return {"queue_per_s": done / took, "queue_nats_cpu_us": cpu / done * 1e6}
     finally:
         await gateway.close()
