@@ -142,6 +142,8 @@ class DirectClient(Client):
             asyncio.get_running_loop().call_soon(self._send)
         self._outgoing.append(message)
         self._outgoing_size += len(message)
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += len(payload)
 
     def _unsent(self) -> int:
         """Bytes that the system has not taken yet. The library's queue must be empty, or later messages would overtake it."""
