@@ -91,8 +91,11 @@ def engine_of(path: Path, settings: LlamaSettings, **more: Any) -> contextlib.cl
     return contextlib.closing(LlamaEngine(path, name="m", digest="sha256:0", settings=settings, **more))
 
 
-def alike(plain: Made, guessed: Made, tie: float = 0.02) -> None:
-    """The same tokens, up to one that was a tie. llama.cpp rounds differently if a step has other tokens beside a token."""
+def alike(plain: Made, guessed: Made, tie: float = 0.05) -> None:
+    """The same tokens, up to one that was a tie. llama.cpp rounds differently if a step has other tokens beside a token.
+
+    The random weights of the tests' models make much of that.
+    """
     for one, other in zip(plain.tokens, guessed.tokens, strict=False):
         assert one.logprob is not None
         assert other.logprob is not None
