@@ -94,7 +94,7 @@ import lacre
 lacre.Client, lacre.AsyncClient
 top = pathlib.Path(lacre.__file__).parent
 names = [".".join(path.relative_to(top.parent).with_suffix("").parts) for path in sorted(top.rglob("*.py"))]
-extras = {"httptools", "httpx", "openai", "prompt_toolkit", "rich", "starlette", "typer", "uvicorn"}
+extras = {"httptools", "httpx", "markdown_it", "openai", "prompt_toolkit", "rich", "starlette", "typer", "uvicorn"}
 imported = []
 for name in [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]:
     try:
