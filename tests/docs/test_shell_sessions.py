@@ -18,7 +18,7 @@ def page(*parts: str) -> str:
 
 
 # Until then the process that bash began is another bash.
-RUNS = "until grep --quiet ^sleep /proc/$!/cmdline; do :; done"
+RUNS = "until grep --quiet ^sleep /proc/$!/comm; do :; done"
 
 
 async def said(folder: Path, *parts: str, seconds: float = SECONDS) -> str:
