@@ -5,7 +5,7 @@ Requests come at random (`bench/arrivals.py`), at one rate for any number of wor
 so each pool is about equally busy.
 
 - `cpu_us_per_request_wN`: CPU time of the gateway's process, presence of N workers included. `cpu_spread` is the largest over
-  the smallest, less one: the goal is at most 0.2.
+  the smallest, less one: the goal is at most 0.1.
 - `nats_cpu_us_per_request_wN`: the same of nats-server. `kv_same_key_per_s`: how many leases a second can be drawn from one
   budget. `kv_updates_per_s`: from eight at once. Their bucket is always synced.
 - `queue_per_s`: works a second through one pool's work queue: published, acknowledged, pulled, acknowledged again. One process
