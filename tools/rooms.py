@@ -57,7 +57,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
     ),
     "lacre_gateway": Package(
         "gateway",
-        19,
+        20,
         12,
         (
             (FRONT, "settings", "audit"),
@@ -70,6 +70,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
             ("relay",),
             ("admin", "app"),
             ("console",),
+            ("top",),
             ("serve",),
             ("processes",),
             ("commands",),

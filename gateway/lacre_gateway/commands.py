@@ -12,8 +12,8 @@ import typer
 from lacre_gateway.admin import budget_commands, console_commands
 from lacre_gateway.audit import commands as audit
 from lacre_gateway.budget import commands as budget
-from lacre_gateway.console import top_commands
 from lacre_gateway.policy import commands as policy
+from lacre_gateway.top import commands as top
 
 if TYPE_CHECKING:
     from lacre_gateway.settings import GatewaySettings
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         budget.register(app)
         budget_commands.register(budget.budget)
         console_commands.register(app)
-        top_commands.register(app)
+        top.register(app)
         app.command()(doctor)
         from lacre_fabric.operate.commands import token_app
 

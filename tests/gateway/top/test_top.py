@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lacre_gateway.admin.reports import StatusReport
 from lacre_gateway.console.reports import MinuteReport, WorkerReport
-from lacre_gateway.console.top import Look, bar, drawn, spark
+from lacre_gateway.top.screen import Look, bar, drawn, spark
 from parts.commands import run_lacre_bytes
 from parts.console_browser import Desk
 from parts.screen import TMUX, Screen

@@ -12,7 +12,7 @@ from lacre_gateway.admin.budget_commands import Address, AsJson, Ca, SettingsFil
 
 if TYPE_CHECKING:
     from lacre_gateway.admin.calls import AdminApi
-    from lacre_gateway.console.top import Look
+    from lacre_gateway.top.screen import Look
 
 EVERY: Final = 5.0  # seconds between looks: each is a decision and an entry of the audit log
 MINUTE: Final = 60.0  # seconds between looks at the minutes
@@ -38,7 +38,7 @@ def top(
     It asks the admin API as the holder of the access token. Workers and the last hour need the gateway's table [console].
     """
     from lacre.cli.output import at_terminal, error_as_json, out, say_json
-    from lacre_gateway.console.top import drawn
+    from lacre_gateway.top.screen import drawn
 
     with error_as_json(as_json), api_of(admin, token_file, ca, settings, state) as api:
         look = looked(api, None, minutes=True)
@@ -63,7 +63,7 @@ def _live(api: AdminApi, look: Look, every: float) -> None:
 
     from lacre.cli.output import out
     from lacre.errors import NetworkError, Unavailable
-    from lacre_gateway.console.top import drawn
+    from lacre_gateway.top.screen import drawn
 
     known = time.monotonic()
     with Live(console=out(), screen=True, auto_refresh=False) as live:
@@ -84,7 +84,7 @@ def looked(api: AdminApi, before: Look | None, *, minutes: bool) -> Look:
     from lacre.errors import RefusedError
     from lacre_gateway.admin.reports import StatusReport
     from lacre_gateway.console.reports import MinutesReport, WorkersReport
-    from lacre_gateway.console.top import Look
+    from lacre_gateway.top.screen import Look
 
     status = api.get("/v1/status", StatusReport)
     try:
