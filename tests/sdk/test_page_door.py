@@ -120,6 +120,19 @@ class TestLink:
         assert (again.status_code, again.headers["location"]) == (303, "/")
         assert (await inside.http.get("/")).status_code == 200
 
+    async def test_a_link_opened_by_who_is_in_works_for_nobody_else(self, inside: Visitor) -> None:
+        key = key_of(inside.page.door.link())
+        head = await inside.http.head("/", params={"key": key})
+        assert head.status_code == 303
+        entered: list[None] = []
+        inside.page.door.entered = lambda: entered.append(None)
+        for _ in range(2):
+            opened = await inside.http.get("/", params={"key": key})
+            assert (opened.status_code, opened.headers["location"]) == (303, "/") and "set-cookie" not in opened.headers
+        assert len(entered) == 1
+        with pytest.raises(ClosedDoor, match="used before"):
+            inside.page.door.exchange(key)
+
     @pytest.mark.parametrize(
         "headers",
         [

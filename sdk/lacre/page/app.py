@@ -121,6 +121,8 @@ async def _document(page: Page, request: Request) -> Response:
         cookie = page.door.exchange(key)
         return Response(status_code=303, headers={**page.guards, "location": "/", "set-cookie": cookie})
     if key is not None:
+        if request.method == "GET" and page.door.spend(key) is not None:  # so that another browser cannot use it
+            page.door.entered()
         return Response(status_code=303, headers={**page.guards, "location": "/"})
     if page.door.knows(request.headers):
         return Response(documents.shell(), headers=page.guards, media_type="text/html")

@@ -78,18 +78,24 @@ class PageDoor:
 
     def exchange(self, key: str) -> str:
         """The value of `Set-Cookie` for a link's key, which this uses up. Raises ClosedDoor."""
-        digest = _digest(key)
-        made = next((self._links.pop(each) for each in list(self._links) if hmac.compare_digest(each, digest)), None)
+        made = self.spend(key)
         if made is None:
-            used = any(hmac.compare_digest(each, digest) for each in self._used)
+            used = any(hmac.compare_digest(each, _digest(key)) for each in self._used)
             raise ClosedDoor(410 if used else 403, "link_used" if used else "link_unknown", USED_LINK if used else UNKNOWN_LINK)
-        self._used = [*self._used[1 - MAX_LINKS :], digest]
         if self.clock() - made > LINK_LIFE:
             raise ClosedDoor(410, "link_expired", EXPIRED_LINK)
         self.entered()
         cookie = secrets.token_urlsafe(32)
         self._sessions = [*self._sessions[1 - MAX_SESSIONS :], _Session(_digest(cookie), self.clock())]
         return f"{self.cookie}={cookie}; Path=/; Max-Age={SESSION_LIFE}; HttpOnly; SameSite=Strict"
+
+    def spend(self, key: str) -> float | None:
+        """Uses up a link, and returns when it was made. None: there is no such link, or it was used."""
+        digest = _digest(key)
+        made = next((self._links.pop(each) for each in list(self._links) if hmac.compare_digest(each, digest)), None)
+        if made is not None:
+            self._used = [*self._used[1 - MAX_LINKS :], digest]
+        return made
 
     def knows(self, headers: Headers) -> bool:
         """Whether the request has a session's cookie."""

@@ -519,7 +519,7 @@ MUTATIONS: Final = Mutation.of(
     (
         "pages: a_used_link",
         "a link of the chat page works once",
-        "lacre.page.door:PageDoor.exchange",
+        "lacre.page.door:PageDoor.spend",
         "self._links.pop(each)",
         "self._links[each]",
     ),
