@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from lacre.errors import LacreError, SettingsError, UntrustedRoot
+from lacre.errors import LacreError, Rollback, SettingsError, UntrustedRoot
 from lacre.trust.chain import verify
 from lacre.trust.manifest import MAX_DOCUMENT
 from lacre.trust.manifest_store import VersionFile, VersionMemory, accept
@@ -22,7 +22,7 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.operate import behind
 from lacre_fabric.operate.behind import StateBehind
-from lacre_fabric.operate.catching_up import CaughtUp, catch_up, newest, served
+from lacre_fabric.operate.catching_up import CaughtUp, catch_up, memories, newest, remembered, served
 from lacre_fabric.operate.fabric_check import Severity
 from lacre_fabric.operate.rotation import Schedule, publish, rotate, tend
 from lacre_fabric.operate.site import Site
@@ -168,6 +168,113 @@ async def test_two_manifests_of_one_version(copied: Copied) -> None:
     await publish(copied.site, copied.connection)
     copied.old.sign_manifest(time.time() - 5)  # signed beside it, and not published
     assert "another copy of this folder signed version 2" in await refused(copied)
+
+
+@dataclass
+class Ahead:
+    """A worker that alone saw the last signer of a folder that is lost. memory: what it keeps over restarts."""
+
+    copied: Copied
+    feed: ManifestFeed
+    memory: Path
+    version: int
+
+    @classmethod
+    async def of(cls, copied: Copied, memory: Path, *, root: bool = False) -> Ahead:
+        feed = ManifestFeed(copied.connection.manifest, copied.old.root, memory=VersionFile(memory))
+        before = await copied.connection.manifest() or b""
+        (copied.site.authority.rotate_root if root else copied.site.authority.rotate_signer)(time.time())
+        await publish(copied.site, copied.connection)
+        await feed.refresh()
+        bucket = await copied.connection.jetstream.key_value("trust")
+        await bucket.put("manifest", before)  # NATS lost what it had; the gateways never read it
+        return cls(copied, feed, memory, feed.manifest.version)
+
+    async def caught_up(self, *memories: Path) -> CaughtUp:
+        old = self.copied.old
+        seen = [document for memory in memories for document in remembered(memory, old.authority.chain().roots[0])]
+        async with old.changing():
+            return catch_up(old, await self.copied.connection.manifest(), time.time(), seen)
+
+    def started(self) -> ManifestFeed:
+        """The worker after a restart."""
+        pin = self.copied.old.authority.chain().roots[0]
+        return ManifestFeed(self.copied.connection.manifest, pin, memory=VersionFile(self.memory))
+
+    async def follows(self) -> bool:
+        """Whether the worker takes what is published, also after a restart."""
+        document = await self.copied.connection.manifest()
+        again = self.started()
+        for feed in (self.feed, again):
+            with contextlib.suppress(Rollback):  # two manifests of one version
+                await feed.refresh()
+        if not again.known:
+            return False
+        return [feed.document for feed in (self.feed, again)] == [document] * 2
+
+
+async def test_a_worker_saw_more_than_every_gateway(copied: Copied, tmp_path: Path) -> None:
+    """Its memory leads the restored folder on: then nobody has to forget anything."""
+    ahead = await Ahead.of(copied, tmp_path / "memory")
+    await publish(copied.old, copied.connection)
+    await copied.feed.refresh()
+    assert copied.feed.manifest.version == 2
+    assert not await ahead.follows()  # it would be a rollback of the signer
+    done = await ahead.caught_up(ahead.memory)
+    assert (done.version, done.statements) == (2, 1)
+    assert done.todo == ("put back signer.pem, or make a new signer with `lacre signer rotate`",)
+    copied.old.authority.rotate_signer(time.time())
+    await publish(copied.old, copied.connection)
+    assert await ahead.follows()
+    await copied.feed.refresh()
+    assert copied.feed.manifest.version == ahead.feed.manifest.version == 4  # 3 is spent: there are two of version 2
+
+
+async def test_a_restored_folder_went_on_before_anybody_missed_a_worker(copied: Copied, tmp_path: Path) -> None:
+    """A fork: gateways know the new signer, the worker knows the lost one. Both statements are the root's."""
+    ahead = await Ahead.of(copied, tmp_path / "memory")
+    copied.old.authority.rotate_signer(time.time() + 1)
+    for _ in range(3):
+        await publish(copied.old, copied.connection)
+    await copied.feed.refresh()
+    assert copied.feed.manifest.version == 4
+    assert not await ahead.follows()  # a higher version does not excuse a missing statement
+    assert await ahead.caught_up() == CaughtUp(4, 0, ())  # the fabric alone knows nothing of it
+    assert (await ahead.caught_up(ahead.memory)).statements == 1
+    with pytest.raises(SettingsError, match=r"put signer\.pem back"):
+        await publish(copied.old, copied.connection)
+    copied.old.authority.rotate_signer(time.time())
+    await publish(copied.old, copied.connection)
+    assert await ahead.follows()
+    await copied.feed.refresh()
+    assert copied.feed.document == ahead.feed.document
+    assert behind.why(copied.old, await copied.connection.manifest()) is None
+
+
+async def test_a_root_that_handed_over_twice(copied: Copied, tmp_path: Path) -> None:
+    """No chain holds both: the folder says what to do, and changes nothing."""
+    ahead = await Ahead.of(copied, tmp_path / "memory", root=True)
+    copied.old.authority.rotate_root(time.time() + 1)
+    await publish(copied.old, copied.connection)
+    await publish(copied.old, copied.connection)
+    before = copied.files()
+    with pytest.raises(SettingsError, match="Remove the memory of that process, and restart it"):
+        await ahead.caught_up(ahead.memory)
+    assert copied.files() == before
+    assert not await ahead.follows()
+    shutil.rmtree(ahead.memory)
+    ahead.feed = ahead.started()
+    assert await ahead.follows()
+
+
+async def test_a_memory_that_is_none_of_this_root(copied: Copied, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="remembers no manifest of this folder's root"):
+        remembered(tmp_path, copied.old.root)
+    memory = copied.old.folder / "workers" / "1" / "manifests"
+    accept(await copied.connection.manifest() or b"", copied.old.root, VersionFile(memory), time.time())
+    assert memories(copied.old.folder) == [memory]
+    with pytest.raises(SettingsError, match="remembers no manifest of this folder's root"):
+        remembered(memory, bytes(32))
 
 
 async def test_keys_of_a_pool_that_only_the_newer_folder_has(copied: Copied) -> None:

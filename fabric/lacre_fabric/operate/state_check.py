@@ -7,16 +7,15 @@ from typing import Final
 
 from lacre.errors import SettingsError
 from lacre.trust.manifest_store import VersionFile
-from lacre_fabric.operate import behind, stores
+from lacre_fabric.operate import behind, catching_up, stores
 from lacre_fabric.operate.behind import LastSigned
 from lacre_fabric.operate.fabric_check import FabricFinding, Severity
 from lacre_fabric.operate.site import Site
 from lacre_fabric.work.revocations import StoreMark
 
 _PUBLISH: Final = "run `lacre manifest publish`"
+_NEWER: Final = f"find the newest state folder, or run `lacre state catch-up`; then {_PUBLISH}"
 _FIRST: Final = f"if the folder is from a backup, run `lacre state catch-up` first; then {_PUBLISH}"
-# Where `lacre up` has processes keep them.
-_MEMORIES: Final = ("gateway/manifests", "gateway/manifests/*", "workers/*/manifests*")
 
 
 def compare(site: Site, published: bytes | None) -> list[FabricFinding]:
@@ -54,8 +53,7 @@ def _state(
 
 
 def _memories(site: Site, fabric: LastSigned | None, roots: frozenset[bytes]) -> Iterator[FabricFinding]:
-    folders = {path.parent for pattern in _MEMORIES for path in site.folder.glob(f"{pattern}/seen.json")}
-    for folder in sorted(folders):
+    for folder in catching_up.memories(site.folder):
         check = f"memory {folder.relative_to(site.folder)}"
         try:
             seen = [one.version for one in VersionFile(folder).seen() if not roots.isdisjoint(one.roots)]
@@ -64,6 +62,6 @@ def _memories(site: Site, fabric: LastSigned | None, roots: frozenset[bytes]) ->
             continue
         if fabric is not None and seen and max(seen) > fabric.version:
             told = f"it has seen version {max(seen)}, and ignores version {fabric.version} of the fabric"
-            yield FabricFinding(check, Severity.WRONG, told, "find the newest state folder, and publish from there")
+            yield FabricFinding(check, Severity.WRONG, told, _NEWER)
         elif seen:
             yield FabricFinding(check, Severity.OK, f"version {max(seen)}")

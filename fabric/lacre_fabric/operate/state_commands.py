@@ -134,7 +134,13 @@ def _date(seconds: float) -> str:
 
 
 @state_app.command("catch-up")
-def catch_up(state: State = None) -> None:
+def catch_up(
+    state: State = None,
+    seen: Annotated[
+        list[Path] | None,
+        typer.Option(help="A memory of manifests, or its copy, of a process that saw more than the gateway.", metavar="DIR"),
+    ] = None,
+) -> None:
     """Take the root statements, the version and the used key ids from the fabric, after the restore of an older folder.
 
     If the gateway of `site.json` serves a newer manifest than the fabric has, it takes that one. It takes only what this
@@ -143,6 +149,8 @@ def catch_up(state: State = None) -> None:
     from lacre_fabric.operate import behind, catching_up
 
     site = site_of(state)
+    root = site.authority.chain().roots[0]
+    others = [document for memory in seen or () for document in catching_up.remembered(memory, root)]
 
     async def run() -> catching_up.CaughtUp:
         async with provisioner(site) as connection, site.changing():
@@ -152,8 +160,13 @@ def catch_up(state: State = None) -> None:
                 known.append(await asyncio.to_thread(catching_up.served, site.base_url))
             except SettingsError as exc:
                 typer.echo(f"not compared with the gateway: {exc}", err=True)
-            newest = catching_up.newest(known, site.authority.chain().roots[0])
-            return catching_up.catch_up(site, newest or there, time.time())
+            for memory in catching_up.memories(site.folder):
+                try:
+                    others.extend(catching_up.remembered(memory, root))
+                except SettingsError as exc:
+                    typer.echo(f"not compared with {memory}: {exc}", err=True)
+            newest = catching_up.newest(known, root)
+            return catching_up.catch_up(site, newest or there, time.time(), others)
 
     done = asyncio.run(run())
     typer.echo(f"version {done.version}, {done.statements} root statements added")
