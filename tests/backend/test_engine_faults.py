@@ -109,7 +109,7 @@ async def test_a_request_whose_set_up_fails_ends_alone(model: Path, capfd: pytes
         worker, serving = Worker(ours), asyncio.create_task(EngineChild(faulty, pipe).serve())
         good, bad = make_task(faulty, max_tokens=100), make_task(faulty, max_tokens=100)
         bad = dataclasses.replace(bad, id="bad")
-        await worker.say(Submit((good,)), Submit((bad,)), Cancel("bad cancel"), Speak(()))
+        await worker.say(Submit.of([good]), Submit.of([bad]), Cancel("bad cancel"), Speak(()))
         for name in ("bad", "bad cancel"):
             failed = await asyncio.wait_for(worker.hears_the_end_of(name), PATIENCE)
             assert isinstance(failed, Failed)

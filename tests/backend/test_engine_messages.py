@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import InvalidMessage, LacreError, UsageError
+from lacre_backend.api.requests import MAX_CHOICES
 from lacre_backend.engine.protocol import (
     Alternative,
     Embedding,
@@ -108,7 +109,8 @@ infos = st.just(EchoEngine().model).map(
 to_child = (
     each(Load, settings=TEXT, scheme=NAME)
     | each(ModelKey, key=st.none() | st.binary(max_size=32), failure=st.none() | failures)
-    | each(Submit, tasks=st.lists(tasks, max_size=2).map(tuple)) | each(Cancel, task=NAME) | each(Speak, tokens=IDS)
+    | each(Submit, tasks=st.lists(tasks, max_size=2).map(tuple), prompts=st.lists(IDS, max_size=3).map(tuple), which=IDS)
+    | each(Cancel, task=NAME) | each(Speak, tokens=IDS)
     | each(OwnText, number=COUNT, text=TEXT, special=st.booleans())
     | each(UserTexts, number=COUNT, texts=st.lists(TEXT, max_size=3).map(tuple))
     | each(Compile, number=COUNT, source=TEXT, begun=IDS) | each(Picture, number=COUNT, data=st.binary(max_size=9))
@@ -155,6 +157,42 @@ def test_what_is_too_long_is_refused_by_its_head() -> None:
         Unframer(FROM_CHILD).feed((0).to_bytes(4, "little") + b"\0")
     with pytest.raises(UsageError, match="larger"):
         framed(Picture(1, bytes(MAX_FRAME)))
+
+
+def asked(count: int, prompt: tuple[int, ...]) -> list[Task]:
+    """The choices of one request, as the API makes them."""
+    first = Task("t.0", prompt, 1)
+    return [dataclasses.replace(first, id=f"t.{number}") for number in range(count)]
+
+
+@given(st.lists(tasks, max_size=3))
+def test_tasks_come_out_whole(sent: list[Task]) -> None:
+    (came,) = Unframer(TO_CHILD).feed(bytes(framed(Submit.of([*sent, *sent]))))
+    assert list(came.whole()) == [*sent, *sent]
+    assert len(came.prompts) == len({id(task.prompt) for task in sent})
+
+
+def test_as_many_choices_as_a_request_may_have_fit_one_message() -> None:
+    """Of a prompt as long as the longest contexts. They share it, also once they have arrived."""
+    frame = framed(Submit.of(asked(MAX_CHOICES, tuple(range(2**18)))))
+    assert len(frame) < 2**21
+    (came,) = Unframer(TO_CHILD).feed(bytes(frame))
+    whole = came.whole()
+    assert len(whole) == MAX_CHOICES and len({id(task.prompt) for task in whole}) == 1
+    assert whole[-1].prompt == tuple(range(2**18))
+
+
+def test_too_many_tokens_are_the_caller_s_error() -> None:
+    prompts = [tuple([number] * 2**18) for number in range(66)]
+    with pytest.raises(TaskRefused, match=r"more than 64 MiB as tokens\. Send them in several requests") as caught:
+        framed(Submit.of([Task(f"t.{number}", prompt, 1) for number, prompt in enumerate(prompts)]))
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize("which", [(), (1,), (-1,), (0, 0)])
+def test_a_task_without_its_prompt_is_refused(which: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidMessage):
+        Submit((Task("t", (), 1),), ((1,),), which).whole()
 
 
 def test_a_count_beyond_the_message_is_refused_before_it_is_allocated() -> None:

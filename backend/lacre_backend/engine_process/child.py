@@ -190,7 +190,7 @@ class EngineChild:
     def _take(self, message: ToChild) -> None:
         match message:
             case Submit():
-                self._submit(message.tasks)
+                self._submit(message.whole())
             case Cancel():
                 self._ending([NamedStream(message.task, self._pipe)], partial(self._engine.cancel, message.task))
             case Speak():

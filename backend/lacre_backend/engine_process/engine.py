@@ -157,7 +157,7 @@ class ProcessEngine:
                 raise EngineLost(begun=False)
             self._streams |= streams
         try:
-            link.send(Submit(sent))
+            link.send(Submit.of(sent))
         except LacreError:
             with self._lock:
                 for name in streams:

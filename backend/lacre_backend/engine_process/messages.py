@@ -12,10 +12,10 @@ Rules:
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import NoneType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from lacre.errors import InvalidMessage, LacreError, SettingsError, UsageError
 from lacre.wire.wiping import overwrite
@@ -44,6 +44,7 @@ from lacre_fabric.keys.kms import KeyWithheld, KmsError, KmsUnreachable, WrongWr
 
 # The largest real ones are a vocabulary, some megabytes, and the tokens of a text as long as a sealed request, 28 MiB.
 MAX_FRAME: Final = 64 * 2**20
+_TOO_MUCH: Final = f"The request's prompts take more than {MAX_FRAME // 2**20} MiB as tokens. Send them in several requests."
 _HEAD: Final = struct.Struct("<IB")
 _KIND: Final = 1  # bytes of a frame's kind
 
@@ -97,9 +98,28 @@ class ModelKey:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Tasks, all or none."""
+    """Tasks, all or none. `of` makes it, and `whole` gives the tasks back.
+
+    prompts: each once, because the choices of a request share theirs. which: the place of each task's prompt among them; its
+    own field is empty.
+    """
 
     tasks: tuple[Task, ...]
+    prompts: tuple[tuple[int, ...], ...] = field(repr=False)
+    which: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task]) -> Self:
+        prompts = {id(task.prompt): task.prompt for task in tasks}  # to compare or hash long ones would take too long
+        places = {name: place for place, name in enumerate(prompts)}
+        bare = tuple(replace(task, prompt=()) for task in tasks)
+        return cls(bare, tuple(prompts.values()), tuple(places[id(task.prompt)] for task in tasks))
+
+    def whole(self) -> tuple[Task, ...]:
+        """Raises InvalidMessage."""
+        if len(self.which) != len(self.tasks) or not all(0 <= place < len(self.prompts) for place in self.which):
+            raise InvalidMessage("a task has no prompt")
+        return tuple(replace(task, prompt=self.prompts[place]) for task, place in zip(self.tasks, self.which, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +261,13 @@ _CODECS: Final[Mapping[type[Any], tuple[int, Codec[Any]]]] = {
 
 
 def framed(message: Message) -> bytearray:
-    """Raises UsageError if the message is too large."""
+    """Raises UsageError if the message is too large, and TaskRefused if that are tasks."""
     number, codec = _CODECS[type(message)]
     frame = codec.encode(message, _HEAD.size)
     length = len(frame) - _HEAD.size
     if length + _KIND > MAX_FRAME:
+        if isinstance(message, Submit):
+            raise TaskRefused(_TOO_MUCH, field="prompt")
         raise UsageError(f"a {type(message).__name__} of {length} bytes is larger than the {MAX_FRAME} of one message")
     _HEAD.pack_into(frame, 0, length + _KIND, number)
     return frame
