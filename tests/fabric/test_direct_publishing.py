@@ -118,6 +118,34 @@ async def test_a_server_that_reads_nothing_is_sent_only_so_much(own: Parties) ->
     await publishing
 
 
+async def test_who_waits_for_such_a_server_can_be_cancelled(own: Parties) -> None:
+    """nats-py swallows the cancellation: the task would run on as if nothing were the matter."""
+    client, piece = (await own.connect("gateway-g1")).client, bytes(256 * 1024)
+    ran_on = False
+
+    async def publish() -> None:
+        nonlocal ran_on
+        for _ in range(PIECES):
+            await client.publish(SUBJECT, piece)
+        ran_on = True
+
+    own.live.process.send_signal(signal.SIGSTOP)
+    try:
+        publishing = asyncio.create_task(publish())
+        await asyncio.sleep(1)
+        assert not publishing.done()
+        publishing.cancel()
+        done, _ = await asyncio.wait([publishing], timeout=1.0)
+        assert done and publishing.cancelled()
+        async with asyncio.timeout(5):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await publish()
+        assert not ran_on
+    finally:
+        own.live.process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize(
     ("subject", "reply", "headers"),
     [

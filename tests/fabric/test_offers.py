@@ -14,7 +14,7 @@ import pytest
 from lacre import problems
 from lacre_fabric.nats import orders, subjects
 from lacre_fabric.nats.affinity import MAX_OFFERED
-from lacre_fabric.nats.delivery import NatsDelivery
+from lacre_fabric.nats.delivery import COPY_AFTER, NatsDelivery
 from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST, NatsGateway
 from lacre_fabric.nats.model_queue import QUIET
 from lacre_fabric.nats.roles import OFFERS_GROUP, Role
@@ -350,6 +350,52 @@ async def test_offered_work_is_replayed_by_nobody(parties: Parties) -> None:
     again = await pool.ask(turn(conversation("n2", "n1"), sealed=work.sealed))
     assert await read(again) == [problems.REPLAYED.type.encode()]
     assert pool.counts() == [1, 1]  # the second one lost the claim
+
+
+async def test_offered_work_is_not_replayed_through_the_queue(parties: Parties) -> None:
+    """No queue knows its digest. The caller hears so, long before the queue's limit would end its waiting."""
+    pool = await Pool.of(parties)
+    work = turn(conversation("n1", "n2"))
+    assert await read(await pool.ask(work)) == WHOLE
+    async with asyncio.timeout(COPY_AFTER + 5):
+        assert await read(await pool.ask(turn(None, sealed=work.sealed))) == [problems.REPLAYED.type.encode()]
+    assert sum(pool.counts()) == 2
+
+
+async def test_a_redelivery_that_loses_its_claim_says_nothing(parties: Parties) -> None:
+    """The gateway listens to the first worker, which may not have sent anything yet."""
+    gateway, worker = await parties.gateway(), await parties.worker()
+    dispatch = await gateway.dispatch(work := new_work())
+    delivery = await worker.pull()
+    claimed = subjects.claim("a", work.digest.hex())
+    await worker.connection.jetstream.publish(
+        claimed, b"the first worker", headers={"Nats-Expected-Last-Subject-Sequence": "0"}
+    )
+    assert not await delivery.claim()
+    delivery.again = True
+    reading = asyncio.ensure_future(read(dispatch))
+    await delivery.drop()
+    await asyncio.sleep(COPY_AFTER + 0.5)
+    assert not reading.done()
+    await dispatch.cancel()
+    reading.cancel()
+
+
+async def test_a_denial_of_something_else_is_not_taken_for_this_work_s(parties: Parties) -> None:
+    """Without an ack the work may be queued: then the gateway waits for frames, and must not say that nothing ran."""
+    gateway, worker = await parties.gateway(), await parties.connect("worker-a-n1")
+    work = new_work()
+    unanswered = subjects.cancel("a", work.request_id)
+    await worker.client.subscribe(unanswered)
+    await worker.round_trip()
+    sending = asyncio.ensure_future(gateway._sent_to(unanswered, work, {}))
+    denials = gateway.connection.denials
+    await gateway.connection.client.publish("$KV.trust.manifest", b"")
+    await until(lambda: gateway.connection.denials > denials)
+    assert not sending.done()
+    assert await sending is None
+    with pytest.raises(FabricUnavailable, match="denies gateway-g1"):
+        await gateway._sent_to("$KV.trust.manifest", work, {})
 
 
 async def test_with_permissions_of_before_all_work_is_queued(own: Parties) -> None:

@@ -145,6 +145,15 @@ class DirectClient(Client):
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += len(payload)
 
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """The library swallows a cancellation here, and the cancelled task would run on."""
+        task = asyncio.current_task()
+        before = 0 if task is None else task.cancelling()
+        flushed = await super()._flush_pending(force_flush)
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+        return flushed
+
     def _unsent(self) -> int:
         """Bytes that the system has not taken yet. The library's queue must be empty, or later messages would overtake it."""
         writer = self._transport._io_writer  # type: ignore[union-attr]  # as above

@@ -4,8 +4,9 @@ Rules:
 - Work comes from the pool's queue (a message to ack), or a gateway offered it to this worker (`offers`; no message).
 - Until its first frame, a worker keeps telling that it has the work: to NATS by in-progress acks, or to the gateway that
   offered it.
-- Offered work that loses its claim is a copy of another request, so the gateway is told. A lost claim of queued work may be a
-  redelivery, whose first worker still answers: that one ends silently.
+- Work that loses its claim is a copy of another request, so the gateway is told. Only a redelivery ends silently, because its
+  first worker may still answer. A queue with a new leader may have forgotten that it delivered work before. So the word about
+  queued work comes later: by then the first worker has sent a frame, and the gateway listens to that one alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lacre_fabric.work.frames import DECLINED, TAKEN, Frame, FrameKind
 from lacre_fabric.work.worker_stream import Outbound
 
 IN_PROGRESS: Final = 2.0  # seconds between signs of unacked work; well within `ACK_WAIT`
+COPY_AFTER: Final = 2.0  # seconds until a gateway is told that queued work is a copy; a worker sends a frame once it claimed
 MAX_CREDIT_DIGITS: Final = 12  # of the byte count that a reader took: more than any answer has
 
 log = structlog.get_logger("lacre.fabric")
@@ -115,14 +117,21 @@ class NatsDelivery:
         await self.drop()
 
     async def drop(self) -> None:
-        if self._message is None and self._out.silent and not self._settled:
-            with suppress(Cancelled, FabricUnavailable):
-                await self.send(FrameKind.ERROR, problems.REPLAYED.type.encode())
+        if self._out.silent and not self._settled and not self.again:
+            if self._message is None:
+                await self._tell_copy(0.0)
+            elif not self.cancelled.is_set():
+                tasks.detach("word of a copy", self._tell_copy(COPY_AFTER))
         await self._settle()
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
             with suppress(nats.errors.Error):
                 await subscription.unsubscribe()
+
+    async def _tell_copy(self, delay: float) -> None:
+        await asyncio.sleep(delay)
+        with suppress(Cancelled, FabricUnavailable):
+            await self._out.send(FrameKind.ERROR, problems.REPLAYED.type.encode())
 
     async def hand_back(self) -> bool:
         """Returns work that never started to its queue, or declines an offer. False: it is still here."""

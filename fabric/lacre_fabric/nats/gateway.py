@@ -96,7 +96,7 @@ class NatsGateway:
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
         self._acks: dict[str, asyncio.Future[Ack | None]] = {}  # of requests being published, by request id
-        self._offering: dict[str, str] = {}  # the subjects of those being offered, by request id
+        self._sending: dict[str, str] = {}  # the subjects of work that is being sent, by request id
         self._may_offer = True  # False: NATS servers with the permissions of an older version
         self._order_keys = orders.OrderKeys(connection.credential.password)
         self._sent = Sent()
@@ -268,13 +268,12 @@ class NatsGateway:
         free = side.shunned.without(region, side.roster.offered(work.model, region))
         for node in in_turn(work.affinity, free, side.unanswered):
             waiting.offered = asyncio.get_running_loop().create_future()
-            subject = self._offering[work.request_id] = subjects.offer(work.pool, region, node, work.model)
+            subject = subjects.offer(work.pool, region, node, work.model)
             side.unanswered[node] += 1
             try:
                 ack = await self._sent_to(subject, work, plain, waiting.offered)
             finally:
                 side.unanswered -= Counter((node,))
-                del self._offering[work.request_id]
             if waiting.offered.done():
                 side.shunned.answered(region, node)
                 return waiting.offered.result() == TAKEN
@@ -331,11 +330,11 @@ class NatsGateway:
     ) -> Ack | None:
         """What NATS says about the message; None if it says nothing. Raises FabricUnavailable.
 
-        answer: of the worker that the message offers work to. It ends the waiting too.
+        answer: of the worker that the message offers work to. It ends the waiting too, and a denied offer is `DENIED`.
         """
         denials, loop = self.connection.denials, asyncio.get_running_loop()
         acked: asyncio.Future[Ack | None] = loop.create_future()
-        self._acks[work.request_id] = acked
+        self._acks[work.request_id], self._sending[work.request_id] = acked, subject
         patience = loop.call_later(API_TIMEOUT, _give_up, acked)
         if answer is not None:
             answer.add_done_callback(lambda _: _give_up(acked))
@@ -347,8 +346,8 @@ class NatsGateway:
             raise self.connection.unavailable(exc, denials) from exc
         finally:
             patience.cancel()
-            del self._acks[work.request_id]
-        if ack is None and answer is None and self.connection.denials != denials:
+            del self._acks[work.request_id], self._sending[work.request_id]
+        if ack is DENIED and answer is None:
             raise self.connection.unavailable(TimeoutError(), denials)
         return ack
 
@@ -362,7 +361,7 @@ class NatsGateway:
     def _on_denied(self, text: str) -> None:
         if _OFFER_DENIED in text:
             self._may_offer = False
-        for request_id, subject in self._offering.items():
+        for request_id, subject in self._sending.items():  # another message's denial says nothing about these
             if f'"{subject.lower()}"' in text and not (acked := self._acks[request_id]).done():
                 acked.set_result(DENIED)
 

@@ -229,8 +229,7 @@ class Delivery(Protocol):
     again: bool  # it was delivered before, to a worker that never answered; the request may have crashed that worker
 
     async def claim(self) -> bool:
-        """Claims the request for this attempt, across the whole pool. False: another attempt has it, so `drop` this one
-        silently.
+        """Claims the request for this attempt, across the whole pool. False: another attempt has it, so `drop` this one.
 
         Call it before the first frame, except before a rejection. It may be called again.
         Raises FabricUnavailable if the result is unknown.
