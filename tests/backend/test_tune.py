@@ -143,6 +143,19 @@ def test_a_model_that_cannot_take_guesses_back_is_not_tried(tmp_path: Path) -> N
     assert "speculation lookup: not tried: " in said[0]
 
 
+def test_it_tunes_a_recurrent_model(tmp_path: Path) -> None:
+    """Its state cannot be cut back after a step."""
+    tiny_recurrent_model(tmp_path / "tiny.gguf")
+    path = tmp_path / "worker.toml"
+    path.write_text(SETTINGS)
+    said: list[str] = []
+    tune.run(path, said.append)
+    (model,) = load(path).models
+    assert model.slots in SLOTS and model.speculation == "off"
+    assert LEAST <= model.burst <= model.chunk < model.n_batch
+    assert any("speculation lookup: not tried: " in line for line in said)
+
+
 def test_it_tries_a_draft_model(tmp_path: Path) -> None:
     tiny_model(tmp_path / "tiny.gguf")
     tiny_model(tmp_path / "small.gguf")

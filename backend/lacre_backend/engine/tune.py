@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Final
 
 from lacre_backend.engine.context import Compute, KvType, LlamaContext
-from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan, Trim
+from lacre_backend.engine.model import Gpu, Model, ModelMetadata
+from lacre_backend.engine.plan import EngineLimits, StepPlan
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.tune_histories import Histories
 
 HISTORY: Final = 192  # tokens before the timed step
 SLOTS: Final = (1, 4, 8, 16)
 ENOUGH: Final = 0.95  # the fewest slots that reach this share of the best rate
 _CONTEXT: Final = 512
-_TOKEN: Final = 1  # any token: they all take the same time
 _STEPS: Final = 3
 _ROUNDS: Final = 2
 
@@ -66,6 +66,7 @@ def tune(path: Path, gpu: Gpu, *, most: int, kv_type: KvType = "f16") -> TuningR
     """
     with closing(Tokenizer(path)) as tokenizer:
         model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu, tokenizer=tokenizer)
+    cuttable = ModelMetadata.read(path).cuttable
     ways = [way for way in _ways() if way.flash or kv_type == "f16"]
     rates: dict[Way, dict[int, float]] = {way: dict.fromkeys(SLOTS, 0.0) for way in ways}
     for way in ways:
@@ -74,9 +75,9 @@ def tune(path: Path, gpu: Gpu, *, most: int, kv_type: KvType = "f16") -> TuningR
         )
         context = LlamaContext(model, limits, Compute(way.threads, way.flash, kv_type))
         try:
-            _fill(context)
+            histories = Histories(context, range(max(SLOTS)), HISTORY, cuttable=cuttable)
             for _, n in itertools.product(range(_ROUNDS), SLOTS):
-                rates[way][n] = max(rates[way][n], _rate(context, n))
+                rates[way][n] = max(rates[way][n], _rate(context, histories, n))
         finally:
             context.free()
     return choose(rates, most)
@@ -97,22 +98,13 @@ def _ways() -> Iterator[Way]:
         yield Way(n, flash, unified)
 
 
-def _fill(context: LlamaContext) -> None:
-    for slot in range(max(SLOTS)):
-        context.execute(_plan([Segment(slot, 0, (_TOKEN,) * HISTORY, None, True)]))
-
-
-def _rate(context: LlamaContext, n: int) -> float:
-    segments = [Segment(slot, HISTORY, (_TOKEN,), None, True) for slot in range(n)]
-    plan = _plan(segments, tuple(Trim(slot, HISTORY) for slot in range(n)))
+def _rate(context: LlamaContext, histories: Histories, n: int) -> float:
     best = float("inf")
     for _ in range(_STEPS):
+        segments, after = histories.step(range(n))
+        plan = StepPlan((), tuple(segments), after, (), 0)
         began = time.perf_counter()
         context.execute(plan)
         context.logits(n)
         best = min(best, time.perf_counter() - began)
     return n / best
-
-
-def _plan(segments: list[Segment], after: tuple[Trim, ...] = ()) -> StepPlan:
-    return StepPlan((), tuple(segments), after, (), 0)

@@ -9,7 +9,7 @@ Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lacre_backend.engine.pace import PREFILL
 from lacre_backend.engine.plan import BURST, CHUNK, STEP, EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.tune_histories import TOKEN, Histories
 
 SIZES: Final = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a prompt in a step
 LEAST: Final = 32  # tokens of a chunk and of a burst
@@ -30,7 +31,6 @@ SHARES: Final = (0.2, 0.3, 0.4, 0.5, PREFILL)  # of a step's time
 _HISTORY: Final = 192  # tokens of each answer
 _STEPS: Final = 3
 _SLOW: Final = 1.0  # seconds; a step of as many is not repeated
-_TOKEN: Final = 1  # any token: they all take the same time
 _ROUND: Final = 64  # to which a step's size is rounded up
 
 
@@ -75,7 +75,8 @@ def tune_steps(path: Path, settings: LlamaSettings) -> StepSizes:
     )
     running = LlamaContext(model, limits, Compute(shape.threads, settings.flash, settings.kv_type, settings.n_ubatch))
     try:
-        return choose_steps(_times(running, slots, sizes, min(_HISTORY, context // 2)), slots, settings.n_ubatch or 0)
+        histories = Histories(running, range(slots - 1), min(_HISTORY, context // 2), cuttable=shape.limits.cuttable)
+        return choose_steps(_times(running, histories, slots, sizes), slots, settings.n_ubatch or 0)
     finally:
         running.free()
 
@@ -114,35 +115,32 @@ def _table(times: StepTimes) -> Iterator[str]:
             yield f"{name:<33}" + "  ".join(f"{seconds[n] * 1e3:>5.0f}" if n in seconds else " " * 5 for n in sizes)
 
 
-def _times(context: LlamaContext, slots: int, sizes: list[int], history: int) -> StepTimes:
+def _times(context: LlamaContext, histories: Histories, slots: int, sizes: list[int]) -> StepTimes:
     """The last slot reads, the others have answers."""
-    answers = list(range(slots - 1))
-    for slot in answers:
-        _timed(context, [Segment(slot, 0, (_TOKEN,) * history, None, True)])
-    generating = [Segment(slot, history, (_TOKEN,), None, True) for slot in answers]
-    quiet = _best(context, generating) if answers else 0.0
+    answers = range(slots - 1)
+    quiet = _best(context, histories, answers, 0) if answers else 0.0
     alone: dict[int, float] = {}
     beside: dict[int, float] = {}
     for n in sizes:
-        read = Segment(slots - 1, 0, (_TOKEN,) * n, None, True)
-        alone[n] = _best(context, [read])
+        alone[n] = _best(context, histories, (), n)
         if answers:
-            beside[n] = _best(context, [*generating, read])
+            beside[n] = _best(context, histories, answers, n)
         if n > LEAST and alone[n] * ENOUGH > 2 * alone[n // 2]:
             break
     return StepTimes(quiet, alone, beside)
 
 
-def _best(context: LlamaContext, segments: list[Segment]) -> float:
+def _best(context: LlamaContext, histories: Histories, answers: Sequence[int], n: int) -> float:
+    """Seconds of a step of these answers, and of n tokens of a prompt in the slot after all of them."""
     best = float("inf")
     for _ in range(_STEPS):
-        best = min(best, _timed(context, segments, tuple(Trim(segment.slot, segment.start) for segment in segments)))
+        segments, after = histories.step(answers)
+        if n:
+            segments.append(Segment(histories.free, 0, (TOKEN,) * n, None, True))
+            after = (*after, Trim(histories.free, 0))
+        began = time.perf_counter()
+        context.execute(StepPlan((), tuple(segments), after, (), 0))
+        best = min(best, time.perf_counter() - began)
         if best > _SLOW:
             break
     return best
-
-
-def _timed(context: LlamaContext, segments: list[Segment], after: tuple[Trim, ...] = ()) -> float:
-    began = time.perf_counter()
-    context.execute(StepPlan((), tuple(segments), after, (), 0))
-    return time.perf_counter() - began
