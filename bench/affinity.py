@@ -19,19 +19,14 @@ import asyncio
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import lacre
 from bench import command
 from bench.engine import auc
-from parts.stage.live import MODEL, LiveStage
-from parts.stage.processes import worker_settings
-from parts.stage.settings import POOL, own_issuer
+from parts.stage.live import LiveStage
+from parts.talks import Talk, several_workers
 
 CONVERSATIONS, TURNS = 8, 6
 WORDS: Final = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "jetty", "knoll", "ledge")
@@ -50,58 +45,24 @@ def beginning(drawn: random.Random) -> str:
     return f"{' '.join(drawn.choices(WORDS, k=60))}. Answer in one sentence, with one of these words."
 
 
-@dataclass
-class Talk:
-    messages: list[dict[str, Any]]
-    cached: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)  # milliseconds
-
-    async def turn(self, client: lacre.AsyncClient, asked: str, tokens: int = 8) -> None:
-        self.messages.append({"role": "user", "content": asked})
-        began = time.perf_counter()
-        stream = client.chat_stream(self.messages, max_tokens=tokens, temperature=0)
-        await anext(stream, None)
-        self.first.append((time.perf_counter() - began) * 1e3)
-        reply = await stream.reply()
-        self.messages.append({"role": "assistant", "content": reply.text})
-        self.cached.append(reply.receipt.cached_tokens)
-        self.prompts.append(reply.receipt.prompt_tokens)
-
-
-@asynccontextmanager
-async def deployed(folder: Path, workers: int) -> AsyncIterator[LiveStage]:
-    nodes = [f"n{number + 1}" for number in range(workers)]
-    async with LiveStage(folder, {POOL: (MODEL,)}) as live:
-        await live.start_fabric(nodes=nodes[1:])
-        live.write_settings({"name": MODEL, "threads": 1, "context": 4096, "slots": CONVERSATIONS})
-        for node in nodes:
-            live.worker(worker_settings(live.site, node), node)
-        await live.start_workers()
-        live.gateway(own_issuer(live.site))
-        await live.start_gateways()
-        await live.heard()
-        yield live
-
-
 async def measured(pairs: int, sets: int) -> command.Figures:
     drawn = random.Random(7)
     kinds = {"four_workers": True, "one_worker": True, "four_workers_off": False}
     talks: dict[str, list[Talk]] = {kind: [] for kind in kinds}
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lacre-bench-")))
-        four = await stack.enter_async_context(deployed(folder / "four", 4))
-        one = await stack.enter_async_context(deployed(folder / "one", 1))
+        four = await stack.enter_async_context(several_workers(folder / "four", 4, CONVERSATIONS))
+        one = await stack.enter_async_context(several_workers(folder / "one", 1, CONVERSATIONS))
         lives = {"four_workers": four, "one_worker": one, "four_workers_off": four}
         clients = {kind: lives[kind].client(lives[kind].token(f"{kind}-user"), affinity=on) for kind, on in kinds.items()}
         for client in clients.values():
             await client.chat("Hello.", max_tokens=1)
         await asyncio.sleep(1.5)
         for _ in range(sets):
-            held = {kind: [Talk([]) for _ in range(CONVERSATIONS)] for kind in kinds}
-            for number in range(CONVERSATIONS):
+            held: dict[str, list[Talk]] = {kind: [] for kind in kinds}
+            for _ in range(CONVERSATIONS):
                 for kind in kinds:
-                    held[kind][number].messages.append({"role": "system", "content": beginning(drawn)})
+                    held[kind].append(Talk.of(beginning(drawn)))
             for asked in ASKED:
                 for number in range(CONVERSATIONS):
                     for kind in drawn.sample(list(kinds), len(kinds)):
@@ -128,9 +89,9 @@ async def watched(live: LiveStage, drawn: random.Random, pairs: int) -> tuple[li
     found = 0
     for _ in range(pairs):
         secret, made_up = beginning(drawn), beginning(drawn)
-        await Talk([{"role": "system", "content": secret}]).turn(victim, ASKED[0], 1)
+        await Talk.of(secret).turn(victim, ASKED[0], 1)
         for words, into in drawn.sample([(secret, known), (made_up, unknown)], 2):
-            talk = Talk([{"role": "system", "content": words}])
+            talk = Talk.of(words)
             await talk.turn(other, ASKED[0], 1)
             into.append(talk.first[0])
             # The chat template's own first tokens are alike for all of one caller's chats, and not secret.

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import lacre
-from parts.stage.live import MODEL, LiveStage
-from parts.stage.processes import busiest, worker_settings
-from parts.stage.settings import POOL, own_issuer
+from parts.stage.processes import busiest
+from parts.talks import Talk, several_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -33,61 +28,30 @@ ASKED = (
 )
 
 
-@dataclass
-class Talk:
-    """A conversation, as its client has it. cached, prompts: tokens of each turn."""
-
-    messages: list[dict[str, Any]]
-    cached: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, number: int) -> Talk:
-        return cls([{"role": "system", "content": SETTING.format(number)}])
-
-    async def turn(self, client: lacre.AsyncClient) -> None:
-        self.messages.append({"role": "user", "content": ASKED[len(self.cached)]})
-        reply = await client.chat(self.messages, max_tokens=8, temperature=0)
-        self.messages.append({"role": "assistant", "content": reply.text})
-        self.cached.append(reply.receipt.cached_tokens)
-        self.prompts.append(reply.receipt.prompt_tokens)
-
-    def cold(self) -> list[int]:
-        """The later turns that did not find all of the turn before."""
-        turns = range(1, len(self.cached))
-        return [turn for turn in turns if self.cached[turn] < self.prompts[turn - 1]]
+def cold(talk: Talk) -> list[int]:
+    """The later turns that did not find all of the turn before."""
+    return [turn for turn in range(1, len(talk.cached)) if talk.cached[turn] < talk.prompts[turn - 1]]
 
 
-@asynccontextmanager
-async def museum(folder: Path) -> AsyncIterator[LiveStage]:
-    nodes = [f"n{number + 1}" for number in range(WORKERS)]
-    async with LiveStage(folder, {POOL: (MODEL,)}) as live:
-        await live.start_fabric(nodes=nodes[1:])
-        live.write_settings({"name": MODEL, "threads": 1, "context": 4096, "slots": CONVERSATIONS})
-        for node in nodes:
-            live.worker(worker_settings(live.site, node), node)
-        await live.start_workers()
-        live.gateway(own_issuer(live.site))
-        await live.start_gateways()
-        await live.heard()
-        yield live
+async def turn(talk: Talk, client: lacre.AsyncClient) -> None:
+    await talk.turn(client, ASKED[len(talk.cached)])
 
 
 async def test_turns_find_their_cache_and_a_killed_worker_costs_one_cold_turn(tmp_path: Path) -> None:
     """Each later turn reuses all of the turn before. Another caller with the same conversation reuses nothing of it."""
-    async with museum(tmp_path) as live:
+    async with several_workers(tmp_path, WORKERS, CONVERSATIONS) as live:
         client, before = live.client(live.token("ann")), [worker.ticks for worker in live.workers]
-        talks = [Talk.of(number) for number in range(CONVERSATIONS)]
+        talks = [Talk.of(SETTING.format(number)) for number in range(CONVERSATIONS)]
         await client.chat("Hello.", max_tokens=1)
         await asyncio.sleep(1.5)  # the gateway hears all workers, and they know that their queue is empty
         for _ in range(3):
             for talk in talks:
-                await talk.turn(client)
-        cold = [turn for talk in talks for turn in talk.cold()]
-        assert len(cold) <= 1  # of eight; by chance five. A worker that this machine keeps waiting may miss one
+                await turn(talk, client)
+        missed = [number for talk in talks for number in cold(talk)]
+        assert len(missed) <= 1  # of eight; by chance five. A worker that this machine keeps waiting may miss one
         for talk in talks[:2]:
             copy = Talk(talk.messages[:3], [0], [0])
-            await copy.turn(live.client(live.token("bob")))
+            await turn(copy, live.client(live.token("bob")))
             assert copy.cached[1] == 0, "another caller found this conversation"
 
         killed = busiest(live.workers, before)
@@ -96,6 +60,6 @@ async def test_turns_find_their_cache_and_a_killed_worker_costs_one_cold_turn(tm
         await asyncio.sleep(0.5)  # NATS notices, and presence still names it
         for _ in range(3):
             for talk in talks:
-                await talk.turn(client)
-    cold_after = [len([turn for turn in talk.cold() if turn > 2]) for talk in talks]
+                await turn(talk, client)
+    cold_after = [len([number for number in cold(talk) if number > 2]) for talk in talks]
     assert 0 < sum(cold_after) <= sum(turns > 0 for turns in cold_after) + 1
