@@ -47,6 +47,17 @@ def test_quick(name: str, tmp_path: Path) -> None:
     assert all(isinstance(value, float) for value in figures.values())
 
 
+@pytest.mark.slow
+def test_an_audit_log_is_verified_under_load(tmp_path: Path) -> None:
+    """docs/audit.md has the figures of a million entries. The first verdict that is not due ends it with an error."""
+    command = [sys.executable, "-m", "bench.audit_load", "--entries", "10000", "--json", tmp_path / "out"]
+    said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert said.count("does not hold: ") == 6
+    figures = json.loads((tmp_path / "out").read_text())
+    assert figures["entries"] >= 10_000
+    assert figures["requests_meanwhile"] > 0
+
+
 def test_what_queueing_theory_expects() -> None:
     assert erlang_c(1, 0.8) == pytest.approx(0.8)  # at one slot it is the load
     assert erlang_c(2, 1.0) == pytest.approx(1 / 3)
