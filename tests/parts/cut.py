@@ -14,6 +14,7 @@ class Cut:
         self._port = port
         self._whole = True
         self._pumps: set[asyncio.Task[None]] = set()
+        self._comers: set[asyncio.Task[None]] = set()
         self._ends: list[asyncio.StreamWriter] = []
         self.flows = asyncio.Event()
         self.flows.set()
@@ -30,11 +31,18 @@ class Cut:
         self._whole = True
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        comer = asyncio.current_task()
+        assert comer is not None
+        self._comers.add(comer)
+        comer.add_done_callback(self._comers.discard)
         self._ends.append(writer)
         if not self._whole:
             writer.transport.abort()
             return
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        if not self._whole:  # it was cut meanwhile
+            far_writer.transport.abort()
+            return
         self._ends.append(far_writer)
         ways = ((reader, far_writer), (far_reader, writer))
         self._pumps.update(asyncio.create_task(self._pump(*way)) for way in ways)
@@ -46,6 +54,8 @@ class Cut:
 
     async def close(self) -> None:
         self.cut()
+        await asyncio.sleep(0)  # the way of one who has just come begins
+        await asyncio.gather(*self._comers, return_exceptions=True)
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)

@@ -70,6 +70,9 @@ async def serving(gateway: Gateway, pair: Pair | None = None) -> AsyncIterator[G
                 yield gateway
             finally:
                 server.should_exit = True
+        for connection in list(server.server_state.connections):  # whose client was still there after a second
+            connection.transport.abort()  # type: ignore[union-attr]  # it has one
+        await asyncio.sleep(0)
 
 
 @contextlib.contextmanager
