@@ -19,7 +19,7 @@ from hostile.adversary import HostileFabric, HttpWire, inner
 from hostile.attacks import Verdict, attack
 from hostile.shapes import Test
 from lacre import problems
-from lacre.runtime.http1 import MAX_HEAD, UnreadableRequest
+from lacre.runtime.http1 import MAX_HEAD, UnreadableRequest, parse_head
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre.wire.ohttp import seal_request
@@ -27,7 +27,7 @@ from lacre.wire.opening import PrivateKey
 from lacre_gateway.admin.api import MAX_BODY, create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.http.answers import BODY_TOO_LARGE
-from lacre_gateway.http.exchange import STALL_LIMIT
+from lacre_gateway.http.exchange import STALL_LIMIT, Exchange, Stalled
 from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
 from parts.in_memory_http import Connection
@@ -333,6 +333,23 @@ async def test_unread(honest: Stage, verdict: Verdict) -> None:
     verdict.said(problem_of(answers.partition(b"HTTP/1.1 4")[2].partition(b"HTTP/1.1 4")[0]))
 
 
+@attack("ask for long answers and read none of them, so that a gateway keeps them", "client",
+        "each piece waits until the client has taken those before; if it never does, the answer is cut",
+        gain="one piece of an answer, for as long as the gateway waits")  # fmt: skip
+async def test_unread_answer(honest: Stage) -> None:
+    protocol = make_server(honest.app, Listen(port=0)).connection()
+    connection = Connection(protocol, "192.0.2.9")
+    exchange = Exchange(protocol, parse_head(POST), "192.0.2.9")
+    protocol.pause_writing()
+    writing = asyncio.ensure_future(exchange.write([bytes(2**16)]))
+    await asyncio.sleep(SETTLED)
+    assert not writing.done() and connection.news.empty()
+    exchange.late(time.monotonic() + STALL_LIMIT + 1)
+    with pytest.raises(Stalled):
+        await writing
+    assert connection.news.empty()
+
+
 async def answer(port: Port, said: bytes) -> bytes:
     """The head and the problem that come back while the connection stays open: nothing more is sent."""
     reader = await port.dial(said)
@@ -398,6 +415,27 @@ async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
         for writer in port.open:
             writer.close()
         await until(lambda: not honest.gateway.bodies.held, SOON)
+
+
+@attack("send a body byte by byte, so that it never ends", "client",
+        "a body has a limited time to arrive, however often some of it does", problems.SLOW_BODY)  # fmt: skip
+async def test_trickle(stage: Stage, honest: Stage, verdict: Verdict) -> None:
+    protocol = make_server(honest.app, Listen(port=0)).connection()
+    connection, heard = Connection(protocol, "192.0.2.9"), b""
+    said = POST + OUTER + bearer(honest.token) + b"Content-Length: 7000\r\n\r\n"
+    await connection.say(said + sealed(stage, 2000)[:MAX_HEADER])
+    await until(lambda: honest.gateway.bodies.held, SOON)
+
+    def answered() -> bool:
+        nonlocal heard
+        while not connection.news.empty():
+            heard += connection.news.get_nowait()
+        return b"}" in heard
+
+    protocol.cycle.late(time.monotonic() + honest.gateway.settings.limits.body_timeout + 1)  # what the clock says then
+    await until(answered, SOON)
+    verdict.said(problem_of(heard))
+    await until(lambda: not honest.gateway.bodies.held, SOON)
 
 
 @attack("fill the disk of the audit log with requests that are refused", "client",

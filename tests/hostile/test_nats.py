@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hostile.attacks import Verdict, attack
+from lacre.errors import UsageError
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.connection import Connection
@@ -144,6 +145,32 @@ async def test_headers(site: Site) -> None:
     work = subjects.work("a", subjects.DEFAULT_REGION, "m1")
     await site.hears(*(published(work, b"x", headers=headers) for headers in ODD_HEADERS * 2), of="gateway-g2")
     assert site.workers["a"].connection.client.stats["reconnects"] == 0
+
+
+@attack("hide another message in a value that a gateway or a worker publishes", "client",
+        "a message that is written is one message: names, subjects and values are single words or lines",
+        gain="nothing; the publisher refuses the text", cases=["subject", "reply", "header"])  # fmt: skip
+async def test_in_a_value(site: Site, case: str) -> None:
+    """The connection is a gateway's own, whose permissions the hidden message would have."""
+    heard: list[bytes] = []
+
+    def take(_subject: str, _block: bytes, payload: bytes) -> bool:
+        heard.append(payload)
+        return True
+
+    client, worker, target = site.client("a"), site.workers["a"].connection, subjects.cancel("a", "0" * 32)
+    await worker.client.subscribe_directly(target, take)
+    await worker.round_trip()
+    await client.flush()  # until then messages take the library's way
+    for end in ("\r\n", "\n"):
+        hidden = f"x 0 0{end}{end}PUB {target} 6{end}hidden{end}"
+        texts = {"subject": "a.b", "reply": "", "header": "v"} | {case: hidden if case != "header" else f"v\r\n\r\n{hidden}"}
+        with pytest.raises(UsageError):
+            await client.publish_directly(texts["subject"], b"", reply=texts["reply"], headers={"H": texts["header"]})
+    await client.publish_directly(target, b"plain", headers={})
+    await until(lambda: heard)
+    assert heard == [b"plain"]
+    await site.goes_on()
 
 
 @attack("announce a number of slots with 400 digits, so that metrics fail", "worker", BOUNDED,

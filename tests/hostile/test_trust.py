@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import httpx2
@@ -24,10 +26,12 @@ from lacre.jose.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.runtime.forks import PerLoop
 from lacre.transport.sealed_async import AsyncSealedTransport
 from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, ModelEntry, RootStatement
-from lacre.trust.manifest_store import VersionMemory, accept
+from lacre.trust.manifest_store import VersionFile, VersionMemory, accept
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem, SealedHeader
 from lacre.wire.opening import PrivateKey
+from lacre_fabric.operate.catching_up import catch_up, remembered
+from lacre_fabric.operate.site import Site
 from parts.keys import MODEL, POOL
 from parts.stage import Stage
 from parts.trust import NOW, ROOTS, changes, document, foreign, signature_checks, statement
@@ -290,6 +294,27 @@ async def test_endless_history() -> None:
     others = [Ed25519PrivateKey.generate() for _ in range(500)]
     served, memory = document(*changes([*others, ROOTS[0]])), remembering(20)
     assert signature_checks(lambda: accept(served, PIN, memory, NOW)) < 500
+
+
+@attack("sign with a stolen signer, after its replacement, a manifest that a restored state folder catches up with", "gateway",
+        "a manifest counts for nothing if another one has all its statements and more",
+        gain="nothing; the folder takes up the published one")  # fmt: skip
+async def test_caught_up(tmp_path: Path) -> None:
+    """Some worker had accepted it. A folder that took it up would list its pools in the place of damaged ones."""
+    site, now = Site(tmp_path / "site", {POOL: (MODEL,)}), time.time()
+    site.create()
+    first = site.sign_manifest(now)
+    stolen, old = (Site(shutil.copytree(site.folder, tmp_path / name), site.pools) for name in ("stolen", "old"))
+    for _ in range(9):
+        forged = stolen.sign_manifest(now)
+    for newer in (first, forged):
+        accept(newer, site.root, VersionFile(tmp_path / "memory"), now)
+    site.authority.rotate_signer(now)
+    published = site.sign_manifest(now)
+    async with old.changing():
+        done = catch_up(old, published, now, remembered(tmp_path / "memory", old.root))
+    assert (done.version, done.statements) == (2, 1)
+    assert (old.folder / "trust" / "manifest.json").read_bytes() == published
 
 
 def remembering(lineages: int) -> VersionMemory:

@@ -43,12 +43,18 @@ MUTATIONS: Final = Mutation.of(
      "self._consumed = max(self._consumed, min(consumed, self._sent))", "self._consumed = max(self._consumed, consumed)"),
     ("replay: at_the_gateway", "the queue takes a digest once", "parts.memory_fabric:MemoryGateway.dispatch",
      "if work.digest in self._hub.published:"),
+    # one site's operator
+    ("trust: caught_up", "a replaced signer leads no folder on", "lacre_fabric.operate.catching_up:catch_up",
+     "standing = [each for each in known if not any(_supersedes(one, each[1]) for _, one in known)]", "standing = known"),
     # the connection to NATS
     ("nats: subject", "an exception drops only its message", "lacre_fabric.nats.client:DirectClient._delivered",
      "except Exception as exc:", "except ZeroDivisionError as exc:"),
     ("nats: other_subscription", "lines are split only at spaces", "lacre_fabric.nats.protocol",
      r'rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]*) )?()([0-9]{1,18})\r\n"',
      r'rb"MSG (\S+)\s([0-9]{1,18})\s(?:(\S*)\s)?()([0-9]{1,18})\r\n"'),
+    ("nats: in_a_value", "a message that is written is one message", "lacre_fabric.nats.protocol:encode_publish",
+     "if len(f'{subject} {reply}'.split()) != 1 + bool(reply)"
+     " or block.count('\\n') + block.count('\\r') != 2 * len(headers) + 4:"),
     ("nats: headers_to_the_gateway", "a frame's headers may have any bytes", "lacre_fabric.work.frames:_fields",
      'block.decode("utf-8", "replace")', "block.decode()"),
     ("nats: headers", "a message with unreadable headers arrives without them",
