@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from hostile.defences import fabric, gateway, sdk, worker
+from hostile.defences import fabric, gateway, sdk, wire, worker
 from hostile.mutation import ROOMS, Mutation
 from hostile.warm import Warm
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 COPIED: Final = (*ROOMS, "policies", "tests/hostile", "tests/parts", "tests/conftest.py", "pyproject.toml")
-MUTATIONS: Final = (*sdk.MUTATIONS, *worker.MUTATIONS, *fabric.MUTATIONS, *gateway.MUTATIONS)
+MUTATIONS: Final = (*wire.MUTATIONS, *sdk.MUTATIONS, *worker.MUTATIONS, *fabric.MUTATIONS, *gateway.MUTATIONS)
 
 
 @contextmanager

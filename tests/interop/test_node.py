@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from email.utils import formatdate
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 import cryptography_vectors
-import httpx2
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -26,38 +20,27 @@ from lacre.evidence.checkpoints import Checkpoint
 from lacre.exchange.affinity import affinity_of
 from lacre.jose.jws import raw_public_key
 from lacre.trust.manifest import ModelEntry
-from lacre.trust.routes import ModelRoute, RouteTarget
-from lacre.wire.header import Kem
 from parts import audited
 from parts.bent import flipped, swapped, without
-from parts.chat_app import ChatApp, reply
+from parts.chat_app import ChatApp
 from parts.live import Gateway, serving
-from parts.npm import install
+from parts.node_chat import FORBIDDEN, INTEROP, KEMS, NODE, NPM, ONCE, chat, command, environment, problem, responding
 from parts.relay import MANIFEST, SEALED, Relay, served
 
-HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parents[1] / "sdk" / "javascript"
-KEMS = {"xwing": Kem.XWING, "x25519": Kem.X25519}
-NODE = shutil.which("node")
-NPM = shutil.which("npm")
+PACKAGE = INTEROP.parents[1] / "sdk" / "javascript"
 
 pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def packages() -> None:
-    install(PACKAGE)
-
-
 def node(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(NODE), *args], cwd=HERE, capture_output=True, text=True, check=False)
+    return subprocess.run([str(NODE), *args], cwd=INTEROP, capture_output=True, text=True, check=False)
 
 
 def test_the_lock_names_no_host() -> None:
     assert "://" not in (PACKAGE / "package-lock.json").read_text()
 
 
-PUBLISHED = sorted(path.stem for path in (HERE.parents[1] / "docs" / "vectors").glob("*.json"))
+PUBLISHED = sorted(path.stem for path in (INTEROP.parents[1] / "docs" / "vectors").glob("*.json"))
 HPKE = Path(cryptography_vectors.__file__).parent / "HPKE"
 OFFICIAL = ("official.mjs", str(HPKE / "test-vectors.json"), str(HPKE / "hpke-pq-test-vectors.json"))
 
@@ -74,65 +57,6 @@ def test_programs(command: tuple[str, ...], said: str, times: int) -> None:
     done = node(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(said) >= times
-
-
-@dataclass
-class Ran:
-    """What the client said, and what came to the gateway. error: `{}` for none."""
-
-    code: int
-    pieces: list[str]
-    totals: dict[str, Any] | None
-    error: dict[str, Any]
-    gateway: Gateway
-
-    @property
-    def paths(self) -> list[str]:
-        return self.gateway.paths
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the package remembers manifests."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    return tmp_path / "lacre" / "manifests-js"
-
-
-def environment(url: str) -> dict[str, str]:
-    passed = {name: os.environ[name] for name in ("PATH", "XDG_STATE_HOME")}
-    return passed | {"LACRE_URL": url, "LACRE_TOKEN": "t0ken"}
-
-
-def command(options: dict[str, Any] | None = None, body: dict[str, Any] | None = None) -> list[str]:
-    return [str(NODE), "ask.mjs", json.dumps(options or {}), json.dumps(body or {}), "How many Baltic states?"]
-
-
-ONCE = {"retries": 0, "resume": 0}
-
-
-async def chat(
-    options: dict[str, Any] | None = None,
-    body: dict[str, Any] | None = None,
-    *,
-    app: Any = None,
-    before: Any = None,
-    url: Callable[[str], str] = str,
-    kem: str = "",
-    **relay: Any,
-) -> Ran:
-    """One call of the package. url: what it makes of the gateway's. kem: the one of the pool, and of the client."""
-    usual = {"kem": KEMS[kem]} if kem else {}
-    options = (options or {}) | ({"kems": [kem]} if kem else {})
-    async with serving(Gateway(Relay(app or ChatApp(), **usual, **relay), before)) as gateway:
-        done = await anyio.run_process(command(options, body), cwd=HERE, env=environment(url(gateway.url)), check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    totals = lines.pop() if lines and lines[-1].get("done") else None
-    assert (totals is None) == (done.returncode != 0) == bool(done.stderr), done.stderr
-    assert not done.stderr.startswith(b"Trace"), done.stderr
-    error = json.loads(done.stderr) if done.stderr else {}
-    assert (totals or error)["listeners"] == 0, "the program's signal is left as it was"
-    assert b"t0ken" not in done.stdout + done.stderr
-    return Ran(done.returncode, [line["piece"] for line in lines], totals, error, gateway)
 
 
 @pytest.mark.parametrize("kem", KEMS)
@@ -194,7 +118,7 @@ async def test_pieces_come_out_while_the_answer_is_still_sealed(kem: str) -> Non
 
     async with serving(Gateway(Relay(ChatApp(), kem=KEMS[kem]), before)) as gateway:
         asking = command({"kems": [kem]})
-        async with await anyio.open_process(asking, cwd=HERE, env=environment(gateway.url)) as process:
+        async with await anyio.open_process(asking, cwd=INTEROP, env=environment(gateway.url)) as process:
             assert process.stdout is not None
             out = b""
             while b"\n" not in out:
@@ -304,7 +228,7 @@ async def test_a_signed_entry_that_repeats_a_member_is_refused() -> None:
 async def refused(relay: Relay) -> None:
     """The package opens nothing of an answer with this proof."""
     async with serving(Gateway(relay)) as gateway:
-        done = await anyio.run_process(command(), cwd=HERE, env=environment(gateway.url), check=False)
+        done = await anyio.run_process(command(), cwd=INTEROP, env=environment(gateway.url), check=False)
     assert json.loads(done.stderr)["error"] == "InvalidAuditError"
     assert not done.stdout
 
@@ -328,22 +252,10 @@ def another_root(url: str) -> str:
     return f"{url.partition('?')[0]}?{Relay(ChatApp()).url.partition('?')[2]}"
 
 
-def problem(status: int, kind: str) -> httpx2.Response:
-    body = json.dumps({"type": kind, "title": "Said in a test", "status": status}).encode()
-    return served(status, body, {"content-type": "application/problem+json"})
-
-
-def responding(*answers: httpx2.Response) -> dict[str, Any]:
-    """A relay whose first answers to sealed requests are these."""
-    coming = iter(answers)
-    return {"respond": lambda request: next(coming, None) if request.url.path == SEALED else None}
-
-
-FORBIDDEN = "urn:lacre:problem:forbidden"
 FAILS: dict[str, tuple[dict[str, Any], dict[str, str], list[str]]] = {
     "its connection breaks": ({"before": cut}, {"error": "TruncatedError"}, [MANIFEST, SEALED]),
     "there is no server": ({"url": closed}, {"error": "NetworkError"}, []),
-    "its root is another": ({"url": another_root}, {"error": "TrustError"}, [MANIFEST]),
+    "its root is another": ({"url": another_root}, {"error": "UntrustedRootError"}, [MANIFEST]),
     "a redirect": (
         responding(served(307, b"", {"location": "/v1/elsewhere"})), {"error": "ProblemError"}, [MANIFEST, SEALED],
     ),
@@ -361,148 +273,3 @@ async def test_a_failure_is_told_and_nothing_more_is_sent(what: str) -> None:
     assert ran.error == {**ran.error, **error}
     assert ran.error["remedy"]
     assert ran.paths == paths
-
-
-async def test_x25519_only_where_it_is_offered() -> None:
-    ran = await chat({"kems": ["x25519"]})
-    assert ran.error["error"] == "NoUsableKeyError"
-    assert ran.paths == [MANIFEST], "nothing is sent without a key"
-
-
-OHTTP_KEY = "https://iana.org/assignments/http-problem-types#ohttp-key"
-
-
-@pytest.mark.parametrize(("refusals", "code"), [(1, 0), (2, 1)])
-async def test_an_unknown_key_is_sealed_anew_once(refusals: int, code: int) -> None:
-    ran = await chat(**responding(*(problem(422, OHTTP_KEY) for _ in range(refusals))))
-    assert (ran.code, ran.paths) == (code, [MANIFEST, SEALED] * 2)
-    first, second = (request.content for request in ran.gateway.relay.sealed)
-    assert first[7:1127] != second[7:1127], "each attempt has its own encapsulation"
-
-
-async def test_a_wrong_clock_is_corrected_once() -> None:
-    app = ChatApp()
-    theirs = time.time() + 5000
-    dates: list[bytes] = []
-
-    async def strict(scope: Any, receive: Any, send: Any) -> None:
-        dates.append(dict(scope["headers"])[b"date"])
-        if len(dates) > 1:
-            return await app(scope, receive, send)
-        kind = "https://iana.org/assignments/http-problem-types#date"
-        headers = [(b"content-type", b"application/problem+json"), (b"date", formatdate(theirs, usegmt=True).encode())]
-        await send({"type": "http.response.start", "status": 400, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps({"type": kind, "status": 400}).encode()})
-
-    ran = await chat(app=strict)
-    assert ran.totals is not None, ran.error
-    assert ran.totals["info"]["attempts"] == 2
-    assert dates[1].decode() in {formatdate(theirs + late, usegmt=True) for late in range(-1, 30)}
-
-
-PIECE = json.dumps({"choices": [{"index": 0, "delta": {"content": "one"}}]})
-BROKEN = {"error": {"message": "the engine failed", "type": "server_error"}}
-
-
-def telling(*datas: str) -> Any:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for i, data in enumerate(datas, 1):
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": i < len(datas)})
-
-    return app
-
-
-async def test_a_stream_without_its_last_event_is_truncated() -> None:
-    ran = await chat(ONCE, app=telling(PIECE))
-    assert (ran.pieces, ran.error["error"]) == (["one"], "TruncatedError")
-    ran = await chat(ONCE, app=telling(PIECE, json.dumps(BROKEN)))
-    assert (ran.pieces, ran.error) == (["one"], {}), "an error event ends it too: it is the API's own"
-
-
-async def test_an_error_of_the_api_keeps_its_status() -> None:
-    ran = await chat(app=lambda _scope, _receive, send: reply(send, 404, BROKEN))
-    assert ran.totals is not None
-    assert (ran.totals["status"], ran.totals["body"]) == (404, BROKEN)
-
-
-WAY = ModelRoute((RouteTarget("canary", "new", 1), RouteTarget("default", "tiny")))
-
-
-@pytest.mark.parametrize(
-    ("options", "refusal", "pools"),
-    [
-        ({"model": "assistant"}, None, ["canary"]),
-        ({"model": "assistant"}, "urn:lacre:problem:no-worker", ["canary", "default"]),
-        ({"model": "assistant"}, "urn:lacre:problem:unavailable", ["canary"]),
-        ({"model": "assistant"}, FORBIDDEN, ["canary"]),
-        ({"model": "tiny"}, None, ["default"]),
-        ({}, None, ["default"]),
-        ({"pool": "canary"}, None, ["canary"]),
-    ],
-)
-async def test_a_route_leads_to_its_pools(options: dict[str, Any], refusal: str | None, pools: list[str]) -> None:
-    canary = Relay(ChatApp(), model="new")
-    if refusal is not None:
-        canary.respond = lambda _request: problem(503, str(refusal))
-    ran = await chat(ONCE | options, beside={"canary": canary}, routes={"assistant": WAY})
-    sealed = [("canary", each) for each in canary.sealed] + [("default", each) for each in ran.gateway.relay.sealed]
-    assert [(pool, request.headers["lacre-pool"]) for pool, request in sealed] == [(pool, pool) for pool in pools]
-    if refusal is not None and len(pools) == 1:
-        assert ran.error["type"] == refusal
-        return
-    assert ran.totals is not None, ran.error
-    info = ran.totals["info"]
-    assert (info["parts"][0]["pool"], info["attempts"]) == (pools[-1], len(pools))
-    app = canary.app if pools[-1] == "canary" else ran.gateway.relay.app
-    assert isinstance(app, ChatApp)
-    assert json.loads(app.bodies[-1])["model"] == ("new" if pools[-1] == "canary" else "tiny")
-
-
-async def test_a_route_without_a_pool_of_the_manifest() -> None:
-    ran = await chat({"model": "assistant"}, routes={"assistant": ModelRoute(WAY.targets[:1])})
-    assert (ran.error["error"], ran.paths) == ("NoUsableKeyError", [MANIFEST])
-
-
-LOST = "urn:lacre:problem:worker-lost"
-
-
-@pytest.mark.parametrize(
-    ("kinds", "sealed", "error"),
-    [
-        (["busy", "busy"], 3, None),
-        (["rate-limited"], 2, None),
-        (["worker-lost"], 2, None),
-        (["worker-lost", "worker-lost"], 2, LOST),
-        (["forbidden"], 1, FORBIDDEN),
-    ],
-)
-async def test_what_is_tried_again(kinds: list[str], sealed: int, error: str | None) -> None:
-    statuses = {"busy": 503, "rate-limited": 429, "worker-lost": 502, "forbidden": 403}
-    ran = await chat(**responding(*(problem(statuses[kind], f"urn:lacre:problem:{kind}") for kind in kinds)))
-    assert ran.paths == [MANIFEST, *[SEALED] * sealed]
-    assert ran.error.get("type") == error
-    if error is None:
-        assert ran.totals is not None
-        assert ran.totals["info"]["attempts"] == sealed
-
-
-def stored(folder: Path) -> Path:
-    """The one file of remembered manifests."""
-    [file] = folder.glob("seen.*.json")
-    assert (file.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o600, 0o700)
-    return file
-
-
-async def test_the_newest_manifest_is_remembered_in_a_private_file(state: Path) -> None:
-    relay = Relay(ChatApp(), version=5)
-    async with serving(Gateway(relay)) as gateway:
-        for version, used in ((5, 5), (6, 6), (5, 6)):
-            relay.version = version
-            done = await anyio.run_process(command(), cwd=HERE, env=environment(gateway.url), check=False)
-            assert done.returncode == 0, done.stderr
-            assert json.loads(done.stdout.splitlines()[-1])["info"]["parts"][0]["manifestVersion"] == used
-        stored(state).write_text("{}")
-        done = await anyio.run_process(command(), cwd=HERE, env=environment(gateway.url), check=False)
-        assert json.loads(done.stderr)["error"] == "ConfigurationError", "a damaged store is not forgotten silently"
