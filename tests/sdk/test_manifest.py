@@ -56,12 +56,17 @@ ENTRIES = st.builds(
 MODELS = st.dictionaries(NAMES, ENTRIES, max_size=3)
 POOLS = st.builds(Pool, MODELS, st.lists(POOL_KEYS, max_size=3).map(tuple), KEYS, NAME_LISTS)
 MANIFESTS = st.builds(
-    Manifest, NAMES, st.integers(0, 2**53), TIMES, TIMES.map(lambda time: time + NOW + 1), KEYS,
+    Manifest, NAMES, st.integers(0, 2**53 - 1), TIMES, TIMES.map(lambda time: time + NOW + 1), KEYS,
     st.dictionaries(NAMES, POOLS, max_size=3),
 )  # fmt: skip
 STATEMENTS = st.builds(RootStatement, KEYS, TIMES, st.none() | KEYS)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )

@@ -23,6 +23,14 @@ export class TrustError extends LacreError {
   static remedy = "Compare the connection string with the operator's. If it is right, the gateway is not the one that it names.";
 }
 
+/** The chain of roots does not lead from the pinned root to the signer. */
+export class UntrustedRootError extends TrustError {}
+
+/** It is in a later version of its format than this package reads. */
+export class NewerFormatError extends TrustError {
+  static remedy = "Update the package `lacre`.";
+}
+
 /** What was signed is no longer valid, or not yet. */
 export class ExpiredError extends TrustError {
   static remedy = "Check this machine's clock. If it is right, the operator must run `lacre manifest publish`.";

@@ -120,7 +120,8 @@ def of_answer(header: str, keys: Sequence[bytes], expected: Mapping[str, object]
     if "enc" in expected and members.get("enc") != expected["enc"]:
         raise _of_another(proof)
     for name, value in expected.items():
-        if members.get(name) != value:
+        told = members.get(name)
+        if told != value or isinstance(told, bool) is not isinstance(value, bool):  # to Python, true is 1
             raise InvalidAudit(f"the gateway recorded another {name} than was sent: tell its operator, and keep the proof")
     return proof
 
@@ -192,10 +193,14 @@ def _octets(item: str) -> bytes:
 
 
 def _decoded(text: str) -> bytes:
+    """Only the one canonical spelling, as in a checkpoint."""
     try:
-        return base64.b64decode(text.encode("ascii"), validate=True)
+        data = base64.b64decode(text.encode("ascii"), validate=True)
     except (UnicodeEncodeError, binascii.Error) as exc:
         raise InvalidMessage("not base64") from exc
+    if _b64(data) != text:
+        raise InvalidMessage("not canonical base64")
+    return data
 
 
 def _index(text: str) -> int:

@@ -81,9 +81,7 @@ def verify(note: bytes, key: bytes) -> Checkpoint:
     """The checkpoint that the log with this key signed. Raises InvalidMessage, MessageTooLarge or InvalidSignature."""
     checkpoint, text, signatures = _parse(note)
     wanted = key_id(checkpoint.origin, key)
-    for line in signatures:
-        name, _, encoded = line.removeprefix(_DASH).partition(" ")
-        blob = _base64(encoded)
+    for name, blob in signatures:
         if name != checkpoint.origin or blob[:_KEY_ID_BYTES] != wanted:
             continue
         if not verifies(key, blob[_KEY_ID_BYTES:], text):
@@ -92,7 +90,8 @@ def verify(note: bytes, key: bytes) -> Checkpoint:
     raise InvalidSignature("the checkpoint is not signed by the expected key")
 
 
-def _parse(note: bytes) -> tuple[Checkpoint, bytes, list[str]]:
+def _parse(note: bytes) -> tuple[Checkpoint, bytes, list[tuple[str, bytes]]]:
+    """The checkpoint, the text that is signed, and the name and signature of each line."""
     if len(note) > MAX_NOTE:
         raise MessageTooLarge(f"the checkpoint has over {MAX_NOTE} bytes")
     body, blank, rest = note.rpartition(b"\n\n")
@@ -111,7 +110,15 @@ def _parse(note: bytes) -> tuple[Checkpoint, bytes, list[str]]:
         raise InvalidMessage("not a checkpoint: its lines are origin, size and root")
     if not all(extensions):
         raise InvalidMessage("the checkpoint holds an empty line")
-    return Checkpoint(origin, int(size), digest), text.encode(), lines[:-1]
+    return Checkpoint(origin, int(size), digest), text.encode(), list(map(_signature, lines[:-1]))
+
+
+def _signature(line: str) -> tuple[str, bytes]:
+    """Raises InvalidMessage."""
+    name, space, encoded = line.removeprefix(_DASH).partition(" ")
+    if not space:
+        raise InvalidMessage("a line of signatures must hold a name and base64")
+    return name, _base64(encoded)
 
 
 def _base64(text: str) -> bytes:

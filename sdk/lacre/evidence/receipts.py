@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidReceipt, LacreError, UsageError, WrongModel
 from lacre.jose import jws
+from lacre.jose.claims import EXACT
 from lacre.jose.ed25519 import Check, verifies
 from lacre.jose.formats import Format
 from lacre.runtime import arguments
@@ -76,9 +77,9 @@ class Receipt:
         return cls(
             enc=members.text("enc"),
             model=members.text("model"),
-            prompt_tokens=members.count("prompt_tokens"),
-            cached_tokens=members.count("cached_tokens"),
-            completion_tokens=members.count("completion_tokens"),
+            prompt_tokens=members.count("prompt_tokens", EXACT),
+            cached_tokens=members.count("cached_tokens", EXACT),
+            completion_tokens=members.count("completion_tokens", EXACT),
             start=members.time("start"),
             end=members.time("end"),
             final=members.flag("final"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from lacre.errors import InvalidMessage
 from lacre.jose.jws import b64u_decode
 from lacre.runtime.json_objects import parse_object
+
+EXACT: Final = 2**53 - 1  # the largest integer that every reader of JSON holds exactly (RFC 7493 section 2.2)
 
 
 class Members:
@@ -53,11 +55,12 @@ class Members:
     def flag(self, name: str) -> bool:
         return bool(self._get(name, bool, "true or false"))
 
-    def count(self, name: str) -> int:
-        """An integer >= 0."""
+    def count(self, name: str, most: float = math.inf) -> int:
+        """An integer from 0 to `most`."""
         value = int(self._get(name, int, "an integer"))
-        if value < 0:
-            raise InvalidMessage(f"{self._what}: member {name!r} must not be negative")
+        if not 0 <= value <= most:
+            limit = "" if most == math.inf else f", and {most} at most"
+            raise InvalidMessage(f"{self._what}: member {name!r} must not be negative{limit}")
         return value
 
     def time(self, name: str) -> float:

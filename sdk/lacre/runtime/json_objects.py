@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from lacre.errors import InvalidMessage
 
@@ -11,10 +11,12 @@ from lacre.errors import InvalidMessage
 def parse_object(data: bytes | bytearray | str, what: str, *, once: bool = False) -> dict[str, Any]:
     """Raises InvalidMessage, which calls the text `what` and does not repeat it.
 
+    The text is UTF-8 without a byte order mark, and has no NaN and no infinity (RFC 8259): other readers refuse these.
     once: refuse an object that repeats a member, at any depth: readers would differ (RFC 8725 section 3.10).
     """
     try:
-        value = json.loads(data, object_pairs_hook=_unrepeated if once else None)
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, object_pairs_hook=_unrepeated if once else None, parse_constant=_no_number)
     except (ValueError, RecursionError) as exc:
         raise InvalidMessage(f"{what} is not JSON" + (", or repeats a member" if once else "")) from exc
     if not isinstance(value, dict):
@@ -28,6 +30,10 @@ def object_in(data: bytes | bytearray | str) -> dict[str, Any] | None:
         return parse_object(data, "it")
     except InvalidMessage:
         return None
+
+
+def _no_number(_text: str) -> NoReturn:
+    raise ValueError
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +25,7 @@ from lacre.runtime import arguments
 from lacre.runtime.hosts import checked_host, is_loopback
 from lacre.trust.manifest import KEY_BYTES, MANIFEST_TYP, ROOT_TYP, Document, Manifest, RootStatement
 
+_VISIBLE: Final = re.compile(r"[^\s\x00-\x1f\x7f]*")
 MAX_FUTURE: Final = 300.0  # seconds that a manifest's `iat` may be ahead of this clock
 # Ours have 400 characters. The server chooses the chain's bytes, and each signature check hashes them.
 MAX_STATEMENT: Final = 4096
@@ -47,6 +49,8 @@ class ConnectionString:
     def parse(cls, text: str) -> ConnectionString:
         """Raises SettingsError. `lacre://` means TLS; `lacre+http://` is accepted for loopback addresses only."""
         arguments.instance(text, str, "the connection string")
+        if not _VISIBLE.fullmatch(text.strip()):  # `urlsplit` leaves out line breaks and tabs, wherever they are
+            raise SettingsError("a connection string has no white space and no control characters: copy it whole")
         try:
             parts = urlsplit(text.strip())
             host, port = parts.hostname, parts.port
@@ -55,11 +59,11 @@ class ConnectionString:
         schemes = {"lacre": "https", "lacre+http": "http"}
         if parts.scheme not in schemes or not host:
             raise SettingsError("a connection string has the form lacre://host[:port]?trust=ROOT")
-        if parts.username is not None or parts.path not in ("", "/") or parts.fragment:
+        if parts.username is not None or parts.path not in ("", "/") or "#" in text:
             raise SettingsError("a connection string has a host, a port and ?trust=, and no user, path or fragment")
         if schemes[parts.scheme] == "http" and not is_loopback(host):
             raise SettingsError("lacre+http:// is for loopback addresses only: use lacre:// (TLS)")
-        pins = parse_qs(parts.query).get("trust", [])
+        pins = parse_qs(parts.query, keep_blank_values=True).get("trust", [])
         if len(pins) != 1:
             raise SettingsError("the connection string needs one ?trust= with the root key that this application pins")
         try:

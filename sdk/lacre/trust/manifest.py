@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge, UnsupportedSuite
-from lacre.jose.claims import Members
+from lacre.jose.claims import EXACT, Members
 from lacre.jose.formats import Format
 from lacre.jose.jws import b64u
 from lacre.runtime.json_objects import parse_object
@@ -296,7 +296,7 @@ class Manifest:
         MANIFEST.check(members)
         return cls(
             issuer=members.text("iss"),
-            version=members.count("ver"),
+            version=members.count("ver", EXACT),
             issued_at=members.time("iat"),
             expires_at=members.time("exp"),
             gateway_key=members.octets("gateway_key", KEY_BYTES),

@@ -436,14 +436,16 @@ def _parse_lines(section: bytes) -> Fields:
     while position < len(section):
         if len(fields) == MAX_FIELDS:
             raise errors.MessageTooLarge(f"a section holds at most {MAX_FIELDS} fields")
-        name, position = _parse_part(section, position)
-        value, position = _parse_part(section, position)
+        name, position = _parse_part(section, position, MAX_NAME)
+        value, position = _parse_part(section, position, MAX_VALUE)
         fields.append(check_field(name, value))
     return tuple(fields)
 
 
-def _parse_part(section: bytes, position: int) -> tuple[bytes, int]:
+def _parse_part(section: bytes, position: int, limit: int) -> tuple[bytes, int]:
     prefix = varint.decode(section, position)
+    if prefix is not None and prefix[0] > limit:
+        raise errors.MessageTooLarge(f"a part of a field is longer than its limit of {limit} bytes")
     if prefix is None or prefix[1] + prefix[0] > len(section):
         raise errors.InvalidMessage("a field line reaches past the end of its section")
     length, start = prefix

@@ -60,24 +60,34 @@ function parseEntry(entry) {
     const text = UTF8.decode(entry);
     const members = JSON.parse(text);
     if (members === null || typeof members !== "object" || Array.isArray(members)) throw new Error("not an object");
-    if (topLevelNames(text) !== Object.keys(members).length) throw new Error("a member is there twice");
+    if (namesIn(text) !== membersOf(members)) throw new Error("a member is there twice");
     return members;
   } catch (cause) {
     throw new InvalidAuditError("the audit entry is not a JSON object", { cause });
   }
 }
 
-/** How many members the outermost object writes. @param {string} text valid JSON */
-function topLevelNames(text) {
-  let [depth, names] = [0, 0];
+/** How many members all objects of the text write. @param {string} text valid JSON */
+function namesIn(text) {
+  let names = 0;
   for (let i = 0; i < text.length; i++) {
-    const character = text[i];
-    if (character === '"') for (i++; text[i] !== '"'; i++) i += text[i] === "\\" ? 1 : 0;
-    else if (character === "{" || character === "[") depth += 1;
-    else if (character === "}" || character === "]") depth -= 1;
-    else if (character === ":" && depth === 1) names += 1;
+    if (text[i] === '"') for (i++; text[i] !== '"'; i++) i += text[i] === "\\" ? 1 : 0;
+    else if (text[i] === ":") names += 1;
   }
   return names;
+}
+
+/** How many members all objects in a value have. @param {unknown} value */
+function membersOf(value) {
+  let count = 0;
+  for (const left = [value]; left.length; ) {
+    const each = left.pop();
+    if (each === null || typeof each !== "object") continue;
+    const inside = Object.values(each);
+    count += Array.isArray(each) ? 0 : inside.length;
+    for (const one of inside) left.push(one);
+  }
+  return count;
 }
 
 /** The checkpoint of a C2SP signed note, signed by one of the keys under the note's own origin. @param {Uint8Array} note @param {Uint8Array[]} keys */
@@ -85,10 +95,9 @@ async function verifiedNote(note, keys) {
   const { origin, size, root, text, signatures } = parseNote(note);
   for (const key of keys) {
     const id = (await sha256(concat([utf8(`${origin}\n`), Uint8Array.of(1), key]))).subarray(0, 4);
-    for (const { name, blob } of signatures) {
-      if (name !== origin || !equal(blob.subarray(0, 4), id)) continue;
-      if (await verifies(key, blob.subarray(4), text)) return { origin, size, root };
-    }
+    // The key's first line counts: a note with a bad one is refused, whatever follows.
+    const line = signatures.find(({ name, blob }) => name === origin && equal(blob.subarray(0, 4), id));
+    if (line && (await verifies(key, line.blob.subarray(4), text))) return { origin, size, root };
   }
   throw new InvalidAuditError("the audit checkpoint is not signed by the gateway's key");
 }

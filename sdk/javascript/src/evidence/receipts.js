@@ -2,6 +2,7 @@
 
 import { InvalidReceiptError, TrustError, WrongModelError } from "../errors.js";
 import { equal, fromBase64url } from "../wire/bytes.js";
+import { ofVersionOne } from "../trust/json.js";
 import { verifiedClaims } from "../trust/jws.js";
 
 export const TRAILER = "lacre-receipt";
@@ -22,7 +23,7 @@ export async function receiptOf(trailers, { key, digest, ceiling }) {
   if (tokens.length !== 1) throw new InvalidReceiptError(`the answer has ${tokens.length} receipts instead of one`);
   let claims;
   try {
-    claims = await verifiedClaims(tokens[0], "lacre-receipt+jwt", key);
+    claims = ofVersionOne(await verifiedClaims(tokens[0], "lacre-receipt+jwt", key), "the receipt");
   } catch (cause) {
     if (!(cause instanceof TrustError)) throw cause;
     throw new InvalidReceiptError("the answer's receipt is not signed by the pool's receipt key", { cause });
@@ -42,6 +43,7 @@ export async function receiptOf(trailers, { key, digest, ceiling }) {
   if (claims.completion_tokens > ceiling) {
     throw new InvalidReceiptError(`the receipt claims ${claims.completion_tokens} tokens, and the request allows ${ceiling}`);
   }
+  if (claims.cached_tokens > claims.prompt_tokens) throw new InvalidReceiptError("the receipt claims more cached tokens than prompt tokens");
   return /** @type {Receipt} */ ({ ...claims, token: tokens[0] });
 }
 

@@ -84,10 +84,20 @@ export async function readUpTo(response, limit, what) {
   }
 }
 
+/** The problem document; null if it is none, or a longer one than a gateway sends. @param {Response} response */
+async function documentOf(response) {
+  try {
+    return jsonObject(await readUpTo(response, MAX_PROBLEM, "a problem document"));
+  } catch (error) {
+    if (error instanceof TooLargeError) return null;
+    throw error;
+  }
+}
+
 /** @param {Response} response */
 export async function problemOf(response) {
   const isProblem = mediaType(response.headers.get("content-type")) === PROBLEM;
-  const problem = isProblem ? jsonObject(await readUpTo(response, MAX_PROBLEM, "a problem document")) : null;
+  const problem = isProblem ? await documentOf(response) : null;
   if (!isProblem) await response.body?.cancel();
   const seconds = response.headers.get("retry-after") ?? "";
   return new ProblemError({

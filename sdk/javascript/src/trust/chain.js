@@ -5,9 +5,9 @@
  * statement looks where an honest chain has it, and then at few others.
  */
 
-import { ExpiredError, TrustError } from "../errors.js";
+import { ExpiredError, TrustError, UntrustedRootError } from "../errors.js";
 import { equal, toBase64url } from "../wire/bytes.js";
-import { list, object, parseJson } from "./json.js";
+import { list, object, ofVersionOne, parseJson, text } from "./json.js";
 import { Jws, verifiedClaims } from "./jws.js";
 import { readManifest, readStatement } from "./manifest.js";
 
@@ -26,23 +26,38 @@ const MAX_HANDOVERS = 32; // changes of root to follow back
 /** Seconds since the epoch, by this machine's clock alone. */
 export const clock = () => Date.now() / 1000;
 
-/** One entry of `roots`: one token, or two of the same payload. Each is checked with each key once. */
+/** @param {string} token */
+const parsed = (token) => new Jws(token, "lacre-root+jwt", MAX_STATEMENT);
+
+/** One entry of `roots`: one token, or two of the same payload. Each is parsed if it is needed, and checked with each key once. */
 class Entry {
   /** @type {Map<string, Promise<RootStatement | null>>} */
   #known = new Map();
+  /** @type {Uint8Array | null | undefined} */
+  #claimed;
 
   /** @param {any} tokens */
   constructor(tokens) {
-    this.tokens = list(tokens, "an entry of roots", 2).map((token) => new Jws(token, "lacre-root+jwt", MAX_STATEMENT));
+    this.tokens = list(tokens, "an entry of roots", 2).map((token) => text(token, "a token"));
     if (this.tokens.length < 1) throw new TrustError("an entry of roots is empty");
-    this.claim = this.#claim();
   }
 
   /** The root that a change of root names, unverified: it says only where to look. @returns {Uint8Array | null} */
+  get claim() {
+    if (this.#claimed === undefined) this.#claimed = this.#claim();
+    return this.#claimed;
+  }
+
+  /** Whether all tokens have the same payload. */
+  get isOne() {
+    const [first, ...others] = this.tokens.map((token) => parsed(token).payload);
+    return others.every((payload) => equal(payload, first));
+  }
+
   #claim() {
     if (this.tokens.length < 2) return null;
     try {
-      return readStatement(this.tokens[0].claims("a root statement")).nextRoot;
+      return readStatement(parsed(this.tokens[0]).claims("a root statement")).nextRoot;
     } catch (error) {
       if (error instanceof TrustError) return null;
       throw error;
@@ -59,7 +74,7 @@ class Entry {
 
   /** @param {Uint8Array} root */
   async #verified(root) {
-    for (const jws of this.tokens) {
+    for (const jws of this.tokens.map(parsed)) {
       if (await jws.isBy(root)) return readStatement(jws.claims("a root statement"));
     }
     return null;
@@ -71,7 +86,8 @@ export class Document {
   /** @param {Uint8Array} bytes */
   constructor(bytes) {
     if (bytes.length > MAX_DOCUMENT) throw new TrustError("a manifest document has more than 1 MiB");
-    const { roots, beside, manifest } = object(parseJson(bytes, "the manifest document"), "the manifest document");
+    const what = "the manifest document";
+    const { roots, beside, manifest } = ofVersionOne(object(parseJson(bytes, what), what), what);
     this.bytes = bytes;
     this.token = manifest;
     this.chains = [chainOf(roots), ...(beside === undefined ? [] : [chainOf(beside)])];
@@ -83,7 +99,7 @@ export class Document {
     try {
       return { chain: roots, steps: await follow(roots, pinned) };
     } catch (error) {
-      if (beside === undefined || !(error instanceof TrustError)) throw error;
+      if (beside === undefined || !(error instanceof UntrustedRootError)) throw error;
       return { chain: beside, steps: await follow(beside, pinned) };
     }
   }
@@ -118,11 +134,10 @@ export async function follow(chain, pinned) {
   const steps = [];
   for (const entry of chain.slice(await firstOf(chain, pinned))) {
     const statement = await entry.by(root);
-    if (!statement) throw new TrustError("the chain of roots has a gap");
+    if (!statement) throw new UntrustedRootError("the chain of roots has a gap");
     const next = statement.nextRoot;
     if (next && !equal(next, root)) {
-      const same = entry.tokens.every((jws) => equal(jws.payload, entry.tokens[0].payload));
-      if (!same || !(await entry.by(next))) throw new TrustError("the next root has not signed its own statement");
+      if (!entry.isOne || !(await entry.by(next))) throw new UntrustedRootError("the next root has not signed its own statement");
       root = next;
     }
     steps.push({ root, statement });
@@ -137,7 +152,7 @@ async function firstOf(chain, pinned) {
   while (start > 0 && (await chain[start - 1].by(pinned))) start -= 1;
   if (start < chain.length) return start;
   for (const [index, entry] of chain.slice(0, MAX_FOREIGN).entries()) if (await entry.by(pinned)) return index;
-  throw new TrustError("no statement is by the pinned root");
+  throw new UntrustedRootError("no statement is by the pinned root");
 }
 
 /** The first entries that name `root` as the next one. @param {Entry[]} chain @param {Uint8Array} root */

@@ -1,6 +1,6 @@
 /** Members of signed JSON, each of the form that docs/wire.md gives it. Everything else is a TrustError. */
 
-import { TrustError } from "../errors.js";
+import { NewerFormatError, TrustError } from "../errors.js";
 import { fromBase64url } from "../wire/bytes.js";
 
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
@@ -50,6 +50,16 @@ export function key32(value, what) {
   const key = fromBase64url(value);
   if (key?.length !== 32) throw new TrustError(`${what} is not 32 bytes of base64url, or is missing`);
   return key;
+}
+
+/**
+ * Refuses a later version of a format, whole: its member `v`, which may be missing and then is 1 (docs/upgrades.md).
+ * @param {Record<string, any>} value @param {string} what @returns {Record<string, any>}
+ */
+export function ofVersionOne(value, what) {
+  const { v = 1 } = value;
+  if (count(v, `the version of ${what}`, 1) > 1) throw new NewerFormatError(`${what} is in version ${v} of its format, and this package reads up to 1`);
+  return value;
 }
 
 /** @template T @param {any} value @param {(value: any) => T} read @returns {T | null} null if the member is missing */

@@ -3,7 +3,7 @@
 import { TrustError } from "../errors.js";
 import { ascii, fromBase64url } from "../wire/bytes.js";
 import { verifies } from "./ed25519.js";
-import { object, parseJson } from "./json.js";
+import { object, parseJson, text } from "./json.js";
 
 export const MAX_TOKEN = 524288;
 
@@ -19,8 +19,9 @@ export class Jws {
     const parts = token.split(".");
     const [header, payload, signature] = parts.map(fromBase64url);
     if (parts.length !== 3 || !header || !payload || !signature) throw new TrustError("a token is not a compact JWS");
-    const { alg, typ: found, crit } = object(parseJson(header, "a token's header"), "a token's header");
-    if (crit !== undefined) throw new TrustError("a token demands extensions"); // RFC 7515 section 4.1.11
+    const { alg, typ: found, crit, b64 = true, kid = "" } = object(parseJson(header, "a token's header"), "a token's header");
+    if (crit !== undefined || b64 === false) throw new TrustError("a token demands extensions"); // RFC 7515 section 4.1.11, RFC 7797
+    text(kid, "kid");
     this.payload = payload;
     this.#acceptable = alg === "EdDSA" && found === typ;
     this.#signed = ascii(token.slice(0, token.lastIndexOf(".")));

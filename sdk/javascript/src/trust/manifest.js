@@ -3,7 +3,7 @@
 import { NoUsableKeyError, TrustError } from "../errors.js";
 import { equal, fromBase64url } from "../wire/bytes.js";
 import { parseKeyConfiguration } from "../wire/keys.js";
-import { count, key32, list, object, optional, text, time } from "./json.js";
+import { count, key32, list, object, ofVersionOne, optional, text, time } from "./json.js";
 import { readRoutes } from "./routes.js";
 
 /** @typedef {import("../wire/keys.js").KeyConfiguration} KeyConfiguration */
@@ -23,6 +23,7 @@ const HEX = /^[0-9a-f]{64}$/;
 
 /** @param {Record<string, any>} claims @returns {RootStatement} */
 export function readStatement(claims) {
+  ofVersionOne(claims, "a root statement");
   if (claims.typ !== "lacre-root") throw new TrustError("a root statement does not say typ lacre-root");
   if (!Object.hasOwn(claims, "next_root")) throw new TrustError("next_root is missing");
   const nextRoot = claims.next_root === null ? null : key32(claims.next_root, "next_root");
@@ -38,7 +39,7 @@ export function sameStatement(one, other) {
 
 /** @param {Record<string, any>} claims @returns {Manifest} */
 export function readManifest(claims) {
-  const others = claims.other_gateway_keys ?? [];
+  const { other_gateway_keys: others = [] } = ofVersionOne(claims, "the manifest");
   const pools = Object.entries(object(claims.pools, "pools"));
   return {
     iss: text(claims.iss, "iss"),
@@ -54,10 +55,14 @@ export function readManifest(claims) {
 /** @param {Record<string, any>} pool @returns {Pool} */
 function readPool(pool) {
   const found = new Map(Object.entries(object(pool.models, "models")).map(([name, entry]) => [name, readModel(entry)]));
-  const defaultModel = pool.default_model;
+  const { default_model: defaultModel, past_receipts: past = [] } = pool;
   const first = found.get(defaultModel);
   if (defaultModel === null ? found.size > 0 : first === undefined) {
     throw new TrustError("default_model is not one of the pool's models");
+  }
+  for (const { key, until } of list(past, "past_receipts").map((each) => object(each, "a past key"))) {
+    key32(key, "a past key"); // for kept receipts alone: only its form is looked at
+    time(until, "until");
   }
   return {
     models: first === undefined ? found : new Map([[defaultModel, first], ...found]), // the default first
@@ -84,12 +89,12 @@ function readKey(key) {
 
 /** @param {any} entry @returns {ModelEntry} */
 function readModel(entry) {
-  const { sha256, signers, kind, context, max_output, modalities, tools } = object(entry, "a model");
+  const { sha256, signers, kind, context, max_output, modalities = [], tools } = object(entry, "a model");
   const [digests, ids] = [list(sha256, "sha256"), list(signers, "signers")];
   if (![...digests, ...ids].every((each) => HEX.test(text(each, "a digest")))) {
     throw new TrustError("a digest or signer of a model is not 64 hexadecimal digits");
   }
-  const words = [...list(modalities ?? [], "modalities", MODALITIES), ...(tools === undefined ? [] : [tools])];
+  const words = [...list(modalities, "modalities", MODALITIES), ...(tools === undefined ? [] : [tools])];
   if (!words.every((word) => WORD.test(text(word, "a word")))) throw new TrustError("a word of a model is not of its form");
   return {
     sha256: digests,

@@ -124,7 +124,6 @@ export class ResponseReader extends StreamReader {
       yield head;
       if (final) break;
     }
-    // RFC 9292 section 3.8: empty content and empty trailers may be left out at the end, and nothing else.
     let length = 0;
     if (!(yield* this.atEnd())) {
       for (;;) {
@@ -139,7 +138,7 @@ export class ResponseReader extends StreamReader {
       }
     }
     checkContentLength(head.fields, length, true);
-    const trailers = (yield* this.atEnd()) ? [] : yield* this.#fields(known, LIMITS.trailers);
+    const trailers = yield* this.#fields(known, LIMITS.trailers);
     yield { kind: "trailers", fields: trailers };
     while (!(yield* this.atEnd())) {
       if ((yield* this.some(Infinity)).some((byte) => byte !== 0)) throw new MalformedError("padding that is not zero");
@@ -147,12 +146,14 @@ export class ResponseReader extends StreamReader {
   }
 
   /**
-   * A field section: of the length before it (RFC 9292 section 3.1), or up to a zero (section 3.2).
+   * A field section: of the length before it (RFC 9292 section 3.1), or up to a zero (section 3.2). At the end of a message, what is
+   * empty may be left out (section 3.8): fields, content and trailers.
    * @param {boolean} known @param {number} limit @returns {Generator<any, Field[], any>}
    */
   *#fields(known, limit) {
     /** @type {Field[]} */
     const fields = [];
+    if (yield* this.atEnd()) return fields;
     if (known) {
       const section = new SliceReader(yield* this.take(yield* this.lengthUpTo(limit, "a field section")));
       while (section.left > 0) {
