@@ -18,6 +18,7 @@ from typing import Final
 
 from lacre.errors import LacreError
 from lacre_fabric.logs import Log
+from lacre_gateway.console import sqlite_file
 from lacre_gateway.observe.metrics import DURATIONS, Totals
 
 MAX_PAGES: Final = 4096  # of 4 KiB: 16 MiB, more than a year's minutes need
@@ -105,40 +106,22 @@ class MinuteStore:
                 database.execute(_ADD, astuple(minute))
 
     def _opened(self) -> sqlite3.Connection:
-        """The file; a new one if that one is damaged; or one in memory if there can be none."""
-        for _ in range(2):
-            try:
-                return _open(self._path)
-            except sqlite3.DatabaseError as exc:
-                aside = self._path.with_name(self._path.name + DAMAGED)
-                self._log.warning(
-                    "minutes set aside", reason=f"{self._path.name} is damaged ({exc}); it is kept as {aside.name}"
-                )
-                with contextlib.suppress(OSError):
-                    os.replace(self._path, aside)  # noqa: PTH105 - replaces an older one
-            except OSError as exc:
-                self._log.warning("minutes kept in memory", reason=f"{self._path}: {exc.strerror}")
-                break
-        database = sqlite3.connect(":memory:", check_same_thread=False)
-        database.execute(_TABLE)
-        return database
+        return sqlite_file.opened(self._path, _prepare, self._set_aside, self._log, "minutes kept in memory")
+
+    def _set_aside(self, damage: sqlite3.DatabaseError) -> None:
+        aside = self._path.with_name(self._path.name + DAMAGED)
+        self._log.warning("minutes set aside", reason=f"{self._path.name} is damaged ({damage}); it is kept as {aside.name}")
+        with contextlib.suppress(OSError):
+            os.replace(self._path, aside)  # noqa: PTH105 - replaces an older one
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """Raises sqlite3.DatabaseError or OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    database = sqlite3.connect(path, check_same_thread=False)
-    try:
-        database.execute(f"PRAGMA max_page_count = {MAX_PAGES}")
-        database.execute(_TABLE)
-        if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError("its pages do not fit together")
-        database.execute(_READ, (0,)).fetchone()
-    except BaseException:
-        database.close()
-        raise
-    return database
+def _prepare(database: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError."""
+    database.execute(f"PRAGMA max_page_count = {MAX_PAGES}")
+    database.execute(_TABLE)
+    if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+        raise sqlite3.DatabaseError("its pages do not fit together")
+    database.execute(_READ, (0,)).fetchone()
 
 
 @dataclass(frozen=True, slots=True)

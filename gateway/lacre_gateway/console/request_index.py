@@ -26,6 +26,7 @@ from lacre_fabric.logs import Log
 from lacre_gateway.audit import feed
 from lacre_gateway.audit.entries import AdminIntent, Annex, Intent, Outcome, parse
 from lacre_gateway.audit.feed import Cursor, PlacedEntry
+from lacre_gateway.console import sqlite_file
 
 KEEP: Final = 500_000  # requests; some 200 MB
 MAX_PAGES: Final = 131_072  # of 4 KiB: 512 MiB
@@ -49,6 +50,9 @@ CREATE INDEX IF NOT EXISTS by_time ON requests (time);
 CREATE INDEX IF NOT EXISTS by_subject ON requests (subject, seq);
 CREATE INDEX IF NOT EXISTS by_tenant ON requests (tenant, seq);
 CREATE INDEX IF NOT EXISTS by_outcome ON requests (outcome, seq);
+CREATE INDEX IF NOT EXISTS by_subject_outcome ON requests (subject, outcome, seq);
+CREATE INDEX IF NOT EXISTS by_tenant_outcome ON requests (tenant, outcome, seq);
+CREATE INDEX IF NOT EXISTS by_under_way ON requests (seq) WHERE outcome IS NULL AND kind = 'intent';
 CREATE TABLE IF NOT EXISTS sums (tenant TEXT, day INTEGER, model TEXT, subject TEXT, requests INTEGER, prompt INTEGER,
     cached INTEGER, completion INTEGER, money INTEGER, PRIMARY KEY (tenant, day, model, subject)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS place (only_one INTEGER PRIMARY KEY CHECK (only_one = 1), log TEXT, idx INTEGER);
@@ -61,6 +65,10 @@ _END: Final = f"UPDATE requests SET {', '.join(f'{name} = ?' for name in _ENDS)}
 _SUM: Final = """INSERT INTO sums SELECT tenant, CAST(time / 86400 AS INTEGER), model, subject, 1, ?, ?, ?, ? FROM requests
 WHERE request_id = ? ON CONFLICT DO UPDATE SET requests = requests + 1, prompt = prompt + excluded.prompt,
 cached = cached + excluded.cached, completion = completion + excluded.completion, money = money + excluded.money"""
+# Each step finds the next one in the index: a DISTINCT would read all of it.
+_OUTCOMES: Final = """WITH RECURSIVE found (name) AS (SELECT min(outcome) FROM requests UNION ALL
+SELECT (SELECT min(outcome) FROM requests WHERE outcome > name) FROM found WHERE name IS NOT NULL)
+SELECT name FROM found WHERE name IS NOT NULL"""
 UNDER_WAY: Final = "under way"
 
 
@@ -143,16 +151,7 @@ class RequestIndex:
 
     def find(self, wanted: WantedRequests, limit: int = PAGE) -> list[Found]:
         """The newest first."""
-        terms, values = [], list[Any]()
-        for name in ("request_id", "subject", "tenant"):
-            if (value := getattr(wanted, name)) is not None:
-                terms.append(f"{name} = ?")
-                values.append(value)
-        if wanted.outcome == UNDER_WAY:
-            terms.append("outcome IS NULL AND kind = 'intent'")
-        elif wanted.outcome is not None:
-            terms.append("outcome = ?")
-            values.append(wanted.outcome)
+        index, terms, values = _chosen(wanted)
         if wanted.since is not None:
             terms.append(
                 "seq >= (SELECT ifnull((SELECT seq FROM requests WHERE time >= ? ORDER BY time, seq LIMIT 1), 1 << 62))"
@@ -165,7 +164,7 @@ class RequestIndex:
             terms.append("seq < ?")
             values.append(wanted.before)
         where = f"WHERE {' AND '.join(terms)}" if terms else ""
-        query = f"SELECT seq, {', '.join(COLUMNS)} FROM requests {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        query = f"SELECT seq, {', '.join(COLUMNS)} FROM requests {index} {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
         with self._lock:
             rows = self._database.execute(query, (*values, limit)).fetchall()
         return [Found(row[0], _members(row[1:])) for row in rows]
@@ -183,9 +182,7 @@ class RequestIndex:
     def outcomes(self) -> list[str]:
         """Those that requests of the index have."""
         with self._lock:
-            found = self._database.execute(
-                "SELECT DISTINCT outcome FROM requests WHERE outcome IS NOT NULL ORDER BY 1"
-            ).fetchall()
+            found = self._database.execute(_OUTCOMES).fetchall()
         return [name for (name,) in found]
 
     def close(self) -> None:
@@ -237,36 +234,38 @@ class RequestIndex:
         self.fault = fault
 
     def _opened(self) -> sqlite3.Connection:
-        """The file; a new one if that one is damaged; or one in memory if there can be none."""
-        for _ in range(2):
-            try:
-                return _open(self._path)
-            except sqlite3.DatabaseError:
-                with contextlib.suppress(OSError):
-                    self._path.unlink(missing_ok=True)
-            except OSError as exc:
-                self._log.warning("requests indexed in memory", reason=f"{self._path}: {exc.strerror}")
-                break
-        database = sqlite3.connect(":memory:", check_same_thread=False)
-        database.executescript(_TABLES)
-        return database
+        return sqlite_file.opened(self._path, _prepare, self._set_aside, self._log, "requests indexed in memory")
+
+    def _set_aside(self, _damage: sqlite3.DatabaseError) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """Raises sqlite3.DatabaseError or OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    database = sqlite3.connect(path, check_same_thread=False)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = OFF")  # a crash may damage it: then it is made again
-        database.execute(f"PRAGMA max_page_count = {MAX_PAGES}")
-        database.executescript(_TABLES)
-        database.execute(f"SELECT {', '.join(COLUMNS)} FROM requests LIMIT 1").fetchone()  # noqa: S608
-    except BaseException:
-        database.close()
-        raise
-    return database
+def _prepare(database: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError."""
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = OFF")  # a crash may damage it: then it is made again
+    database.execute(f"PRAGMA max_page_count = {MAX_PAGES}")
+    database.executescript(_TABLES)
+    database.execute(f"SELECT {', '.join(COLUMNS)} FROM requests LIMIT 1").fetchone()  # noqa: S608
+
+
+def _chosen(wanted: WantedRequests) -> tuple[str, list[str], list[Any]]:
+    """The index to use, the terms of a WHERE, and their values.
+
+    SQLite knows no counts, so it could take the index of an outcome that nearly all requests have. It would then read each row.
+    """
+    named = [(name, getattr(wanted, name)) for name in ("request_id", "subject", "tenant")]
+    given = [(name, value) for name, value in named if value is not None]
+    terms, values = [f"{name} = ?" for name, _ in given], [value for _, value in given]
+    first = given[0][0] if given else ""
+    index = f"by_{first}" if first else ""
+    if wanted.outcome == UNDER_WAY:
+        index, terms = "by_under_way", [*terms, "outcome IS NULL", "kind = 'intent'"]
+    elif wanted.outcome is not None:
+        index, terms, values = f"{index or 'by'}_outcome", [*terms, "outcome = ?"], [*values, wanted.outcome]
+    # There is one request of an id.
+    return f"INDEXED BY {index}" if index and first != "request_id" else "", terms, values
 
 
 def _take_entry(

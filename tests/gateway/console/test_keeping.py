@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from lacre_gateway.console.drawing import HEIGHT, WIDTH, DrawnLine, draw
 from lacre_gateway.console.minutes import DAMAGED, Minute, MinuteCount, MinuteStore, PoolLoad, within
-from lacre_gateway.console.request_index import RequestIndex, WantedRequests
+from lacre_gateway.console.request_index import UNDER_WAY, RequestIndex, WantedRequests
 from lacre_gateway.observe.metrics import DURATIONS, Totals
 from parts.console_browser import Desk
 from parts.stage import Stage, until
@@ -155,6 +156,47 @@ async def test_the_index_is_bounded(desk: Desk, tmp_path: Path) -> None:
     index.catch_up()
     newest = [entry["request_id"] for entry in desk.stage.entries("intent")][-2:]
     assert [one.members["request_id"] for one in index.find(WantedRequests())] == newest[::-1]
+    index.close()
+
+
+async def test_no_search_reads_the_whole_table(desk: Desk, tmp_path: Path) -> None:
+    """Whatever people look for, SQLite goes to the rows by an index and sorts nothing."""
+    await asked(desk.stage, 3)
+    await desk.stage.outcomes(3)
+    index = opened(desk.stage, tmp_path / "i.sqlite3")
+    index.catch_up()
+    values = {"subject": "alice", "tenant": "acme", "request_id": desk.stage.entries("intent")[0]["request_id"]}
+    names = (("subject",), ("tenant",), ("subject", "tenant"), ("request_id", "tenant"), ())
+    times: tuple[dict[str, float], ...] = ({}, {"since": 1.0, "until": 9e9}, {"before": 10**6})
+    for named, outcome, when in itertools.product(names, (None, "answered", UNDER_WAY), times):
+        wanted = WantedRequests(outcome=outcome, **{name: values[name] for name in named}, **when)  # type: ignore[arg-type]
+        ran = list[str]()
+        index._database.set_trace_callback(ran.append)
+        found = index.find(wanted)
+        index._database.set_trace_callback(None)
+        [query] = [each for each in ran if each.startswith("SELECT seq")]
+        steps = [step for *_, step in index._database.execute(f"EXPLAIN QUERY PLAN {query}")]
+        assert not [step for step in steps if "TEMP B-TREE" in step], (wanted, steps)
+        read = [step for step in steps if step.startswith(("SCAN requests", "SEARCH requests")) and "by_time" not in step]
+        if named or outcome:
+            assert all("INDEX" in step for step in read), (wanted, steps)
+            assert len(found) == (0 if outcome == UNDER_WAY else 1 if "request_id" in named else 3), wanted
+        if outcome == "answered" and "request_id" not in named:
+            assert "outcome=?" in read[0], "an outcome that nearly all have is no way to the rest"
+            assert all(f"{name}=?" in read[0] for name in named[:1]), (wanted, steps)
+    index.close()
+
+
+async def test_outcomes_are_those_of_the_index(desk: Desk, tmp_path: Path) -> None:
+    index = opened(desk.stage, tmp_path / "i.sqlite3")
+    assert index.outcomes == []
+    async with desk.stage.http() as client:
+        await desk.stage.post(client)  # there is no worker
+    await asked(desk.stage, 2)
+    await desk.stage.outcomes(3)
+    index.catch_up()
+    assert index.outcomes == sorted({entry["outcome"] for entry in desk.stage.entries("outcome")})
+    assert len(index.outcomes) == 2
     index.close()
 
 
