@@ -100,6 +100,10 @@ def up(
                 starting.close()
                 typer.echo(f"ready {live.connection_string}")
                 tell(f"In another shell:  . {shlex.quote(str(live.site.folder / 'env'))} && lacre chat")
+                if live.console is not None:
+                    at = "" if state is None else f" --state {shlex.quote(str(folder))}"
+                    issue = f"lacre token issue root --scope lacre:admin{at} > token"
+                    tell(f"The operators' console:  {issue} && lacre admin open --token-file token{at}")
                 await supervisor.watch()
 
     asyncio.run(until_signalled(run()))

@@ -20,7 +20,17 @@ from lacre.runtime import file_locks, folders, tasks
 from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
-from lacre_fabric.operate import behind, default_model, dev_issuer, floods, model_digests, model_routes, served_models, stores
+from lacre_fabric.operate import (
+    behind,
+    default_model,
+    dev_issuer,
+    floods,
+    local_console,
+    model_digests,
+    model_routes,
+    served_models,
+    stores,
+)
 from lacre_fabric.operate.leash import PYTHON
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
@@ -65,12 +75,13 @@ async def until_signalled(coroutine: Coroutine[None, None, None]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The processes that `lacre up` started."""
+    """The processes that `lacre up` started. console: the address of the operators' console; None if there is none."""
 
     site: Site
     base_url: str
     connection_string: str
     children: dict[str, Child]
+    console: str | None
 
 
 @asynccontextmanager
@@ -111,6 +122,7 @@ async def running(
         served = served_models.chosen(Site(state, {}).worker_settings(POOL), models, signers, adapters, projector)
         site = _site(state, served)
         routed = None if routes is None else model_routes.read(routes, site.pools)
+        beside = port + 1 if port else 0
         port = _free(port)
         if not as_shipped:
             served = replace(served, default=await _default(served, tell))
@@ -126,7 +138,7 @@ async def running(
                 model_routes.record(site.folder, routed)
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
-            connection, children = await _start(site, supervisor, port, served, workers)
+            connection, children, console = await _start(site, supervisor, port, beside, served, workers)
             base_url = f"http://127.0.0.1:{port}"
             watched = partial(floods.watch, site.servers, site.credential("warden"))
             tending = [
@@ -136,7 +148,7 @@ async def running(
             ]
             try:
                 site.write_env(base_url)
-                yield Running(site, base_url, site.connection_string(base_url), children), supervisor
+                yield Running(site, base_url, site.connection_string(base_url), children, console), supervisor
             finally:
                 for each in tending:
                     await each.close()
@@ -182,14 +194,17 @@ async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> Non
         site.write_env(base_url)
 
 
-async def _start(
-    site: Site, supervisor: Supervisor, port: int, served: ServedModels, workers: int
-) -> tuple[Connection, dict[str, Child]]:
+async def _start(  # noqa: PLR0917 - the parts of one command
+    site: Site, supervisor: Supervisor, port: int, beside: int, served: ServedModels, workers: int
+) -> tuple[Connection, dict[str, Child], str | None]:
+    """beside: the port for the operators' console, if it is free; 0: any."""
     nodes = [f"n{number}" for number in range(1, workers + 1)]
     server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles(nodes))
     children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
+    new = not site.gateway_settings.exists()
     site.write_settings(server.url, port, {POOL: served.tables}, nodes, served.default)
+    console = local_console.write(site.gateway_settings, beside, new=new)
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
         await behind.check(site, connection)
@@ -220,7 +235,7 @@ async def _start(
     except BaseException:
         await connection.close()
         raise
-    return connection, children
+    return connection, children, console
 
 
 async def _read_models(site: Site, served: ServedModels, kms: str) -> model_digests.Entries:
