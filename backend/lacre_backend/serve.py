@@ -25,6 +25,7 @@ from lacre_backend.engine_process.engine import ProcessEngine
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node.claims_probe import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
+from lacre_backend.node.ordered_drain import OrderedDrain
 from lacre_backend.node.readiness import Holding, Part, Readiness, Reason, alive
 from lacre_backend.node.work_counts import WorkCounts
 from lacre_backend.settings import ModelSettings, WorkerSettings
@@ -64,9 +65,10 @@ async def _serve(settings: WorkerSettings) -> None:
         def accepting() -> list[str]:
             return [accepts_grants_of(key) for feed in feeds if feed.known for key in feed.manifest.gateway_keys]
 
+        ordered = OrderedDrain(lambda: feeds[0].manifest, settings.pool, settings.nats.region, settings.node)
         readiness = Readiness(
             partial(_holding, settings.pool, serving, keys, raw_public_key(receipt_key)),
-            [*serving.parts, lambda: claims[0]() if claims else None],
+            [*serving.parts, lambda: claims[0]() if claims else None, ordered.reason],
         )
         counts = WorkCounts()
         fabric = await NatsWorker.connect(
@@ -92,6 +94,7 @@ async def _serve(settings: WorkerSettings) -> None:
         claims.append(probe.reason)
         await tasks.together(probe.look(), *(watched.look() for watched in serving.watched))
         readiness.follow(feed)
+        fabric.on_order = ordered.obey
         identity = Identity(
             settings.pool,
             lambda: keys.keys,

@@ -45,7 +45,7 @@ def test_it_decides_as_before(tmp_path: Path) -> None:
     assert rules.policies.decide(AdminQuestion(ROOT, AdminAction.USAGE, "g", "192.0.2.1", 1.0)).allowed
 
 
-@pytest.mark.parametrize("action", [AdminAction.BUDGET, AdminAction.AUDIT])
+@pytest.mark.parametrize("action", [AdminAction.BUDGET, AdminAction.AUDIT, AdminAction.DRAIN_WORKER])
 def test_it_denies_actions_that_it_does_not_know(tmp_path: Path, action: AdminAction) -> None:
     question = AdminQuestion(ROOT, action, "g", "192.0.2.1", 1.0)
     assert RuleSet.load(shipped()).policies.decide(question).allowed

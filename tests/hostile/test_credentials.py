@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.attacks import Verdict, attack
+from lacre.jose.jws import raw_public_key
 from lacre.runtime import tasks
+from lacre.trust.manifest import Manifest
+from lacre_backend.node.ordered_drain import OrderedDrain
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
 from lacre_fabric.nats.connection import Connection
@@ -28,6 +32,7 @@ from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import NotTakenUp, Schedule, tend
 from lacre_fabric.operate.site import Site as StateFolder
 from lacre_fabric.work.contract import CREDIT
+from lacre_fabric.work.drain_orders import DrainOrder
 from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
@@ -129,6 +134,40 @@ async def test_orders(site: Site) -> None:
     assert not delivery.cancelled.is_set()
     assert not more.done()
     more.cancel()
+
+
+@attack("take a worker out of service by an order that no gateway signed, or that a gateway signed before", "credential",
+        "a worker obeys orders that a key of the manifest signed, for itself, each newer than the last")  # fmt: skip
+async def test_drain_orders(site: Site) -> None:
+    key, thief, gateway = Ed25519PrivateKey.generate(), await site.stolen("gateway-g1"), await site.gateway("g2")
+    manifest = Manifest("x", 1, time.time() - 9, time.time() + 900, raw_public_key(key), {})
+    ordered = OrderedDrain(lambda: manifest, "a", subjects.DEFAULT_REGION, "n1")
+    heard: list[bytes] = []
+
+    def obey(order: bytes) -> bool:
+        heard.append(order)
+        return ordered.obey(order)
+
+    worker = await site._kept(site.live.worker("a"))
+    worker.on_order = obey
+    place = ("a", subjects.DEFAULT_REGION, "n1")
+
+    async def told(order: DrainOrder, signer: Ed25519PrivateKey = key) -> None:
+        before = len(heard)
+        thief.publish(subjects.order(*place), order.sign(signer).encode())
+        await until(lambda: len(heard) > before)
+
+    now = time.time()
+    await told(DrainOrder("0" * 32, now, now + 9, *place, True), Ed25519PrivateKey.generate())
+    await told(DrainOrder("0" * 32, now, now + 9, "a", subjects.DEFAULT_REGION, "n2", True))
+    assert ordered.reason() is None
+    for at, drain in ((now, True), (now + 1, False)):
+        before = len(heard)
+        await gateway.order(*place, DrainOrder("0" * 32, at, at + 9, *place, drain).sign(key))
+        await until(lambda before=before: len(heard) > before)
+        assert (ordered.reason() is not None) is drain
+    await told(DrainOrder("0" * 32, now, now + 9, *place, True))
+    assert ordered.reason() is None
 
 
 @attack("have a gateway cancel another gateway's request, by a frame for it", "credential",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lacre.runtime import tasks
 from lacre_fabric.nats.subjects import DEFAULT_REGION
@@ -106,7 +106,13 @@ class MemoryGateway:
         return MemoryDispatch(self._hub, work.request_id, inbound)
 
     def workers(self, pool: str, model: str) -> int:
-        return sum(worker.pool == pool and model in worker.models for worker in self._hub.live)
+        return sum(worker.pool == pool and model in worker.taken for worker in self._hub.live)
+
+    async def order(self, pool: str, region: str, node: str, order: str) -> None:
+        for number, worker in enumerate(self._hub.live):
+            if (worker.pool, DEFAULT_REGION, f"node-{number}") == (pool, region, node) and worker.on_order is not None:
+                worker.on_order(order.encode())
+                await self._hub.look()
 
     async def revoke(self, revocation: Revocation) -> None:
         self._hub.revocations.append(revocation)
@@ -124,6 +130,8 @@ class MemoryGateway:
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
         found: dict[tuple[str, str], Capacity] = {}
         for worker in self._hub.live:
+            if worker.drained():
+                continue
             at = found.get((worker.pool, DEFAULT_REGION), Capacity())
             found[worker.pool, DEFAULT_REGION] = Capacity(
                 at.workers + 1, at.busy + worker.slots.busy, at.free + worker.slots.total - worker.slots.busy
@@ -139,7 +147,8 @@ class MemoryGateway:
     def seen(self) -> Mapping[tuple[str, str, str], SeenWorker]:
         return {
             (worker.pool, DEFAULT_REGION, f"node-{number}"): SeenWorker(
-                tuple(worker.models), worker.slots.busy, worker.slots.total - worker.slots.busy
+                worker.taken, worker.slots.busy, worker.slots.total - worker.slots.busy, version=worker.version,
+                drained=worker.drained(), hears=worker.on_order is not None, keys=worker.keys,
             ) for number, worker in enumerate(self._hub.live)
         }  # fmt: skip
 
@@ -205,6 +214,14 @@ class MemoryWorker:
         self.pool = pool
         self.models = tuple(models)
         self.slots = slots
+        self.version, self.keys = "", frozenset[str]()  # what its presence would tell
+        self.on_order: Callable[[bytes], bool] | None = None
+        self.drained: Callable[[], bool] = lambda: False
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """The models that it takes work for now."""
+        return () if self.drained() else self.models
 
     async def pull(self) -> MemoryDelivery:
         async with self._hub.arrived:
@@ -218,7 +235,7 @@ class MemoryWorker:
 
     def _next(self) -> tuple[Work, int] | None:
         for entry in self._hub.queue if self in self._hub.live else ():
-            if entry[0].pool == self.pool and entry[0].model in self.models and self.slots.may_pull(entry[0].model):
+            if entry[0].pool == self.pool and entry[0].model in self.taken and self.slots.may_pull(entry[0].model):
                 self._hub.queue.remove(entry)
                 return entry
         return None

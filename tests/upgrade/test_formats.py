@@ -30,8 +30,9 @@ from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.operate.backup import Backup
 from lacre_fabric.operate.site import Site
 from lacre_fabric.settings import NatsServers, parse
-from lacre_fabric.work import grants
+from lacre_fabric.work import drain_orders, grants
 from lacre_fabric.work.contract import WorkerLost
+from lacre_fabric.work.drain_orders import DrainOrder
 from lacre_fabric.work.frames import Frame
 from lacre_fabric.work.grants import Grant
 from lacre_fabric.work.presence import Presence
@@ -113,6 +114,10 @@ CASES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], dict[str, Any]]
     "manifest": (as_members(Manifest.parse), trust.manifest().members()),
     "remembered manifest": (of_memory, {}),  # made in the test
     "grant": (signed(lambda token: Grant.verify(token, [PUBLIC], NOW), grants.TYP), GRANTED.members()),
+    "worker order": (
+        signed(lambda token: DrainOrder.verify(token, [PUBLIC], NOW), drain_orders.TYP),
+        DrainOrder(HEX, NOW, NOW + 30, "a", "lacre", "n1", True).members(),
+    ),
     "receipt": (
         signed(lambda token: Receipt.verify(token, PUBLIC), receipts.TYP),
         Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True).members(),

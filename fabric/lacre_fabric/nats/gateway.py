@@ -212,6 +212,13 @@ class NatsGateway:
         side.placed(waiting, region, sequence)
         return NatsDispatch(self, side, work, waiting)
 
+    async def order(self, pool: str, region: str, node: str, order: str) -> None:
+        denials = self.connection.denials
+        try:
+            await self.connection.client.publish(subjects.order(pool, region, node), order.encode())
+        except nats.errors.Error as exc:
+            raise self.connection.unavailable(exc, denials) from exc
+
     async def revoke(self, revocation: Revocation) -> None:
         await revoke(self.connection, revocation)
 

@@ -17,6 +17,7 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
 PROCESS: Final = "__"  # between a gateway's name and its process number
 _MAX_GATEWAY: Final = 56
 _MAX_MODEL: Final = 180  # bytes; as base64 in a consumer's name it stays below JetStream's 255
+_ORDER: Final = "-"  # in place of a model's token
 API: Final = "FABRIC.API"  # JetStream's API as every account sees it: `$JS.API` is each account's own (see `accounts`)
 TRUST_BUCKET: Final = "trust"
 MANIFEST_KEY: Final = "manifest"
@@ -128,6 +129,19 @@ def offer(pool: str, region: str, node: str, model: str) -> str:
 def offers(pool: str, region: str, node: str) -> str:
     """The subjects of all models. node: or `*` for all."""
     return f"offer.{pool}.{region}.{node}.*"
+
+
+def order(pool: str, region: str, node: str) -> str:
+    """Orders to one worker (`work.drain_orders`). No model's token is one character long.
+
+    The subject is one of the offers'. So NATS servers need no new permissions: a gateway may send there, and that worker alone
+    hears it.
+    """
+    return f"{offers(pool, region, node)[:-1]}{_ORDER}"
+
+
+def is_order(subject: str) -> bool:
+    return subject.endswith(f".{_ORDER}")
 
 
 def is_request(request: str) -> bool:

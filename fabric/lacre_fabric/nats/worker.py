@@ -28,7 +28,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import Header
 
-from lacre import problems
+from lacre import __version__, problems
 from lacre.errors import NewerFormat, ProtocolError, SettingsError
 from lacre.jose.formats import HEADER
 from lacre.runtime import tasks
@@ -42,7 +42,7 @@ from lacre_fabric.nats.roles import MAX_SLOTS, OFFERS_GROUP, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, NoMoreWork, Work
 from lacre_fabric.work.model_counts import ModelCounts
-from lacre_fabric.work.presence import COUNTS, KEYS, MAX_BYTES, ROOM, WRONG
+from lacre_fabric.work.presence import COUNTS, KEYS, MAX_BYTES, ROOM, VERSION, WRONG
 from lacre_fabric.work.presence import OFFERS as TAKES_OFFERS
 from lacre_fabric.work.slots import Slots
 
@@ -101,6 +101,7 @@ class NatsWorker:
         self._pullers = 0
         self._presence: tasks.Background | None = None
         self._draining = False
+        self.on_order: Callable[[bytes], bool] | None = None  # takes signed orders; True: the worker now does something else
         self.claims_of = pool
         connection.on_reconnect = self._returned
 
@@ -172,6 +173,8 @@ class NatsWorker:
             queue.unknown()
 
     def _on_offer(self, subject: str, block: bytes, payload: bytes) -> bool:
+        if subjects.is_order(subject):
+            return self._ordered(payload)
         headers = protocol.fields(block, status=False)
         try:
             WORK.check_header(headers.get(HEADER))
@@ -189,6 +192,13 @@ class NatsWorker:
             for one in self._queues:
                 one.filled = one.filled or not self._slots.free(one.model)
         tasks.detach("an offer", self._answer_offer(delivery, taken=taken))
+        return True
+
+    def _ordered(self, order: bytes) -> bool:
+        if self.on_order is None or not self.on_order(order):
+            return False
+        self._changed.set()
+        tasks.detach("presence", self._say_presence())
         return True
 
     def _takes(self, queue: ModelQueue) -> bool:
@@ -409,7 +419,7 @@ class NatsWorker:
         busy, room = self._slots.busy, {model: self._slots.free(model) for model in models}
         wrong = [] if self._able is None else self._able.kinds()
         said = {"models": models, "free": self._slots.total - busy, "busy": busy, ROOM: room}
-        said |= {KEYS: list(self._keys()), WRONG: wrong, TAKES_OFFERS: self._offers is not None}
+        said |= {KEYS: list(self._keys()), WRONG: wrong, TAKES_OFFERS: self._offers is not None, VERSION: __version__}
         counted = said | {COUNTS: {model: counts.encode() for model, counts in self._counts().items()}}
         message = json.dumps(counted).encode()
         if len(message) > MAX_BYTES:  # without counts, because the rest must arrive

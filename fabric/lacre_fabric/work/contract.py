@@ -128,7 +128,11 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class SeenWorker:
-    """What a live worker says of itself. models: those it takes work for now; none: it drains. Tokens are since its start."""
+    """What a live worker says of itself. models: those it takes work for now; none: it drains. Tokens are since its start.
+
+    version: of its program; empty if it does not say. drained: whether a gateway ordered it to take no work. hears: whether it
+    receives such orders. keys: the fingerprints of its keys (`work.presence`).
+    """
 
     models: tuple[str, ...]
     busy: int
@@ -136,6 +140,10 @@ class SeenWorker:
     prompt: int = 0
     cached: int = 0
     generated: int = 0
+    version: str = ""
+    drained: bool = False
+    hears: bool = False
+    keys: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +214,12 @@ class GatewayFabric(Protocol):
 
     def away(self) -> frozenset[str]:
         """The pools whose answers cannot arrive now. `dispatch` refuses work for them at once."""
+
+    async def order(self, pool: str, region: str, node: str, order: str) -> None:
+        """Sends a signed order (`work.drain_orders`) to one worker. Its presence shows whether it obeyed.
+
+        Raises FabricUnavailable.
+        """
 
     async def revoke(self, revocation: Revocation) -> None:
         """Publishes a revocation to every gateway. It holds until it expires. Raises FabricUnavailable."""

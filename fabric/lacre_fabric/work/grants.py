@@ -62,7 +62,7 @@ class Grant:
     @classmethod
     def verify(cls, token: str, keys: Sequence[bytes], now: float) -> Grant:
         """keys: the manifest's `gateway_keys`; one of them signed. Raises InvalidMessage, InvalidSignature or Expired."""
-        members = GRANT.members(_signed_by_one(token, keys))
+        members = GRANT.members(signed_by_one(token, keys, TYP))
         grant = cls(
             jti=members.text("jti"),
             iat=members.time("iat"),
@@ -82,12 +82,12 @@ class Grant:
         return grant
 
 
-def _signed_by_one(token: str, keys: Sequence[bytes]) -> dict[str, Any]:
+def signed_by_one(token: str, keys: Sequence[bytes], typ: str) -> dict[str, Any]:
     """Its members. Raises InvalidMessage or InvalidSignature."""
     for key in keys[:-1]:
         with suppress(InvalidSignature):
-            return jws.verify(token, key, TYP, read_object, verifies)
-    return jws.verify(token, keys[-1], TYP, read_object, verifies)
+            return jws.verify(token, key, typ, read_object, verifies)
+    return jws.verify(token, keys[-1], typ, read_object, verifies)
 
 
 def _pair(pseudonyms: tuple[str, ...]) -> tuple[str, str]:

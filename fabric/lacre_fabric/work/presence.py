@@ -37,15 +37,19 @@ ROOM: Final = "room"  # member of a presence message: its free slots by model; o
 COUNTS: Final = "counts"  # member of a presence message: its work by model, for metrics; older workers omit it
 OFFERS: Final = "offers"  # member of a presence message: whether it takes work that is offered to it; older workers omit it
 KEYS: Final = "keys"  # member of a presence message: the fingerprints of the keys that it holds
+VERSION: Final = "version"  # member of a presence message: the worker's program; older workers, which obey no orders, omit it
+DRAINED: Final = "drained"  # a kind of fault: a gateway ordered the worker to take no work
 
 
 _KIND: Final = re.compile(r"[a-z_]{1,32}")  # they are shown in a terminal
+_VERSION: Final = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 
 
 @dataclass(frozen=True, slots=True)
 class Presence:
     """A presence message. models: those it takes work for now. busy, free: its slots. room: free slots by model; `free` applies
-    to a model not in it. counts: its work, of models that have some. offers: whether it takes offered work.
+    to a model not in it. counts: its work, of models that have some. offers: whether it takes offered work. version: of its
+    program; empty if it does not say. drained: whether a gateway ordered it to take no work. keys: as `keys_in`.
     """
 
     models: frozenset[str]
@@ -54,6 +58,9 @@ class Presence:
     room: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, ModelCounts] = field(default_factory=dict)
     offers: bool = False
+    version: str = ""
+    drained: bool = False
+    keys: frozenset[str] = frozenset()
 
     @property
     def slots(self) -> tuple[object, ...]:
@@ -66,7 +73,8 @@ class Presence:
         counts = self.counts.values()
         return SeenWorker(
             models=tuple(sorted(self.models)), busy=self.busy, free=self.free, prompt=sum(one.prompt for one in counts),
-            cached=sum(one.cached for one in counts), generated=sum(one.generated for one in counts),
+            cached=sum(one.cached for one in counts), generated=sum(one.generated for one in counts), version=self.version,
+            drained=self.drained, hears=self.offers and bool(self.version), keys=self.keys,
         )  # fmt: skip
 
     def free_for(self, model: str) -> int:
@@ -79,7 +87,10 @@ class Presence:
         models = _texts(members, "models", MAX_MODELS, MAX_MODEL)
         counts = parse_counts(members, COUNTS, MAX_MODEL)
         free, offers = _slots(members, "free"), members.get(OFFERS) is True
-        return cls(models, _slots(members, "busy"), free, _room(members, models), counts, offers)
+        version = members.get(VERSION)
+        known = version if isinstance(version, str) and _VERSION.fullmatch(version) else ""
+        drained, keys = DRAINED in _shown(members, WRONG, MAX_REASONS, 32), _shown(members, KEYS, MAX_KEYS, MAX_KEY)
+        return cls(models, _slots(members, "busy"), free, _room(members, models), counts, offers, known, drained, keys)
 
 
 def receipts_by(key: str, receipt_key: bytes) -> str:
@@ -129,6 +140,14 @@ def _texts(members: Members, name: str, number: int, length: int) -> frozenset[s
     if len(texts) > number or any(len(text) > length for text in texts):
         raise InvalidMessage(f"presence: member {name!r} must have {number} entries of {length} characters at most")
     return frozenset(texts)
+
+
+def _shown(members: Members, name: str, number: int, length: int) -> frozenset[str]:
+    """As `_texts`, for what people are shown and no request depends on. Empty if it is missing or wrong."""
+    try:
+        return _texts(members, name, number, length)
+    except InvalidMessage:
+        return frozenset()
 
 
 class Roster:

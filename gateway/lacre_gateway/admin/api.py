@@ -31,6 +31,7 @@ from starlette.types import Message
 
 from lacre import __version__, problems
 from lacre.errors import LacreError, SettingsError, UsageError
+from lacre_gateway.admin import worker_orders
 from lacre_gateway.admin.gauges import Gauges
 from lacre_gateway.admin.reports import (
     TENANT,
@@ -51,6 +52,8 @@ from lacre_gateway.admin.reports import (
     TopUp,
     UsageReport,
     Used,
+    WorkerNamed,
+    WorkerOrdered,
 )
 from lacre_gateway.audit.entries import AdminIntent
 from lacre_gateway.auth.revocation import issuer_named
@@ -79,6 +82,7 @@ from lacre_gateway.relay.failures import CALLERS_FAULT, refusal_for
 
 # The refusals that any call may get; each is a row of `lacre.problems`.
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 408, 413, 422, 429, 503), PROBLEM)
+_OF_WORKERS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((404, 409, 504), PROBLEM)
 
 
 def create_admin(gateway: Gateway) -> FastAPI:
@@ -402,6 +406,25 @@ async def drain(asking: Asking) -> Draining:
     gateway = await asking.may(AdminAction.DRAIN)
     gateway.drain()
     return Draining(draining=True, streams=sum(each.started for each in gateway.metrics.live))
+
+
+@_routes.post("/v1/workers/drain", responses=_OF_WORKERS)
+async def drain_worker(asking: Asking, asked: WorkerNamed) -> WorkerOrdered:
+    """Has one worker take no more work. Its streams finish, and it stays ready to be resumed, until its process ends."""
+    return await _ordered(asking, asked, drain=True)
+
+
+@_routes.post("/v1/workers/resume", responses=_OF_WORKERS)
+async def resume_worker(asking: Asking, asked: WorkerNamed) -> WorkerOrdered:
+    """Has a drained worker take work again."""
+    return await _ordered(asking, asked, drain=False)
+
+
+async def _ordered(asking: AdminCaller, asked: WorkerNamed, *, drain: bool) -> WorkerOrdered:
+    """Raises Refusal or FabricUnavailable."""
+    what = "drain" if drain else "resume"
+    gateway = await asking.may(AdminAction.DRAIN_WORKER, f"{asked.target}#{what}")
+    return await worker_orders.order(gateway, asked, asking.request_id, drain=drain)
 
 
 async def _mapped(request: Request, error: Exception) -> Response:

@@ -25,12 +25,13 @@ from lacre.runtime.hosts import without_secrets
 from lacre.runtime.json_objects import object_in, parse_object
 from lacre.transport.mapped_errors import mapped
 from lacre_gateway.admin.reports import Report
+from lacre_gateway.admin.worker_problems import DEAF, NO_WORKER, SILENT
 from lacre_gateway.http.answers import INVALID
 from lacre_gateway.settings import GatewaySettings, fetchable
 
 MAX_ANSWER: Final = 8 * 2**20  # bytes: some 30000 budgets
 TIME_LIMIT: Final = 30.0  # seconds: a list of all tenants takes some
-_KNOWN: Final = {**BY_TYPE, INVALID.type: INVALID}
+_KNOWN: Final = {**BY_TYPE, **{one.type: one for one in (INVALID, DEAF, NO_WORKER, SILENT)}}
 _OF_PROXIES: Final = frozenset({502, 503, 504})
 _MAX_TOKEN: Final = 16 * 1024  # bytes
 T = TypeVar("T", bound=Report)

@@ -1,12 +1,17 @@
-"""`lacre admin open`: a link to the operators' console, for the person at this terminal."""
+"""`lacre admin open`: a link to the operators' console, for the person at this terminal. `lacre admin drain-worker` and
+`resume-worker`: have one worker take no work, or take work again.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre_gateway.admin.budget_commands import Address, Ca, SettingsFile, State, TokenFile, api_of
+from lacre_gateway.admin.budget_commands import Address, AsJson, Ca, SettingsFile, State, TokenFile, api_of
+
+if TYPE_CHECKING:
+    from lacre_gateway.admin.calls import AdminApi
 
 admin_app = typer.Typer(no_args_is_help=True, help="Administer a running gateway.")
 
@@ -42,3 +47,57 @@ def open_console(
     say(link.url)
     if browser:
         webbrowser.open(link.url)
+
+
+Node = Annotated[str, typer.Argument(help="The worker's name, as in `lacre top`.")]
+PoolName = Annotated[str, typer.Option(help="Its pool.")]
+Region = Annotated[str, typer.Option(help="Its region.")]
+
+
+@admin_app.command("drain-worker")
+def drain_worker(
+    node: Node,
+    pool: PoolName = "default",
+    region: Region = "lacre",
+    admin: Address = None,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    settings: SettingsFile = None,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have one worker take no more work. Its streams finish, and it waits for `resume-worker` or for the end of its process."""
+    with api_of(admin, token_file, ca, settings, state) as api:
+        _ordered(api, "drain", {"pool": pool, "region": region, "node": node}, as_json=as_json)
+
+
+@admin_app.command("resume-worker")
+def resume_worker(
+    node: Node,
+    pool: PoolName = "default",
+    region: Region = "lacre",
+    admin: Address = None,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    settings: SettingsFile = None,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a drained worker take work again."""
+    with api_of(admin, token_file, ca, settings, state) as api:
+        _ordered(api, "resume", {"pool": pool, "region": region, "node": node}, as_json=as_json)
+
+
+def _ordered(api: AdminApi, what: str, named: dict[str, object], *, as_json: bool) -> None:
+    from lacre.cli.output import error_as_json, printable, say, say_json
+    from lacre_gateway.admin.reports import WorkerOrdered
+
+    with error_as_json(as_json):
+        done = api.post(f"/v1/workers/{what}", named, WorkerOrdered)
+    if as_json:
+        say_json(done.model_dump(mode="json"), indent=2)
+        return
+    state = f"drained: {done.busy} slots are still busy" if done.drained else "takes work again"
+    say(f"worker {printable(done.node)} of pool {printable(done.pool)}: {state}")
+    if done.drained and not done.others:
+        typer.echo(f"warning: no other worker of pool {printable(done.pool)} takes work now", err=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lacre_fabric.nats.subjects import DEFAULT_REGION
 from lacre_fabric.work.contract import Capacity
 from lacre_fabric.work.revocations import Revocation
 from lacre_gateway.auth.claims import MAX_NAME, is_name
@@ -17,6 +18,7 @@ from lacre_gateway.budget.report import Line
 from lacre_gateway.budget.tenants import TenantUse
 
 TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # the form that `auth` accepts in a token
+_WORKER: Final = "^[a-z0-9][a-z0-9_-]{0,62}$"  # as subjects of the fabric have its parts
 
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     USER: ("tenant", "sub", "plan"), TENANT_ON_PLAN: ("tenant", "plan"), OF_TENANT: ("tenant",), PLAN: ("plan",),
@@ -269,6 +271,32 @@ class Revocations(Report):
 class Draining(Report):
     draining: bool
     streams: int
+
+
+class WorkerNamed(Report):
+    """One live worker, as `GET /v1/workers` and its presence name it."""
+
+    pool: Annotated[str, Field(pattern=_WORKER)]
+    region: Annotated[str, Field(pattern=_WORKER)] = DEFAULT_REGION
+    node: Annotated[str, Field(pattern=_WORKER)]
+
+    @property
+    def target(self) -> str:
+        """For the audit log."""
+        return f"{self.pool}/{self.region}/{self.node}"
+
+
+class WorkerOrdered(Report):
+    """What the worker says after the order. drained: it takes no more work. busy: slots in which requests still run. others:
+    further workers of its pool that take work now.
+    """
+
+    pool: str
+    region: str
+    node: str
+    drained: bool
+    busy: int
+    others: int
 
 
 class OpenLink(Report):

@@ -7,25 +7,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 
 from lacre.evidence.checkpoints import verifier_key
-from lacre.jose.jws import b64u
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.trust.manifest import Manifest, fingerprint
 from lacre.wire.header import Kem
+from lacre_fabric.work.presence import accepts_grants_of
 from lacre_gateway.admin.api import AdminCaller
 from lacre_gateway.audit import series
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.export import Exporter
 from lacre_gateway.audit.feed import read
 from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.console.key_holders import LivePools, rotations, unlisted
 from lacre_gateway.console.log_reading import read_log
 from lacre_gateway.console.reports import AuditReport, IssuerReport, KeyReport, KeysReport, VerifiedReport
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.policy.question import AdminAction
 
-_SHOWN = 16  # characters of a key's fingerprint
+_SHOWN: Final = 16  # characters of a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,16 @@ class KeyViews:
     async def keys(self, asking: AdminCaller) -> KeysReport:
         gateway = await asking.may(AdminAction.USAGE)
         manifest = gateway.feed.manifest if gateway.feed.ready else None
-        keys = [] if manifest is None else list(_of_manifest(manifest, gateway.clock()))
+        live = LivePools({} if gateway.fabric is None else gateway.fabric.seen())
+        keys = [] if manifest is None else list(_of_manifest(manifest, live, gateway.clock()))
         keys += await asyncio.to_thread(_certificates, gateway)
+        signs = raw_public_key(gateway.key)
         return KeysReport(
             version=None if manifest is None else manifest.version, issued_at=None if manifest is None else manifest.issued_at,
             expires_at=None if manifest is None else manifest.expires_at, keys=keys,
             issuers=[IssuerReport(issuer=one.issuer, usable=one.keys.usable) for one in gateway.authenticator.issuers],
+            unlisted=() if manifest is None else tuple(unlisted(manifest, live)),
+            rotations=() if manifest is None else tuple(rotations(manifest, live, signs, gateway.clock())),
         )  # fmt: skip
 
     async def audit(self, asking: AdminCaller) -> AuditReport:
@@ -84,16 +91,17 @@ class KeyViews:
         return LogReader(series.place(self.root, number), public).note.decode(), number
 
 
-def _of_manifest(manifest: Manifest, now: float) -> Iterator[KeyReport]:
+def _of_manifest(manifest: Manifest, live: LivePools, now: float) -> Iterator[KeyReport]:
     for name, pool in sorted(manifest.pools.items()):
         seen: set[str] = set()
         for key in pool.keys:  # the newest first
             suite = Kem(key.config.kem).label
             state = "expired" if key.not_after <= now else "older generation" if suite in seen else "newest"
             seen.add(suite)
+            have, lack = live.holders(name, fingerprint(key.config))
             yield KeyReport(
-                what="pool", of=name, key=f"{key.config.key_id}: {fingerprint(key.config)[:_SHOWN]}", suite=suite, state=state,
-                until=key.not_after,
+                what="pool", of=name, key=f"{key.config.key_id}: {fingerprint(key.config)}", suite=suite, state=state,
+                until=key.not_after, held=len(have), missing=() if state == "expired" else tuple(lack),
             )  # fmt: skip
         yield KeyReport(
             what="receipts", of=name, key=b64u(pool.receipt_key)[:_SHOWN], suite="Ed25519", state="in use", until=None
@@ -104,7 +112,11 @@ def _of_manifest(manifest: Manifest, now: float) -> Iterator[KeyReport]:
             )
     for place, public in enumerate(manifest.gateway_keys):
         state = "in use" if place == 0 else "also accepted: a rotation is under way"
-        yield KeyReport(what="grants", of="gateways", key=b64u(public)[:_SHOWN], suite="Ed25519", state=state, until=None)
+        have, lack = live.holders(None, accepts_grants_of(public))
+        yield KeyReport(
+            what="grants", of="gateways", key=b64u(public)[:_SHOWN], suite="Ed25519", state=state, until=None, held=len(have),
+            missing=tuple(lack),
+        )  # fmt: skip
 
 
 def _certificates(gateway: Gateway) -> list[KeyReport]:

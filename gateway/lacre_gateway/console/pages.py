@@ -9,7 +9,7 @@ from starlette.responses import RedirectResponse, Response
 
 from lacre.trust.manifest import Manifest
 from lacre_gateway.admin import api
-from lacre_gateway.admin.reports import StatusReport, Used
+from lacre_gateway.admin.reports import StatusReport, Used, WorkerNamed
 from lacre_gateway.console.drawing import DrawnLine, draw
 from lacre_gateway.console.reports import MinutesReport
 from lacre_gateway.console.site import HOME, ConsoleSite, Visit
@@ -26,6 +26,8 @@ def install(app: FastAPI, site: ConsoleSite, views: Views) -> None:
     site.page(app, HOME, partial(overview, views))
     site.page(app, "/console/workers", partial(workers, views))
     site.change(app, "/console/drain", drain)
+    site.change(app, "/console/workers/drain", drain_worker)
+    site.change(app, "/console/workers/resume", resume_worker)
 
 
 async def overview(views: Views, visit: Visit) -> Response:
@@ -44,12 +46,30 @@ async def overview(views: Views, visit: Visit) -> Response:
 
 async def workers(views: Views, visit: Visit) -> Response:
     report = await views.workers(visit.asking)
-    return visit.show("workers.html", "Workers", report=report, may_drain=visit.site.may(visit, AdminAction.DRAIN))
+    may = {
+        "may_drain": visit.site.may(visit, AdminAction.DRAIN), "may_order": visit.site.may(visit, AdminAction.DRAIN_WORKER)
+    }  # fmt: skip
+    return visit.show("workers.html", "Workers", report=report, **may)
 
 
 async def drain(visit: Visit) -> Response:
     await api.drain(visit.asking)
     return RedirectResponse("/console/workers?done=draining", 303)
+
+
+async def drain_worker(visit: Visit) -> Response:
+    await api.drain_worker(visit.asking, _worker(visit))
+    return RedirectResponse("/console/workers?done=worker-drained", 303)
+
+
+async def resume_worker(visit: Visit) -> Response:
+    await api.resume_worker(visit.asking, _worker(visit))
+    return RedirectResponse("/console/workers?done=worker-resumed", 303)
+
+
+def _worker(visit: Visit) -> WorkerNamed:
+    """Raises ValidationError."""
+    return WorkerNamed.model_validate({name: visit.form.get(name, "") for name in ("pool", "region", "node")})
 
 
 def alerts(gateway: Gateway, status: StatusReport) -> list[tuple[str, str]]:

@@ -6,7 +6,11 @@ from lacre_gateway.admin.reports import Report
 
 
 class WorkerReport(Report):
-    """draining: it takes no more work. Tokens since its start, as it says. tokens_per_second: over the last minute."""
+    """draining: it takes no more work. Tokens since its start, as it says. tokens_per_second: over the last minute.
+
+    version: of its program; empty if it does not say. drained: it takes no work because a gateway ordered so. hears: whether it
+    receives such orders.
+    """
 
     pool: str
     region: str
@@ -19,6 +23,9 @@ class WorkerReport(Report):
     cached_tokens: int
     generated_tokens: int
     tokens_per_second: float | None
+    version: str = ""
+    drained: bool = False
+    hears: bool = False
 
 
 class ServedModelReport(Report):
@@ -205,7 +212,8 @@ class ReplayReport(Report):
 class KeyReport(Report):
     """A public key that the manifest or the gateway uses. what: `pool`, `receipts`, `grants` or `certificate`.
 
-    until: seconds since the epoch; None: as long as the manifest.
+    until: seconds since the epoch; None: as long as the manifest. held: how many live workers announce that they have it, or
+    accept what it signs; missing: those that do not. None, and empty, if workers announce nothing of it.
     """
 
     what: str
@@ -214,6 +222,24 @@ class KeyReport(Report):
     suite: str
     state: str
     until: float | None
+    held: int | None = None
+    missing: tuple[str, ...] = ()
+
+
+class UnlistedKeyReport(Report):
+    """A pool's key that the manifest does not list, and the workers that have it: an old one, or one that is not listed yet."""
+
+    pool: str
+    key: str
+    workers: list[str]
+
+
+class RotationReport(Report):
+    """A rotation that is not over. of: a pool, or `gateways`. waits: for what, in words."""
+
+    what: str
+    of: str
+    waits: str
 
 
 class IssuerReport(Report):
@@ -224,13 +250,15 @@ class IssuerReport(Report):
 
 
 class KeysReport(Report):
-    """version, issued_at, expires_at: of the manifest; None without one."""
+    """version, issued_at, expires_at: of the manifest; None without one. unlisted: keys that workers have beside its own."""
 
     version: int | None
     issued_at: float | None
     expires_at: float | None
     keys: list[KeyReport]
     issuers: list[IssuerReport]
+    unlisted: tuple[UnlistedKeyReport, ...] = ()
+    rotations: tuple[RotationReport, ...] = ()
 
 
 class AuditReport(Report):

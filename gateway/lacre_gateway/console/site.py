@@ -90,6 +90,8 @@ MENU: Final[tuple[tuple[str, str, AdminAction | None], ...]] = (
 # What a change did, for the page after it: fixed words, so that an address can put none of its own there.
 DONE: Final[Mapping[str, str]] = {
     "draining": "This gateway drains: it is no longer ready, and ends when its streams have finished.",
+    "worker-drained": "The worker takes no more work. Its streams finish, and it stays until its process ends.",
+    "worker-resumed": "The worker takes work again.",
     "reloaded": "The rules on the disk are in force.",
     "refused": "The rules or the settings on the disk do not hold: the last good ones stay in force.",
     "topped-up": "The limit is raised until its window ends, at all gateways.",

@@ -77,7 +77,8 @@ class Views:
                 # A worker chooses the names in its presence: only those of the manifest are shown.
                 models=[name for name in said.models if name in pools[pool].models], prompt_tokens=said.prompt,
                 cached_tokens=said.cached, generated_tokens=said.generated,
-                tokens_per_second=self.sampler.rate((pool, region, node)),
+                tokens_per_second=self.sampler.rate((pool, region, node)), version=said.version, drained=said.drained,
+                hears=said.hears,
             ) for (pool, region, node), said in sorted(seen.items()) if pool in pools
         ]  # fmt: skip
         models = [

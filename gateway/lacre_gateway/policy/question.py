@@ -33,7 +33,7 @@ from lacre_gateway.policy.reads import Reads
 _NEWEST: Final = frozenset({"affinity"})
 LATER_MEMBERS: Final = _NEWEST | {"weekday", "local_hour", "local_minute", "zone"}
 OMITTED_BY_OLDER: Final = (_NEWEST, LATER_MEMBERS)
-LATER_ACTIONS: Final = ("admin:budget", "admin:audit")
+LATER_ACTIONS: Final = ("admin:budget", "admin:audit", "admin:drain_worker")
 _POST_QUANTUM: Final = frozenset({Kem.XWING})
 _HOUR: Final = 3600
 _DAY_HOURS: Final = 24
@@ -50,6 +50,7 @@ class AdminAction(StrEnum):
     DRAIN = "admin:drain"
     BUDGET = "admin:budget"
     AUDIT = "admin:audit"
+    DRAIN_WORKER = "admin:drain_worker"
 
 
 @lru_cache(maxsize=1024)

@@ -117,14 +117,19 @@ def _workers(workers: Sequence[WorkerReport], room: int, *, wide: bool) -> Rende
     """The busiest first. room: lines."""
     busiest = sorted(workers, key=lambda one: (-one.busy, -(one.tokens_per_second or 0), one.pool, one.region, one.node))
     rows = [
-        (_name(one.node), _name(one.pool), "draining" if one.draining else ", ".join(map(_name, one.models)), str(one.busy),
-         str(one.busy + one.free), "–" if one.tokens_per_second is None else f"{one.tokens_per_second:.0f}",
+        (_name(one.node), _name(one.pool), _takes(one), str(one.busy), str(one.busy + one.free),
+         "–" if one.tokens_per_second is None else f"{one.tokens_per_second:.0f}",
          "–" if one.prompt_tokens <= 0 else f"{one.cached_tokens / one.prompt_tokens:.0%}")
         for one in busiest[:room]
     ]  # fmt: skip
     table = _table(("worker", "pool", "-models", "+busy", "+slots", "+tokens/s", "+cached"), rows, wide=wide)
     more = len(workers) - room
     return table if more <= 0 else Group(table, Text(f"and {more} more", style="dim"))
+
+
+def _takes(worker: WorkerReport) -> str:
+    """The models that it takes work for, or why it takes none."""
+    return "drained" if worker.drained else "draining" if worker.draining else ", ".join(map(_name, worker.models))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, wide: bool) -> Table:

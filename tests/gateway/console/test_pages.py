@@ -11,8 +11,11 @@ import anyio
 import pytest
 
 from lacre.evidence.audit_proof import AuditProof
+from lacre.trust.manifest import fingerprint
+from lacre_fabric.work.presence import accepts_grants_of
 from lacre_gateway.policy.rules import copy_shipped
 from parts.console_browser import SETTINGS, Desk, Person
+from parts.obedient import obedient
 from parts.stage import Stage, until
 
 from .conftest import PutUp
@@ -120,6 +123,56 @@ async def test_roles(put_up: PutUp, tmp_path: Path) -> None:
     assert (await operator.send("/console/drain")).status_code == 303
     assert desk.stage.gateway.draining
     assert recorded(desk.stage)[-1] == ("admin:drain", "allow", None)
+
+
+async def test_a_worker_is_drained_by_a_form(desk: Desk, root: Person) -> None:
+    async with desk.stage.fake_worker() as worker:
+        state = obedient(desk.stage, worker.fabric)
+        page = (await root.get("/console/workers")).text
+        assert 'action="/console/workers/drain"' in page
+        assert "1.0</td>" in page, "its version"
+        named = {"pool": "default", "region": "lacre", "node": "node-0"}
+        done = await root.send("/console/workers/drain", **named)
+        assert (done.status_code, done.headers["location"]) == (303, "/console/workers?done=worker-drained")
+        assert state.reason() is not None
+        page = (await root.get(done.headers["location"])).text
+        assert "takes no more work" in page
+        assert '<span class="tag warn">drained</span>' in page
+        assert 'action="/console/workers/resume"' in page
+        assert recorded(desk.stage)[-2] == ("admin:drain_worker", "allow", "default/lacre/node-0#drain")
+        assert (await root.send("/console/workers/resume", **named)).status_code == 303
+        assert state.reason() is None
+        assert (await root.send("/console/workers/drain", **named | {"node": "n7"})).status_code == 404
+        assert (await root.send("/console/workers/drain", **named | {"node": "*"})).status_code == 422
+        worker.fabric.on_order = None
+        assert "hears none" in (await root.get("/console/workers")).text
+        assert (await root.send("/console/workers/drain", **named)).status_code == 409
+        desk.clock.ahead = 400
+        page = (await root.get("/console/workers")).text
+        assert "/console/workers/drain" not in page
+        assert "lacre admin open" in page
+
+
+async def test_who_still_has_an_old_key(desk: Desk, root: Person) -> None:
+    manifest = desk.stage.gateway.feed.manifest
+    newest, *others = [fingerprint(key.config) for key in manifest.pools["default"].keys]
+    grants = accepts_grants_of(manifest.gateway_key)
+    async with desk.stage.fake_worker() as up_to_date, desk.stage.fake_worker() as behind:
+        up_to_date.fabric.keys = frozenset({newest, *others, grants})
+        behind.fabric.keys = frozenset({"O" * 16, "<b>no fingerprint", *others})
+        page = (await root.get("/console/keys")).text
+        async with desk.stage.http(app=desk.stage.admin) as client:
+            told = (await client.get("/v1/keys", headers={"authorization": f"Bearer {desk.admin()}"})).json()
+    by = {key["key"].rpartition(" ")[2]: key for key in told["keys"] if key["what"] == "pool"}
+    assert (by[newest]["held"], by[newest]["missing"]) == (1, ["node-1"])
+    assert all((by[name]["held"], by[name]["missing"]) == (2, []) for name in others)
+    assert told["unlisted"] == [{"pool": "default", "key": "O" * 16, "workers": ["node-1"]}]
+    waits = [(one["what"], one["of"], one["waits"]) for one in told["rotations"]]
+    assert any(what == "pool" and waits.startswith("node-1: without key") for what, _, waits in waits)
+    assert any(what == "grants" and waits.startswith("node-1 of default") for what, _, waits in waits)
+    assert "Keys outside the manifest" in page and "O" * 16 in page
+    assert "<b>no" not in page and "no fingerprint" not in page
+    assert "Keys outside the manifest" not in (await root.get("/console/keys")).text
 
 
 async def test_nobody_sees_nothing(desk: Desk) -> None:

@@ -133,6 +133,8 @@ async def test_as_it_is_typed(desk: Desk, tmp_path: Path) -> None:
     done = await typed(desk.stage.admin, tmp_path, desk.admin())
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().startswith("lacre g1 ")
+    looked = [(entry["action"], entry["decision"], entry["subject"]) for entry in desk.stage.entries("admin")]
+    assert looked == [("admin:usage", "allow", "root")] * 3, "state, workers and minutes: each look is recorded"
     assert b"requests/min" in done.stdout
     told = json.loads((await typed(desk.stage.admin, tmp_path, desk.admin(), "--json")).stdout)
     assert told["status"]["gateway"] and told["workers"] is not None and told["minutes"] is not None

@@ -34,8 +34,8 @@ document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest",
 if (document.querySelector("[data-live]") !== null) {
   setTimeout(turn, EVERY);
 }
-for (const form of document.querySelectorAll("form[data-sure]")) {
-  form.addEventListener("submit", (event) => {
-    if (!confirm(form.dataset.sure)) event.preventDefault();
-  });
-}
+// At the document, because live parts bring forms of their own.
+document.addEventListener("submit", (event) => {
+  const sure = event.target.dataset.sure;
+  if (sure !== undefined && !confirm(sure)) event.preventDefault();
+});
