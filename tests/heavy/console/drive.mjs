@@ -1,9 +1,9 @@
 /**
  * Chromium at the operators' console: prints one JSON object with what each check saw, and writes a picture of each page.
  *
- *     CHROMIUM=… CONSOLE=http://127.0.0.1:… PUBLIC=http://127.0.0.1:… LINKS='["…", …]' SCREENS=FOLDER node drive.mjs
+ *     CHROMIUM=… CONSOLE=http://127.0.0.1:… TOKEN=… SCREENS=FOLDER node drive.mjs
  *
- * LINKS: of `lacre admin open`, one for each browser that signs in.
+ * TOKEN: an administrator's, for a link of its own to each browser that signs in. A link lives a minute.
  */
 
 import { readFile } from "node:fs/promises";
@@ -16,9 +16,9 @@ const PATIENCE = 60_000; // ms: the machine may be busy
 const WIDE = { width: 1360, height: 900 };
 const PHONE = { width: 390, height: 844 };
 const PAGES = ["", "tenants", "tenant?tenant=acme", "requests", "policy", "keys", "workers", "audit", "me"];
-const links = JSON.parse(env.LINKS);
 const axe = await readFile(new URL(import.meta.resolve("axe-core/axe.min.js")), "utf8");
 const browser = await chromium.launch({ executablePath: env.CHROMIUM, args: ["--no-sandbox"], timeout: PATIENCE });
+let agreed = ""; // the question to which a person says yes
 const told = { pages: {}, faults: [], requested: [], serious: {}, overflow: [] };
 
 async function signedIn(options) {
@@ -27,9 +27,15 @@ async function signedIn(options) {
   const page = await context.newPage();
   page.on("pageerror", (error) => told.faults.push(String(error)));
   page.on("console", (line) => line.type() === "error" && told.faults.push(line.text()));
-  page.on("dialog", (dialog) => { told.faults.push(`a dialog: ${dialog.message()}`); dialog.dismiss(); });
+  page.on("dialog", (dialog) => {
+    if (dialog.message() === agreed) return dialog.accept();
+    told.faults.push(`a dialog: ${dialog.message()}`);
+    return dialog.dismiss();
+  });
   page.on("request", (request) => told.requested.push(new URL(request.url()).origin));
-  await page.goto(links.pop());
+  const headers = { authorization: `Bearer ${env.TOKEN}` };
+  const made = await fetch(`${env.CONSOLE}/v1/console/links`, { method: "POST", headers }); // as `lacre admin open` asks
+  await page.goto((await made.json()).url);
   told.offered = await page.textContent("main p");
   await page.click("button");
   await page.waitForURL(`${env.CONSOLE}/console/`);
@@ -94,6 +100,17 @@ try {
       await page.click("button:text('Replay')");
       told.replayed = await page.textContent("[role=status] b");
       await looked(page, "policy-replayed", kind);
+      await page.goto(`${env.CONSOLE}/console/workers`);
+      agreed = "Have worker n2 take no more work?";
+      await page.click("[aria-label='Drain worker n2']");
+      await page.waitForSelector("[aria-label='Resume worker n2']");
+      const row = page.locator("tr", { has: page.locator("[aria-label='Resume worker n2']") });
+      told.drained = [await row.locator(".tag").textContent(), await row.locator("button").textContent()];
+      await looked(page, "workers-drained", kind);
+      await accessible(page, "workers-drained");
+      await page.click("[aria-label='Resume worker n2']");
+      told.drained.push((await page.textContent("[role=status]")).match(/takes work again/)?.[0]);
+      agreed = "";
       await page.goto(`${env.CONSOLE}/console/audit`);
       await page.click("text=Verify every byte now");
       told.verified = await page.textContent("[role=status] b");
