@@ -74,6 +74,29 @@ try {
     return { status: response.status, type: refusal?.type, named: Boolean(refusal?.requestId) };
   });
 
+  told.vercel = await within(page, async ({ url, token, model }) => {
+    const { createOpenAICompatible, generateText, streamText } = await import("ai");
+    const fetch = await lacre.sealedFetch(url, { token });
+    const provider = createOpenAICompatible({ name: "lacre", baseURL: lacre.BASE_URL, fetch });
+    const given = { model: provider(model), maxRetries: 0, prompt: "one two" };
+    const { text } = await generateText(given);
+    const pieces = [];
+    for await (const piece of streamText(given).textStream) pieces.push(piece);
+    const nobody = createOpenAICompatible({ name: "lacre", baseURL: lacre.BASE_URL, fetch: fetch.with({ pool: "nobody" }) });
+    const refused = await generateText({ ...given, model: nobody(model) }).then(() => "answered", ({ message }) => message.includes("nobody"));
+    return { text, streamed: pieces.join(""), several: pieces.length > 1, refused };
+  });
+
+  told.refusals = await page.evaluate(async (names) => {
+    const { run } = await import("/refusals.mjs");
+    const found = {};
+    for (const name of names) {
+      const content = await (await fetch(`/refusals/${name}.json`)).json();
+      found[name] = await run((path) => import(`/node_modules/lacre/src/${path}`), name, content);
+    }
+    return found;
+  }, env.REFUSALS.split(","));
+
   const remembered = () =>
     new Promise((resolve, reject) => {
       const request = indexedDB.open("lacre", 1);

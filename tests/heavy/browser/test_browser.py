@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,7 +28,13 @@ from parts.stage import Stage
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+VERCEL = HERE.parent / "clients" / "vercel"
 SAID = "one two"
+ENTRY = """
+export { generateText, streamText } from "ai";
+export { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+"""
+REFUSALS = sorted(path.stem for path in (ROOT / "tests" / "refusals" / "data").glob("*.json"))
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -55,8 +62,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     archive = npm_package.packed(tmp_path_factory.mktemp("npm"))
     npm_package._run("npm", "install", str(archive), folder=made)
     shutil.copytree(HERE / "node_modules" / "openai", made / "node_modules" / "openai")
+    bundled(made / "ai.js")
+    shutil.copytree(ROOT / "tests" / "refusals" / "data", made / "refusals")
+    shutil.copy(ROOT / "tests" / "interop" / "refusals.mjs", made)
     shipped = json.loads((made / "node_modules" / "lacre" / "importmap.json").read_text())
-    shipped["imports"]["openai"] = "./node_modules/openai/index.mjs"
+    shipped["imports"] |= {"openai": "./node_modules/openai/index.mjs", "ai": "./ai.js"}
     (made / "page.html").write_text((HERE / "page.html").read_text().replace("IMPORTMAP", json.dumps(shipped)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(made)))
     thread = threading.Thread(target=server.serve_forever)
@@ -65,6 +75,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def bundled(file: Path) -> None:
+    """Vercel's `ai` and its provider as one file: they have more modules than an import map wants to list."""
+    install(VERCEL)
+    esbuild = ROOT / "sdk" / "javascript" / "node_modules" / ".bin" / "esbuild"
+    flags = ["--bundle", "--format=esm", "--platform=browser", "--log-level=error", f"--outfile={file}"]
+    done = subprocess.run([str(esbuild), *flags], cwd=VERCEL, input=ENTRY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_page_seals(site: int, tmp_path: Path) -> None:
@@ -80,6 +99,7 @@ async def test_a_page_seals(site: int, tmp_path: Path) -> None:
                 environment = {
                     "PATH": os.environ["PATH"], "HOME": str(tmp_path), "CHROMIUM": str(shutil.which("chromium")),
                     "PAGE": page, "STRANGER": stranger, "MODEL": MODEL, "LACRE_TOKEN": stage.token,
+                    "REFUSALS": ",".join(REFUSALS),
                     "LACRE_URL": str(ConnectionString(gateway, raw_public_key(stage.keys.root))),
                 }  # fmt: skip
                 done = await anyio.run_process(["node", "drive.mjs"], cwd=HERE, env=environment, check=False)
@@ -87,10 +107,13 @@ async def test_a_page_seals(site: int, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr.decode()
         told = json.loads(done.stdout)
         requested = told.pop("requested")
+        refusals = told.pop("refusals")
+        assert [name for name, found in refusals.items() if found["cases"] >= 20 and found["wrong"] == []] == REFUSALS, refusals
         assert told == {
             "whole": {"text": SAID, "kem": "MLKEM768-X25519", "index": True, "tokens": len(SAID), "named": True},
             "streamed": {"text": SAID, "several": True, "left": "AbortError"},
             "refused": {"status": 404, "type": "urn:lacre:problem:unknown-pool", "named": True},
+            "vercel": {"text": SAID, "streamed": SAID, "several": True, "refused": True},
             "remembered": [1],
             "tabs": [1, 1],
             "stranger": ["NetworkError", True],
