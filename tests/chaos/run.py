@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,22 +28,27 @@ CALLERS: Final = 6
 QUIET: Final = 6.0  # seconds after the last answer, for what is settled after it
 
 
-async def run(folder: Path, seed: int, seconds: float) -> Result:
+BY_PYTHON: Final = (*PYTHON, "-m", "chaos.load")
+BY_NODE: Final = ("node", str(Path(__file__).parent / "load.mjs"))
+
+
+async def run(folder: Path, seed: int, seconds: float, clients: Sequence[str] = BY_PYTHON) -> Result:
+    """clients: the program that asks, before its arguments."""
     stage = Stage(folder)
     try:
         await stage.start()
-        return await _struck(stage, folder, seed, seconds)
+        return await _struck(stage, folder, seed, seconds, clients)
     finally:
         await stage.close()
 
 
-async def _struck(stage: Stage, folder: Path, seed: int, seconds: float) -> Result:
+async def _struck(stage: Stage, folder: Path, seed: int, seconds: float, clients: Sequence[str]) -> Result:
     vitals, strikes = Vitals(stage.parts), Strikes(stage)
     issuer = read_ed25519(stage.site.folder / "issuer.pem")
     passes = tuple(dev_issuer.issue(issuer, f"user-{number}", tenant="acme") for number in range(CALLERS))
     plan = load.Plan(stage.url, passes, seed, seconds, RATE)
     watching = asyncio.create_task(vitals.watch())
-    with _asking(folder, plan) as asking:
+    with _asking(folder, plan, clients) as asking:
         await strikes.run(draw(seed, seconds), time.monotonic())
         status = await asyncio.to_thread(asking.wait, seconds + load.HUNG)
     assert status == 0, (folder / "load.log").read_text()[-2000:]
@@ -56,9 +61,9 @@ async def _struck(stage: Stage, folder: Path, seed: int, seconds: float) -> Resu
 
 
 @contextmanager
-def _asking(folder: Path, plan: load.Plan) -> Iterator[subprocess.Popen[bytes]]:
+def _asking(folder: Path, plan: load.Plan, clients: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-    command = [*PYTHON, "-m", "chaos.load", str(folder / "plan.json"), str(folder / "ends.jsonl")]
+    command = [*clients, str(folder / "plan.json"), str(folder / "ends.jsonl")]
     asking = launched(command, folder / "load.log", env=TESTS)
     try:
         yield asking
