@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import select
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from lacre.cli.output import say, say_json, waiting
+from lacre.cli.output import counting, say, say_json, waiting
 from lacre.cli.surroundings import read_file
 from lacre.errors import SettingsError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lacre.evidence.audit_proof import AuditProof
     from lacre_gateway.audit.reader import LogReader
 
+_Entry = TypeVar("_Entry")
 audit_app = typer.Typer(name="audit", help="The audit log: verify it, prove from it, search it.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the log.")]
@@ -264,8 +266,9 @@ def audit_query(
     from lacre_gateway.audit import feed
     from lacre_gateway.audit import index as indexes
 
-    found = feed.read(folder, parse_key(key), alone=True)
-    database = indexes.build((entry for entry in found if entry is not None), index)
+    public = parse_key(key)
+    found = (entry for entry in feed.read(folder, public, alone=True) if entry is not None)
+    database = indexes.build(counted("indexing the log", found, [folder], public), index)
     if sql is not None:
         names, rows = indexes.ask(database, sql)
         for row in rows:
@@ -279,6 +282,16 @@ def audit_query(
         for entry in indexes.find(database, wanted, seconds(since), seconds(until), limit):
             say(entry)
     database.close()
+
+
+def counted(what: str, entries: Iterable[_Entry], folders: Sequence[Path], key: bytes | None = None) -> Iterator[_Entry]:
+    """The entries of these logs, and at a terminal a bar of how many there were."""
+    from lacre_gateway.audit import chain
+
+    def total() -> int:
+        return sum(part.checkpoint.size for folder in folders for part in chain.parts(folder, key) if not part.erased)
+
+    return counting(what, entries, total)
 
 
 def seconds(moment: datetime | None) -> float | None:

@@ -69,13 +69,14 @@ def report(
 
     from lacre.cli.output import say_csv, say_json, say_table
     from lacre_gateway.audit import chain, feed
-    from lacre_gateway.audit.commands import seconds
+    from lacre_gateway.audit.commands import counted, seconds
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.budget.bill import COUNTS, bill, groups_of
     from lacre_gateway.budget.plans import money
 
     groups = groups_of(by)
-    made = bill((parse(entry) for folder in audit for entry in feed.entries(folder)), groups, seconds(since), seconds(until))
+    entries = counted("adding up", (entry for folder in audit for entry in feed.entries(folder)), audit)
+    made = bill(map(parse, entries), groups, seconds(since), seconds(until))
     headings = (*groups, *COUNTS)
     rows = [(*place, *map(str, astuple(line)[:-1]), money(line.money)) for place, line in made.lines.items()]
     if as_json:

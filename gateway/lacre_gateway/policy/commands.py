@@ -17,7 +17,7 @@ import typer
 from lacre.cli.output import AsJson, say_json, say_table
 from lacre.cli.surroundings import read_file, stdin_text, utf8
 from lacre.errors import SettingsError
-from lacre_gateway.audit.commands import KeyOption, parse_key, seconds
+from lacre_gateway.audit.commands import KeyOption, counted, parse_key, seconds
 
 if TYPE_CHECKING:  # a command imports its requirements when it runs
     from lacre_gateway.policy.explain import Explanation, Voice
@@ -118,7 +118,9 @@ def policy_replay(
     from lacre_gateway.policy.replay import replay
 
     rules = _rules(against)
-    found = replay(feed.entries(audit, parse_key(key)), rules.policies, seconds(since), seconds(until))
+    public = parse_key(key)
+    entries = counted("deciding again", feed.entries(audit, public), [audit], public)
+    found = replay(entries, rules.policies, seconds(since), seconds(until))
     if as_json:
         say_json(_replayed(found, rules.policies.digest))
     else:

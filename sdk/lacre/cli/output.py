@@ -12,11 +12,11 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 from rich.cells import cell_len
@@ -26,6 +26,8 @@ from rich.table import Table
 from lacre import errors
 from lacre.runtime.json_text import shown
 
+_Item = TypeVar("_Item")
+_COUNTED: Final = 256  # items between two looks of the bar: each look takes longer than an item
 Url = Annotated[str | None, typer.Option(help="The connection string.", envvar="LACRE_URL", show_envvar=True)]
 PoolName = Annotated[
     str | None,
@@ -179,6 +181,22 @@ def waiting(what: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def counting(what: str, items: Iterable[_Item], total: Callable[[], int]) -> Iterator[_Item]:
+    """The items, and at a terminal a bar of how many there were. total: about how many there are; asked at a terminal only."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("[dim]{task.description}[/dim]"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err(), transient=True) as progress:
+        bar = progress.add_task(what, total=total())
+        for number, item in enumerate(items, 1):
+            yield item
+            if number % _COUNTED == 0:
+                progress.update(bar, completed=number)
 
 
 def date(seconds: float) -> str:
