@@ -306,7 +306,7 @@ def as_sent(message: NatsMessage) -> bytes:
     return b" ".join([name, *words, b"%d" % size]) + b"\r\n" + message.headers + message.payload + b"\r\n"
 
 
-@given(st.lists(MESSAGES, max_size=5), st.integers(1, 60))
+@given(st.lists(MESSAGES, max_size=5), st.integers(1, 60) | st.just(2**20))
 def test_every_message_comes_as_it_was_sent(messages: list[NatsMessage], step: int) -> None:
     """However it is cut. A subject with a form feed or a lone carriage return names no other subscription."""
     sent = b"PING\r\n" + b"".join(map(as_sent, messages)) + b"PONG\r\n"

@@ -260,3 +260,27 @@ def test_uvloop_has_no_time_for_a_timer_that_is_due() -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(waited())
+
+
+@given(st.lists(st.integers(1, 40), max_size=8), st.integers(0, 100), st.booleans())
+def test_more_is_what_next_would_say(sizes: list[int], most: int, whole: bool) -> None:
+    """All the records that are here, up to a limit, and nothing that is none. They count as read."""
+
+    async def read() -> None:
+        inbound = Inbound(5.0)
+        payloads = [bytes([number]) * size for number, size in enumerate(sizes)]
+        for number, payload in enumerate(payloads):
+            inbound.put(Frame(ONE, number, FrameKind.DATA, payload))
+        if whole:
+            inbound.put(Frame(ONE, len(sizes), FrameKind.USAGE, b"receipt"))
+        found = inbound.more(most)
+        assert found == payloads[: len(found)]
+        assert sum(map(len, found[:-1])) < max(most, 1)
+        assert len(found) == len(payloads) or sum(map(len, found)) >= most
+        assert inbound._pending_bytes == sum(map(len, payloads[len(found) :])) + len(b"receipt") * whole
+        if whole:
+            rest = [frame async for frame in frames_in(inbound)]
+            assert [frame.payload for frame in rest] == [*payloads[len(found) :], b"receipt"]
+        inbound.drop()
+
+    asyncio.run(read())

@@ -187,6 +187,9 @@ class MemoryDispatch:
     def ready(self) -> bool:
         return self._inbound.ready
 
+    def more(self, most: int) -> list[bytes]:
+        return self._inbound.more(most)
+
     async def consumed(self, size: int) -> None:
         self._consumed += size
         if self._request_id in self._hub.outbound:

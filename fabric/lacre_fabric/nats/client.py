@@ -1,4 +1,4 @@
-"""nats-py's client with our own read loop. No message can end it, and a silent connection counts as lost.
+"""nats-py's client with our own reader. No message can end it, and a silent connection counts as lost.
 
 Rules:
 - An exception while handling one message affects only that message. It is counted and logged at intervals. See `_process_msg`.
@@ -17,9 +17,11 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, cast
 
 import nats.errors
 import structlog
@@ -29,6 +31,7 @@ from nats.aio.transport import TcpTransport
 
 from lacre.errors import InvalidMessage
 from lacre_fabric.nats import protocol
+from lacre_fabric.nats.incoming import Incoming, Receive
 from lacre_fabric.nats.login import Login
 from lacre_fabric.nats.protocol import Control, Event, NatsMessage, Oversized
 from lacre_fabric.nats.servers import HungUp, NoTls, Trust
@@ -43,7 +46,7 @@ PENALTY: Final = 4.0  # reading pauses for this multiple of the time that useles
 MAX_PENALTY: Final = 0.5  # seconds per pause; well below what counts as silence
 RETRY: Final = 1.0  # seconds until a reconnection that failed unexpectedly is retried
 _MAX_UNSENT: Final = 2 * 2**20  # bytes that wait for a server to read them, besides the library's own as many
-_CHUNK: Final = 32 * 1024  # bytes per read: other connections get their turn after twice as many
+_FIRST: Final = 2**20  # bytes; more than the library's stream keeps
 _PING: Final = b"PING\r\n"
 
 log = structlog.get_logger("lacre.fabric")
@@ -81,6 +84,16 @@ class NatsTransport(TcpTransport):
         if isinstance(stream, asyncio.StreamReaderProtocol):
             stream._over_ssl = True  # type: ignore[attr-defined]  # as asyncio's own streams do
 
+    async def read_all(self, receive: Receive) -> None:
+        """Passes all that arrives on, until the end of the stream. Raises what `receive` raises."""
+        first = await self.read(_FIRST)  # all that the library's stream has
+        writer = self._io_writer
+        if first and writer is not None:
+            transport = cast("asyncio.Transport", writer.transport)
+            stream = cast("asyncio.Protocol", transport.get_protocol())
+            over: bool = self.at_eof()  # type: ignore[no-untyped-call]  # as above
+            await Incoming(transport, stream, receive, over=over).run(first)
+
     async def wait_closed(self) -> None:
         if not self._aborted:
             with suppress(TimeoutError):
@@ -89,6 +102,15 @@ class NatsTransport(TcpTransport):
 
     def __bool__(self) -> bool:
         return True  # otherwise the library replaces it while it is not connected
+
+
+@dataclass(slots=True)
+class _Tally:
+    """How many events of a chunk were handled, how many of them were useless, and when that began."""
+
+    began: float
+    number: int
+    useless: int
 
 
 class DirectClient(Client):
@@ -312,26 +334,52 @@ class DirectClient(Client):
 
     async def _read(self) -> None:
         """Reads to the end of the stream."""
-        transport = self._transport
-        while transport is not None and (data := await transport.read(_CHUNK)):
-            self._heard += 1
-            began, useless, number = time.perf_counter(), 0, 0
-            for event in self._reader.feed(data):
-                number += 1
-                useless += not await self._used(event)
-            if useless:
-                spent = (time.perf_counter() - began) * useless / number
-                await asyncio.sleep(min(PENALTY * spent, MAX_PENALTY))
+        if isinstance(self._transport, NatsTransport):  # as `__init__` made it
+            await self._transport.read_all(self._received)
+
+    def _received(self, data: bytes) -> Callable[[], Awaitable[None]] | None:
+        """Handles a chunk of bytes. See `incoming.Receive`."""
+        self._heard += 1
+        began, number, useless = time.perf_counter(), 0, 0
+        events = self._reader.feed(data)
+        for event in events:
+            number += 1
+            if not isinstance(event, NatsMessage) or (take := self._direct.get(event.sid)) is None:
+                return partial(self._go_on, event, events, _Tally(began, number, useless))
+            useless += not self._taken(take, event)
+        return partial(self._punish, _Tally(began, number, useless)) if useless else None
+
+    async def _go_on(self, event: Event, events: Iterator[Event], tally: _Tally) -> None:
+        """Handles an event that was counted, and those after it in the same chunk."""
+        tally.useless += not await self._used(event)
+        for each in events:
+            tally.number += 1
+            tally.useless += not await self._used(each)
+        if tally.useless:
+            await self._punish(tally)
+
+    async def _punish(self, tally: _Tally) -> None:
+        spent = (time.perf_counter() - tally.began) * tally.useless / tally.number
+        await asyncio.sleep(min(PENALTY * spent, MAX_PENALTY))
 
     async def _used(self, event: Event) -> bool:
         """Whether the event was of use."""
         if isinstance(event, NatsMessage):
-            return await self._delivered(event)
+            take = self._direct.get(event.sid)
+            return await self._delivered(event) if take is None else self._taken(take, event)
         if isinstance(event, Oversized):
             self._unusable("too long")
             return False
         await self._controlled(event)
         return True
+
+    def _taken(self, take: Take, message: NatsMessage) -> bool:
+        """Whether the message was of use. An exception in any handler ends here."""
+        try:
+            return take(message.subject.decode("ascii"), message.headers, message.payload)
+        except Exception as exc:  # noqa: BLE001 - one peer's message must not end a shared connection
+            self._unusable(type(exc).__name__)
+            return False
 
     async def _controlled(self, control: Control) -> None:
         if control.name == b"PING":
@@ -344,12 +392,9 @@ class DirectClient(Client):
             await self._process_info(json.loads(control.text))
 
     async def _delivered(self, message: NatsMessage) -> bool:
-        """Whether the message was of use. An exception in any handler ends here."""
+        """As `_taken`, for the other subscriptions."""
         try:
-            take = self._direct.get(message.sid)
-            subject = message.subject.decode("ascii")
-            if take is not None:
-                return take(subject, message.headers, message.payload)
+            message.subject.decode("ascii")
             await self._process_msg(message.sid, message.subject, message.reply, message.payload, message.headers)
         except Exception as exc:  # noqa: BLE001 - one peer's message must not end a shared connection
             self._unusable(type(exc).__name__)

@@ -429,7 +429,7 @@ def _check_size(work: Work, headers: dict[str, str], limit: int) -> None:
     """Refuses a message that is too large. The server would close the whole connection over it. It counts headers; nats-py does
     not.
     """
-    size = len(work.sealed) + sum(len(name) + len(value) + len(": \r\n") for name, value in headers.items())
+    size = len(work.sealed) + sum(map(len, headers)) + sum(map(len, headers.values())) + len(": \r\n") * len(headers)
     if size + _STATUS_LINE > limit:
         raise MessageTooLarge("the sealed request and its grant exceed the fabric's message limit")
 
@@ -462,6 +462,9 @@ class NatsDispatch:
     @property
     def ready(self) -> bool:
         return self._inbound.ready
+
+    def more(self, most: int) -> list[bytes]:
+        return self._inbound.more(most)
 
     async def consumed(self, size: int) -> None:
         total = self._inbound.consumed(size)

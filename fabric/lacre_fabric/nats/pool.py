@@ -225,28 +225,37 @@ class PoolSide:
             log.error("fabric.newer_worker", pool=self.pool, reason=str(newer))
 
     def _on_reply(self, subject: str, block: bytes, payload: bytes) -> bool:
+        request_id = subject.rpartition(".")[2]  # NATS has compared the rest, which we subscribed to
+        waiting = self.waiting.get(request_id)
         try:
-            _, request_id = subjects.parse_reply(subject)
             frame = Frame.read(block, payload)
         except NewerFormat as exc:
             self._tell_newer(exc)
-            if (asked := self.waiting.get(request_id)) is not None and not asked.inbound.started:
-                asked.inbound.fail(WorkerLost(str(exc)))  # else it would wait for its whole queue limit
+            if waiting is not None and not waiting.inbound.started:
+                waiting.inbound.fail(WorkerLost(str(exc)))  # else it would wait for its whole queue limit
             return False
         except InvalidMessage:
             return False  # an invalid frame proves nothing about an attempt; if it replaced a valid one, a gap shows it
-        waiting = self.waiting.get(request_id)
         if waiting is None:
-            if frame.kind in (FrameKind.DATA, FrameKind.BEAT) and self._stray.add(request_id):
-                self._tell(subjects.cancel(self.pool, request_id), b"")  # it runs for no caller
+            self._stop_stray(subject, frame.kind)
             return False
-        if frame.kind is FrameKind.OFFER:
+        kind = frame.kind
+        if kind is FrameKind.OFFER:
             return waiting.answered(frame.payload)
         inbound = waiting.inbound
         taken = inbound.put(frame)
-        if frame.kind is FrameKind.BEAT and (total := inbound.renewal()) is not None:
+        if kind is FrameKind.BEAT and (total := inbound.renewal()) is not None:
             self._tell(subjects.credit(self.pool, request_id), str(total).encode())
         return taken
+
+    def _stop_stray(self, subject: str, kind: FrameKind) -> None:
+        """Tells the worker of an unknown request to stop: it runs for no caller."""
+        try:
+            _, request_id = subjects.parse_reply(subject)
+        except InvalidMessage:
+            return
+        if kind in (FrameKind.DATA, FrameKind.BEAT) and self._stray.add(request_id):
+            self._tell(subjects.cancel(self.pool, request_id), b"")
 
     # Requests
 

@@ -90,7 +90,18 @@ class ProtocolReader:
 
     def feed(self, data: bytes) -> Iterator[Event]:
         """Yields every complete event. Raises BrokenProtocol."""
-        self._buffer += data
+        at = 0
+        if not self._buffer and not self._skip and self._head is None:
+            # Nearly every message is all in one piece, and is read without a copy of the rest.
+            while (match := _HMSG.match(data, at) or _MSG.match(data, at)) is not None:
+                subject, sid, reply, headers, size = match.groups(b"")
+                begin = match.end()
+                middle, end = begin + int(headers or 0), begin + int(size)
+                if middle > end or end - begin > self._keep or data[end : end + len(_CRLF)] != _CRLF:
+                    break  # `_next` finds out why
+                yield NatsMessage(int(sid), subject, reply, data[begin:middle], data[middle:end])
+                at = end + len(_CRLF)
+        self._buffer += data[at:]
         while (event := self._next()) is not None:
             yield event
 

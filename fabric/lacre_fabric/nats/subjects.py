@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 from lacre.errors import InvalidMessage, SettingsError
@@ -55,6 +56,7 @@ def check_gateway(name: str) -> str:
     return check_name("gateway", name)
 
 
+@lru_cache(maxsize=1024)
 def model_token(model: str) -> str:
     """A model's name as one token; the name may contain any character. Raises SettingsError if it is empty or too long."""
     name = model.encode("utf-8", "surrogatepass")

@@ -176,6 +176,9 @@ class Dispatch(Protocol):
     def ready(self) -> bool:
         """Whether the next frame is already here, so that the reader can forward both together."""
 
+    def more(self, most: int) -> list[bytes]:
+        """The payloads of the DATA frames that are here already, in order, until they have `most` bytes. Waits for nothing."""
+
     async def consumed(self, size: int) -> None:
         """Reports that `size` more bytes were written to the client. The worker may send as many more."""
 

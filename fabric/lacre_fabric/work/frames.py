@@ -49,6 +49,7 @@ class FrameKind(StrEnum):
 
 
 _KINDS: Final = {kind.value: kind for kind in FrameKind}
+_WRITTEN: Final = {kind.value.encode(): kind for kind in FrameKind}
 
 
 @record(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class Frame:
         match = _BLOCK.fullmatch(block)
         if match is None or len(payload) > MAX_PAYLOAD:
             return cls.parse(_fields(block), payload)
-        return cls(match[1].decode(), int(match[2]), _KINDS[match[3].decode()], payload)
+        attempt, sequence, kind = match.groups()
+        return cls(attempt.decode(), int(sequence), _WRITTEN[kind], payload)
 
     @classmethod
     def parse(cls, headers: Mapping[str, str] | None, payload: bytes) -> Frame:

@@ -41,6 +41,7 @@ MAX_RECEIPT: Final = 4096  # bytes; ours take about 500
 STOOD_STILL: Final = 0.25
 CATCH_UP: Final = 1.5  # seconds to read those frames and receive the next beat
 PARTING: Final = 1.0  # seconds that a withdrawn worker has to send its last receipt
+_WITH_RECEIPT: Final = frozenset({FrameKind.USAGE, FrameKind.BEAT, FrameKind.STOPPED})
 
 
 class Inbound:
@@ -61,7 +62,7 @@ class Inbound:
         self._beats = 0  # beats in a row; the reader never sees them
         self._consumed = self._told = 0
         self.receipts: tuple[bytes, ...] = ()
-        # One timer. It is rescheduled when it fires, not with each frame.
+        # One timer. It is rescheduled when it fires, not with a frame.
         self._silent_at = self._loop.time() + queue_limit
         self._watch = self._watching()
         self._ended = False  # no more frames will come, or none that count
@@ -87,25 +88,29 @@ class Inbound:
             return False
         self._silent_at = self._loop.time() + LOST_AFTER
         if self._bound is None:
-            self._bind(frame.attempt)
+            self._bound = frame.attempt
         if frame.sequence != self._next:
             self.fail(FrameMissing("a frame of the answer is missing"))
             return False
         self._next += 1
-        if frame.kind in (FrameKind.USAGE, FrameKind.BEAT, FrameKind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
+        kind = frame.kind
+        if kind in _WITH_RECEIPT and 0 < len(frame.payload) <= MAX_RECEIPT:
             self.receipts = (*self.receipts[1 - KEPT_RECEIPTS :], frame.payload)
-        if frame.kind is FrameKind.STOPPED:
+        if kind is FrameKind.STOPPED:
             self.fail(ReaderStalled("the worker stopped because its credit was not renewed in time"))
             return True
-        self._pending_bytes += len(frame.payload) if frame.kind is not FrameKind.BEAT else 0
-        self._beats = self._beats + 1 if frame.kind is FrameKind.BEAT else 0
+        if kind is FrameKind.BEAT:
+            self._beats += 1
+        else:
+            self._beats = 0
+            self._pending_bytes += len(frame.payload)
         if self._pending_bytes > 2 * CREDIT or len(self._frames) + self._beats >= MAX_PENDING_FRAMES:
             self.fail(FrameGap("the worker sent more than its credit allows"))
             return False
-        if frame.kind is not FrameKind.BEAT:
+        if kind is not FrameKind.BEAT:
             self._frames.append(frame)
             self._wake()
-            if frame.kind is not FrameKind.DATA:
+            if kind is not FrameKind.DATA:
                 self._end()
         return True
 
@@ -166,18 +171,26 @@ class Inbound:
             self._watch.cancel()
         return frame
 
+    def more(self, most: int) -> list[bytes]:
+        """The payloads of the DATA frames that are here, until they have `most` bytes. As `next`, without waiting."""
+        found: list[bytes] = []
+        size = 0
+        while self._frames and size < most and self._frames[0].kind is FrameKind.DATA:
+            payload = self._frames.popleft().payload
+            found.append(payload)
+            size += len(payload)
+        self._pending_bytes -= size
+        return found
+
     def _taken(self) -> FabricError:
         """The error that the stream ended with. It is not kept: its traceback will have the frame that reads here."""
         error, self._error = self._error, None
         return error or WorkerLost("the answer was read to its end")
 
-    def _bind(self, attempt: str) -> None:
-        self._bound = attempt
-        self._watch.cancel()
-        self._watch = self._watching()
-
     def _watching(self) -> asyncio.TimerHandle:
-        self._due = self._silent_at  # kept here, because uvloop's handle cannot tell once the time has passed
+        """The timer for the next look. It is due before any frame's silence would be, so no frame needs a new one."""
+        # kept here, because uvloop's handle cannot tell once the time has passed
+        self._due = min(self._silent_at, self._loop.time() + LOST_AFTER)
         return self._loop.call_at(self._due, self._look)
 
     def _end(self) -> None:

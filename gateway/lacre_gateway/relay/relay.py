@@ -378,8 +378,8 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
     while True:
         frame = await dispatch.next()
         if frame.kind is FrameKind.DATA:
-            pieces.append(frame.payload)
-            size += len(frame.payload)
+            pieces += [frame.payload, *dispatch.more(_TOGETHER - size - len(frame.payload))]
+            size = sum(map(len, pieces))
         elif frame.kind is FrameKind.ERROR and not pieces:
             raise WorkerRefused(frame.payload)
         if not exchange.started:

@@ -47,7 +47,7 @@ MUTATIONS: Final = Mutation.of(
     ("trust: caught_up", "a replaced signer leads no folder on", "lacre_fabric.operate.catching_up:catch_up",
      "standing = [each for each in known if not any(_supersedes(one, each[1]) for _, one in known)]", "standing = known"),
     # the connection to NATS
-    ("nats: subject", "an exception drops only its message", "lacre_fabric.nats.client:DirectClient._delivered",
+    ("nats: subject", "an exception drops only its message", "lacre_fabric.nats.client:DirectClient._taken",
      "except Exception as exc:", "except ZeroDivisionError as exc:"),
     ("nats: other_subscription", "lines are split only at spaces", "lacre_fabric.nats.protocol",
      r'rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]*) )?()([0-9]{1,18})\r\n"',
