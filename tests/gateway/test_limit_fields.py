@@ -5,14 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_gateway.budget import counters, fields
+from lacre_gateway.budget import counters, fields, limit_fields
 from lacre_gateway.budget.callers import PLAN, TENANT, USER, BudgetScope, Caller
 from lacre_gateway.budget.counters import CallersCounters, Standing
 from lacre_gateway.budget.holds import Hold, Lender
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account
 from lacre_gateway.budget.plans import LimitKind
+from lacre_gateway.budget.windows import windows_at
 
+NOW = 1_800_000_000.0
 KINDS = st.sampled_from(LimitKind)
 COUNTS = st.integers(0, 3)
 SCOPES = st.sampled_from([USER, TENANT, PLAN])
@@ -20,7 +22,7 @@ STANDINGS = st.lists(st.builds(Standing, SCOPES, KINDS, COUNTS, COUNTS, st.none(
 
 
 def forget() -> None:
-    for kept in (fields._policies, fields._name, counters._name):
+    for kept in (limit_fields.policies_of, limit_fields.name_of, counters._name):
         kept.cache_clear()
 
 
@@ -45,6 +47,25 @@ def test_fields_as_the_draft_has_them() -> None:
         b'"user/requests_per_minute";q=60;w=60;qu="requests", "tenant/concurrent_streams";q=8;qu="concurrent-requests"'
     )
     assert dict(fields.fields(told))[b"ratelimit"] == b'"user/requests_per_minute";r=59;t=13, "tenant/concurrent_streams";r=7'
+
+
+@given(
+    st.dictionaries(SCOPES, st.dictionaries(KINDS, st.integers(0, 9), min_size=1)),
+    st.lists(st.tuples(*[st.integers(0, 6)] * 3), min_size=15, max_size=15),
+    st.floats(0, 100, exclude_max=True) | st.integers(0, 86_400),
+)
+def test_what_requests_share_changes_no_field(
+    ceilings: dict[str, dict[LimitKind, int]], amounts: list[tuple[int, int, int]], passed: float
+) -> None:
+    """Whatever was drawn by others, used and reserved since the fields were written for the caller."""
+    windows = windows_at(NOW)
+    scopes = [BudgetScope(label, label, label, tuple(limits.items())) for label, limits in ceilings.items()]
+    accounts = [(scope, Account(scope.key, scope.name, "holder", 60.0)) for scope in scopes]
+    charged = CallersCounters(Caller("p", tuple(scopes)), windows, accounts)
+    counters = [counter for _, account in accounts for counter in account.current.values()]
+    for counter, (others, used, reserved) in zip(counters, amounts, strict=False):
+        counter.others, counter.used, counter.reserved = others, used, reserved
+    assert charged.fields(NOW + passed) == fields.fields(charged.standings(NOW + passed))
 
 
 @given(st.lists(st.tuples(SCOPES, st.sampled_from("ab"), KINDS, COUNTS), min_size=1, max_size=6))

@@ -15,8 +15,8 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final
 
-from lacre_gateway.budget.fields import UNITS
 from lacre_gateway.budget.lease import Account, Counter, Proposal
+from lacre_gateway.budget.limit_fields import UNITS
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.webhook import WebhookEvent
 from lacre_gateway.budget.windows import ends

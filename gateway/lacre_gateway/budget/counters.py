@@ -2,19 +2,21 @@
 
 Rules:
 - They are looked up once, and again when a window has ended or an account has changed (`current`): a counter that its account
-  no longer has must not be charged.
+  no longer has must not be charged. If nothing came of the change, the same object serves on: open streams hold it.
 - A caller may have twenty limits, and each request passes all of them five times.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller, unit_of
 from lacre_gateway.budget.draws import Draw
-from lacre_gateway.budget.lease import Account, Charge, Counter
+from lacre_gateway.budget.lease import Account, Charge, Counter, settle
+from lacre_gateway.budget.limit_fields import Headers, LimitFields
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.windows import bounds
 
@@ -40,9 +42,11 @@ class _Limit(NamedTuple):
 
 
 class CallersCounters:
-    """Of one caller, in the present windows. names: as in `Hold.limits`. keys: of the budgets."""
+    """Of one caller, in the present windows. names: as in `Hold.limits`. keys: of the budgets. asked: when it was last used."""
 
-    __slots__ = ("_accounts", "_counted", "_limits", "_streams", "_units", "_windows", "keys", "names")
+    __slots__ = (
+        "_accounts", "_ceilings", "_counted", "_fields", "_limits", "_streams", "_units", "_windows", "asked", "keys", "names",
+    )  # fmt: skip
 
     def __init__(
         self, caller: Caller, windows: Mapping[LimitKind, int], accounts: Sequence[tuple[BudgetScope, Account]]
@@ -54,11 +58,14 @@ class CallersCounters:
             for scope, account in accounts
             for kind, ceiling in scope.limits
         ]
-        self._accounts = [(scope.key, account, account.edition) for scope, account in accounts]
+        self._accounts = [(scope, account, account.edition) for scope, account in accounts]
         counters = [limit.counter for limit in self._limits]
+        self._ceilings = [counter.ceiling for counter in counters]
+        self.asked = -math.inf
         self._units = [(counter, unit_of(counter.kind)) for counter in counters]
         self._streams = [counter for counter in counters if counter.kind is _STREAMS]
         self._counted = [pair for pair in self._units if pair[0].kind is not _STREAMS]
+        self._fields = LimitFields([(scope.label, counter, end) for scope, counter, end in self._limits])
         self.keys = frozenset(scope.key for scope, _ in accounts)
         self.names = tuple(limit_name(scope, caller.plan, counter) for scope, counter, _ in self._limits)
 
@@ -66,13 +73,29 @@ class CallersCounters:
         """Whether they are still those of these windows, and of the accounts of these draws."""
         if windows is not self._windows:
             return False
-        for key, account, edition in self._accounts:
-            draw = draws.get(key)
-            if draw is None or draw.account is not account or account.edition != edition:
+        changed = False
+        for scope, account, edition in self._accounts:
+            draw = draws.get(scope.key)
+            if draw is None or draw.account is not account:
                 return False
+            changed = changed or account.edition != edition
+        return not changed or self._unchanged()
+
+    def _unchanged(self) -> bool:
+        """Whether the accounts still have these counters, with these ceilings."""
+        found = [
+            account.counter(kind, self._windows[kind], ceiling)
+            for scope, account, _ in self._accounts
+            for kind, ceiling in scope.limits
+        ]
+        for counter, before, ceiling in zip(found, self._limits, self._ceilings, strict=True):
+            if counter is not before.counter or counter.ceiling != ceiling:
+                return False
+        self._accounts = [(scope, account, account.edition) for scope, account, _ in self._accounts]
         return True
 
     def touch(self, now: float) -> None:
+        self.asked = now
         for _, account, _ in self._accounts:
             account.touched = now
 
@@ -93,7 +116,8 @@ class CallersCounters:
         """The keys of the budgets of which more is to be drawn ahead; each counter tells so once for each draw."""
         found = []
         for scope, counter, _ in self._limits:
-            if (spare := counter.spare) <= counter.low and counter.remaining > spare:
+            spare = counter.capacity - counter.used - counter.reserved
+            if spare <= counter.low and counter.remaining > spare:
                 counter.low = -1
                 found.append(scope.key)
         return found
@@ -104,9 +128,7 @@ class CallersCounters:
 
     def settle(self, reserved: Amounts, used: Amounts) -> None:
         """Gives back the unused part of everything except streams."""
-        asked, spent = reserved.by_unit(), used.by_unit()
-        for counter, unit in self._counted:
-            counter.settle(asked[unit], spent[unit])
+        settle(self._counted, reserved.by_unit(), used.by_unit())
 
     def standings(self, now: float) -> tuple[Standing, ...]:
         """How far each limit is used."""
@@ -115,6 +137,10 @@ class CallersCounters:
             reset = None if end is None else max(0.0, end - now)
             found.append(Standing(scope.label, counter.kind, counter.ceiling, counter.remaining, reset))
         return tuple(found)
+
+    def fields(self, now: float) -> Headers:
+        """What the caller may know of that, as the header fields of an answer."""
+        return self._fields.at(now)
 
 
 def _limit(scope: BudgetScope, counter: Counter) -> _Limit:

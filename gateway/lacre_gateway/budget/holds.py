@@ -13,6 +13,7 @@ from lacre_gateway.budget.callers import Amounts, Caller, ceiling_of
 from lacre_gateway.budget.counters import CallersCounters, Standing, limit_name
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Counter
+from lacre_gateway.budget.limit_fields import Headers
 from lacre_gateway.budget.plans import LimitKind, Price
 from lacre_gateway.budget.windows import bounds
 
@@ -163,8 +164,9 @@ class Hold:
         """Every limit that was charged, as `user:standard/tokens_per_day@20782`: scope, plan, kind and number of the window."""
         return self._counters.names
 
-    def standings(self, now: float) -> tuple[Standing, ...]:
-        return self._counters.standings(now)
+    def fields(self, now: float) -> Headers:
+        """How far the caller's limits are used, as the header fields of an answer. now: seconds since the epoch."""
+        return self._counters.fields(now)
 
     def stream_over(self) -> None:
         """The stream has ended, however much it will turn out to have used."""

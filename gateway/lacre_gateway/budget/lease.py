@@ -84,12 +84,10 @@ class Counter:
         return max(0, self.ceiling - self.others - self.used - self.reserved)
 
     def has(self, amount: int, now: float) -> bool:
-        committed = self.used + self.reserved + amount
-        return committed <= self.capacity and committed <= self.ceiling and now < self.until
+        return not lacking([(self, amount)], now)
 
     def reserve(self, amount: int) -> None:
-        self.reserved += amount
-        self.largest = max(self.largest, amount)
+        commit([(self, amount)])
 
     def look(self, now: float) -> None:
         """Computes how much to hold for future requests."""
@@ -104,9 +102,7 @@ class Counter:
         return self.spare > max(2 * max(1, self.beyond), min(self.largest, self.ceiling // MOST_SPARE))
 
     def settle(self, reserved: int, used: int) -> None:
-        self.reserved -= reserved
-        if self.kind is not LimitKind.CONCURRENT_STREAMS:
-            self.used += min(used, reserved)
+        settle([(self, 0)], [reserved], [used])
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,15 +302,33 @@ def _is_loose(counter: Counter) -> bool:
     return counter.capacity != counter.committed or counter.used != counter.reported
 
 
+_STREAMS: Final = LimitKind.CONCURRENT_STREAMS
 Charge = tuple[Counter, int]
 
 
 def lacking(charges: Iterable[Charge], now: float) -> list[Counter]:
-    """The counters that lack the amounts to be charged to them."""
-    return [counter for counter, amount in charges if not counter.has(amount, now)]
+    """The counters that lack the amounts to be charged to them. No call for each: a request may have twenty limits."""
+    return [
+        counter
+        for counter, amount in charges
+        if (committed := counter.used + counter.reserved + amount) > counter.capacity
+        or committed > counter.ceiling
+        or now >= counter.until
+    ]
 
 
 def commit(charges: Iterable[Charge]) -> None:
     """Charges all; only if no counter lacks anything."""
     for counter, amount in charges:
-        counter.reserve(amount)
+        counter.reserved += amount
+        if amount > counter.largest:  # noqa: PLR1730 - `max` would be a call for each limit
+            counter.largest = amount
+
+
+def settle(counters: Iterable[tuple[Counter, int]], reserved: Sequence[int], used: Sequence[int]) -> None:
+    """Ends reservations: of each counter, with the place of its amounts in both lists. No more than was reserved is charged."""
+    charged = list(map(min, reserved, used))
+    for counter, place in counters:
+        counter.reserved -= reserved[place]
+        if counter.kind is not _STREAMS:
+            counter.used += charged[place]

@@ -123,6 +123,12 @@ class Ledger:
 
         Raises UnknownPlan, AboveLimit, Exhausted or BudgetUnavailable; nothing is charged then.
         """
+        plans = self.plans
+        caller, price = self._caller(plans, who), plans.price_of(model)
+        amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
+        # Nearly always the ceilings fit every limit and the present leases: then nothing lowers them.
+        if amounts.fit(caller.least) and isinstance(found := self._charged(caller, price, ceilings, amounts), Hold):
+            return found
         deadline = asyncio.get_running_loop().time() + SETTLE_LIMIT
         while True:
             try:
@@ -178,17 +184,21 @@ class Ledger:
 
     async def _hold(self, caller: Caller, price: Price | None, ceilings: Reservation, deadline: float) -> Hold:
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
-        while True:
-            now = self.now()
-            counters = self._counters_of(caller, now)
-            charges = counters.charges(amounts)
-            short = lacking(charges, now)
-            if not short:
-                commit(charges)
-                for key in counters.running_low():  # draws before a request has to wait for it
-                    self._wake(self._draws[key])
-                return Hold(caller, price, ceilings, self._lender, counters)
-            await self._draw_for(caller, amounts, short, deadline)
+        while not isinstance(found := self._charged(caller, price, ceilings, amounts), Hold):
+            await self._draw_for(caller, amounts, found, deadline)
+        return found
+
+    def _charged(self, caller: Caller, price: Price | None, ceilings: Reservation, amounts: Amounts) -> Hold | list[Counter]:
+        """The reservation; or the counters that lack something for it. amounts: of the ceilings."""
+        now = self.now()
+        counters = self._counters_of(caller, now)
+        charges = counters.charges(amounts)
+        if short := lacking(charges, now):
+            return short
+        commit(charges)
+        for key in counters.running_low():  # draws before a request has to wait for it
+            self._wake(self._draws[key])
+        return Hold(caller, price, ceilings, self._lender, counters)
 
     def _left(self, caller: Caller, price: Price | None, ceilings: Reservation) -> int:
         """The prompt tokens, of those asked for, that fit the rest of the caller's limits, as far as this gateway knows."""
@@ -405,7 +415,8 @@ class Ledger:
 
     async def _tend(self) -> None:
         while True:
-            self._counters.clear()
+            now = self.now()
+            self._counters = {caller: each for caller, each in self._counters.items() if abs(now - each.asked) <= _TICK}
             if self.bucket is not None:
                 try:
                     await self._announce(self.bucket)

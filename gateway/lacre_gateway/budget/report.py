@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lacre_gateway.budget.callers import TOKENS, key_of, limits_of
-from lacre_gateway.budget.fields import UNITS
+from lacre_gateway.budget.limit_fields import UNITS
 from lacre_gateway.budget.plans import LimitKind, Plans
 from lacre_gateway.budget.record import Record, Window
 from lacre_gateway.budget.windows import ends, label

@@ -15,8 +15,8 @@ from lacre.trust.chain import ConnectionString
 from lacre_fabric.work.contract import FabricError
 from lacre_gateway.admin import api
 from lacre_gateway.admin.reports import TENANT, Reset, Revoke, TopUp
-from lacre_gateway.budget.fields import UNITS
 from lacre_gateway.budget.holds import BudgetRefused
+from lacre_gateway.budget.limit_fields import UNITS
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.console.request_views import RequestViews
 from lacre_gateway.console.site import ConsoleSite, Visit

@@ -134,7 +134,8 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         inspect_request(sealed)
         asked = time.monotonic()
         hold = await _reserved(gateway, exchange, request, decision)
-        request = replace(request, ceilings=hold.ceilings)
+        if hold.ceilings is not request.ceilings:
+            request = replace(request, ceilings=hold.ceilings)
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
                 await trail.durable()  # otherwise a worker could work for an answer that cannot be delivered
@@ -205,7 +206,7 @@ async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, dec
             exchange.limits = fields(refused.standings)
         with Trail(gateway, exchange, request.intent(decision)):
             raise
-    exchange.limits = fields(hold.standings(gateway.budgets.now()))
+    exchange.limits = hold.fields(gateway.budgets.now())
     return hold
 
 

@@ -81,8 +81,9 @@ MUTATIONS: Final = Mutation.of(
     ("workers: bill_above", "a request is settled below its reservation", "lacre_gateway.budget.settlement:judge",
      "if not within or receipt.cached_tokens > receipt.prompt_tokens:"),
     # budgets
-    ("budgets: at_once", "a request is charged only to a lease that has room", "lacre_gateway.budget.lease:Counter.has",
-     "return committed <= self.capacity and committed <= self.ceiling and now < self.until", "return now < self.until"),
+    ("budgets: at_once", "a request is charged only to a lease that has room", "lacre_gateway.budget.lease:lacking",
+     "(committed := counter.used + counter.reserved + amount) > counter.capacity or committed > counter.ceiling"
+     " or now >= counter.until", "now >= counter.until"),
     ("budgets: at_once", "leases never exceed the ceiling", "lacre_gateway.budget.record:_divide",
      "free, drawn, met = want.ceiling - others, want.committed, []", "free, drawn, met = want.ceiling, want.committed, []"),
     ("budgets: unanswered", "a lease falls before the write that lowers it", "lacre_gateway.budget.lease:Account.send",
