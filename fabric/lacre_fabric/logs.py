@@ -71,15 +71,18 @@ def make_log(stream: TextIO, level: Level | None = None) -> Log:
 
 def allow_list(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """The structlog processor that keeps only known fields with plain values."""
-    return {name: _plain(name, value) for name, value in event.items() if name in FIELDS and isinstance(value, _PLAIN)}
+    return {
+        name: value if not isinstance(value, str) or len(value) <= MAX_TEXT else _cut(name, value)
+        for name, value in event.items()
+        if name in FIELDS and isinstance(value, _PLAIN)
+    }
 
 
 _PLAIN: Final = (str, int, float, bool, type(None))
 
 
-def _plain(name: str, value: object) -> object:
-    limit = MAX_TRACEBACK if name == "traceback" else MAX_TEXT
-    return value[:limit] if isinstance(value, str) else value
+def _cut(name: str, text: str) -> str:
+    return text[: MAX_TRACEBACK if name == "traceback" else MAX_TEXT]
 
 
 def _line(_logger: object, _method: str, event: Mapping[str, Any]) -> str:

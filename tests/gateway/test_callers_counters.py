@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
 from lacre_gateway.budget.counters import CallersCounters
 from lacre_gateway.budget.draws import Draw
+from lacre_gateway.budget.fields import fields
 from lacre_gateway.budget.lease import Account, Need, Proposal, commit, lacking
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
@@ -88,6 +89,7 @@ class Kept:
 
 
 @example(["raise", "report"])
+@example(["see"])
 @example(["ahead", "propose", "confirm"])
 @given(
     st.lists(
@@ -104,6 +106,7 @@ def test_they_are_those_that_a_new_look_would_find(steps: list[str]) -> None:
         for (kind, ceiling), (counter, _), before in zip(LIMITS, found.charges(ONE), ceilings, strict=True):
             assert kept.account.counter(kind, windows[kind], ceiling) is counter
             assert counter.ceiling == before, "an addition counts"
+        assert found.fields(kept.now) == fields(found.standings(kept.now)), "an addition is shown"
 
 
 def test_they_are_looked_up_once_while_nothing_changes() -> None:

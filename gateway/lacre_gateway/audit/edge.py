@@ -61,18 +61,18 @@ class Edge:
     def nodes(self) -> Iterator[tuple[int, int, bytes]]:
         return self._frontier.nodes()
 
-    def append(self, entry: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Adds an entry; yields the nodes that it completes."""
+    def append(self, entry: bytes) -> list[tuple[int, int, bytes]]:
+        """Adds an entry; returns the nodes that it completes."""
         self.entries.append(entry)
-        completed = list(self._frontier.grow(merkle.leaf_hash(entry)))
+        completed = self._frontier.grow(merkle.leaf_hash(entry))
         for height, _, node in completed:
-            level, within = divmod(height, tiles.HEIGHT)
-            if within == 0:
+            if height % tiles.HEIGHT == 0:
+                level = height // tiles.HEIGHT
                 if level == len(self.rows):
                     self.rows.append([])
                     self._starts.append(0)
                 self.rows[level].append(node)
-        return iter(completed)
+        return completed
 
     def mark(self) -> Savepoint:
         return Savepoint(self._frontier.copy(), tuple(map(len, self.rows)), len(self.entries))

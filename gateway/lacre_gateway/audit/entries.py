@@ -228,7 +228,7 @@ def encode(entry: Entry) -> tuple[bytes, ...]:
     if len(data) <= _MAX_LISTS:  # so are the lists in it
         return (data,)
     lists = {name: members[name] for name in ("groups", "scopes", "policies")}
-    if sum(len(write(names)) for names in lists.values()) <= _MAX_LISTS:
+    if sum(map(len, map(write, lists.values()))) <= _MAX_LISTS:
         return (_bounded(data, MAX_INTENT),)
     annex = _bounded(write_object({"kind": Annex.kind, "request_id": entry.request_id, **lists}), MAX_ENTRY)
     digest = hashlib.sha256(annex).hexdigest()

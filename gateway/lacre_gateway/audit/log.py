@@ -239,7 +239,9 @@ class AuditLog:
             while not closing:
                 group, closing = self._next_group()
                 self._record(group)
-                self._publish(idle=not group)
+                idle = not group
+                del group  # the requests' futures, with the whole commit: the next entry may take long to come
+                self._publish(idle=idle)
                 self._rotate()
             self._record([self._own(Event(time=self._now(), event=kinds.STOPPED))])
             self._publish(idle=True, wait=True)

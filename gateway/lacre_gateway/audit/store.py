@@ -184,7 +184,8 @@ class Store:
         mark, first = self._edge.mark(), self._edge.size
         nodes = {(height, index): node for height, index, node in self._edge.nodes()}
         for entry in entries:
-            nodes.update(((height, index), node) for height, index, node in self._edge.append(entry))
+            for height, index, node in self._edge.append(entry):
+                nodes[height, index] = node
         note = Checkpoint(self.origin, self._edge.size, self._edge.root()).sign(self._signer, self._identity)
         try:
             self._journal.append(entries, note)

@@ -38,7 +38,7 @@ def tile(level: int | None, index: int, width: int = WIDTH) -> str:
 
 
 def encode_bundle(entries: Iterable[bytes]) -> bytes:
-    return b"".join(len(entry).to_bytes(_LENGTH_BYTES) + entry for entry in entries)
+    return b"".join([len(entry).to_bytes(_LENGTH_BYTES) + entry for entry in entries])
 
 
 def decode_bundle(data: bytes) -> list[bytes]:

@@ -89,6 +89,8 @@ class RefusalThrottle:
     def check(self, subject: Hashable, address: str) -> None:
         """subject: who asks, or who asks for what. Raises Refusal (429)."""
         self._turn()
+        if not self._counts:  # nobody was refused in this minute
+            return
         met = next((key[0] for key in _keys(subject, address) if self._counts[key] >= self._limits[key[0]]), None)
         if met is not None:
             self.unrecorded += 1

@@ -10,9 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from typing import Final, Self
 
 from lacre.runtime.records import record
@@ -68,7 +66,7 @@ class RequestLimits:
 
     def __init__(self, *, in_flight: int, concurrent: int) -> None:
         self.set(in_flight=in_flight, concurrent=concurrent)
-        self._running: Counter[Hashable] = Counter()
+        self._running: dict[Hashable, int] = {}
         self.running = 0
 
     def set(self, *, in_flight: int, concurrent: int) -> None:
@@ -76,22 +74,43 @@ class RequestLimits:
         self._in_flight = in_flight
         self._concurrent = concurrent
 
-    @contextmanager
-    def slot(self, subject: Hashable) -> Iterator[None]:
-        """Holds one of the places for running requests, from before its body is read. Raises LimitExceeded."""
+    def slot(self, subject: Hashable) -> RunningPlace:
+        """One of the places for running requests, for the time of a context, from before its body is read."""
+        return RunningPlace(self, subject)
+
+    def begin(self, subject: Hashable) -> None:
+        """Raises LimitExceeded."""
         if self.running >= self._in_flight:
             raise LimitExceeded("requests_in_flight", self._in_flight, own=False)
-        if self._running[subject] >= self._concurrent:
+        running = self._running.get(subject, 0)
+        if running >= self._concurrent:
             raise LimitExceeded("concurrent_per_subject", self._concurrent, own=True)
         self.running += 1
-        self._running[subject] += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-            self._running[subject] -= 1
-            if not self._running[subject]:
-                del self._running[subject]
+        self._running[subject] = running + 1
+
+    def end(self, subject: Hashable) -> None:
+        self.running -= 1
+        running = self._running[subject] - 1
+        if running:
+            self._running[subject] = running
+        else:
+            self._running.pop(subject)
+
+
+class RunningPlace:
+    """A context: a running request. Raises LimitExceeded if there is no place for it."""
+
+    __slots__ = ("_limits", "_subject")
+
+    def __init__(self, limits: RequestLimits, subject: Hashable) -> None:
+        self._limits = limits
+        self._subject = subject
+
+    def __enter__(self) -> None:
+        self._limits.begin(self._subject)
+
+    def __exit__(self, *_error: object) -> None:
+        self._limits.end(self._subject)
 
 
 class BodyBytes:
@@ -103,7 +122,7 @@ class BodyBytes:
 
     def __init__(self, *, total: int, each: int) -> None:
         self.set(total=total, each=each)
-        self._of: Counter[Hashable] = Counter()
+        self._of: dict[Hashable, int] = {}
         self.held = 0
 
     def set(self, *, total: int, each: int) -> None:
@@ -117,17 +136,20 @@ class BodyBytes:
 
     def check(self, subject: Hashable, size: int) -> None:
         """Raises LimitExceeded if this many more bytes do not fit."""
-        if self._of[subject] + size > self._each:
+        whole = self._of.get(subject, 0) + size
+        if whole > self._each:
             raise LimitExceeded("body_bytes_per_subject", self._each, own=True)
-        if self._of[subject] + size > self._total - self.held:
+        if whole > self._total - self.held:
             raise LimitExceeded("body_bytes", self._total, own=False)
 
     def add(self, subject: Hashable, size: int) -> None:
         """size: negative to give bytes back."""
         self.held += size
-        self._of[subject] += size
-        if not self._of[subject]:
-            del self._of[subject]
+        whole = self._of.get(subject, 0) + size
+        if whole:
+            self._of[subject] = whole
+        else:
+            self._of.pop(subject, None)
 
 
 class BodyReservation:

@@ -101,11 +101,19 @@ class Exchange:
     since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
     limits: header fields about the caller's limits. for_page: those that let a browser's page read the answer. manifest: the
     version, which a known caller is told. stall_limit: seconds that a client may leave a piece unread. task: runs it, from its
-    begin to its end.
+    begin to its end. response_complete: whether all of the answer was written.
 
     For the log: refused: of the refusal that was sent. is_known: whether the caller has a valid token. facts: pool, model and
     action, once the manifest has them. cut: whether its answer ended in order without being whole.
     """
+
+    # Thousands may run for minutes: a dictionary of so many attributes takes 2 KB.
+    __slots__ = (
+        "__weakref__", "_aborted", "_answer", "_body_until", "_connection", "_cut_short", "_ends_at", "_expects", "_kept",
+        "_news", "_one_zero", "_over", "_stall_limit", "_too_late", "_wait_until", "address", "asked", "body", "cut", "facts",
+        "fields", "first_byte", "for_page", "gone", "is_known", "limits", "manifest", "more_body", "received", "recorded",
+        "records", "refused", "request_id", "response_complete", "sent", "since", "status", "task",
+    )  # fmt: skip
 
     def __init__(
         self, connection: CallersConnection, head: RequestHead, address: str, *, stall_limit: float = STALL_LIMIT
@@ -116,6 +124,7 @@ class Exchange:
         self._expects = head.expects
         self._stall_limit = stall_limit
         self._over = self._aborted = False  # over: its end was sent, or begun
+        self.response_complete = False
         self.task: asyncio.Task[None] | None = None
         self.fields = Fields.collect(head.fields)
         self.address = address
@@ -171,13 +180,9 @@ class Exchange:
     @property
     def whole(self) -> bool:
         """Whether an answer was sent with all that belongs to it."""
-        return self._answer.whole and not self.cut
+        return self.response_complete and not self.cut
 
     # What the connection and the clock report (see `lacre.runtime.listening.Cycle`)
-
-    @property
-    def response_complete(self) -> bool:
-        return self._answer.whole
 
     @property
     def keep_alive(self) -> bool:
@@ -305,21 +310,24 @@ class Exchange:
         Raises Stalled.
         """
         self.status = 200  # from here on a failure breaks an answer, for which its worker has worked
-        await self._writable()
+        if self._connection.write_paused:
+            await self._writable()
         self.first_byte = time.monotonic()
         self._send_head(200, *_ANSWER_HEADERS, *self._told(), _audit(proof))
         self.limits = []  # the answer may take minutes
 
     async def write(self, pieces: Sequence[bytes]) -> None:
         """Raises Stalled if the client does not take the bytes before in time."""
-        await self._writable()
+        if self._connection.write_paused:
+            await self._writable()
         self._send(self._answer.chunk(pieces))
         self._count(pieces)
 
     async def end(self, pieces: Sequence[bytes] = ()) -> None:
         """Sends the last pieces and ends the answer. Raises Stalled."""
         self._over = True
-        await self._writable()
+        if self._connection.write_paused:
+            await self._writable()
         self._finish(pieces)
         self._count(pieces)
 
@@ -342,15 +350,16 @@ class Exchange:
 
     def close(self) -> None:
         """The end of its work: an answer that has no end by now gets none. Its connection may keep it, but no token in it."""
-        if not self._answer.whole:
+        if not self.response_complete:
             self.abort()
         self._kept, self.body, self.task = bytearray(), bytearray(), None
         self.recorded = None
         self.decided()
 
     def _finish(self, pieces: Sequence[bytes] = ()) -> None:
-        self._over = True
-        self._send(self._answer.end(pieces))
+        last = self._answer.end(pieces)
+        self._over = self.response_complete = True
+        self._send(last)
         if not self.gone:
             self._connection.answered(keep_alive=self._answer.keep_alive)
 

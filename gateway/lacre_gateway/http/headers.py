@@ -77,6 +77,10 @@ class Shape(StrEnum):
     PAD = "pad"
 
 
+_ACTIONS: Final = {action.value: action for action in Action}
+_SHAPES: Final = {shape.value: shape for shape in Shape}
+
+
 @record(frozen=True, slots=True)
 class OuterHeaders:
     """The parsed headers. max_tokens: output tokens over all choices. is_default: whether the caller named no such ceiling, so
@@ -152,9 +156,9 @@ class Fields:
         return OuterHeaders(
             self._required(_POOL, _name),
             self._required(_MODEL, _name),
-            self._required(_ACTION, Action),
+            self._required(_ACTION, _ACTIONS.__getitem__),
             self._required(_CEILING, _count),
-            self._required(_SHAPE, Shape),
+            self._required(_SHAPE, _SHAPES.__getitem__),
             _IS_DEFAULT in self.values and self._required(_IS_DEFAULT, _yes),
             self._required(_AFFINITY, _affinity) if _AFFINITY in self.values else None,
         )

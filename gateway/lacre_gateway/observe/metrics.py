@@ -37,6 +37,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 DURATIONS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _COMMITS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _NO_PROBLEM: Final = "none"
+_Counts = defaultdict[tuple[str, ...], int]  # by the labels' values
 
 
 class FinishedRequest(Protocol):
@@ -102,18 +103,12 @@ class Metrics(Collector):
         self.live: set[FinishedRequest] = set()
         self.since = time.monotonic()
         ProcessCollector(registry=registry)
-        self._requests = Counter("lacre_requests", "Sealed requests that ended.", ["outcome", "problem"], registry=registry)
         self._first_byte = Durations()
         self._whole: defaultdict[str, Durations] = defaultdict(Durations)  # by outcome
         self.received = self.sent = self.records = 0
-        self._settlements = Counter(
-            "lacre_settlements", "Requests sent to a worker, by the verdict on their receipt.", ["result"],
-            registry=registry,
-        )  # fmt: skip
-        self._tokens = Counter(
-            "lacre_tokens", "Tokens of verified receipts; cached ones are among the prompt's.", ["pool", "model", "kind"],
-            registry=registry,
-        )  # fmt: skip
+        self._ended: _Counts = defaultdict(int)  # by outcome and problem
+        self._settled: _Counts = defaultdict(int)  # by the verdict
+        self._tokens: _Counts = defaultdict(int)  # by pool, model and kind
         self._commits = Histogram(
             "lacre_audit_commit_seconds", "From a group of entries to their sync on the disk.", buckets=_COMMITS,
             registry=registry,
@@ -125,20 +120,12 @@ class Metrics(Collector):
             registry=registry,
         )  # fmt: skip
         self._admin = Counter("lacre_admin_requests", "Calls of the admin API.", ["action", "outcome"], registry=registry)
-        # Keeps the children that `labels` finds with a lock and a dictionary of texts: that costs more than the count itself.
-        self._children: dict[tuple[str, str], Counter] = {}
-        self._results: dict[str, Counter] = {}
-        self._by_model: dict[tuple[str, str], tuple[Counter, Counter, Counter]] = {}
         registry.register(self)
 
     def ended(self, served: FinishedRequest, outcome: str, problem: Problem | None = None) -> None:
         """outcome: answered, refused, broken, client-gone, interrupted or failed. On the hot path: some microseconds."""
         self.live.discard(served)
-        at = (outcome, _NO_PROBLEM if problem is None else problem.slug)
-        child = self._children.get(at)
-        if child is None:
-            child = self._children[at] = self._requests.labels(*at)
-        child.inc()
+        self._ended[outcome, _NO_PROBLEM if problem is None else problem.slug] += 1
         self._whole[outcome].observe(time.monotonic() - served.since)
         self.received += served.received
         if served.first_byte is not None:
@@ -149,39 +136,18 @@ class Metrics(Collector):
     def settled(self, pool: str, model: str, verdict: Verdict) -> None:
         """pool, model: as the manifest names them."""
         used = verdict.receipt
-        result = verdict.refused or ("receipted" if used is not None else "unreceipted")
-        child = self._results.get(result)
-        if child is None:
-            child = self._results[result] = self._settlements.labels(str(result))
-        child.inc()
+        self._settled[str(verdict.refused or ("receipted" if used is not None else "unreceipted")),] += 1
         if used is not None:
-            prompt, cached, completion = self._tokens_of(pool, model)
-            prompt.inc(used.prompt_tokens)
-            cached.inc(used.cached_tokens)
-            completion.inc(used.completion_tokens)
-
-    def _tokens_of(self, pool: str, model: str) -> tuple[Counter, Counter, Counter]:
-        children = self._by_model.get((pool, model))
-        if children is None:
-            children = self._by_model[pool, model] = (
-                self._tokens.labels(pool, model, "prompt"),
-                self._tokens.labels(pool, model, "cached"),
-                self._tokens.labels(pool, model, "completion"),
-            )
-        return children
+            self._tokens[pool, model, "prompt"] += used.prompt_tokens
+            self._tokens[pool, model, "cached"] += used.cached_tokens
+            self._tokens[pool, model, "completion"] += used.completion_tokens
 
     def totals(self) -> Totals:
-        tokens: dict[str, int] = {}
-        for family in self._tokens.collect():
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    kind = sample.labels["kind"]
-                    tokens[kind] = tokens.get(kind, 0) + int(sample.value)
-        return Totals(
-            ended={outcome: sum(durations.counts) for outcome, durations in self._whole.items()},
-            first_byte=self._first_byte.counts,
-            prompt=tokens.get("prompt", 0), cached=tokens.get("cached", 0), completion=tokens.get("completion", 0),
-        )  # fmt: skip
+        tokens = dict.fromkeys(("prompt", "cached", "completion"), 0)
+        for (*_, kind), number in self._tokens.items():
+            tokens[kind] += number
+        ended = {outcome: sum(durations.counts) for outcome, durations in self._whole.items()}
+        return Totals(ended=ended, first_byte=self._first_byte.counts, **tokens)
 
     def committed(self, seconds: float, entries: int) -> None:
         """A group of entries is durable. entries: 0 if it could not be written."""
@@ -210,6 +176,11 @@ class Metrics(Collector):
         for outcome, durations in self._whole.items():
             durations.add_to(whole, outcome)
         yield whole
+        yield _counter("lacre_requests", "Sealed requests that ended.", ("outcome", "problem"), self._ended)
+        told = "Requests sent to a worker, by the verdict on their receipt."
+        yield _counter("lacre_settlements", told, ("result",), self._settled)
+        told = "Tokens of verified receipts; cached ones are among the prompt's."
+        yield _counter("lacre_tokens", told, ("pool", "model", "kind"), self._tokens)
 
     def show(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -244,6 +215,14 @@ Labelled = dict[tuple[str, ...], float]
 
 def gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, documentation, value=float(value))
+
+
+def _counter(name: str, documentation: str, labels: tuple[str, ...], values: _Counts) -> CounterMetricFamily:
+    """values: by the labels' values, in their order."""
+    family = CounterMetricFamily(name, documentation, labels=labels)
+    for at, value in values.items():
+        family.add_metric(at, value)
+    return family
 
 
 def by_label(name: str, documentation: str, labels: tuple[str, ...], values: Labelled) -> GaugeMetricFamily:

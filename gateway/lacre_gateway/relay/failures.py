@@ -6,8 +6,7 @@ Any error outside this table is a fault of the gateway, and the caller learns on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Final
 
 from lacre import problems
@@ -93,18 +92,24 @@ FAILURES: Final = (Refusal, LimitExceeded, BudgetRefused, WorkerRefused, Stalled
 _WORKER_LIVES: Final = (Stalled, ReaderStalled, FrameMissing, FabricUnavailable, FabricLost, AuditUnavailable)
 
 
-@contextmanager
-def counted(metrics: Metrics, exchange: Exchange) -> Iterator[None]:
-    """Counts the request while it runs, and then how it ended."""
-    metrics.live.add(exchange)
-    try:
-        yield
-    except BaseException as exc:
-        outcome = outcome_of(exc, started=exchange.started)
-        metrics.ended(exchange, outcome, refusal_for(exc).problem if outcome == REFUSED else None)
-        raise
-    else:
-        metrics.ended(exchange, ANSWERED)
+class CountedRequest:
+    """A context that counts the request while it runs, and then how it ended."""
+
+    __slots__ = ("_exchange", "_metrics")
+
+    def __init__(self, metrics: Metrics, exchange: Exchange) -> None:
+        self._metrics = metrics
+        self._exchange = exchange
+
+    def __enter__(self) -> None:
+        self._metrics.live.add(self._exchange)
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+        if error is None:
+            self._metrics.ended(self._exchange, ANSWERED)
+            return
+        outcome = outcome_of(error, started=self._exchange.started)
+        self._metrics.ended(self._exchange, outcome, refusal_for(error).problem if outcome == REFUSED else None)
 
 
 def outcome_of(error: BaseException, *, started: bool) -> str:

@@ -42,7 +42,7 @@ def pool_for(feed: ManifestFeed, outer: OuterHeaders, header: SealedHeader, now:
         raise Refusal(problems.UNKNOWN_POOL, details={"models": tuple(pool.models)})
     if outer.shape not in pool.shapes:
         raise Refusal(problems.INVALID_HEADERS, details={"header": SHAPE})
-    known = (key for key in pool.keys if key.config.key_id == header.key_id and now < key.not_after)
-    if not any(key.config.offers(header.suite) for key in known):
-        raise Refusal(problems.UNKNOWN_KEY)
-    return pool
+    for key in pool.keys:
+        if key.config.key_id == header.key_id and now < key.not_after and key.config.offers(header.suite):
+            return pool
+    raise Refusal(problems.UNKNOWN_KEY)

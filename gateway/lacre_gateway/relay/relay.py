@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
 from dataclasses import field, replace
 from typing import Final
 
@@ -44,10 +43,11 @@ from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.cedar import Decision
 from lacre_gateway.policy.denial import denied, lowered, usable
 from lacre_gateway.policy.question import Question
-from lacre_gateway.relay.failures import CALLERS_FAULT, FAILURES, WorkerRefused, counted, may_be_lost, refusal_for
+from lacre_gateway.relay.failures import CALLERS_FAULT, FAILURES, CountedRequest, WorkerRefused, may_be_lost, refusal_for
 from lacre_gateway.relay.pools import pool_for
 from lacre_gateway.relay.trail import Trail
 
+_POOL: Final = POOL.encode()
 # bytes of frames that arrived together and leave together: as much as a server takes without waiting
 _TOGETHER: Final = 64 * 1024
 _LEAST_QUEUE: Final = 1.0  # seconds in the queue, however long earlier steps took: a free worker takes some milliseconds
@@ -63,7 +63,7 @@ class SealedEndpoint:
     async def serve(self, exchange: Exchange) -> None:
         """Does the work for one request, and answers it. Raises a fault of the gateway after it was answered."""
         try:
-            with counted(self._gateway.metrics, exchange):
+            with CountedRequest(self._gateway.metrics, exchange):
                 await relay(self._gateway, exchange)
         except ClientGone:
             return
@@ -104,8 +104,24 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     exchange.known()
     if gateway.feed.ready:
         exchange.manifest = gateway.feed.manifest.version
-    with _charged(gateway, exchange, principal):
+    # A worker's refusal is charged for its pool alone: it must not keep callers from other pools.
+    subject = (principal.issuer, principal.subject)
+    of_pool = (*subject, exchange.fields.values.get(_POOL))
+    for each in (subject, of_pool):
+        gateway.refusals.check(each, exchange.address)
+    try:
         await _permitted(gateway, exchange, access)
+    except FAILURES as exc:
+        if _is_callers(exc, exchange):
+            gateway.refusals.refused(of_pool if isinstance(exc, WorkerRefused) else subject, exchange.address)
+        raise
+
+
+def _is_callers(error: Exception, exchange: Exchange) -> bool:
+    """Whether the caller caused this refusal, so that it counts towards the caller's limit of refusals."""
+    if exchange.started or isinstance(error, LimitExceeded):
+        return False
+    return refusal_for(error).problem.status in CALLERS_FAULT
 
 
 async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> None:
@@ -122,7 +138,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         begun = _Begun(SealedHeader.parse(start), len(start) if declared is None else declared)
         del start
         request = await _understood(gateway, exchange, principal, outer, begun)
-        exchange.routed(outer.pool, outer.model, outer.action.value)
+        exchange.routed(outer.pool, outer.model, str(outer.action))
         access.check_request(request.digest)
         request, decision = _decided(gateway, request)
         if not decision.allowed:
@@ -176,24 +192,6 @@ def rest_of_queue(limit: float, waited: float) -> float:
     return min(limit, max(_LEAST_QUEUE, limit - waited))
 
 
-@contextlib.contextmanager
-def _charged(gateway: Gateway, exchange: Exchange, principal: Principal) -> Iterator[None]:
-    """Charges a refusal that the caller caused to the caller's limit of refusals. Raises Refusal if that is used up.
-
-    A worker's refusal is charged for its pool alone: it must not keep callers from other pools.
-    """
-    subject, address = (principal.issuer, principal.subject), exchange.address
-    of_pool = (*subject, exchange.fields.values.get(POOL.encode()))
-    for key in (subject, of_pool):
-        gateway.refusals.check(key, address)
-    try:
-        yield
-    except FAILURES as exc:
-        if not exchange.started and not isinstance(exc, LimitExceeded) and refusal_for(exc).problem.status in CALLERS_FAULT:
-            gateway.refusals.refused(of_pool if isinstance(exc, WorkerRefused) else subject, address)
-        raise
-
-
 async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, decision: Decision) -> Hold:
     """In any case, the answer will say how far the caller's limits are used.
 
@@ -243,8 +241,8 @@ class _Request:
             address=asked.address,
             pool=asked.pool,
             model=asked.model,
-            action=asked.action.value,
-            shape=asked.shape.value,
+            action=str(asked.action),
+            shape=str(asked.shape),
             kem=asked.kem.label,
             max_tokens=self.asked_tokens,
             sealed_bytes=asked.sealed_bytes,
@@ -359,8 +357,8 @@ def _grant(gateway: Gateway, request: _Request) -> str:
         exp=now + gateway.settings.limits.grant_lifetime,
         pool=asked.pool,
         model=asked.model,
-        action=asked.action.value,
-        shape=asked.shape.value,
+        action=str(asked.action),
+        shape=str(asked.shape),
         max_tokens=request.ceilings.max_tokens,
         max_prompt_tokens=request.ceilings.max_prompt_tokens,
         features=(),
@@ -384,7 +382,7 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
         elif frame.kind is FrameKind.ERROR and not pieces:
             raise WorkerRefused(frame.payload)
         if not exchange.started:
-            await exchange.begin((await trail.durable()).proof())
+            await exchange.begin(await trail.proof())
         if frame.kind is FrameKind.USAGE:
             return pieces
         if frame.kind is FrameKind.DATA and dispatch.ready and size < _TOGETHER:

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from lacre.evidence.audit_proof import AuditProof
 from lacre.problems import Problem
 from lacre.runtime.records import record
 from lacre_gateway.audit.entries import Intent, Outcome
@@ -35,8 +36,7 @@ class Trail:
     is durable. A claim gets it after the answer's last bytes have left. A request that could not be recorded costs nothing, so
     budgets and log agree.
 
-    recorded: done when the intent is durable, and under a signed checkpoint; not to be cancelled. claim: the worker's claim of
-    the usage; None if no worker was asked. hold: the reservation; settled with the claim.
+    claim: the worker's claim of the usage; None if no worker was asked. hold: the reservation; settled with the claim.
     """
 
     def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent, hold: Hold | None = None) -> None:
@@ -45,19 +45,30 @@ class Trail:
         self._intent = intent
         self._hold = hold
         self._since = time.monotonic()
+        self._recorded: asyncio.Future[Recorded] | None = None
         self.claim: Claim | None = None
 
     def __enter__(self) -> Self:
         try:
-            self.recorded = self._exchange.recorded = self._gateway.audit.append(self._intent)
+            self._recorded = self._exchange.recorded = self._gateway.audit.append(self._intent)
         except BaseException:
             self._settle(REFUSED, Verdict())
             raise
         return self
 
     async def durable(self) -> Recorded:
-        """Raises AuditUnavailable. Cancelling the wait does not remove the entry."""
-        return self.recorded.result() if self.recorded.done() else await asyncio.shield(self.recorded)
+        """Waits until the intent is durable, and under a signed checkpoint. Before `proof`.
+
+        Raises AuditUnavailable. Cancelling the wait does not remove the entry.
+        """
+        assert self._recorded is not None  # noqa: S101 - since `__enter__`
+        return self._recorded.result() if self._recorded.done() else await asyncio.shield(self._recorded)
+
+    async def proof(self) -> AuditProof:
+        """As `durable`, for the answer's header. It forgets the entry: an answer may take minutes."""
+        proof = (await self.durable()).proof()
+        self._recorded = self._exchange.recorded = None
+        return proof
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         end = self._end(error)
@@ -76,16 +87,17 @@ class Trail:
             else:
                 record(Verdict())
 
-        if self.recorded.done():
-            settle(self.recorded)
+        if self._recorded is None or self._recorded.done():
+            settle(None)
         else:
-            self.recorded.add_done_callback(settle)
+            self._recorded.add_done_callback(settle)
 
     def _record(self, end: _End, duration: float, verdict: Verdict) -> None:
         used = verdict.receipt
         if self.claim is not None:
             self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
-        money = self._settle(end.outcome if self.recorded.exception() is None else REFUSED, verdict)
+        recorded = self._recorded is None or self._recorded.exception() is None
+        money = self._settle(end.outcome if recorded else REFUSED, verdict)
         self._gateway.audit.note(
             Outcome(
                 request_id=self._intent.request_id,

@@ -49,12 +49,13 @@ def inclusion_proof(index: int, size: int, node: Node) -> Path:
     path: list[bytes] = []
     begin, end = 0, size
     while end - begin > 1:
-        middle = begin + _split(end - begin)
+        level = (end - begin - 1).bit_length() - 1  # as `_split`; the left side is complete
+        middle = begin + (1 << level)
         if index < middle:
             path.append(subtree(middle, end, node))
             end = middle
         else:
-            path.append(subtree(begin, middle, node))
+            path.append(node(level, begin >> level))
             begin = middle
     return tuple(reversed(path))
 
@@ -134,7 +135,7 @@ def verify_consistency(old: int, old_root: bytes, new: int, new_root: bytes, pat
 class Frontier:
     """A tree that only grows, stored as its maximal complete subtrees: enough to add leaves and compute the root.
 
-    `grow` yields the nodes that each leaf completes, the leaf itself first.
+    `grow` returns the nodes that each leaf completes, the leaf itself first.
     """
 
     def __init__(self, size: int = 0, nodes: Sequence[bytes] = ()) -> None:
@@ -145,8 +146,8 @@ class Frontier:
     def copy(self) -> Frontier:
         return Frontier(self.size, self._nodes)
 
-    def grow(self, leaf: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Adds a leaf's hash; yields the nodes that it completes, as (level, index, hash)."""
+    def grow(self, leaf: bytes) -> list[tuple[int, int, bytes]]:
+        """Adds a leaf's hash; returns the nodes that it completes, as (level, index, hash)."""
         level, index, node = 0, self.size, leaf
         completed = [(level, index, node)]
         while index & 1:
@@ -154,7 +155,7 @@ class Frontier:
             completed.append((level, index, node))
         self._nodes.append(node)
         self.size += 1
-        return iter(completed)
+        return completed
 
     def nodes(self) -> Iterator[tuple[int, int, bytes]]:
         """The complete subtrees, the largest first, as (level, index, hash)."""

@@ -97,7 +97,8 @@ _END: Final = RequestEnd()
 class RequestReader:
     """Reads one connection. `feed` takes bytes; `next` returns the events in them, then None.
 
-    The caller must bound the bytes that it feeds between calls of `next`: `pending` says how many are kept.
+    The caller must bound the bytes that it feeds between calls of `next`: `pending` says how many are kept. between: whether
+    the next event is a head.
     """
 
     def __init__(self, *, encoded_slashes: bool = False) -> None:
@@ -107,6 +108,7 @@ class RequestReader:
         self._scanned = 0  # how far the search for the end of a head got
         self._blank = 0  # bytes of empty lines before a head
         self._state = self._head
+        self.between = True
         self._left = 0  # bytes still to come of the body, or of its chunk
         self._chunked = False
         self._extensions = self._tiny = self._trailers = 0
@@ -115,11 +117,6 @@ class RequestReader:
     def pending(self) -> int:
         """Bytes that were fed and not yet returned."""
         return len(self._buffer)
-
-    @property
-    def between(self) -> bool:
-        """Whether the next event is a head."""
-        return self._state == self._head
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -151,7 +148,7 @@ class RequestReader:
         self._chunked = head.length is None
         self._left = head.length or 0
         self._extensions = self._tiny = self._trailers = 0
-        self._state = self._chunk_size if self._chunked else self._content
+        self._state, self.between = self._chunk_size if self._chunked else self._content, False
         return head
 
     def _skip_blank_lines(self) -> None:
@@ -174,7 +171,7 @@ class RequestReader:
 
     def _content(self) -> Event | None:
         if not self._left:
-            self._state = self._head
+            self._state, self.between = self._head, True
             return _END
         return self._piece()
 
@@ -219,9 +216,9 @@ class RequestReader:
         """Reads trailers and drops them."""
         while (line := self._line(_MAX_TRAILERS - self._trailers, "the trailer section")) is not None:
             if not line:
-                self._state = self._head
+                self._state, self.between = self._head, True
                 return _END
-            name, _value = _field(line)
+            ((name, _value),) = _fields([line])
             if name in (b"content-length", b"transfer-encoding"):  # RFC 9110 section 6.5.1: the body has already ended
                 raise UnreadableRequest(400, "a trailer must not give the body's length")
             self._trailers += len(line) + 2
@@ -249,7 +246,7 @@ def parse_head(raw: bytes, *, encoded_slashes: bool = False) -> RequestHead:
     if raw.translate(None, _PLAIN) != b"\r\n" * (len(lines) + 1):
         raise UnreadableRequest(400, "a head holds a control character, or a line end that is not CR LF")
     method, path, query, version = _request_line(first, encoded_slashes=encoded_slashes)
-    fields = [_field(line) for line in lines]
+    fields = _fields(lines)
     framing: dict[bytes, list[bytes]] = {}
     for name, value in fields:
         if name in _FRAMING:
@@ -301,12 +298,14 @@ def _check_path(path: bytes) -> None:
             raise UnreadableRequest(400, "a path must be UTF-8") from exc
 
 
-def _field(line: bytes) -> tuple[bytes, bytes]:
-    """The name in lower case, and the value without white space around it (RFC 9112 section 5)."""
-    name, colon, value = line.partition(b":")
-    if not colon or not name or name.translate(None, _TOKEN):
+def _fields(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Each name in lower case, and its value without white space around it (RFC 9112 section 5)."""
+    if not lines:
+        return []
+    names, colons, values = zip(*[line.partition(b":") for line in lines], strict=True)
+    if b"" in names or b"" in colons or b"".join(names).translate(None, _TOKEN):
         raise UnreadableRequest(400, "a field is a name, a colon right after it, and a value, on one line")
-    return name.lower(), value.strip(b" \t")
+    return [(name.lower(), value.strip(b" \t")) for name, value in zip(names, values, strict=True)]
 
 
 def _check_host(hosts: list[bytes], version: str) -> None:

@@ -25,7 +25,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final, Protocol, cast
 from urllib.parse import unquote
 
@@ -199,7 +199,7 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.parser = None  # type: ignore[assignment]  # nothing here uses uvicorn's parser
+        self.parser, self.pipeline = None, ()  # type: ignore[assignment]  # uvicorn's own reader, which nothing here uses
         self.door = _door_of(config)
         self._reader = RequestReader(encoded_slashes=self.door.encoded_slashes)
         self._deadline: asyncio.TimerHandle | None = None
@@ -254,7 +254,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _advance(self) -> None:
         """Reads as far as allowed: the next head waits for the end of the answer before."""
         try:
-            while not self._refused and not (self._busy and self._reader.between) and (event := self._reader.next()):
+            while not (self._reader.between and self._busy) and not self._refused and (event := self._reader.next()):
                 if isinstance(event, RequestHead):
                     self._begin(event)
                 elif isinstance(event, Body):
@@ -276,7 +276,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start(self, head: RequestHead) -> None:
         """Begins to serve a request. It sets `cycle`: an ASGI application here; see `Cycle` for what else may serve it."""
-        path = head.path.decode("ascii")
+        path = head.path.decode()
         self.scope = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
@@ -374,10 +374,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._forget()
             self._leave()  # with the answers before, which may be on their way
             return
-        phrase = http.HTTPStatus(status).phrase
         body = f"{reason}\n".encode()
         fields = f"content-type: text/plain\r\ncontent-length: {len(body)}\r\nconnection: close"
-        self.transport.write(f"HTTP/1.1 {status} {phrase}\r\n{fields}\r\n\r\n".encode() + body)
+        self.transport.write(f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{fields}\r\n\r\n".encode() + body)
         self._part()
 
     def _discard(self, size: int) -> None:
@@ -427,9 +426,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _leave(self) -> None:
         """Closes, and limits the wait for the last bytes to be taken."""
-        transport = self.transport
-        transport.close()
-        self.loop.call_later(LINGER, transport.abort)
+        self.transport.close()
+        self.loop.call_later(LINGER, self.transport.abort)
 
     def pause_writing(self) -> None:
         """The client reads more slowly than its answer is made."""
@@ -449,8 +447,16 @@ class _Flow(FlowControl):
     """Reads and drops bytes while a client sends too far ahead."""
 
     def __init__(self, transport: asyncio.Transport, ahead: Callable[[], bool]) -> None:
-        super().__init__(transport)
+        self._transport = transport
+        self.read_paused = self.write_paused = False
         self._ahead = ahead
+
+    @cached_property
+    def _is_writable_event(self) -> asyncio.Event:  # type: ignore[override]  # most connections need none
+        event = asyncio.Event()
+        if not self.write_paused:
+            event.set()
+        return event
 
     def resume_reading(self) -> None:
         if not self._ahead():

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import Final, Self
 
 from lacre import errors
@@ -207,13 +208,11 @@ class SealedHeader:
         if len(data) < _HEADER.size:
             raise errors.TruncatedStream("the sealed request ended inside its header")
         key_id, kem_id, kdf, aead = _HEADER.unpack_from(data)
-        kem = _kem(kem_id)
-        if kdf not in _KDFS or aead not in _AEADS:
-            raise errors.UnsupportedSuite("the sealed request uses a KDF or AEAD that this side does not have")
-        end = _HEADER.size + kem.n_enc
+        suite = _suite(kem_id, kdf, aead)
+        end = _HEADER.size + suite.kem.n_enc
         if len(data) < end:
             raise errors.TruncatedStream("the sealed request ended inside its header")
-        return cls(key_id, Suite(kem, Kdf(kdf), Aead(aead)), bytes(data[_HEADER.size : end]))
+        return cls(key_id, suite, bytes(data[_HEADER.size : end]))
 
     @property
     def identifiers(self) -> bytes:
@@ -246,9 +245,18 @@ def inspect_request(body: bytes) -> SealedHeader:
         raise errors.MessageTooLarge("a sealed request has at most 7 MiB")
     header = SealedHeader.parse(body)
     deframer = framing.Deframer(MAX_REQUEST_CHUNKS)
-    deframer.feed(memoryview(body)[len(header.raw) :])
+    deframer.feed(memoryview(body)[_HEADER.size + len(header.enc) :])
     deframer.close()
     return header
+
+
+@cache
+def _suite(kem_id: int, kdf: int, aead: int) -> Suite:
+    """Of a sealed request. Only the suites that this side has are kept. Raises UnsupportedSuite."""
+    kem = _kem(kem_id)
+    if kdf not in _KDFS or aead not in _AEADS:
+        raise errors.UnsupportedSuite("the sealed request uses a KDF or AEAD that this side does not have")
+    return Suite(kem, Kdf(kdf), Aead(aead))
 
 
 def _kem(kem_id: int) -> Kem:

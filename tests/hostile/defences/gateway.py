@@ -29,7 +29,7 @@ MUTATIONS: Final = Mutation.of(
     ("heads: page", "a page's origin is one of the settings'", "lacre_gateway.http.pages:AllowedPages.allowed",
      "named[0] in self._origins", "True"),
     ("heads: ahead", "one request is read at a time", "lacre.runtime.listening:BoundedProtocol._advance",
-     "self._busy and self._reader.between", "False"),
+     "self._reader.between and self._busy", "False"),
     # the console
     ("console: origin", "a form is of the console's own origin", "lacre_gateway.console.site:ConsoleSite.check_origin",
      "if not same or request.headers.getlist('origin') != [self.console.url]:"),
@@ -61,7 +61,7 @@ MUTATIONS: Final = Mutation.of(
     ("heads: denied", "policy decides before the body is read", "lacre_gateway.relay.relay:_permitted",
      "first = MAX_HEADER if declared is not None else MAX_SEALED_REQUEST + 1", "first = MAX_SEALED_REQUEST + 1"),
     ("heads: bytes", "a caller's bodies have a bounded number of bytes", "lacre_gateway.budget.in_flight:BodyBytes.check",
-     "if self._of[subject] + size > self._each:"),
+     "if whole > self._each:"),
     ("heads: refusals", "refusals are charged", "lacre_gateway.auth.throttle:RefusalThrottle.check", "if met is not None:"),
     ("heads: twice", "an outer header appears once", "lacre_gateway.http.headers:Fields._required",
      "if name in self.repeated:"),
