@@ -188,7 +188,7 @@ def test_strangers(tmp_path: Path, other_port: int) -> None:
             assert href.startswith("https://") and rel == "noopener noreferrer" and target == "_blank"
     assert seen["struckBy"] is None and seen["visible"]
     assert seen["picture"]["drawn"] == 1 and "takes no images" in seen["picture"]["says"][1]
-    assert sum("as the message and `code` say" in line for line in seen["picture"]["says"]) == 1, seen["picture"]
+    assert sum("as the message and code say" in line for line in seen["picture"]["says"]) == 1, seen["picture"]
     assert seen["policy"] == {"html": "TypeError", "struck": None}
     for name in ("port", "evil"):
         found = seen[name]

@@ -20,6 +20,13 @@ export function h(tag, given = {}, ...children) {
   return element;
 }
 
+/** Text whose commands stand between backticks, as errors write them: they become code. @param {string} text */
+export function coded(text) {
+  const parts = text.split("`");
+  if (parts.length % 2 === 0) return [text]; // one of them has no other
+  return parts.map((part, i) => (i % 2 === 1 ? h("code", {}, part) : part));
+}
+
 const ICONS = {
   menu: ["M4 7h16M4 12h16M4 17h16"],
   plus: ["M12 5v14M5 12h14"],

@@ -2,7 +2,7 @@
 
 import { claim } from "./api.js";
 import { Composer } from "./composer.js";
-import { announce, h, icon, iconButton, toast } from "./dom.js";
+import { announce, coded, h, icon, iconButton, toast } from "./dom.js";
 import { edit, message, piece } from "./message.js";
 import { lockLine, showProof } from "./proof.js";
 import { Session } from "./session.js";
@@ -152,7 +152,7 @@ function shown(error) {
   const text = [error.message, error.remedy].filter(Boolean).join(" ");
   if (document.querySelector("dialog[open]")) return toast(text, "error");
   const close = iconButton("close", "Close", () => (trouble.hidden = true), { class: "icon-button small" });
-  trouble.replaceChildren(h("span", {}, text), close);
+  trouble.replaceChildren(h("span", {}, ...coded(text)), close);
   trouble.hidden = false;
   return undefined;
 }

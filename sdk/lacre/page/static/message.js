@@ -2,7 +2,7 @@
  * One message: a person's, or an answer with its thoughts, seams, checks and errors.
  */
 
-import { copied, h, icon, iconButton } from "./dom.js";
+import { coded, copied, h, icon, iconButton } from "./dom.js";
 import { built, redraw } from "./markdown.js";
 import { place } from "./tree.js";
 
@@ -166,8 +166,8 @@ function failure(node, acts) {
     "div",
     { class: "failure", role: "alert" },
     h("p", { class: "failure-title" }, node.text ? "The answer broke off" : "No answer"),
-    h("p", {}, error.message),
-    error.remedy && h("p", { class: "remedy" }, error.remedy),
+    h("p", {}, ...coded(error.message)),
+    error.remedy && h("p", { class: "remedy" }, ...coded(error.remedy)),
     h(
       "p",
       { class: "failure-foot" },

@@ -10,7 +10,7 @@ const NUMBERS = [
   ["temperature", "Temperature", "0 is steady, 1 is lively", { min: 0, max: 2, step: 0.1 }],
   ["top_p", "Top p", "the share of likely words to choose from", { min: 0, max: 1, step: 0.05 }],
   ["max_tokens", "Longest answer", "in tokens", { min: 1, max: 1000000, step: 1 }],
-  ["seed", "Seed", "the same seed gives the same answer, if the worker can", { min: 0, max: 2147483647, step: 1 }],
+  ["seed", "Seed", "repeats an answer, if the worker can", { min: 0, max: 2147483647, step: 1 }],
 ];
 
 /** @param {import("./session.js").Session} session */
