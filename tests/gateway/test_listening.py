@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import resource
 import socket
 import ssl
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_gateway.http.certificate import tls_context
-from lacre_gateway.settings import Tls
+from lacre_gateway.http.server import Server, bind, make_server
+from lacre_gateway.settings import Listen, Tls
 from parts.by_hand import opened
 from parts.certificates import Ca
 from parts.fake_worker import FakeWorker
@@ -249,3 +252,33 @@ async def test_time_is_what_ends_it(stage: Stage) -> None:
             await writer.drain()
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         writer.close()
+
+
+@pytest.mark.parametrize("turns", range(7))
+async def test_a_connection_that_comes_in_the_turn_of_the_end(stage: Stage, turns: int) -> None:
+    """Nobody waits for it until the drain is over, and its socket is closed."""
+
+    class Ending(Server):
+        client: socket.socket
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            assert sockets
+            self.client = socket.create_connection(sockets[0].getsockname())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await super().shutdown(sockets)
+
+    gc.collect()
+    with warnings.catch_warnings(record=True) as warned, bind(Listen(port=0, drain=1)) as listener:
+        warnings.simplefilter("always")
+        made = make_server(stage.app, Listen(port=0, drain=1))
+        server = Ending(made.config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await until(lambda: server.started)
+        server.should_exit = True
+        await serving
+        assert not server.server_state.connections
+        server.client.close()
+        await asyncio.sleep(0)
+        gc.collect()
+    assert [str(each.message) for each in warned if each.category is ResourceWarning] == []

@@ -20,6 +20,7 @@ from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
 from lacre_gateway.settings import Listen
 
 _BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
+_BEGINS: Final = 4  # turns of the loop in which an accepted connection begins
 _KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that the client closes first
 _ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work and record their outcome
 OTHER_FILES: Final = 512  # descriptors for everything except callers' connections
@@ -133,6 +134,22 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops accepting, and lets what was just accepted begin: asyncio would leave it open, half made."""
+        for each in sockets or ():
+            asyncio.get_running_loop().remove_reader(each)
+        for _ in range(_BEGINS):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
+
+    async def _wait_tasks_to_complete(self) -> None:
+        """Uvicorn asks the connections that it knows to end, and then waits. One that was accepted in that turn is known only
+        now: nobody would ask it, and the drain would last its whole time.
+        """
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await super()._wait_tasks_to_complete()
 
     async def settle(self) -> None:
         """Waits for the requests that the end of `serve` aborted."""
