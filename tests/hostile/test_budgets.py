@@ -24,7 +24,7 @@ from lacre_gateway.budget.plans import parse
 from parts.issuer import ISSUER
 from parts.memory_bucket import MemoryBucket
 
-CEILING = 20
+CEILING = 200  # of which a lease holds some for future requests
 PLANS = parse(f'default_plan = "p"\n[plans.p.user]\nrequests_per_minute = {CEILING}\n', Path("plans.toml"))
 ALICE = Principal("alice", "acme", ISSUER)
 ONE = Reservation(1, 1)
@@ -121,12 +121,20 @@ async def test_next_minute() -> None:
     async with Books.of(1) as books:
         [ledger] = books.gateways
         for _ in range(3):
-            held = await books.flood(ledger)
+            first = await books.ask(ledger)
+            assert first is not None
+            held = [first, *await books.flood(ledger)]
             assert len(held) == CEILING
             assert {hold.limits for hold in held} == {(f"user:p/requests_per_minute@{int(books.now // 60)}",)}
             held.pop().settle(Amounts(0, 0, 0))  # the lease of this minute has room left at its end
             for hold in held:
                 hold.settle(Amounts(1, 2, 0))
+            books.now += 60.0
+            for _ in range(4):  # this minute is not spent: its lease has room, and nothing more is drawn
+                last = await books.ask(ledger)
+                assert last is not None
+                last.settle(Amounts(1, 2, 0))
+                await asyncio.sleep(0.02)
             books.now += 60.0
 
 
