@@ -4,9 +4,10 @@ Rules:
 - Work comes from the pool's queue (a message to ack), or a gateway offered it to this worker (`offers`; no message).
 - Until its first frame, a worker keeps telling that it has the work: to NATS by in-progress acks, or to the gateway that
   offered it.
-- Work that loses its claim is a copy of another request, so the gateway is told. Only a redelivery ends silently, because its
-  first worker may still answer. A queue with a new leader may have forgotten that it delivered work before. So the word about
-  queued work comes later: by then the first worker has sent a frame, and the gateway listens to that one alone.
+- Work that loses its claim is a copy of another request, so the gateway is told. It ends silently if the claim's owner is
+  unknown, and if it is a redelivery, because its first worker may still answer. A queue with a new leader may have forgotten
+  that it delivered work before. So the word about queued work comes later: by then the first worker has sent a frame, and the
+  gateway listens to that one alone.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class NatsDelivery:
                     if (
                         held := await connection.newest(f"KV_{subjects.claims_bucket(self._worker.claims_of)}", subject)
                     ) is not None:
+                        self._doubtful = held == mine
                         return held == mine
             raise connection.unavailable(failed, denials) from failed
         return True
@@ -117,7 +119,7 @@ class NatsDelivery:
         await self.drop()
 
     async def drop(self) -> None:
-        if self._out.silent and not self._settled and not self.again:
+        if self._out.silent and not (self._settled or self.again or self._doubtful):
             if self._message is None:
                 await self._tell_copy(0.0)
             elif not self.cancelled.is_set():
