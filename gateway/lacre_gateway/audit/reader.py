@@ -31,6 +31,8 @@ MAX_GROWING: Final = (
 )  # bytes of a journal or a history: tiles are written each second, and a history grows 1 byte an entry
 _TRIES: Final = 20
 _CACHED_TILES: Final = 256
+# Each look at a log reads its journal again, which has a checkpoint for each commit.
+_verify: Final = lru_cache(2048)(checkpoints.verify)
 
 
 class Wrong(LacreError):
@@ -116,7 +118,7 @@ def replay(
     number = 0
     try:
         for number, commit in enumerate(journal.commits(data)):
-            checkpoint = checkpoints.verify(commit.note, key)
+            checkpoint = _verify(commit.note, key)
             first = checkpoint.size - len(commit.entries)
             if checkpoint.size <= edge.size:
                 continue
