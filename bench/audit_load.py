@@ -1,12 +1,13 @@
 """`lacre audit verify` over the log of a gateway under load, while the load runs: what holds is green, every change is red.
 
-python -m bench.audit_load [--entries N] [--json FILE]
+python -m bench.audit_load [--entries N] [--before M] [--json FILE]
 
 A whole gateway (`bench/stand.py`) answers sealed requests until its log has so many entries, as fast as it can write them. Each
-request has two: an intent and an outcome. From then on the load goes on behind everything. `lacre audit verify` is a process of
-its own. It reads the folder that the gateway writes to, and has the gateway's key and a kept checkpoint. Then somebody with the
-disk, and without the key, changes the log in its middle. Each change is undone after its verification. Two changes need a log
-that nobody writes, so a copy has them: an older state of the whole log, and an older checkpoint over the newer log.
+request has two: an intent and an outcome. With `--before`, the gateway's own writer of logs makes the first M before it starts:
+that is faster on a busy machine. From then on the load goes on behind everything. `lacre audit verify` is a process of its own.
+It reads the folder that the gateway writes to, and has the gateway's key and a kept checkpoint. Then somebody with the disk,
+and without the key, changes the log in its middle. Each change is undone after its verification. Two changes need a log that
+nobody writes, so a copy has them: an older state of the whole log, and an older checkpoint over the newer log.
 
 A verdict that is not due ends the run with an error. A load that a busy machine's gateway refuses begins again.
 """
@@ -23,22 +24,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from bench import command
-from bench.stand import ROOT, Stand, run_load, stand, usage
+from bench.audit_years import fill
+from bench.stand import MODELS, POOL, ROOT, Stand, run_load, stand, usage
 from lacre.evidence import checkpoints, merkle
 from lacre.jose.jws import b64u
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.operate.site import Site
 from lacre_gateway.audit import tiles
+from lacre_gateway.audit.store import Store
 
 CONNECTIONS: Final = 32
 PART: Final = 25_000  # requests of one load at most, while the log is filled
 REFUSED: Final = 20  # loads that may be refused in a run; a gateway that keeps refusing writes no log
 PUBLISHED: Final = 3.0  # seconds after which tiles hold everything: the gateway writes them each second
 TURN: Final = 2.0  # seconds of one load behind a verification
+ORIGIN: Final = "127.0.0.1/audit/g1"  # of the stand's gateway
 _KIB: Final = 1024
 
 
@@ -201,14 +207,26 @@ def due(what: str, found: Verified, *, holds: bool, says: str) -> Verified:
     return found
 
 
-def measure(entries: int) -> command.Figures:
-    with tempfile.TemporaryDirectory(prefix="lacre-audit-") as name, stand(Path(name)) as served:
+def written_before(folder: Path, entries: int) -> None:
+    """The beginning of the log that the gateway of the stand in this folder goes on with."""
+    site = Site(folder / "site", {POOL: MODELS})
+    site.create()
+    store = Store(site.folder / "gateway" / "audit", read_ed25519(site.folder / "gateway" / "grant.pem"), ORIGIN)
+    fill(store, entries // 2)
+    store.close()
+
+
+def measure(entries: int, before: int = 0) -> command.Figures:
+    with tempfile.TemporaryDirectory(prefix="lacre-audit-") as name, ExitStack() as stack:
+        if before:
+            written_before(Path(name), before)
+        served = stack.enter_context(stand(Path(name)))
         log, beside = served.site.folder / "gateway" / "audit", Path(name)
         key = b64u(served.site.grant_keys.public()[0])
         with served.answering(1):
             began = time.perf_counter()
             loads = Loads(served)
-            loads.fill(log, entries // 2)
+            loads.fill(log, (before + entries) // 2)
             early = copied(log, beside / "early")
             loads.fill(log, entries)
             seconds = time.perf_counter() - began
@@ -218,7 +236,7 @@ def measure(entries: int) -> command.Figures:
             late = copied(log, beside / "late")
             kept = beside / "kept"
             shutil.copy(log / "checkpoint", kept)
-            before = loads.requests
+            begun = loads.requests
             with loads.behind():
                 green = due("as it is", verify(log, key, kept), holds=True, says=f"extends the kept checkpoint of {size}")
                 for what, change in CHANGES.items():
@@ -233,12 +251,13 @@ def measure(entries: int) -> command.Figures:
             figures: command.Figures = {
                 "entries": size,
                 "log_mib": bytes_ / 2**20,
-                "entries_per_s": size / seconds,
+                "written_before": before,
+                "entries_per_s": (size - before) / seconds,
                 "verify_s": green.wall,
                 "verify_cpu_s": green.cpu,
                 "verify_rss_mb": green.rss / 2**20,
                 "verify_us_per_entry": green.cpu / green.entries * 1e6,
-                "requests_meanwhile": loads.requests - before,
+                "requests_meanwhile": loads.requests - begun,
                 "loads_refused": loads.refused,
                 "gateway_rss_mb": usage(served.process.pid).rss / 2**20,
             }
@@ -248,10 +267,11 @@ def measure(entries: int) -> command.Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_000_000)
+    parser.add_argument("--before", type=int, default=0, metavar="M", help="how many of them to write before the load")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
     print(command.machine())
-    figures = measure(arguments.entries)
+    figures = measure(arguments.entries, arguments.before)
     for name, value in figures.items():
         print(f"  {name:36} {value:>12}")
     if arguments.json:

@@ -12,6 +12,7 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_fabric.logs import make_log
+from lacre_gateway.audit import leftovers
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.feed import read
 from lacre_gateway.audit.keeping import Keeper, LogTerms
@@ -94,3 +95,27 @@ async def test_while_it_erases(tmp_path: Path) -> None:
     await beside(folder, LogTerms(keep_days=0), verified, verified, exported)
     result = verify(folder, PUBLIC)
     assert result.wrong is None and result.erased >= ROTATIONS - 1  # the clock of retention is a little late
+
+
+def test_while_it_removes_folders_of_partial_tiles(tmp_path: Path) -> None:
+    """A large log takes seconds to list. Meanwhile the gateway removes partial tiles, and then their folders."""
+    top = tmp_path / "tile" / "entries"
+    for round_ in range(3):
+        folders = [top / f"x{round_:03d}" / f"{number:03d}.p" for number in range(400)]
+        for each in folders:
+            each.mkdir(parents=True)
+        listing = threading.Event()
+
+        def remove(folders: list[Path] = folders, listing: threading.Event = listing) -> None:
+            listing.wait()
+            for each in reversed(folders):
+                each.rmdir()
+
+        remover = threading.Thread(target=remove)
+        remover.start()
+        try:
+            listing.set()
+            assert leftovers.named(tmp_path) == {}
+        finally:
+            listing.set()
+            remover.join()

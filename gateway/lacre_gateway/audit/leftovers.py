@@ -8,12 +8,13 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from lacre.errors import InvalidMessage
+from lacre.errors import InvalidMessage, SettingsError
 from lacre_gateway.audit import tiles
 from lacre_gateway.audit.edge import Edge
 from lacre_gateway.audit.reader import Snapshot, Wrong, read_file
@@ -25,10 +26,7 @@ _PAST: Final = "it is past the end of the log: the log was cut, or copied while 
 def named(folder: Path) -> Mapping[str, tuple[int | None, int, int]]:
     """Every file below `tile`: its level, its index and its width. Raises Wrong if one belongs to no log."""
     found = {}
-    for path in sorted((folder / "tile").rglob("*")):
-        if path.name.startswith(".") or path.is_dir():
-            continue  # unfinished files are `.NAME.new`
-        name = path.relative_to(folder).as_posix()
+    for name in sorted(_files(folder)):
         match = _NAME.fullmatch(name)
         if match is None or int(match["width"] or 1) >= tiles.WIDTH:
             raise Wrong(ascii(name)[1:-1], "no such file belongs to a log")  # anyone may have chosen the name
@@ -36,6 +34,22 @@ def named(folder: Path) -> Mapping[str, tuple[int | None, int, int]]:
         index = int(match["index"].replace("x", "").replace("/", ""))
         found[name] = level, index, int(match["width"] or tiles.WIDTH)
     return found
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The names below the log's folder. What is a folder, the listing says: the gateway may have removed it a moment later.
+
+    Raises SettingsError.
+    """
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise SettingsError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    for at, _folders, names in os.walk(folder / "tile", onerror=failed):
+        for name in names:
+            if not name.startswith("."):  # unfinished files are `.NAME.new`
+                yield Path(at, name).relative_to(folder).as_posix()
 
 
 def check(files: Mapping[str, tuple[int | None, int, int]], edge: Edge, snapshot: Snapshot) -> None:
