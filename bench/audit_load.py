@@ -43,6 +43,7 @@ CONNECTIONS: Final = 32
 PART: Final = 25_000  # requests of one load at most, while the log is filled
 REFUSED: Final = 20  # loads that may be refused in a run; a gateway that keeps refusing writes no log
 PUBLISHED: Final = 3.0  # seconds after which tiles hold everything: the gateway writes them each second
+LOOK: Final = 0.05  # seconds between looks at a verification's memory
 TURN: Final = 2.0  # seconds of one load behind a verification
 ORIGIN: Final = "127.0.0.1/audit/g1"  # of the stand's gateway
 _KIB: Final = 1024
@@ -64,17 +65,27 @@ def verify(folder: Path, key: str, kept: Path) -> Verified:
     arguments = ["audit", "verify", str(folder), "--key", key, "--checkpoint", str(kept), "--json"]
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "lacre", *arguments], cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout:
-        said = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
+    most, ended = 0, 0
+    while not ended:
+        # What `wait4` says of the memory counts that of the process that started it, too.
+        most = max(most, _most_memory(process.pid))
+        time.sleep(LOOK)
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - began
-    found: dict[str, Any] = json.loads(said)
+    assert process.stdout is not None
+    with process.stdout:
+        found: dict[str, Any] = json.loads(process.stdout.read())
     if (process.returncode == 0) is not found["ok"]:
         raise SystemExit(f"it said {found}, and ended with {process.returncode}")
     cpu = used.ru_utime + used.ru_stime
-    return Verified(found["ok"], found["verdict"], found["entries"], wall, cpu, used.ru_maxrss * _KIB)
+    return Verified(found["ok"], found["verdict"], found["entries"], wall, cpu, most)
+
+
+def _most_memory(pid: int) -> int:
+    """The most bytes of memory until now; 0 once it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * _KIB for line in lines if line.startswith("VmHWM")), 0)
 
 
 @dataclass(slots=True)
@@ -208,7 +219,7 @@ def due(what: str, found: Verified, *, holds: bool, says: str) -> Verified:
 
 
 def written_before(folder: Path, entries: int) -> None:
-    """The beginning of the log that the gateway of the stand in this folder goes on with."""
+    """The beginning of the log that the gateway of the stand in this folder continues."""
     site = Site(folder / "site", {POOL: MODELS})
     site.create()
     store = Store(site.folder / "gateway" / "audit", read_ed25519(site.folder / "gateway" / "grant.pem"), ORIGIN)
