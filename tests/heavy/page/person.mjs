@@ -44,6 +44,7 @@ try {
   await checked(page, "proof");
   await pictured(page, "proof-wide-light");
   await page.keyboard.press("Escape");
+  await page.locator("dialog").waitFor({ state: "detached" }); // its event comes a moment after the key
   told.closed = await page.locator("dialog").count();
 
   // Stopping keeps what came
