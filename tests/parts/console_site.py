@@ -10,7 +10,10 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import httpx2
 
 from lacre.asgi import Send
 from lacre_fabric.operate.nats_server import free_port
@@ -19,6 +22,7 @@ from parts.chat_app import ChatApp
 from parts.oidc_provider import Provider
 from parts.stage import LiveStage, worker_settings
 from parts.stage.settings import own_issuer
+from parts.waiting import PATIENCE, until
 
 WORDS = 20  # of an answer
 PACE = 0.08  # seconds between two words of a stream
@@ -90,8 +94,17 @@ async def with_consoles(
             live.gateway(_tables(live, url, provider), drain=2)
         (live.policies / "roles.cedar").write_text(READERS + OPERATORS)
         await live.start_gateways()
-        await live.heard()
+        token = live.token("root", scopes=["lacre:admin"])
+        for url in urls:
+            await until(partial(_hears, url, token, workers or 1), PATIENCE)
         yield Consoles(live, urls, servers)
+
+
+async def _hears(url: str, token: str, workers: int) -> bool:
+    """Whether that gateway shows so many. A gateway that has just started hears the first presence within two seconds."""
+    async with httpx2.AsyncClient(trust_env=False) as http:
+        told = await http.get(f"{url}/v1/workers", headers={"authorization": f"Bearer {token}"})
+    return len(told.raise_for_status().json()["workers"]) == workers
 
 
 async def said(_scope: object, body: bytes, send: Send) -> None:
