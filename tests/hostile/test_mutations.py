@@ -49,6 +49,22 @@ DOOR = {
     ("room", "LIMIT = 4", "LIMIT = 0"): "LIMIT = 0",
     ("room", "class Door:", "class Door(Base):"): "class Door(Base):\n\n    def enter",
 }  # fmt: skip
+SWALLOWS = """
+import asyncio, time
+
+async def test_loops():
+    def busy():
+        if not swallowed:
+            try:
+                time.sleep(60)
+            except BaseException:
+                print("rang")
+                swallowed.append(1)
+                raise
+    swallowed = []
+    asyncio.get_running_loop().call_soon(busy)
+    await asyncio.sleep(60)
+"""
 LOST = {
     "another function": ("room:Door.go", "self.close()", ""),
     "another statement": ("room:Door.leave", "self.open()", ""),
@@ -94,6 +110,7 @@ def warm(tree: Path) -> Iterator[Warm]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_is_caught(warm: Warm, tree: Path, mutation: Mutation) -> None:
     if said := survivor(warm, tree, mutation):
@@ -101,6 +118,25 @@ def test_is_caught(warm: Warm, tree: Path, mutation: Mutation) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_hangs_is_killed_and_its_late_answer_passed_over(warm: Warm) -> None:
+    test = f"tests/hostile/{MUTATIONS[0].test}"
+    assert warm.run(test, patience=0)[0] == -9
+    print('[-7, ["tests/hostile/none.py"], 90]', file=warm._requests)  # nobody waits for its answer, a 4
+    assert warm.run(test)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_alarm_that_a_callback_swallows_rings_again(warm: Warm, tree: Path) -> None:
+    (tree / "tests/hostile/test_loops.py").write_text(SWALLOWS)
+    status, said = warm.run("tests/hostile/test_loops.py")
+    assert status == 1 and "Timeout (>10.0s)" in said
+    assert said.count("rang") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_what_no_attack_notices_is_not_caught_and_a_changed_source_is_read_again(warm: Warm, tree: Path) -> None:
     defence = MUTATIONS[0]
     assert "ended with 0" in survivor(warm, tree, replace(defence, new=defence.old))

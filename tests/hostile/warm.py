@@ -3,8 +3,11 @@
 Rules:
 - The process that forks imports nothing of the tree but `tests/conftest.py`. Each run reads the product as it is then.
 - Compiled files of the tree are valid by the hash of their source. A changed source is compiled again, and never kept.
-- One run at a time. A request is a line of JSON, the names of tests. The answer is a line with the exit status.
-- Before the first request comes an answer that nobody asked for: everything is imported.
+- One run at a time. A request is a line of JSON: its number, the names of tests, and how long they may take together. The
+  answer is a line with that number and the exit status. A caller whose patience ended earlier leaves an answer behind, which
+  the next one passes over.
+- Before the first request comes an answer of number 0 that nobody asked for: everything is imported.
+- What a run leaves behind is killed after it: each run has a process group of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from typing import Any, Final
 import pytest
 
 LIMIT: Final = 10  # seconds for a test that a mutation sends round for ever, without its fixtures
-PATIENCE: Final = 300  # seconds for a run
+AGAIN: Final = 5  # seconds to the next reminder: an event loop's callback swallows one
+PATIENCE: Final = 90  # seconds for a run of one test with its fixtures, below what pytest gives the test that asked for it
 LIMITS: Final = (f"--timeout={LIMIT}", "-o", "timeout_func_only=true")  # a busy machine is slow to set a test up
 OPTIONS: Final = ("-q", "-x", "-p", "no:cacheprovider", *LIMITS)
 
@@ -38,8 +42,9 @@ class Warm:
     """Runs tests of the tree. Each run sees the sources as they are when it starts."""
 
     def __init__(self, channel: socket.socket, output: Path) -> None:
-        self._lines = channel.makefile("rw")
+        self._requests, self._answers = channel.makefile("w"), channel.makefile("r")
         self._output = output
+        self._asked = 0
 
     @classmethod
     @contextmanager
@@ -63,24 +68,26 @@ class Warm:
                 yield warm
             finally:
                 ours.shutdown(socket.SHUT_RDWR)
-                process.wait(PATIENCE)
+                process.wait(2 * PATIENCE)
 
-    def run(self, *tests: str) -> tuple[int, str]:
-        """The exit status of pytest, and what it printed."""
+    def run(self, *tests: str, patience: float = PATIENCE) -> tuple[int, str]:
+        """The exit status of pytest, -9 if it was killed, and what it printed. patience: seconds until it is killed."""
         before = self._output.stat().st_size
-        self._lines.write(json.dumps(tests) + "\n")
-        self._lines.flush()
+        self._asked += 1
+        print(json.dumps([self._asked, tests, patience]), file=self._requests, flush=True)
         return self._answer(before)
 
     def _answer(self, before: int) -> tuple[int, str]:
-        """The next one. before: the size of the output when it was asked for."""
-        answer = self._lines.readline()
+        """To the last request. before: the size of the output when it was asked for."""
+        number = status = -1
+        while number != self._asked and (answer := self._answers.readline()):
+            number, status = json.loads(answer)
         with self._output.open("rb") as output:
             output.seek(before)
             said = output.read().decode(errors="replace")
-        if not answer:
+        if number != self._asked:
             raise RuntimeError(f"the process that forks has ended:\n{said[-2000:]}")
-        return int(answer), said
+        return status, said
 
 
 class Forks:
@@ -96,30 +103,55 @@ class Forks:
         self._read_others(config)
         gc.collect()
         gc.freeze()
-        with self._channel.makefile("rw") as lines:
-            print(0, file=lines, flush=True)
-            for line in lines:
-                status = self._fork(config, json.loads(line))
+        # Two files: one for both directions would drop the requests that it has read when an answer is written.
+        with self._channel.makefile("r") as requests, self._channel.makefile("w") as answers:
+            print(json.dumps([0, 0]), file=answers, flush=True)
+            for line in requests:
+                number, tests, patience = json.loads(line)
+                status = self._fork(config, tests, patience)
                 if status is None:
                     return None  # in the fork: pytest goes on
-                print(status, file=lines, flush=True)
+                print(json.dumps([number, status]), file=answers, flush=True)
         return 0
 
-    def _fork(self, config: pytest.Config, tests: list[str]) -> int | None:
+    @pytest.hookimpl
+    def pytest_timeout_set_timer(self, item: Any, settings: Any) -> bool:
+        """In place of the plugin's own alarm, which rings once and may be swallowed."""
+
+        def ring(_signal: int, _frame: object) -> None:
+            __tracebackhide__ = True
+            pytest.fail(f"Timeout (>{settings.timeout}s)")
+
+        def cancel() -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+        item.cancel_timeout = cancel  # what the plugin calls at the end
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, settings.timeout, AGAIN)
+        return True
+
+    def _fork(self, config: pytest.Config, tests: list[str], patience: float) -> int | None:
         """The status of a run, and None inside it."""
         sys.stdout.flush()
         process = os.fork()
         if process == 0:
+            os.setpgid(0, 0)
             self.forked = True
             config.args = tests
             return None
+        with suppress(OSError):  # the fork does the same; whoever is first
+            os.setpgid(process, process)
         poll = select.poll()
         watched = os.pidfd_open(process)
         poll.register(watched, select.POLLIN)
-        if not poll.poll(PATIENCE * 1000):
+        if not poll.poll(patience * 1000):
             os.kill(process, signal.SIGKILL)
         os.close(watched)
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        with suppress(ProcessLookupError):  # nothing was left
+            os.killpg(process, signal.SIGKILL)
+        return status
 
     def _read_others(self, config: pytest.Config) -> None:
         """A fork collects all tests, and so compiles them. Then this process imports the others' modules that it read."""
