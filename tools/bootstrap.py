@@ -8,8 +8,8 @@ It runs on the standard library of any Python >= 3.11, and is silent and quick i
 - Packages that conflict with the rest (`APART`) get an environment of their own, `build/NAME`.
 - The compiled llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache
   ignores the CMake flags. The name of its folder covers everything that the binary depends on.
-- `--wheel` prints that wheel's place. `--portable-wheel` prints the place of the wheel for images, which runs on any machine,
-  and builds it if it is missing.
+- `--wheel` prints that wheel's place, `--mtmd-wheel` that of the one with mtmd, and `--portable-wheel` that of the one for
+  images, which runs on any machine. Each is built if it is missing.
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ def native_wheel() -> Path:
     return built_wheel(CMAKE_ARGS, cpu(), minutes=6)
 
 
+def mtmd_wheel() -> Path:
+    """The same with mtmd."""
+    return built_wheel(MTMD_ARGS, cpu(), minutes=8)
+
+
 def built_wheel(flags: str, target: str, *, minutes: int) -> Path:
     """target: what the binary is for. minutes: what it takes on two cores."""
     lock = (LOCKS / "native.lock").read_text()
@@ -139,7 +144,7 @@ def add_projector() -> None:
     """Pillow, and llama-cpp-python with mtmd in place of the one without."""
     add("projector")
     if next(VENV.glob("lib/*/site-packages/llama_cpp/lib/libmtmd.*"), None) is None:
-        pip("install", "--no-deps", "--force-reinstall", built_wheel(MTMD_ARGS, cpu(), minutes=8))
+        pip("install", "--no-deps", "--force-reinstall", mtmd_wheel())
 
 
 def main() -> None:
@@ -148,6 +153,8 @@ def main() -> None:
         match name:
             case "--wheel":
                 print(native_wheel())
+            case "--mtmd-wheel":
+                print(mtmd_wheel())
             case "--portable-wheel":
                 print(built_wheel(portable_flags(), "any", minutes=9))
             case "projector":
