@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,33 @@ class TestInMemory:
         assert (stale.status_code, stale.json()["error"]["code"]) == (409, "stale")
         assert "mine" in (await inside.ask("GET", path)).text
 
+    async def test_a_revision_of_many_digits(self, inside: Visitor) -> None:
+        await inside.ask("PUT", f"chats/{ONE}", new_chat(), lacre_revision="0")
+        told = await inside.ask("PUT", f"chats/{ONE}", new_chat(text="other"), lacre_revision="9" * 5000)
+        assert (told.status_code, told.json()["error"]["code"]) == (409, "stale")
+
+    def test_a_search_beside_changes(self, tmp_path: Path) -> None:
+        chats = Chats(history(tmp_path))
+        names = [f"{number:032x}" for number in range(60)]
+        for number, name in enumerate(names):
+            chats.write(name, encoded(number, text="x" * 5_000), 0)
+
+        def search() -> list[Any]:
+            while chats.heads():
+                assert chats.find("nowhere") == []
+            return chats.heads()
+
+        with ThreadPoolExecutor(2) as pool:
+            searches = [pool.submit(search) for _ in range(2)]
+            for name in names:
+                time.sleep(0.002)  # so that searches are under way
+                chats.delete(name)
+            assert [each.result() for each in searches] == [[], []]
+
+    def test_a_time_that_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(lacre.UsageError, match="a title and a time"):
+            Chats(history(tmp_path)).write(ONE, encoded(updated=0).replace(b'"updated": 0', b'"updated": 1e999'), 0)
+
     async def test_search(self, inside: Visitor) -> None:
         await inside.ask("PUT", f"chats/{ONE}", new_chat(1, f"before {CANARY} after"))
         await inside.ask("PUT", f"chats/{TWO}", new_chat(2, title="<b>About XYLOPHONES</b>"))
@@ -111,7 +140,7 @@ class TestInMemory:
         [
             ("x", new_chat()), ("..%2f..%2fx", new_chat()), (ONE.upper().replace("0", "A"), new_chat()), (TWO, new_chat(1)),
             (ONE, {}), (ONE, new_chat(title=1)), (ONE, new_chat(updated="now")), (ONE, new_chat(updated=True)),
-            (ONE, []), (ONE, None),
+            (ONE, new_chat(updated=10**400)), (ONE, []), (ONE, None),
         ],
         ids=str,
     )  # fmt: skip
@@ -175,6 +204,17 @@ class TestOnDisk:
         chats.history.open(PASSPHRASE)
         chats.keep()
         assert b"newer" in (again(tmp_path).read(ONE) or b"") and again(tmp_path).read(TWO) == encoded(2)
+
+    def test_a_chat_that_the_disk_does_not_take(self, tmp_path: Path) -> None:
+        chats = Chats(history(tmp_path))
+        for number, name in enumerate((ONE, TWO), 1):
+            chats.write(name, encoded(number), 0)
+        chats.history.turn_on("passphrase", PASSPHRASE)
+        (tmp_path / "chats" / f"{ONE}.chat").mkdir()
+        with pytest.raises(lacre.SettingsError, match="cannot be changed"):
+            chats.keep()
+        assert [chats.read(name) for name in (ONE, TWO)] == [encoded(1), encoded(2)], "all are in memory"
+        assert again(tmp_path).read(TWO) == encoded(2), "and the others on the disk"
 
     def test_a_key_in_the_keyring(self, tmp_path: Path) -> None:
         keyring = keyring_in(tmp_path)

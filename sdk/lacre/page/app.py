@@ -37,6 +37,7 @@ BODY_TIMEOUT: Final = 60.0  # seconds for a body; it comes from this machine
 MAX_SMALL: Final = 16 * 1024  # bytes of a body that holds no text of a chat
 MAX_RENDERED: Final = 200  # texts in one request
 HELD: Final = 64 * 1024 * 1024  # bytes of all bodies that are being read
+_MAX_DIGITS: Final = 15  # of a revision
 
 Handler = Callable[["Page", Request], Awaitable[Response]]
 
@@ -199,8 +200,13 @@ async def _chat(page: Page, request: Request) -> Response:
     told = request.headers.get("lacre-revision", "")
     content = await _body(page, request, MAX_CHAT)
     async with page.changing:
-        revision = await asyncio.to_thread(page.chats.write, name, content, int(told) if told.isdecimal() else 0)
+        revision = await asyncio.to_thread(page.chats.write, name, content, _revision(told))
     return _told(page, {"revision": revision})
+
+
+def _revision(told: str) -> int:
+    """0: a new chat. Python refuses to read very long numbers."""
+    return int(told) if told.isdecimal() and len(told) <= _MAX_DIGITS else 0
 
 
 async def _history(page: Page, request: Request) -> Response:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lacre.errors import LacreError, MessageTooLarge, UsageError
+from lacre.errors import LacreError, MessageTooLarge, SettingsError, UsageError
 from lacre.page.history import MAX_CHAT, MAX_CHATS, ChatHistory, Unreadable
 from lacre.runtime.json_objects import parse_object
 
@@ -48,8 +48,7 @@ class Chats:
 
     def heads(self) -> list[dict[str, Any]]:
         """What a list of chats shows, the newest first."""
-        found = sorted(self._chats.items(), key=lambda item: -item[1].updated)
-        return [{"id": name, "title": chat.title, "updated": chat.updated, "revision": chat.revision} for name, chat in found]
+        return [_head(name, chat) for name, chat in self._newest()]
 
     def read(self, name: str) -> bytes | None:
         return self._chats[name].content if name in self._chats else None
@@ -79,27 +78,36 @@ class Chats:
         """Chats with this text in their title or their messages, with the place. Letter case makes no difference."""
         wanted = words.strip().casefold()
         found = []
-        for head in self.heads() if wanted else []:
-            place = next((text for text in _texts(self._chats[head["id"]]) if wanted in text.casefold()), None)
+        for name, chat in self._newest() if wanted else []:
+            place = next((text for text in _texts(chat) if wanted in text.casefold()), None)
             if place is not None:
                 at = max(0, place.casefold().find(wanted) - AROUND)
                 around = " ".join(place[at : at + len(wanted) + 2 * AROUND].split())
-                found.append({**head, "around": ("…" if at else "") + around})
+                found.append({**_head(name, chat), "around": ("…" if at else "") + around})
         return found[:MAX_FOUND]
 
     def keep(self) -> None:
-        """History was opened: reads the chats on disk, and writes those that are only in memory. Raises SettingsError."""
-        stored, self.unreadable = self.history.load()
-        begun, self._chats = self._chats, {}
+        """History was opened: reads the chats on disk, and writes those that are only in memory.
+
+        Raises SettingsError if one of these cannot be written: all are in memory by then.
+        """
+        stored, unreadable = self.history.load()
+        chats: dict[str, _Chat] = {}
         for name, content in stored.items():
             try:
-                self._chats[name] = _chat(name, content)
+                chats[name] = _chat(name, content)
             except LacreError as exc:
-                self.unreadable += (Unreadable(f"{name}.chat", str(exc)),)
+                unreadable += (Unreadable(f"{name}.chat", str(exc)),)
+        begun = {name: chat for name, chat in self._chats.items() if name not in chats or chats[name].updated < chat.updated}
+        self._chats, self.unreadable = chats | begun, unreadable
+        failed: SettingsError | None = None
         for name, chat in begun.items():
-            if name not in self._chats or self._chats[name].updated < chat.updated:
-                self._chats[name] = chat
+            try:
                 self.history.save(name, chat.content)
+            except SettingsError as exc:
+                failed = failed or exc
+        if failed is not None:
+            raise failed
 
     def forget(self) -> None:
         """Deletes all chats, in memory and on disk, and turns history off. Raises SettingsError."""
@@ -110,6 +118,14 @@ class Chats:
     def _size(self) -> int:
         return sum(len(chat.content) for chat in self._chats.values())
 
+    def _newest(self) -> list[tuple[str, _Chat]]:
+        """The newest first. A copy: other threads change the chats meanwhile."""
+        return sorted(self._chats.items(), key=lambda item: -item[1].updated)
+
+
+def _head(name: str, chat: _Chat) -> dict[str, Any]:
+    return {"id": name, "title": chat.title, "updated": chat.updated, "revision": chat.revision}
+
 
 def _chat(name: str, content: bytes) -> _Chat:
     if len(content) > MAX_CHAT:
@@ -118,9 +134,14 @@ def _chat(name: str, content: bytes) -> _Chat:
     title, updated = document.get("title"), document.get("updated")
     if ID.fullmatch(name) is None or document.get("id") != name:
         raise UsageError("a chat's id has 32 hexadecimal digits, and its document has the same one")
-    if not isinstance(title, str) or isinstance(updated, bool) or not isinstance(updated, int | float):
+    if not isinstance(title, str) or isinstance(updated, bool) or not isinstance(updated, int | float) or not _is_time(updated):
         raise UsageError("a chat has a title and a time")
     return _Chat(title[:MAX_TITLE], float(updated), 1, content)
+
+
+def _is_time(updated: float) -> bool:
+    """Whether JSON can hold it as a float."""
+    return abs(updated) < 2**53
 
 
 def _texts(chat: _Chat) -> Iterator[str]:
