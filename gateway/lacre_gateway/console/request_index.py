@@ -5,7 +5,9 @@ It can be made again from the log at any time, and proves nothing by itself.
 Rules:
 - It takes entries in the order of the log, each once: the place up to which it did is in the same transaction.
 - It keeps the newest requests up to a number, and a sum for each tenant, day, model and user.
-- A damaged file is made again. A log that cannot be read leaves the index as it is, and says so.
+- A damaged file is made again, also if a search meets the damage.
+- A log that cannot be read leaves the index as it is, and says so.
+- A full file drops its oldest requests.
 - It reads in portions with pauses, because requests are served beside it.
 """
 
@@ -65,11 +67,13 @@ _END: Final = f"UPDATE requests SET {', '.join(f'{name} = ?' for name in _ENDS)}
 _SUM: Final = """INSERT INTO sums SELECT tenant, CAST(time / 86400 AS INTEGER), model, subject, 1, ?, ?, ?, ? FROM requests
 WHERE request_id = ? ON CONFLICT DO UPDATE SET requests = requests + 1, prompt = prompt + excluded.prompt,
 cached = cached + excluded.cached, completion = completion + excluded.completion, money = money + excluded.money"""
+_CUT: Final = "DELETE FROM requests WHERE seq <= (SELECT min(seq) + (max(seq) - min(seq)) / 10 FROM requests)"  # a tenth
 # Each step finds the next one in the index: a DISTINCT would read all of it.
 _OUTCOMES: Final = """WITH RECURSIVE found (name) AS (SELECT min(outcome) FROM requests UNION ALL
 SELECT (SELECT min(outcome) FROM requests WHERE outcome > name) FROM found WHERE name IS NOT NULL)
 SELECT name FROM found WHERE name IS NOT NULL"""
 UNDER_WAY: Final = "under way"
+_DAMAGED: Final = "the index is damaged and made again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class RequestIndex:
         self._catching_up = threading.Lock()
         self._lock = threading.Lock()
         self._database = self._opened()
+        self._damage = ""  # what a search met; the file is made again before the next entries
         self.fault = ""  # why the log could not be read, the last time
 
     def catch_up(self, patience: float = 60.0) -> None:
@@ -129,16 +134,15 @@ class RequestIndex:
             return
         try:
             try:
+                if self._damage:
+                    self._make_again()
                 self._catch_up()
                 self.fault = ""
             except (LacreError, OSError) as exc:
                 self._tell(str(exc))
             except sqlite3.DatabaseError as exc:
-                self._tell(f"the index is damaged ({exc}): it is made again")
-                with self._lock:
-                    self._database.close()
-                    self._path.unlink(missing_ok=True)
-                    self._database = self._opened()
+                self._tell(f"{_DAMAGED} ({exc})")
+                self._make_again()
         finally:
             self._catching_up.release()
 
@@ -150,7 +154,7 @@ class RequestIndex:
         return None if row is None else Cursor(*row)
 
     def find(self, wanted: WantedRequests, limit: int = PAGE) -> list[Found]:
-        """The newest first."""
+        """The newest first; none if the file is damaged: `fault` says so."""
         index, terms, values = _chosen(wanted)
         if wanted.since is not None:
             terms.append(
@@ -165,9 +169,7 @@ class RequestIndex:
             values.append(wanted.before)
         where = f"WHERE {' AND '.join(terms)}" if terms else ""
         query = f"SELECT seq, {', '.join(COLUMNS)} FROM requests {index} {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
-        with self._lock:
-            rows = self._database.execute(query, (*values, limit)).fetchall()
-        return [Found(row[0], _members(row[1:])) for row in rows]
+        return [Found(row[0], _members(row[1:])) for row in self._rows(query, (*values, limit))]
 
     def sums(self, tenant: str, since_day: int) -> list[UseSum]:
         """A tenant's use, the newest day first."""
@@ -175,19 +177,32 @@ class RequestIndex:
             "SELECT day, model, subject, requests, prompt, cached, completion, money FROM sums "
             "WHERE tenant = ? AND day >= ? ORDER BY day DESC, requests DESC, model, subject"
         )
-        with self._lock:
-            return [UseSum(*row) for row in self._database.execute(query, (tenant, since_day))]
+        return [UseSum(*row) for row in self._rows(query, (tenant, since_day))]
 
     @property
     def outcomes(self) -> list[str]:
         """Those that requests of the index have."""
-        with self._lock:
-            found = self._database.execute(_OUTCOMES).fetchall()
-        return [name for (name,) in found]
+        return [name for (name,) in self._rows(_OUTCOMES, ())]
 
     def close(self) -> None:
         with self._catching_up, self._lock:
             self._database.close()
+
+    def _rows(self, query: str, values: Sequence[Any]) -> list[Any]:
+        with self._lock:
+            try:
+                return self._database.execute(query, values).fetchall()
+            except sqlite3.DatabaseError as exc:
+                self._damage = str(exc)
+        self._tell(f"{_DAMAGED} ({self._damage})")
+        return []
+
+    def _make_again(self) -> None:
+        with self._lock:
+            self._database.close()
+            self._path.unlink(missing_ok=True)
+            self._database = self._opened()
+            self._damage = ""
 
     def _catch_up(self) -> None:
         """Raises LacreError, OSError or sqlite3.DatabaseError."""
@@ -213,6 +228,16 @@ class RequestIndex:
             self._write(portion)
 
     def _write(self, portion: Sequence[PlacedEntry]) -> None:
+        try:
+            self._add(portion)
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            with self._lock, self._database as database:
+                database.execute(_CUT)
+            self._add(portion)
+
+    def _add(self, portion: Sequence[PlacedEntry]) -> None:
         with self._lock, self._database as database:
             policies: list[str] | None = None
             for entry in portion:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lacre_gateway.audit import feed
+from lacre_gateway.console import request_index
 from lacre_gateway.console.drawing import HEIGHT, WIDTH, DrawnLine, draw
 from lacre_gateway.console.minutes import DAMAGED, Minute, MinuteCount, MinuteStore, PoolLoad, within
 from lacre_gateway.console.request_index import UNDER_WAY, RequestIndex, WantedRequests
@@ -150,6 +154,24 @@ async def test_a_damaged_index_is_made_again(desk: Desk, tmp_path: Path) -> None
     index.close()
 
 
+async def test_damage_that_a_search_meets(desk: Desk, tmp_path: Path) -> None:
+    """As on a disk that loses pages while the gateway runs."""
+    stage, path = desk.stage, tmp_path / "i.sqlite3"
+    await asked(stage, 2)
+    index = opened(stage, path)
+    index.catch_up()
+    index.close()
+    with path.open("r+b") as file:
+        file.seek(4096)  # the first page, with the tables' names, stays
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    index._database = sqlite3.connect(path, check_same_thread=False)
+    assert index.find(WantedRequests(subject="alice")) == [] and "damaged" in index.fault
+    assert index.sums("acme", 0) == [] and index.outcomes == []
+    index.catch_up()
+    assert len(index.find(WantedRequests(subject="alice"))) == 2 and index.fault == ""
+    index.close()
+
+
 async def test_the_index_is_bounded(desk: Desk, tmp_path: Path) -> None:
     await asked(desk.stage, 5)
     index = opened(desk.stage, tmp_path / "i.sqlite3", keep=2)
@@ -157,6 +179,24 @@ async def test_the_index_is_bounded(desk: Desk, tmp_path: Path) -> None:
     newest = [entry["request_id"] for entry in desk.stage.entries("intent")][-2:]
     assert [one.members["request_id"] for one in index.find(WantedRequests())] == newest[::-1]
     index.close()
+
+
+async def test_a_full_index_drops_its_oldest(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await asked(desk.stage)
+    [one] = [
+        each for each in feed.read(desk.stage.folder / "audit", None, alone=True) if each and b'"intent"' in each.data[:40]
+    ]
+    name = json.loads(one.data)["request_id"].encode()
+    monkeypatch.setattr(request_index, "MAX_PAGES", 300)
+    index = opened(desk.stage, tmp_path / "i.sqlite3")
+    for begin in range(0, 4000, 40):
+        numbers = range(begin, begin + 40)
+        index._write([replace(one, data=one.data.replace(name, b"%032x" % number), index=number) for number in numbers])
+    found = index.find(WantedRequests(), 4000)
+    assert [int(each.members["request_id"], 16) for each in found] == list(range(3999, 3999 - len(found), -1))
+    assert 400 < len(found) < 4000 and index.place is not None and index.place.index == 4000
+    index.close()
+    assert (tmp_path / "i.sqlite3").stat().st_size <= 300 * 4096
 
 
 async def test_no_search_reads_the_whole_table(desk: Desk, tmp_path: Path) -> None:
