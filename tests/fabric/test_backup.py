@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import shutil
+import subprocess
 import tarfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -37,6 +38,7 @@ from lacre_gateway.auth.revocation import RevocationList
 from parts.commands import run_lacre
 from parts.fabric import LiveFabric
 from parts.small_disk import NO_DISK, filled, small_disk
+from parts.up import LACRE
 
 PASSPHRASE = "correct horse battery"
 KEY = b64u(bytes(32))
@@ -320,6 +322,15 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
     assert "chmod" in asyncio.run(lacre(*words, passphrase_in(tmp_path, 0o644), ok=False))
     assert not (tmp_path / "file").exists()
     assert "without the fabric" in asyncio.run(lacre(*words, passphrase_in(tmp_path)))
+
+
+def test_no_terminal_to_ask_for_the_passphrase(tmp_path: Path) -> None:
+    site_in(tmp_path / "state").save("nats://127.0.0.1:1", "http://127.0.0.1:1")
+    words = ["state", "backup", tmp_path / "file", "--no-fabric", "--state", tmp_path / "state"]
+    done = subprocess.run(
+        [*LACRE, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "name its file with --passphrase-file" in done.stderr
 
 
 @pytest.mark.skipif(NO_DISK is not None, reason=str(NO_DISK))

@@ -1,4 +1,4 @@
-"""Log lines of the operator's commands: on stderr, and by the rules of every other log."""
+"""Log lines of the operator's commands: on stderr, and by the rules of every other log. And their help."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import structlog
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 from lacre import cli
@@ -43,6 +45,18 @@ def test_a_line_goes_to_stderr_with_known_fields_alone(state: Path, capsys: pyte
     line = json.loads(said.err)
     assert (line["event"], line["level"], line["pool"]) == ("it happened", "warning", "default")
     assert "s3cret" not in said.err
+
+
+def test_help_is_shown_as_it_was_written() -> None:
+    """rich takes a word between brackets for markup, and shows nothing of it."""
+    cli.register()
+    written, left = list[str](), [typer.main.get_command(cli.app)]
+    while left:
+        command = left.pop()
+        left += getattr(command, "commands", {}).values()
+        written += [command.help or "", command.epilog or "", *(getattr(each, "help", None) or "" for each in command.params)]
+    assert len(written) > 300
+    assert [text for text in written if Text.from_markup(text).plain != text] == []
 
 
 @pytest.mark.slow

@@ -33,6 +33,15 @@ async def test_a_link_that_works(put_up: PutUp, tmp_path: Path) -> None:
     assert link.rpartition("=")[2] not in desk.stage.log.getvalue()
 
 
+async def test_a_token_that_others_can_read(put_up: PutUp, tmp_path: Path) -> None:
+    stage = (Desk(await put_up(settings=SETTINGS))).stage
+    (tmp_path / "token").touch(mode=0o644)
+    done = await typed(stage, tmp_path)
+    assert done.returncode == 0 and f"run `chmod 600 {tmp_path}/token`".encode() in done.stderr
+    (tmp_path / "token").chmod(0o600)
+    assert (await typed(stage, tmp_path)).stderr == b""
+
+
 async def test_who_may_not(put_up: PutUp, tmp_path: Path) -> None:
     desk = Desk(await put_up(settings=SETTINGS))
     refused = await typed(desk.stage, tmp_path, "lacre:http")

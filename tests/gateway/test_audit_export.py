@@ -202,9 +202,20 @@ def test_check_proof_without_the_log(logs: Path, tmp_path: Path) -> None:
         proof.write_text(bad)
         said = lacre("check-proof", proof, "--key", b64u(PUBLIC))
         assert said.returncode != 0 and said.stdout == "" and "Traceback" not in said.stderr
+    assert said.returncode == 6 and "Name the output of `lacre audit prove`" in said.stderr
     proof.write_bytes(b"\xff\xfe\x00")
     assert lacre("check-proof", proof, "--key", b64u(PUBLIC)).returncode != 0
     assert "--key" in lacre("check-proof", proof, "--key", "short").stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("kind", "intent, annex"), ("decision", "allow, deny"), ("outcome", "answered, refused")]
+)
+def test_a_search_for_what_no_log_has(logs: Path, option: str, said: str) -> None:
+    """Nothing found is an answer. A misspelt word is none."""
+    found = lacre("query", logs, f"--{option}", "denied")
+    assert found.returncode == 1 and f"no entry has the {option} 'denied': known are {said}" in found.stderr
+    assert lacre("query", logs, "--kind", "annex").returncode == 0
 
 
 def test_commands_know_all_logs(logs: Path, tmp_path: Path) -> None:

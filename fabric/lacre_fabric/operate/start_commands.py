@@ -102,7 +102,7 @@ def up(
                 tell(f"In another shell:  . {shlex.quote(str(live.site.folder / 'env'))} && lacre chat")
                 if live.console is not None:
                     at = "" if state is None else f" --state {shlex.quote(str(folder))}"
-                    issue = f"lacre token issue root --scope lacre:admin{at} > token"
+                    issue = f"(umask 077; lacre token issue root --scope lacre:admin{at} > token)"
                     tell(f"The operators' console:  {issue} && lacre admin open --token-file token{at}")
                 await supervisor.watch()
 
@@ -126,7 +126,8 @@ def _adapter(said: str) -> tuple[str, Path]:
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
     web: Annotated[
-        bool, typer.Option("--web", help="Print the link of the chat page instead, and run until Ctrl-C. Needs lacre[proxy].")
+        bool,
+        typer.Option("--web", help="Print the link of the chat page instead, and run until Ctrl-C. Needs extra `proxy`."),
     ] = False,
     as_shipped: AsShipped = False,
 ) -> None:

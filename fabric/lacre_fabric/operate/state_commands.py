@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -122,11 +124,21 @@ def _passphrase(file: Path | None, *, confirm: bool) -> str:
     from lacre_fabric.keys.secret_files import read_secret
 
     if file is None:
+        if not _has_terminal():
+            raise SettingsError("there is no terminal to ask for the passphrase: name its file with --passphrase-file")
         return str(typer.prompt("passphrase", hide_input=True, confirmation_prompt=confirm))
     try:
         return read_secret(file, "name a 0600 file").decode().strip("\r\n")
     except UnicodeDecodeError as exc:
         raise SettingsError(f"{file} is not UTF-8 text") from exc
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return sys.stdin.isatty()
+    return True
 
 
 def _date(seconds: float) -> str:

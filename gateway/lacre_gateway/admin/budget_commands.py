@@ -124,7 +124,7 @@ def reset(
 
 
 def api_of(admin: str | None, token_file: Path | None, ca: Path | None, settings: Path | None, state: Path | None) -> AdminApi:
-    """Raises SettingsError."""
+    """Warns of a token that others can read. Raises SettingsError."""
     from lacre_fabric.operate.site import Site
     from lacre_fabric.operate.up import default_state
     from lacre_gateway.admin.calls import AdminApi, address_of, admin_token
@@ -133,7 +133,20 @@ def api_of(admin: str | None, token_file: Path | None, ca: Path | None, settings
     if admin is None:
         file = settings or Site.load((state or default_state()).resolve()).gateway_settings
         admin = address_of(load(file), file)
-    return AdminApi(admin, admin_token(token_file), ca)
+    token = admin_token(token_file)
+    if token_file is not None:
+        _warn_of_readers(token_file)
+    return AdminApi(admin, token, ca)
+
+
+def _warn_of_readers(file: Path) -> None:
+    import shlex
+    import stat
+
+    mode = file.stat().st_mode if file.exists() else 0  # it may be a pipe, which is gone by now
+    if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
+        name = shlex.quote(str(file))
+        typer.echo(f"warning: other users can read the token in {file}: run `chmod 600 {name}`", err=True)
 
 
 def _named_budget(

@@ -13,7 +13,7 @@ import typer
 
 from lacre.cli.output import counting, say, say_json, waiting
 from lacre.cli.surroundings import read_file
-from lacre.errors import SettingsError
+from lacre.errors import InvalidMessage, SettingsError
 
 if TYPE_CHECKING:
     from lacre.evidence.audit_proof import AuditProof
@@ -27,7 +27,19 @@ KeyOption = Annotated[
     str | None,
     typer.Option(help="The gateway's key, base64url (`gateway_key` in the manifest); default: the log's own."),
 ]
+# What this version writes. A newer one may have added some, so only a search that finds nothing speaks of them.
+_VALUES: Final = {
+    "kind": ("intent", "annex", "outcome", "admin", "event", "link"),
+    "decision": ("allow", "deny"),
+    "outcome": ("answered", "refused", "client-gone", "broken", "interrupted"),
+}
 _FLUSHED_AFTER: Final = 4096  # entries: an export that is cut off repeats at most so many with its cursor
+
+
+class NoProofFile(InvalidMessage):
+    """A file that was named as an audit proof holds something else."""
+
+    remedy = "Name the output of `lacre audit prove`, a client's `reply.audit.text()`, or the value of a header Lacre-Audit."
 
 
 def register(app: typer.Typer) -> None:
@@ -147,11 +159,14 @@ def audit_check_proof(
 
 
 def _proof(path: Path) -> AuditProof:
-    """Raises InvalidMessage or MessageTooLarge."""
+    """Raises NoProofFile or MessageTooLarge."""
     from lacre.evidence.audit_proof import AuditProof
 
     text = read_file(path).decode("utf-8", "replace")
-    return AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
+    try:
+        return AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
+    except InvalidMessage as exc:
+        raise NoProofFile(f"{path} holds no audit proof: {exc}") from exc
 
 
 @audit_app.command("rotate")
@@ -252,7 +267,7 @@ def audit_query(
     decision: Annotated[str | None, typer.Option(help="allow or deny.")] = None,
     outcome: Annotated[str | None, typer.Option(help="answered, refused, client-gone, broken or interrupted.")] = None,
     request: Annotated[str | None, typer.Option(help="A request's id.")] = None,
-    kind: Annotated[str | None, typer.Option(help="intent, annex, outcome, admin or event.")] = None,
+    kind: Annotated[str | None, typer.Option(help="intent, annex, outcome, admin, event or link.")] = None,
     since: Annotated[datetime | None, typer.Option(help="From this time on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Before this time, UTC.")] = None,
     limit: Annotated[int, typer.Option(help="At most this many, the newest.", min=1)] = 100,
@@ -279,8 +294,12 @@ def audit_query(
             "request_id": request, "kind": kind,
         }  # fmt: skip
         wanted = {name: value for name, value in wanted.items() if value is not None}
-        for entry in indexes.find(database, wanted, seconds(since), seconds(until), limit):
+        entries = [*indexes.find(database, wanted, seconds(since), seconds(until), limit)]
+        for entry in entries:
             say(entry)
+        for name, known in _VALUES.items():
+            if not entries and wanted.get(name, known[0]) not in known:
+                raise SettingsError(f"no entry has the {name} {wanted[name]!r}: known are {', '.join(known)}")
     database.close()
 
 
@@ -301,7 +320,6 @@ def seconds(moment: datetime | None) -> float | None:
 
 def parse_key(text: str | None) -> bytes | None:
     """The key in `--key`. Raises SettingsError."""
-    from lacre.errors import InvalidMessage
     from lacre.jose.jws import b64u_decode
 
     if text is None:

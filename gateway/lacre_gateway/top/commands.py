@@ -35,7 +35,7 @@ def top(
 ) -> None:
     """Show live what a gateway does: readiness, pools, workers and the last hour. Ctrl-C ends it.
 
-    It asks the admin API as the holder of the access token. Workers and the last hour need the gateway's table [console].
+    It asks the admin API as the holder of the access token. Workers and the last hour need the gateway's console.
     """
     from lacre.cli.output import at_terminal, error_as_json, out, say_json
     from lacre_gateway.top.screen import drawn
