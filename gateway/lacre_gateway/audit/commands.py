@@ -27,7 +27,7 @@ KeyOption = Annotated[
     str | None,
     typer.Option(help="The gateway's key, base64url (`gateway_key` in the manifest); default: the log's own."),
 ]
-# What this version writes. A newer one may have added some, so only a search that finds nothing speaks of them.
+# What this version writes. A newer one may have added some, so they matter to a search that finds nothing.
 _VALUES: Final = {
     "kind": ("intent", "annex", "outcome", "admin", "event", "link"),
     "decision": ("allow", "deny"),
