@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,11 @@ class TestStreams:
     def test_messages_that_cannot_be_written_cost_no_answer(self, run: Run, redirected: str) -> None:
         assert run(*ASK, redirected=redirected).answer == WHOLE
         assert run("ask", "x", "--model", "gone", redirected=redirected).code == 7
+
+    def test_ctrl_c_before_a_command_has_begun(self) -> None:
+        program = "from lacre.cli.ending import run\ndef begin(): raise KeyboardInterrupt\nrun(begin)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (130, b"")
 
 
 class TestText:

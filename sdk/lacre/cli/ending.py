@@ -18,6 +18,8 @@ from lacre.cli import surroundings
 from lacre.cli.output import FAILED, exit_code, tell
 from lacre.errors import LacreError, OutputError, SettingsError
 
+INTERRUPTED: Final = 130  # as a shell says it
+
 
 def run(command: Callable[[], object]) -> NoReturn:
     """Runs a command, and ends the process with its exit code."""
@@ -30,6 +32,8 @@ def run(command: Callable[[], object]) -> NoReturn:
         code = _told(exc)
     except BrokenPipeError:
         code = FAILED
+    except KeyboardInterrupt:  # before typer has begun, or after it has ended
+        code = INTERRUPTED
     except OSError as exc:
         code = _told(explained(exc))
     _give_up_output()

@@ -140,7 +140,7 @@ class VersionFile:
         except OSError as exc:
             raise SettingsError(
                 f"cannot keep the newest manifest in {self._folder} ({exc.strerror}): make it a writable folder with free "
-                "space, or pass memory=lacre.VersionMemory()"
+                "space, name another one in XDG_STATE_HOME, or pass memory=lacre.VersionMemory()"
             ) from exc
         return trusted
 
