@@ -27,6 +27,7 @@ from lacre.jose.jws import b64u, b64u_decode
 
 MAX_COOKIE: Final = 4000  # bytes of one cookie: browsers drop longer ones without a word
 MAX_ENDED: Final = 10_000  # sessions that were signed out and could still open; a new one waits until the oldest ends by itself
+MAX_SPENT: Final = 2_000  # sign-ins that are remembered as used
 _NONCE: Final = 12
 _SESSION: Final = b"lacre console session 1"
 _FLOW: Final = b"lacre console sign-in 1"
@@ -88,7 +89,10 @@ class Sessions:
 
     def end(self, session: Session) -> str:
         """Ends it for good. Returns the header that takes it from the browser."""
-        self._remember(self._ended, session.id, session.until)
+        self._forget_past(self._ended)
+        if len(self._ended) >= MAX_ENDED:
+            raise InvalidMessage("too many sign-outs at once: wait until the oldest sessions have ended")
+        self._ended[session.id] = session.until
         return self.forget()
 
     def forget(self) -> str:
@@ -114,19 +118,25 @@ class Sessions:
             return None
         if not hmac.compare_digest(members["state"].encode(), state.encode()):
             return None
-        self._remember(self._spent, members["state"], members["until"])
+        self._spend(members["state"], members["until"])
         return Flow(**members)
 
     def forget_flow(self) -> str:
         return self._cookie(self.flow_name, "", 0)
 
-    def _remember(self, known: OrderedDict[str, float], name: str, until: float) -> None:
+    def _spend(self, state: str, until: float) -> None:
+        """Strangers can begin sign-ins too, and must not keep others from theirs. So the oldest goes if there are too many: the
+        issuer takes no code a second time (RFC 6749 section 4.1.2).
+        """
+        self._forget_past(self._spent)
+        if len(self._spent) >= MAX_SPENT:
+            self._spent.popitem(last=False)
+        self._spent[state] = until
+
+    def _forget_past(self, known: OrderedDict[str, float]) -> None:
         now = self._clock()
         for old in [each for each, ends in known.items() if ends <= now]:
             del known[old]
-        if len(known) >= MAX_ENDED:
-            raise InvalidMessage("too many sign-outs at once: wait until the oldest sessions have ended")
-        known[name] = until
 
     def _seal(self, purpose: bytes, members: Mapping[str, object]) -> str:
         nonce = os.urandom(_NONCE)

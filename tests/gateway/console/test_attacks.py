@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lacre_gateway.console.sessions import MAX_COOKIE, CookieTooLong, Sessions
+from lacre_gateway.console.sessions import MAX_COOKIE, MAX_SPENT, CookieTooLong, Sessions
 from lacre_gateway.console.site import back_in
 from lacre_gateway.policy.rules import copy_shipped
 from parts.console_browser import SETTINGS, URL, Desk, Person
@@ -20,7 +20,7 @@ FORM = "application/x-www-form-urlencoded"
 SCRIPT = "<script>alert(1)</script>"
 CHANGES = (
     "/console/drain", "/console/top-up", "/console/reset", "/console/revoke", "/console/policy/reload", "/console/policy/test",
-    "/console/policy/replay", "/console/audit/verify", "/console/sign-out",
+    "/console/policy/replay", "/console/audit/verify", "/console/sign-out", "/console/workers/drain", "/console/workers/resume",
 )  # fmt: skip
 
 
@@ -97,6 +97,19 @@ async def test_a_session_is_sealed(desk: Desk, root: Person) -> None:
     assert sessions.take_flow({sessions.flow_name: cookie}, flow.state) is None
     thief.session = cookie
     assert (await thief.get("/console/me")).status_code == 200  # the cookie itself is what must not be stolen
+
+
+def test_sign_ins_of_strangers_keep_nobody_from_theirs() -> None:
+    sessions = Sessions(secure=False, instance="g1", clock=lambda: 1000.0)
+
+    def again_and_again() -> list[bool]:
+        flow, cookie = sessions.begin_flow("/console/", again=False)
+        cookies = {sessions.flow_name: cookie.partition("=")[2].partition(";")[0]}
+        return [sessions.take_flow(cookies, flow.state) is not None for _ in range(2)]
+
+    used = [again_and_again() for _ in range(MAX_SPENT + 10)]
+    assert used == [[True, False]] * (MAX_SPENT + 10)
+    assert len(sessions._spent) == MAX_SPENT
 
 
 async def test_a_session_that_was_planted_is_not_continued(desk: Desk) -> None:
