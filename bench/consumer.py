@@ -1,8 +1,9 @@
 """Answers in `bench/gateway.py` in place of workers: a real consumer of the pool's queue on NATS, in a process of its own.
 
-It pulls and acks. It answers at once with records of 512 bytes and a receipt for that request, signed with the pool's key. So
-the gateway does all that it does for a worker. It opens and claims nothing. It uses a bare socket for NATS: its own cost is
-outside the figures, but it shares the machine.
+It pulls and acks. It answers at once with records of 512 bytes and a receipt for that request, signed with the pool's key. It
+opens the gateway's settlement key and sends a MAC with the receipt. So the gateway does all that it does for a worker. It
+claims nothing and opens no request. It uses a bare socket for NATS: its own cost is outside the figures, but it shares the
+machine.
 
 `python -m bench.consumer TASK`, where TASK is JSON: see `Task`. With `hold`, an answer is its first record, and a beat a second
 until the process ends.
@@ -25,10 +26,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.evidence.receipts import TYP
 from lacre.jose.jws import b64u
 from lacre.wire.header import SealedHeader
+from lacre_backend.node.opened_keys import OpenedKeys
+from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.gateway import GATEWAY, REQUEST
 from lacre_fabric.nats.roles import Credential
+from lacre_fabric.work.settlement_keys import SETTLE
 
 RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
 BATCH = 256  # messages asked for at once
@@ -43,6 +47,7 @@ class Task:
     port: int
     credential: str
     receipt_key: str
+    keys: str
     pool: str
     models: tuple[str, ...]
     node: str
@@ -111,6 +116,9 @@ class Consumer:
         self._task = task
         self._wire = Wire(task)
         self._key: Ed25519PrivateKey = read_ed25519(Path(task.receipt_key))
+        keys = [pool_keys.read(path) for path in pool_keys.files(Path(task.keys))]
+        self._keys = {key.config.key_id: key for key in keys}
+        self._opened = OpenedKeys(task.pool)
         stream = subjects.work_stream(task.pool, subjects.DEFAULT_REGION)
         self._pulls = [
             Pull(f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.{subjects.consumer(model)}", f"{self._wire.inbox}.pull.{number}")
@@ -172,8 +180,12 @@ class Consumer:
             return
         for frame in self._frames:
             yield _hpub(reply, frame, RECORD)
-        usage = b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: usage\r\n\r\n" % (ATTEMPT.encode(), self._task.records)
-        yield _hpub(reply, usage, self._receipt(SealedHeader.parse(message.payload[:2048]).digest))
+        header = SealedHeader.parse(message.payload[:2048])
+        receipt = self._receipt(header.digest)
+        key = self._opened.find(fields.get(SETTLE.encode(), b"").decode(), gateway, header.key_id, self._keys)
+        proved = b"" if key is None else b"M: %s\r\n" % key.mac(receipt).hex().encode()
+        usage = b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: usage\r\n%s\r\n" % (ATTEMPT.encode(), self._task.records, proved)
+        yield _hpub(reply, usage, receipt)
 
     def _receipt(self, digest: bytes) -> bytes:
         now = time.time()

@@ -1,7 +1,7 @@
 """One gateway process with everything on, beside nginx's `proxy_pass` and gateways for models, in turns in one run.
 
 The gateway authenticates signed tokens of 64 subjects, decides by policy, reserves and settles. It signs grants and
-checkpoints, syncs its audit log to disk, and verifies the pool's receipts. `bench/consumer.py` answers. Peers do none of
+checkpoints, syncs its audit log to disk, and settles by the pool's receipts. `bench/consumer.py` answers. Peers do none of
 that, but LiteLLM and SMG check a key. With `--quick` the peers are nginx and Portkey alone. Each request has an `enc` of its
 own. Sizes (61 around the nominal one), subjects and models (3) change with each request, so that no cache sees one key for
 ever. Every tenth request is the last of its connection. All are warm before they are measured. `first` is the time to the

@@ -120,6 +120,7 @@ class Stand:
             port=self._nats_port,
             credential=str(self.site.credential_file(f"worker-{POOL}-{NODE}")),
             receipt_key=str(self.site.folder / "pools" / POOL / "receipt.pem"),
+            keys=str(self.site.folder / "pools" / POOL / "keys"),
             pool=POOL, models=MODELS, node=NODE, records=records, hold=hold,
         )  # fmt: skip
         command = [sys.executable, "-m", "bench.consumer", json.dumps(asdict(task))]

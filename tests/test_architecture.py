@@ -66,6 +66,13 @@ def test_the_gateway_reads_headers_alone() -> None:
                 assert f"{name}.".startswith(tuple(f"{allowed}." for allowed in OF_WIRE_FOR_GATEWAY)), f"{path}: {name}"
 
 
+def test_what_the_gateway_runs_seals_one_thing() -> None:
+    """The key for MACs of receipts. Nothing else in what a gateway and the fabric share uses HPKE."""
+    using = {path.stem for package in ("lacre_gateway", "lacre_fabric") for path in files(package)
+             if any(name.startswith("lacre.wire.hpke") for name in imports(path))}  # fmt: skip
+    assert using == {"settlement_keys"}
+
+
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [

@@ -25,6 +25,7 @@ from lacre_fabric.native.ed25519 import Signer
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.work.contract import FabricUnavailable, GatewayFabric
 from lacre_fabric.work.revocations import Revocation
+from lacre_fabric.work.settlement_keys import SettlementKeys
 from lacre_gateway.audit.entries import KEYS_ROTATED, MANIFEST, RESET, REVOKED, TOPPED_UP, UNRECORDED, Event
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth.issuers import trusted
@@ -97,6 +98,7 @@ class Gateway:
     key: Ed25519PrivateKey
     pseudonyms: Pseudonyms
     settlement: Settlement
+    settlement_keys: SettlementKeys
     metrics: Metrics
     tracer: Tracer | None
     webhook: WebhookSender | None
@@ -352,6 +354,7 @@ def build(
         keys=(key, *others),
         pseudonyms=Pseudonyms(key),
         settlement=Settlement(log),
+        settlement_keys=SettlementKeys(settings.instance),
         metrics=metrics,
         tracer=None if settings.tracing is None else Tracer(settings.tracing, settings.instance),
         log=log,

@@ -347,7 +347,7 @@ class TestReceipts:
         async with aclosing(frames_of(dispatch)) as frames:
             async for _ in frames:
                 await until(lambda: len(dispatch.receipts) > 1)
-                first, *_, last = map(stage.receipt, dispatch.receipts)
+                first, *_, last = (stage.receipt(frame.payload) for frame in dispatch.receipts)
                 break
         assert (first.completion_tokens, last.completion_tokens) == (0, 2)
         assert not last.final

@@ -51,19 +51,32 @@ def on_the_wire(headers: Iterable[tuple[str, str]], end: str = "\r\n") -> bytes:
 
 
 HEADERS = {"A": "0" * 32, "S": "0", "K": "data"}
-VALUES = st.sampled_from(["0" * 32, "a" * 32, "A" * 32, "0", "7", "00", "data", "beat", "", "data\n", " data", "٣"]) | TEXT
+VALUES = (
+    st.sampled_from(["0" * 32, "a" * 32, "A" * 32, "0", "7", "00", "data", "beat", "", "data\n", " data", "٣", "f" * 64]) | TEXT
+)
 
 
-@given(st.binary(min_size=16, max_size=16), st.integers(0, 10**12 - 1), st.sampled_from(FrameKind), st.binary(max_size=100))
-def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: FrameKind, payload: bytes) -> None:
-    frame = Frame(attempt.hex(), sequence, kind, payload)
+MACS = st.just(b"") | st.binary(min_size=32, max_size=32)
+
+
+@given(
+    st.binary(min_size=16, max_size=16), st.integers(0, 10**12 - 1), st.sampled_from(FrameKind), st.binary(max_size=100), MACS
+)  # fmt: skip
+def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: FrameKind, payload: bytes, mac: bytes) -> None:
+    frame = Frame(attempt.hex(), sequence, kind, payload, mac)
     assert Frame.parse(frame.headers(), payload) == frame
     assert Frame.read(on_the_wire(frame.headers().items()), payload) == frame
 
 
-@given(st.lists(st.tuples(st.sampled_from(["A", "S", "K", "a", "x"]), VALUES), max_size=5), st.sampled_from(["\r\n", "", "\n"]))
+@given(
+    st.lists(st.tuples(st.sampled_from(["A", "S", "K", "M", "a", "x"]), VALUES), max_size=5),
+    st.sampled_from(["\r\n", "", "\n"]),
+)
 @example([*HEADERS.items()], "\r\n")
 @example([*HEADERS.items(), ("K", "usage")], "\r\n")
+@example([*HEADERS.items(), ("M", "f" * 64)], "\r\n")
+@example([*HEADERS.items(), ("M", "F" * 64)], "\r\n")
+@example([("M", "f" * 64), *HEADERS.items()], "\r\n")
 @example([("S", "0"), ("A", "0" * 32), ("K", "data")], "\r\n")
 @example([("A", "0" * 32), ("S", "٣"), ("K", "data")], "\r\n")
 def test_both_readings_of_a_block_agree(headers: list[tuple[str, str]], end: str) -> None:
@@ -103,6 +116,13 @@ def test_headers_have_one_form(name: str, values: list[str]) -> None:
     for odd in (without, *({**HEADERS, name: value} for value in values)):
         with pytest.raises(InvalidMessage):
             Frame.parse(odd, b"")
+
+
+@pytest.mark.parametrize("mac", ["", "f" * 63, "f" * 65, "F" * 64, "f" * 64 + "\n", "g" * 64, "٣" * 64])
+def test_a_mac_in_another_form_does_not_count(mac: str) -> None:
+    """And is no error: the receipt's signature decides."""
+    assert Frame.parse({**HEADERS, "M": "f" * 64}, b"").mac == b"\xff" * 32
+    assert Frame.parse({**HEADERS, "M": mac}, b"") == Frame.parse(HEADERS, b"")
 
 
 def test_a_frame_is_no_larger_than_the_credit_and_shows_no_content() -> None:

@@ -19,6 +19,7 @@ from lacre.evidence.receipts import Receipt, units
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre_fabric.logs import make_log
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.settlement import AT_ONCE, Claim, ReceiptFault, Settlement, Verdict, judge
@@ -156,7 +157,8 @@ def token(completion: int, *, key: Ed25519PrivateKey = KEY, **members: Any) -> b
 
 def claim(*tokens: bytes) -> Claim:
     reservation = Reservation(max_prompt_tokens=100, max_tokens=10)
-    return Claim("r1", "default", KEY.public_key().public_bytes_raw(), ENC, reservation, tokens)
+    frames = tuple(Frame("0" * 32, number, FrameKind.BEAT, each) for number, each in enumerate(tokens))
+    return Claim("r1", "default", KEY.public_key().public_bytes_raw(), ENC, reservation, frames)
 
 
 FORGED = token(9, key=OTHER_KEY)

@@ -92,7 +92,7 @@ class HostileFabric(MemoryFabric):
         self.pass_on: Callable[[str, Frame], Iterable[tuple[str, Frame]]] = lambda request_id, frame: [(request_id, frame)]
 
     async def enqueue(self, work: Work, deliveries: int) -> None:
-        self.eyes.see(work.request_id, work.pool, work.model, work.grant, work.sealed)
+        self.eyes.see(work.request_id, work.pool, work.model, work.grant, work.sealed, work.gateway, work.settlement)
         if deliveries == 1:
             self.works.append(work)
         for each in self.deliver(work):

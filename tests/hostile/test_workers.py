@@ -23,6 +23,7 @@ from lacre.trust.manifest import MAX_OUTPUT, ModelEntry
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
+from lacre_backend.node.opened_keys import OpenedKeys
 from lacre_fabric.work.frames import FrameKind
 from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryDelivery
@@ -37,13 +38,14 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass
 class LyingWorker:
-    """trailers: what it makes of the trailers that hold its honest receipt. told: members of the receipt that the gateway gets.
-    usage: what the answer itself says. status, headers: of its answer.
+    """trailers: what it makes of the trailers that hold its honest receipt. told: members of the receipt that the gateway gets,
+    told_by: what signs that one. usage: what the answer itself says. status, headers: of its answer.
     """  # fmt: skip
 
     stage: Stage
     trailers: Callable[[Headers, Receipt], Headers] = lambda honest, _receipt: honest
     told: dict[str, Any] = field(default_factory=dict)
+    told_by: Ed25519PrivateKey | None = None
     usage: dict[str, int] = field(default_factory=lambda: {"prompt_tokens": 9, "completion_tokens": TOKENS})
     text: str = TEXT
     status: int = 200
@@ -74,7 +76,10 @@ class LyingWorker:
         answer = encoder.head(self.status, self.headers) + encoder.data(self.body or self._chat())
         answer += encoder.end(self.trailers(((TRAILER, self.sign(honest)),), honest))
         await delivery.send(FrameKind.DATA, sealer.finish(answer))
-        await delivery.send(FrameKind.USAGE, self.sign(self.receipt(header, **self.told)).encode())
+        told = self.receipt(header, **self.told).sign(self.told_by or self.stage.keys.receipts).encode()
+        work = delivery.work
+        key = OpenedKeys(POOL).find(work.settlement, work.gateway, header.key_id, self.stage.held)
+        await delivery.send(FrameKind.USAGE, told, b"" if key is None else key.mac(told))
         await delivery.drop()
         self.stage.hub.eyes.outcomes.append((delivery.work.request_id, "answered"))
 

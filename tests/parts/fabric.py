@@ -226,4 +226,4 @@ def sealed_bytes() -> bytes:
 
 def new_work(pool: str = "a", model: str = "m1", sealed: bytes | None = None) -> Work:
     sealed = sealed or sealed_bytes()
-    return Work(secrets.token_hex(16), pool, model, SealedHeader.parse(sealed).digest, "a.grant.jws", sealed)
+    return Work(secrets.token_hex(16), pool, model, SealedHeader.parse(sealed).digest, "a.grant.jws", sealed, gateway="g1")

@@ -174,7 +174,7 @@ class MemoryDispatch:
         return self._inbound.receipt
 
     @property
-    def receipts(self) -> tuple[bytes, ...]:
+    def receipts(self) -> tuple[Frame, ...]:
         return self._inbound.receipts
 
     async def next(self) -> Frame:
@@ -281,12 +281,12 @@ class MemoryDelivery:
     async def claim(self) -> bool:
         return await self._hub.claim(self.work.digest, self.attempt)
 
-    async def send(self, kind: FrameKind, payload: bytes) -> None:
-        await self._out.send(kind, payload)
+    async def send(self, kind: FrameKind, payload: bytes, mac: bytes = b"") -> None:
+        await self._out.send(kind, payload, mac)
         self._acked = True
 
-    async def stop(self, receipt: bytes) -> None:
-        await self._out.stop(receipt)
+    async def stop(self, receipt: bytes, mac: bytes = b"") -> None:
+        await self._out.stop(receipt, mac)
 
     async def reject(self, problem_type: str) -> None:
         await self.send(FrameKind.ERROR, problem_type.encode())

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from lacre_fabric.nats import roles
+from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.budget.plans import PLANS_FILE
+from parts.scraping import receipt_checks
 from parts.stage import MODEL, POOL, GatewayProcess, LiveStage, launched, own_issuer, stopped, worker_settings
 from parts.stage.processes import OwnProcess
 from parts.versions import Version, environment
@@ -114,6 +117,7 @@ class Deployment(LiveStage):
         (self.policies / PLANS_FILE).write_text(PLANS)
         self.balancer = Balancer()
         self.loads: list[Load] = []
+        self.admin_ports = [free_port() for _ in GATEWAYS]
         self.counts: dict[str, dict[str, int]] = {}  # by state of the deployment, and by version of the SDK
 
     async def up(self) -> None:
@@ -132,8 +136,8 @@ class Deployment(LiveStage):
             path.write_text(path.read_text().replace("\ndrain = 5\n", f"\ndrain = {DRAIN}\n"))
             assert f"drain = {DRAIN}" in path.read_text()
             self.worker(path, node)
-        for name in GATEWAYS:
-            tables = f"drain_delay = {DRAIN_DELAY}\n{own_issuer(site)}"
+        for name, port in zip(GATEWAYS, self.admin_ports, strict=True):
+            tables = f"drain_delay = {DRAIN_DELAY}\n{own_issuer(site)}\n[admin]\nport = {port}\n"
             self.gateway(tables, drain=DRAIN)
             assert self.gateways[-1].name == name
         await self.start_workers(self.old)
@@ -188,6 +192,13 @@ class Deployment(LiveStage):
             lambda: [load.lines()[-3:] for load in self.loads],
         )
         self.counts[state] = {load.version.name: load.answered() - before[load.version.name] for load in self.loads}
+
+    async def receipt_checks(self) -> Counter[str]:
+        """How the gateways checked receipts since their starts, by their metrics."""
+        found: Counter[str] = Counter()
+        for port in self.admin_ports:
+            found.update(await receipt_checks(port))
+        return found
 
 
 async def drained(server: OwnProcess) -> int:

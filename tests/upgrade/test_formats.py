@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import functools
 import io
 import json
@@ -33,7 +34,7 @@ from lacre_fabric.settings import NatsServers, parse
 from lacre_fabric.work import drain_orders, grants
 from lacre_fabric.work.contract import WorkerLost
 from lacre_fabric.work.drain_orders import DrainOrder
-from lacre_fabric.work.frames import Frame
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.grants import Grant
 from lacre_fabric.work.presence import Presence
 from lacre_fabric.work.revocations import Revocation, StoreMark, token_key
@@ -122,7 +123,7 @@ CASES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], dict[str, Any]]
         signed(lambda token: Receipt.verify(token, PUBLIC), receipts.TYP),
         Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True).members(),
     ),
-    "frame": (of_frame, {"a": HEX, "s": 0, "k": "data"}),
+    "frame": (of_frame, {"a": HEX, "s": 0, "k": "usage", "m": "f" * 64}),
     "presence": (as_json(Presence.parse), {"models": ["m"], "free": 1, "busy": 0}),
     "revocation": (as_json(Revocation.parse), json.loads(Revocation(token_key("i", "j"), NOW).encode())),
     "mark of the stores": (as_json(StoreMark.parse), json.loads(StoreMark(("budgets",), NOW).encode())),
@@ -249,6 +250,21 @@ async def test_work(parties: Parties) -> None:
     coming.cancel()
     await asyncio.wait([coming])
     assert [frame.payload.decode() for frame in replies] == [problems.BUSY.type]
+
+
+async def test_the_key_for_macs(parties: Parties) -> None:
+    """Work carries it to those that know it. Work and frames without one are those of N-1, and stay valid."""
+    gateway, worker = await parties.gateway(), await parties.worker()
+    for settlement, mac in (("a-sealed-key", b"m" * 32), ("", b"")):
+        dispatch = await gateway.dispatch(dataclasses.replace(new_work("a"), settlement=settlement))
+        delivery = await worker.pull()
+        assert (delivery.work.settlement, delivery.work.gateway) == (settlement, "g1")
+        assert await delivery.claim()
+        await delivery.send(FrameKind.USAGE, b"receipt", mac)
+        assert (await dispatch.next()).payload == b"receipt"
+        assert [frame.mac for frame in dispatch.receipts] == [mac]
+        await delivery.drop()
+        worker.release(delivery)
 
 
 async def test_a_frame_and_presence(parties: Parties) -> None:

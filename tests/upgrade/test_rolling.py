@@ -35,9 +35,13 @@ async def test_both_orders_of_a_rolling_upgrade_and_back(tmp_path: Path, old: Ve
         await site.answers("new workers, old gateways")
         await site.roll_gateways(new)
         await site.answers("all new")
+        checks = await site.receipt_checks()
+        assert checks.keys() == {"mac"}, checks
         # And back.
         await site.roll_workers(old)
         await site.answers("old workers, new gateways")
+        checks = await site.receipt_checks()
+        assert checks.keys() == {"mac", "signature"}, checks
         await site.roll_gateways(old)
         await site.publish(old)
         await site.answers("all old again")

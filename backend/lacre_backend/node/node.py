@@ -37,12 +37,14 @@ from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SHAPES, shape_named
 from lacre_backend.node import grant_check
+from lacre_backend.node.opened_keys import OpenedKeys
 from lacre_backend.node.work_counts import WorkCounts
 from lacre_fabric import logs
 from lacre_fabric.native.json_bytes import write_object
 from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, NoMoreWork, WorkerFabric
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
+from lacre_fabric.work.settlement_keys import SettlementKey
 
 RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is unreachable
 _ANSWER_END: Final = 2 * tasks.END_LIMIT  # seconds for a cancelled answer to end; its app has half of them
@@ -128,6 +130,7 @@ class Node:
         self._weighs = frozenset(weighs)
         self._clock = clock
         self._seen = ReplayMemory(lifetime=CLAIM_TTL)
+        self._settlement_keys = OpenedKeys(identity.pool)
         self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
@@ -233,16 +236,19 @@ class Node:
             fair=grant.fair,
             weigh=partial(self._weigh, asyncio.get_running_loop(), delivery),
         )
-        receipts = _Receipts(signing, grant, call.usage, now, self._clock)
+        work, key_id = delivery.work, opened.header.key_id
+        settling = self._settlement_keys.find(work.settlement, work.gateway, key_id, self._identity.keys())
+        receipts = _Receipts(signing, settling, grant, call.usage, now, self._clock)
         refusal = refusal or grant_check.check(opened, grant, now)
         if refusal is not None:
             await self._claim(delivery)
             receipt = receipts.sign(final=True)
+            sent = receipt.encode()
             sealed = asgi.refuse(
                 opened, refusal.status, refusal.body, refusal.media_type, refusal.headers, trailers=((TRAILER, receipt),)
             )
             await delivery.send(FrameKind.DATA, sealed)
-            await delivery.send(FrameKind.USAGE, receipt.encode())
+            await delivery.send(FrameKind.USAGE, sent, receipts.mac(sent))
             return "refused-inside"
         with self._counts.counting(delivery.work.model, call.usage):
             await self._answer(delivery, opened, call, receipts)
@@ -318,7 +324,8 @@ class Node:
         except Cancelled:
             await tasks.end(streaming, limit=_ANSWER_END)  # counts what it made until now
             if claimed.is_set():
-                await delivery.stop(receipts.sign(final=True).encode())
+                receipt = receipts.sign(final=True).encode()
+                await delivery.stop(receipt, receipts.mac(receipt))
             raise
         finally:
             await tasks.end(streaming, beating, withdrawn, limit=_ANSWER_END, expected=(_Replayed,))
@@ -371,7 +378,8 @@ class Node:
         except asgi.AppFailed:
             await claimed.wait()  # only the winner may report that
             raise
-        await delivery.send(FrameKind.USAGE, final[0].encode())
+        receipt = final[0].encode()
+        await delivery.send(FrameKind.USAGE, receipt, receipts.mac(receipt))
 
 
 async def _tell(delivery: Delivery, problem: problems.Problem) -> None:
@@ -382,9 +390,10 @@ async def _tell(delivery: Delivery, problem: problems.Problem) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Receipts:
-    """Signs receipts of a call's usage so far."""
+    """Signs receipts of a call's usage so far. settling: of the MACs that go with them, if there is one."""
 
     key: Ed25519PrivateKey = field(repr=False)
+    settling: SettlementKey | None = field(repr=False)
     grant: Grant
     usage: asgi.Usage
     start: float
@@ -403,9 +412,13 @@ class _Receipts:
             final=final,
         ).sign(self.key, write_object)
 
+    def mac(self, receipt: bytes) -> bytes:
+        return b"" if self.settling is None else self.settling.mac(receipt)
+
 
 async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
     """Ends only by raising an error of sending."""
     while True:
-        await delivery.send(FrameKind.BEAT, receipts.sign(final=False).encode())
+        receipt = receipts.sign(final=False).encode()
+        await delivery.send(FrameKind.BEAT, receipt, receipts.mac(receipt))
         await asyncio.sleep(BEAT)

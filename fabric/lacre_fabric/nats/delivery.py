@@ -107,12 +107,12 @@ class NatsDelivery:
             raise connection.unavailable(failed, denials) from failed
         return True
 
-    async def send(self, kind: FrameKind, payload: bytes) -> None:
-        await self._out.send(kind, payload)
+    async def send(self, kind: FrameKind, payload: bytes, mac: bytes = b"") -> None:
+        await self._out.send(kind, payload, mac)
         await self._settle()
 
-    async def stop(self, receipt: bytes) -> None:
-        await self._out.stop(receipt)
+    async def stop(self, receipt: bytes, mac: bytes = b"") -> None:
+        await self._out.stop(receipt, mac)
 
     async def reject(self, problem_type: str) -> None:
         await self.send(FrameKind.ERROR, problem_type.encode())

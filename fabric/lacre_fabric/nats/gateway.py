@@ -54,6 +54,7 @@ from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import MAX_BYTES
 from lacre_fabric.work.revocations import Revocation, StoreMark
+from lacre_fabric.work.settlement_keys import SETTLE
 
 WORK: Final = Format("work", "worker")
 # The message's headers, besides JetStream's own.
@@ -198,6 +199,8 @@ class NatsGateway:
             GATEWAY: self._id,
             orders.KEY: self._order_keys.of(work.pool, work.request_id).hex(),
         }
+        if work.settlement:
+            headers[SETTLE] = work.settlement
         _check_size(work, headers, self.connection.client.max_payload)
         waiting = side.add(work.request_id, queue_limit)
         try:
@@ -450,7 +453,7 @@ class NatsDispatch:
         return self._inbound.receipt
 
     @property
-    def receipts(self) -> tuple[bytes, ...]:
+    def receipts(self) -> tuple[Frame, ...]:
         return self._inbound.receipts
 
     async def next(self) -> Frame:

@@ -44,6 +44,7 @@ from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavaila
 from lacre_fabric.work.model_counts import ModelCounts
 from lacre_fabric.work.presence import COUNTS, KEYS, MAX_BYTES, ROOM, VERSION, WRONG
 from lacre_fabric.work.presence import OFFERS as TAKES_OFFERS
+from lacre_fabric.work.settlement_keys import SETTLE
 from lacre_fabric.work.slots import Slots
 
 PULL: Final = 2.0  # seconds that one pull waits; a pull that NATS loses is repeated this soon
@@ -347,7 +348,10 @@ class NatsWorker:
             return None
         if not subjects.is_request(request_id) or not subjects.is_name(gateway):
             return None
-        work = Work(request_id, self._pool, model, digest_of(sealed), headers.get(GRANT, ""), sealed)
+        work = Work(
+            request_id, self._pool, model, digest_of(sealed), headers.get(GRANT, ""), sealed,
+            gateway=gateway, settlement=headers.get(SETTLE, ""),
+        )  # fmt: skip
         return NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
 
     def _serves(self, model: str) -> bool:

@@ -106,6 +106,8 @@ class Work:
 
     grant: a JWS. digest: SHA-256 of `hdr ‖ enc`; two works with the same digest are the same request.
     request_id: 32 hex digits; part of NATS subjects. affinity: equal for requests of one conversation; no worker gets it.
+    gateway: its name on the fabric. settlement: a sealed key for MACs of receipts (`settlement_keys`); empty: there is none.
+    The grant vouches for neither.
     """
 
     request_id: str
@@ -115,6 +117,8 @@ class Work:
     grant: str = field(repr=False)
     sealed: bytes = field(repr=False)
     affinity: bytes | None = field(default=None, repr=False)
+    gateway: str = ""
+    settlement: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +166,8 @@ class Dispatch(Protocol):
         """The payload of the latest receipt, cumulative or final. Not verified."""
 
     @property
-    def receipts(self) -> tuple[bytes, ...]:
-        """The last few receipts, newest last."""
+    def receipts(self) -> tuple[Frame, ...]:
+        """The last few frames that carry receipts, newest last. Not verified."""
 
     async def next(self) -> Frame:
         """The next DATA frame in order, then one USAGE or ERROR; not to be called after that.
@@ -252,10 +256,13 @@ class Delivery(Protocol):
         Raises FabricUnavailable if the result is unknown.
         """
 
-    async def send(self, kind: FrameKind, payload: bytes) -> None:
-        """Sends a frame; the first one acks the work. DATA waits for credit. Raises Cancelled."""
+    async def send(self, kind: FrameKind, payload: bytes, mac: bytes = b"") -> None:
+        """Sends a frame; the first one acks the work. DATA waits for credit. mac: of the receipt in it, as in `Frame`.
 
-    async def stop(self, receipt: bytes) -> None:
+        Raises Cancelled.
+        """
+
+    async def stop(self, receipt: bytes, mac: bytes = b"") -> None:
         """After `Cancelled`, sends the last frame of claimed work, with its receipt. Raises FabricUnavailable."""
 
     async def reject(self, problem_type: str) -> None:

@@ -16,16 +16,19 @@ FRAME: Final = Format("frame", "gateway")
 ATTEMPT: Final = "A"
 SEQUENCE: Final = "S"
 KIND: Final = "K"
+MAC: Final = "M"  # of the receipt in it, for its gateway alone: see `settlement_keys`
 MAX_PAYLOAD: Final = 256 * 1024  # bytes: a worker's whole credit
-MAX_BLOCK: Final = 1024  # bytes of headers; ours take about 70, and a NATS proxy may add its own
+MAX_BLOCK: Final = 1024  # bytes of headers; ours take about 140, and a NATS proxy may add its own
 TAKEN: Final = b"taken"  # repeated until the first frame of the answer
 DECLINED: Final = b"declined"  # the work never began here
 _ATTEMPT: Final = re.compile(r"[0-9a-f]{32}")
 _SEQUENCE: Final = re.compile(r"0|[1-9][0-9]{0,11}")
+_MAC: Final = re.compile(r"[0-9a-f]{64}")
 # The headers as our workers write them. One regular expression reads them: parsing them into a dictionary would cost a gateway
 # more than the rest of a frame.
 _BLOCK: Final = re.compile(
-    rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat|stopped|offer)\r\n\r\n"
+    rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat|stopped|offer)\r\n"
+    rb"(?:M: ([0-9a-f]{64})\r\n)?\r\n"
 )
 
 
@@ -55,16 +58,18 @@ _WRITTEN: Final = {kind.value.encode(): kind for kind in FrameKind}
 @record(frozen=True, slots=True)
 class Frame:
     """One message of an answer. attempt: 32 hex digits that identify one worker's try. sequence: counts all of the attempt's
-    frames from 0.
+    frames from 0. mac: of the receipt in it (`settlement_keys`); empty: there is none.
     """
 
     attempt: str
     sequence: int
     kind: FrameKind
     payload: bytes = field(repr=False)
+    mac: bytes = field(default=b"", repr=False)
 
     def headers(self) -> dict[str, str]:
-        return {ATTEMPT: self.attempt, SEQUENCE: str(self.sequence), KIND: self.kind.value}
+        said = {ATTEMPT: self.attempt, SEQUENCE: str(self.sequence), KIND: self.kind.value}
+        return said | {MAC: self.mac.hex()} if self.mac else said
 
     @classmethod
     def read(cls, block: bytes, payload: bytes) -> Frame:
@@ -74,8 +79,8 @@ class Frame:
         match = _BLOCK.fullmatch(block)
         if match is None or len(payload) > MAX_PAYLOAD:
             return cls.parse(_fields(block), payload)
-        attempt, sequence, kind = match.groups()
-        return cls(attempt.decode(), int(sequence), _WRITTEN[kind], payload)
+        attempt, sequence, kind, mac = match.groups()
+        return cls(attempt.decode(), int(sequence), _WRITTEN[kind], payload, bytes.fromhex(mac.decode()) if mac else b"")
 
     @classmethod
     def parse(cls, headers: Mapping[str, str] | None, payload: bytes) -> Frame:
@@ -87,7 +92,8 @@ class Frame:
             raise InvalidMessage("a frame without an attempt, a sequence number or a kind")
         if len(payload) > MAX_PAYLOAD:
             raise InvalidMessage("a frame larger than a worker's whole credit")
-        return cls(attempt, int(sequence), kind, payload)
+        mac = headers.get(MAC, "")  # one in another form does not count
+        return cls(attempt, int(sequence), kind, payload, bytes.fromhex(mac) if _MAC.fullmatch(mac) else b"")
 
 
 def _fields(block: bytes) -> dict[str, str]:

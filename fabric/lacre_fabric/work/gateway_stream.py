@@ -61,7 +61,7 @@ class Inbound:
         self._over = False
         self._beats = 0  # beats in a row; the reader never sees them
         self._consumed = self._told = 0
-        self.receipts: tuple[bytes, ...] = ()
+        self.receipts: tuple[Frame, ...] = ()
         # One timer. It is rescheduled when it fires, not with a frame.
         self._silent_at = self._loop.time() + queue_limit
         self._watch = self._watching()
@@ -75,7 +75,7 @@ class Inbound:
 
     @property
     def receipt(self) -> bytes | None:
-        return self.receipts[-1] if self.receipts else None
+        return self.receipts[-1].payload if self.receipts else None
 
     @property
     def ready(self) -> bool:
@@ -95,7 +95,7 @@ class Inbound:
         self._next += 1
         kind = frame.kind
         if kind in _WITH_RECEIPT and 0 < len(frame.payload) <= MAX_RECEIPT:
-            self.receipts = (*self.receipts[1 - KEPT_RECEIPTS :], frame.payload)
+            self.receipts = (*self.receipts[1 - KEPT_RECEIPTS :], frame)
         if kind is FrameKind.STOPPED:
             self.fail(ReaderStalled("the worker stopped because its credit was not renewed in time"))
             return True

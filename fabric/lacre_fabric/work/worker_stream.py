@@ -30,21 +30,24 @@ class Outbound:
         """Whether no frame was sent yet."""
         return self._sequence == 0
 
-    async def send(self, kind: FrameKind, payload: bytes) -> None:
-        """Raises Cancelled. A frame gets its number when it is sent, so a beat can overtake data that waits for credit."""
+    async def send(self, kind: FrameKind, payload: bytes, mac: bytes = b"") -> None:
+        """mac: of the receipt in it. Raises Cancelled.
+
+        A frame gets its number when it is sent, so a beat can overtake data that waits for credit.
+        """
         if kind is FrameKind.DATA:
             await self._pay(len(payload))
         if self.cancelled.is_set():
             raise Cancelled("the gateway withdrew the request, or its reader stalled")
-        await self._put(kind, payload)
+        await self._put(kind, payload, mac)
 
-    async def stop(self, receipt: bytes) -> None:
+    async def stop(self, receipt: bytes, mac: bytes = b"") -> None:
         """Sends the last frame of withdrawn work. It needs no credit."""
-        await self._put(FrameKind.STOPPED, receipt)
+        await self._put(FrameKind.STOPPED, receipt, mac)
 
-    async def _put(self, kind: FrameKind, payload: bytes) -> None:
+    async def _put(self, kind: FrameKind, payload: bytes, mac: bytes) -> None:
         async with self._turn:
-            frame = Frame(self.attempt, self._sequence, kind, payload)
+            frame = Frame(self.attempt, self._sequence, kind, payload, mac)
             self._sequence += 1
             await self._publish(frame)
 

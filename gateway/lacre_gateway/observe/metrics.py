@@ -108,6 +108,7 @@ class Metrics(Collector):
         self.received = self.sent = self.records = 0
         self._ended: _Counts = defaultdict(int)  # by outcome and problem
         self._settled: _Counts = defaultdict(int)  # by the verdict
+        self._checks: _Counts = defaultdict(int)  # of receipts, by kind
         self._tokens: _Counts = defaultdict(int)  # by pool, model and kind
         self._commits = Histogram(
             "lacre_audit_commit_seconds", "From a group of entries to their sync on the disk.", buckets=_COMMITS,
@@ -137,6 +138,8 @@ class Metrics(Collector):
         """pool, model: as the manifest names them."""
         used = verdict.receipt
         self._settled[str(verdict.refused or ("receipted" if used is not None else "unreceipted")),] += 1
+        for found in verdict.checks:
+            self._checks[found,] += 1
         if used is not None:
             self._tokens[pool, model, "prompt"] += used.prompt_tokens
             self._tokens[pool, model, "cached"] += used.cached_tokens
@@ -179,6 +182,8 @@ class Metrics(Collector):
         yield _counter("lacre_requests", "Sealed requests that ended.", ("outcome", "problem"), self._ended)
         told = "Requests sent to a worker, by the verdict on their receipt."
         yield _counter("lacre_settlements", told, ("result",), self._settled)
+        told = "How receipts were checked, and what was wrong with their MACs."
+        yield _counter("lacre_receipt_checks", told, ("check",), self._checks)
         told = "Tokens of verified receipts; cached ones are among the prompt's."
         yield _counter("lacre_tokens", told, ("pool", "model", "kind"), self._tokens)
 

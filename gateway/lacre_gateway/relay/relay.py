@@ -28,8 +28,9 @@ from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, SealedHeader, insp
 from lacre.wire.outer import POOL
 from lacre_fabric.logs import places
 from lacre_fabric.work.contract import Dispatch, FabricError, Work, WorkerLost
-from lacre_fabric.work.frames import FrameKind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.grants import Grant
+from lacre_fabric.work.settlement_keys import SettlementKey
 from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth.tokens import Access, Principal
 from lacre_gateway.budget.fields import fields
@@ -155,7 +156,8 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
                 await trail.durable()  # otherwise a worker could work for an answer that cannot be delivered
-            work = request.work(_grant(gateway, request), sealed)
+            key = gateway.settlement_keys.of(outer.pool, request.pool, request.key_id)
+            work = request.work(gateway.settlement_keys.gateway, _grant(gateway, request), sealed, key)
             dispatch = await gateway.connected().dispatch(
                 work, queue_limit=rest_of_queue(limits.queue_limit, time.monotonic() - asked)
             )
@@ -169,7 +171,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
                 await _cancel(dispatch)
                 raise
             finally:
-                trail.claim = request.claim(dispatch.receipts)
+                trail.claim = request.claim(dispatch.receipts, key)
             await exchange.end(last)
 
 
@@ -263,7 +265,7 @@ class _Request:
             affinity=asked.affinity or None,
         )
 
-    def work(self, grant: str, sealed: bytes) -> Work:
+    def work(self, gateway: str, grant: str, sealed: bytes, key: SettlementKey | None) -> Work:
         return Work(
             request_id=self.request_id,
             pool=self.question.pool,
@@ -272,16 +274,19 @@ class _Request:
             grant=grant,
             sealed=sealed,
             affinity=self.affinity,
+            gateway=gateway,
+            settlement="" if key is None else key.sealed,
         )
 
-    def claim(self, receipts: tuple[bytes, ...]) -> Claim:
+    def claim(self, receipts: tuple[Frame, ...], key: SettlementKey | None) -> Claim:
         return Claim(
             request_id=self.request_id,
             pool=self.question.pool,
             receipt_key=self.pool.receipt_key_of(self.key_id) or self.pool.receipt_key,
             enc=self.enc,
             reservation=self.ceilings,
-            tokens=receipts,
+            receipts=receipts,
+            key=key,
         )
 
 

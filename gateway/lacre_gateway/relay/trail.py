@@ -82,7 +82,7 @@ class Trail:
                 tracer.ended(self._intent, self._exchange, verdict, outcome=end.outcome, end=ended, problem=end.problem)
 
         def settle(_: object) -> None:
-            if self.claim is not None and self.claim.tokens:
+            if self.claim is not None and self.claim.receipts:
                 self._gateway.settlement.settle(self.claim, record)
             else:
                 record(Verdict())

@@ -70,4 +70,8 @@ MUTATIONS: Final = Mutation.of(
      "self.look_soon()", ""),
     ("nats: still", "a silent connection counts as lost", "lacre_fabric.nats.client:DirectClient._ping_interval",
      "silent > MAX_SILENT", "False"),
+    ("settling: expired", "a key for MACs has its time", "lacre_fabric.work.settlement_keys:SettlementKeys.of",
+     "self._clock() < held.until", "True"),
+    ("settling: of_another_gateway", "a key for MACs names its gateway", "lacre_fabric.work.settlement_keys:bound_to",
+     "(pool.encode(), gateway.encode())", "(pool.encode(),)"),
 )  # fmt: skip
