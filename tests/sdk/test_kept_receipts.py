@@ -135,6 +135,9 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     refused = run("receipt", "check", str(kept), "--json")
     assert refused.returncode == 5
     assert json.loads(refused.stdout)["error"]["type"] == "InvalidReceipt"
+    kept.write_text(json.dumps(answer))
+    refused = run("receipt", "check", str(kept))
+    assert refused.returncode == 1 and "holds no receipt" in refused.stderr
     kept.write_bytes(b"\xff" * 10)
     assert run("receipt", "check", str(kept)).returncode == 1
     assert run("receipt", "check", str(tmp_path / "none")).returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.asgi import App, Receive, Send
+from lacre.cli.proxy import listening as listening_at
 from lacre.errors import SettingsError
 from lacre.runtime.http1 import (
     MAX_FIELDS,
@@ -465,3 +467,12 @@ def test_an_origin_is_what_a_browser_sends(written: str, sent: str) -> None:
 def test_an_origin_that_no_browser_sends(written: str) -> None:
     with pytest.raises(SettingsError, match="is not the origin"):
         as_origin(written)
+
+
+def test_a_port_in_use_is_said_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(
+            SettingsError, match=rf"port {port} of 127.0.0.1 is not available \(Address already in use\): choose"
+        ):
+            listening_at("127.0.0.1", port)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,9 +91,14 @@ def resume_worker(
 
 def _ordered(api: AdminApi, what: str, named: dict[str, object], *, as_json: bool) -> None:
     from lacre.cli.output import error_as_json, printable, say, say_json
-    from lacre_gateway.admin.reports import WorkerOrdered
+    from lacre.errors import SettingsError
+    from lacre_gateway.admin.reports import WORKER, WorkerOrdered
 
     with error_as_json(as_json):
+        for key, value in named.items():
+            if re.fullmatch(WORKER, str(value)) is None:
+                what = "worker" if key == "node" else key
+                raise SettingsError(f"no {what} has the name {value!r}: `lacre top` shows workers, pools and regions")
         done = api.post(f"/v1/workers/{what}", named, WorkerOrdered)
     if as_json:
         say_json(done.model_dump(mode="json"), indent=2)

@@ -18,7 +18,7 @@ from lacre_gateway.budget.report import Line
 from lacre_gateway.budget.tenants import TenantUse
 
 TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # the form that `auth` accepts in a token
-_WORKER: Final = "^[a-z0-9][a-z0-9_-]{0,62}$"  # as subjects of the fabric have its parts
+WORKER: Final = "^[a-z0-9][a-z0-9_-]{0,62}$"  # as subjects of the fabric have its parts
 
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     USER: ("tenant", "sub", "plan"), TENANT_ON_PLAN: ("tenant", "plan"), OF_TENANT: ("tenant",), PLAN: ("plan",),
@@ -276,9 +276,9 @@ class Draining(Report):
 class WorkerNamed(Report):
     """One live worker, as `GET /v1/workers` and its presence name it."""
 
-    pool: Annotated[str, Field(pattern=_WORKER)]
-    region: Annotated[str, Field(pattern=_WORKER)] = DEFAULT_REGION
-    node: Annotated[str, Field(pattern=_WORKER)]
+    pool: Annotated[str, Field(pattern=WORKER)]
+    region: Annotated[str, Field(pattern=WORKER)] = DEFAULT_REGION
+    node: Annotated[str, Field(pattern=WORKER)]
 
     @property
     def target(self) -> str:

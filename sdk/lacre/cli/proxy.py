@@ -119,7 +119,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as exc:
-        raise SettingsError(f"port {port} of {host} is not available ({exc.strerror}): choose another with --port") from exc
+        why = str(exc.strerror).partition(" (")[0]  # Python adds the address, which is said already
+        raise SettingsError(f"port {port} of {host} is not available ({why}): choose another with --port") from exc
 
 
 async def _serve(

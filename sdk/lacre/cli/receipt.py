@@ -10,6 +10,7 @@ import typer
 from lacre.cli.output import AsJson, Url, date, error_as_json, printable, say, say_json, waiting
 from lacre.cli.surroundings import read_file, utf8
 from lacre.client import fetch_manifest
+from lacre.errors import SettingsError
 from lacre.evidence import kept_receipts
 from lacre.jose.jws import b64u
 
@@ -27,6 +28,8 @@ def receipt_check(
     """Fetch the manifest, and tell which pool signed a kept receipt, also if its key was replaced since."""
     with error_as_json(as_json):
         text = utf8(read_file(receipt, MAX_RECEIPT), str(receipt)).strip()
+        if text.count(".") != 2:
+            raise SettingsError(f"{receipt} holds no receipt: name a file with `reply.receipt.text()` alone")
         with waiting("fetching the manifest"):
             manifest = fetch_manifest(url)
         found = kept_receipts.check(text, manifest, pool)
