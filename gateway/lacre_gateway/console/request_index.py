@@ -67,6 +67,7 @@ _END: Final = f"UPDATE requests SET {', '.join(f'{name} = ?' for name in _ENDS)}
 _SUM: Final = """INSERT INTO sums SELECT tenant, CAST(time / 86400 AS INTEGER), model, subject, 1, ?, ?, ?, ? FROM requests
 WHERE request_id = ? ON CONFLICT DO UPDATE SET requests = requests + 1, prompt = prompt + excluded.prompt,
 cached = cached + excluded.cached, completion = completion + excluded.completion, money = money + excluded.money"""
+_PLACE: Final = "SELECT log, idx FROM place"
 _CUT: Final = "DELETE FROM requests WHERE seq <= (SELECT min(seq) + (max(seq) - min(seq)) / 10 FROM requests)"  # a tenth
 # Each step finds the next one in the index: a DISTINCT would read all of it.
 _OUTCOMES: Final = """WITH RECURSIVE found (name) AS (SELECT min(outcome) FROM requests UNION ALL
@@ -148,9 +149,8 @@ class RequestIndex:
 
     @property
     def place(self) -> Cursor | None:
-        """The next entry that it takes."""
-        with self._lock:
-            row = self._database.execute("SELECT log, idx FROM place").fetchone()
+        """The next entry that it takes; None if it has none yet, or the file is damaged."""
+        row = next(iter(self._rows(_PLACE, ())), None)
         return None if row is None else Cursor(*row)
 
     def find(self, wanted: WantedRequests, limit: int = PAGE) -> list[Found]:
@@ -206,10 +206,12 @@ class RequestIndex:
 
     def _catch_up(self) -> None:
         """Raises LacreError, OSError or sqlite3.DatabaseError."""
+        with self._lock:
+            row = self._database.execute(_PLACE).fetchone()
         try:
-            self._take(feed.read(self._root, None, self.place, alone=True))
+            self._take(feed.read(self._root, None, None if row is None else Cursor(*row), alone=True))
         except SettingsError:
-            if self.place is None:
+            if row is None:
                 raise
             self._forget()  # the log of that place was erased, or is another one
             self._take(feed.read(self._root, None, None, alone=True))

@@ -166,7 +166,7 @@ async def test_damage_that_a_search_meets(desk: Desk, tmp_path: Path) -> None:
         file.write(b"\xff" * (path.stat().st_size - 4096))
     index._database = sqlite3.connect(path, check_same_thread=False)
     assert index.find(WantedRequests(subject="alice")) == [] and "damaged" in index.fault
-    assert index.sums("acme", 0) == [] and index.outcomes == []
+    assert index.sums("acme", 0) == [] and index.outcomes == [] and index.place is None
     index.catch_up()
     assert len(index.find(WantedRequests(subject="alice"))) == 2 and index.fault == ""
     index.close()
