@@ -129,7 +129,9 @@ async def test_as_it_is_typed(stage: Stage, worker: FakeWorker, tmp_path: Path) 
         assert json.loads(done.stdout)["drained"] is False
         missing = await asyncio.to_thread(run_lacre_bytes, "admin", "drain-worker", "n9", *at, env=clean)
         assert missing.returncode == 3
-        assert b"No live worker has this name" in missing.stderr
+        assert b"No live worker has this name" in missing.stderr and not missing.stdout
+        missing = await asyncio.to_thread(run_lacre_bytes, "admin", "drain-worker", "n9", "--json", *at, env=clean)
+        assert (missing.returncode, json.loads(missing.stdout)["error"]["message"] in missing.stderr.decode()) == (3, True)
         for name in ("n 1", "", "../n1", "N1", "n1\n"):
             wrong = await asyncio.to_thread(run_lacre_bytes, "admin", "drain-worker", name, *at, env=clean)
             assert wrong.returncode == 1 and b"no worker has the name" in wrong.stderr and b"lacre top" in wrong.stderr

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lacre.cli import beginnings, manifest_app
-from lacre.cli.output import AsJson, say_table
+from lacre.cli.output import AsJson, say_json, say_table
 from lacre.runtime.hosts import without_secrets
 from lacre_fabric.operate.key_commands import date, keys_app
 from lacre_fabric.operate.pool_commands import pool_app
@@ -315,7 +314,7 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
 
     found = asyncio.run(run())
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in found]))
+        say_json([asdict(finding) for finding in found])
     else:
         told = [(finding.verdict.value, finding.check, finding.detail, finding.remedy) for finding in found]
         say_table(("", "check", "found", "what to do"), told)

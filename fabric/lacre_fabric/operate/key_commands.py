@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre.cli.output import AsJson, say_table, waiting
+from lacre.cli.output import AsJson, say_json, say_table, waiting
 from lacre.runtime import tasks
 from lacre_fabric.operate.start_commands import RotateHours, State
 from lacre_fabric.operate.state_commands import provisioner, site_of
@@ -227,7 +226,7 @@ def keys_list(state: State = None, as_json: AsJson = False) -> None:
         for config in generation.configs
     ]
     if as_json:
-        typer.echo(json.dumps([dict(zip(("pool", "key", "kem", "state"), row, strict=True)) for row in rows], indent=2))
+        say_json([dict(zip(("pool", "key", "kem", "state"), row, strict=True)) for row in rows], indent=2)
         return
     say_table(("pool", "key", "KEM", "state"), [tuple(map(str, row)) for row in rows])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre.cli.output import AsJson, say_table
+from lacre.cli.output import AsJson, say_json, say_table
 from lacre.errors import SettingsError, UsageError
 from lacre_fabric.operate.start_commands import State
 from lacre_fabric.operate.state_commands import site_of
@@ -156,7 +155,7 @@ def pool_list(state: State = None, as_json: AsJson = False) -> None:
             }
             for pool, models in site.pools.items()
         }
-        typer.echo(json.dumps(rows, indent=2))
+        say_json(rows, indent=2)
         return
     rows_told = []
     for pool, models in site.pools.items():

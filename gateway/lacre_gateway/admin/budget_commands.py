@@ -5,27 +5,16 @@ log.
 from __future__ import annotations
 
 import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lacre_gateway.admin.api_commands import AsJson, with_api
 
 if TYPE_CHECKING:
     from lacre_gateway.admin.calls import AdminApi
     from lacre_gateway.admin.reports import TenantReport
 
-Address = Annotated[
-    str | None, typer.Option(help="The address of the admin API; default: that of the settings file.", metavar="URL")
-]
-TokenFile = Annotated[
-    Path | None, typer.Option(help="A file with an administrator's access token; default: LACRE_TOKEN.", metavar="FILE")
-]
-Ca = Annotated[Path | None, typer.Option(help="The PEM file of the admin API's CA; default: the system's CAs.", metavar="FILE")]
-SettingsFile = Annotated[
-    Path | None, typer.Option(help="A gateway's settings file; default: the one in the state folder.", metavar="FILE")
-]
-State = Annotated[Path | None, typer.Option(help="The state folder; default: $XDG_STATE_HOME/lacre.", metavar="FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV (RFC 4180), for a spreadsheet.")]
 Tenant = Annotated[str | None, typer.Option(help="The tenant's name; without --user, all its users together.")]
 User = Annotated[str | None, typer.Option(help="The subject of one user's tokens; needs --tenant and --plan.")]
@@ -43,21 +32,17 @@ def register(app: typer.Typer) -> None:
     app.command("reset")(reset)
 
 
+@with_api
 def tenants(
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
+    api: AdminApi,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """List every tenant with its plan, its users and what they have used in the present windows."""
-    from lacre.cli.output import error_as_json, say_csv, say_json, say_table
+    from lacre.cli.output import say_csv, say_json, say_table
     from lacre_gateway.admin.reports import TenantsReport
 
-    with error_as_json(as_json), api_of(admin, token_file, ca, settings, state) as api:
-        found = api.get("/v1/tenants", TenantsReport)
+    found = api.get("/v1/tenants", TenantsReport)
     if as_json:
         say_json(found.model_dump(mode="json"), indent=2)
         return
@@ -79,7 +64,9 @@ def _rows(tenant: TenantReport, currency: str) -> list[tuple[str, ...]]:
     return [(*head, *each) for each in (*used, *shared)] or [(*head, "", "")]
 
 
+@with_api
 def top_up(
+    api: AdminApi,
     amount: Annotated[str, typer.Argument(help="By how much the limit rises: a whole number, or 12.50 for money.")],
     limit: LimitName,
     tenant: Tenant = None,
@@ -87,11 +74,6 @@ def top_up(
     plan: PlanName = None,
     issuer: IssuerName = None,
     number: Number = None,
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
     as_json: AsJson = False,
 ) -> None:
     """Raise one limit until its window ends, at every gateway. It can be repeated with the same --id.
@@ -99,54 +81,23 @@ def top_up(
     Example: lacre budget top-up 100000 --limit tokens_per_day --tenant acme --user alice --plan standard
     """
     body = _named_budget(limit, tenant, user, plan, issuer, number) | {"amount": _given_amount(limit, amount)}
-    with api_of(admin, token_file, ca, settings, state) as api:
-        _change(api, "/v1/budgets/top-up", body, as_json=as_json)
+    _change(api, "/v1/budgets/top-up", body, as_json=as_json)
 
 
+@with_api
 def reset(
+    api: AdminApi,
     limit: LimitName,
     tenant: Tenant = None,
     user: User = None,
     plan: PlanName = None,
     issuer: IssuerName = None,
     number: Number = None,
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
     as_json: AsJson = False,
 ) -> None:
     """Give back the used amount of one limit in its window, at every gateway. It can be repeated with the same --id."""
     body = _named_budget(limit, tenant, user, plan, issuer, number)
-    with api_of(admin, token_file, ca, settings, state) as api:
-        _change(api, "/v1/budgets/reset", body, as_json=as_json)
-
-
-def api_of(admin: str | None, token_file: Path | None, ca: Path | None, settings: Path | None, state: Path | None) -> AdminApi:
-    """Warns of a token that others can read. Raises SettingsError."""
-    from lacre_fabric.operate.site import Site
-    from lacre_fabric.operate.up import default_state
-    from lacre_gateway.admin.calls import AdminApi, address_of, admin_token
-    from lacre_gateway.settings import load
-
-    if admin is None:
-        file = settings or Site.load((state or default_state()).resolve()).gateway_settings
-        admin = address_of(load(file), file)
-    token = admin_token(token_file)
-    if token_file is not None:
-        _warn_of_readers(token_file)
-    return AdminApi(admin, token, ca)
-
-
-def _warn_of_readers(file: Path) -> None:
-    import shlex
-    import stat
-
-    mode = file.stat().st_mode if file.exists() else 0  # it may be a pipe, which is gone by now
-    if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
-        name = shlex.quote(str(file))
-        typer.echo(f"warning: other users can read the token in {file}: run `chmod 600 {name}`", err=True)
+    _change(api, "/v1/budgets/reset", body, as_json=as_json)
 
 
 def _named_budget(
@@ -189,20 +140,19 @@ def _given_amount(limit: str, amount: str) -> int | str:
 def _change(api: AdminApi, path: str, body: dict[str, object], *, as_json: bool) -> None:
     from pydantic import ValidationError
 
-    from lacre.cli.output import date, error_as_json, printable, say, say_json
+    from lacre.cli.output import date, printable, say, say_json
     from lacre.errors import NetworkError, Unavailable, UsageError
     from lacre_gateway.admin.reports import BudgetChanged, Reset, TopUp
 
-    with error_as_json(as_json):
-        try:
-            (TopUp if "amount" in body else Reset).model_validate(body)
-        except ValidationError as exc:
-            raise UsageError("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())) from None
-        try:
-            done = api.post(path, body, BudgetChanged)
-        except (NetworkError, Unavailable) as exc:
-            exc.remedy = f"Whether it happened is not known: run the command again with --id {body['id']}, which is safe."
-            raise
+    try:
+        (TopUp if "amount" in body else Reset).model_validate(body)
+    except ValidationError as exc:
+        raise UsageError("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())) from None
+    try:
+        done = api.post(path, body, BudgetChanged)
+    except (NetworkError, Unavailable) as exc:
+        exc.remedy = f"Whether it happened is not known: run the command again with --id {body['id']}, which is safe."
+        raise
     if as_json:
         say_json(done.model_dump(mode="json"), indent=2)
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre_gateway.admin.budget_commands import Address, AsJson, Ca, SettingsFile, State, TokenFile, api_of
+from lacre_gateway.admin.api_commands import AsJson, with_api
 
 if TYPE_CHECKING:
     from lacre_gateway.admin.calls import AdminApi
@@ -22,12 +22,9 @@ def register(app: typer.Typer) -> None:
 
 
 @admin_app.command("open")
+@with_api
 def open_console(
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
+    api: AdminApi,
     browser: Annotated[bool, typer.Option("--browser", help="Also open the link in this machine's browser.")] = False,
 ) -> None:
     """Print a link that opens the operators' console as the holder of the access token. It works once, for a minute."""
@@ -38,13 +35,12 @@ def open_console(
     from lacre.errors import RefusedError, SettingsError
     from lacre_gateway.admin.reports import OpenLink
 
-    with api_of(admin, token_file, ca, settings, state) as api:
-        try:
-            link = api.post("/v1/console/links", {}, OpenLink)
-        except RefusedError as exc:
-            if exc.problem != problems.NOT_FOUND.type:
-                raise
-            raise SettingsError("this gateway has no console: add a table [console] to its settings, and restart it") from exc
+    try:
+        link = api.post("/v1/console/links", {}, OpenLink)
+    except RefusedError as exc:
+        if exc.problem != problems.NOT_FOUND.type:
+            raise
+        raise SettingsError("this gateway has no console: add a table [console] to its settings, and restart it") from exc
     say(link.url)
     if browser:
         webbrowser.open(link.url)
@@ -56,50 +52,34 @@ Region = Annotated[str, typer.Option(help="Its region.")]
 
 
 @admin_app.command("drain-worker")
+@with_api
 def drain_worker(
-    node: Node,
-    pool: PoolName = "default",
-    region: Region = "lacre",
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
-    as_json: AsJson = False,
+    api: AdminApi, node: Node, pool: PoolName = "default", region: Region = "lacre", as_json: AsJson = False
 ) -> None:
     """Have one worker take no more work. Its streams finish, and it waits for `resume-worker` or for the end of its process."""
-    with api_of(admin, token_file, ca, settings, state) as api:
-        _ordered(api, "drain", {"pool": pool, "region": region, "node": node}, as_json=as_json)
+    _order(api, "drain", pool, region, node, as_json=as_json)
 
 
 @admin_app.command("resume-worker")
+@with_api
 def resume_worker(
-    node: Node,
-    pool: PoolName = "default",
-    region: Region = "lacre",
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
-    as_json: AsJson = False,
+    api: AdminApi, node: Node, pool: PoolName = "default", region: Region = "lacre", as_json: AsJson = False
 ) -> None:
     """Have a drained worker take work again."""
-    with api_of(admin, token_file, ca, settings, state) as api:
-        _ordered(api, "resume", {"pool": pool, "region": region, "node": node}, as_json=as_json)
+    _order(api, "resume", pool, region, node, as_json=as_json)
 
 
-def _ordered(api: AdminApi, what: str, named: dict[str, object], *, as_json: bool) -> None:
-    from lacre.cli.output import error_as_json, printable, say, say_json
+def _order(api: AdminApi, what: str, pool: str, region: str, node: str, *, as_json: bool) -> None:
+    from lacre.cli.output import printable, say, say_json
     from lacre.errors import SettingsError
     from lacre_gateway.admin.reports import WORKER, WorkerOrdered
 
-    with error_as_json(as_json):
-        for key, value in named.items():
-            if re.fullmatch(WORKER, str(value)) is None:
-                what = "worker" if key == "node" else key
-                raise SettingsError(f"no {what} has the name {value!r}: `lacre top` shows workers, pools and regions")
-        done = api.post(f"/v1/workers/{what}", named, WorkerOrdered)
+    named = {"pool": pool, "region": region, "node": node}
+    for key, value in named.items():
+        if re.fullmatch(WORKER, value) is None:
+            kind = "worker" if key == "node" else key
+            raise SettingsError(f"no {kind} has the name {value!r}: `lacre top` shows workers, pools and regions")
+    done = api.post(f"/v1/workers/{what}", named, WorkerOrdered)
     if as_json:
         say_json(done.model_dump(mode="json"), indent=2)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +33,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
 ) -> None:
     """Show every limit that was drawn from: used, leased and forfeited. Exit code 1 if the sums are wrong."""
+    from lacre.cli.output import say_json
     from lacre_fabric.operate.up import default_state
 
     folder = state or default_state()
@@ -41,8 +41,11 @@ def show(
     currency = None if plans is None else plans.currency
     shown = asyncio.run(_shown(folder, audit, plans, _approver(folder)))
     for line in shown:
-        typer.echo(json.dumps(line.members(currency)) if as_json else _text(line, currency))
-        for lease in () if as_json else line.leases:
+        if as_json:
+            say_json(line.members(currency))
+            continue
+        typer.echo(_text(line, currency))
+        for lease in line.leases:
             typer.echo(f"    {lease.holder}: {_amount(line, lease.drawn)} drawn, {_amount(line, lease.used)} used" + (
                 f", lost: {_amount(line, lease.forfeited)} forfeited" if lease.lost else ""
             ))  # fmt: skip

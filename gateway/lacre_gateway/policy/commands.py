@@ -54,7 +54,7 @@ def policy_check(folder: Folder = None, as_json: AsJson = False) -> None:
         "rules": rules.digest,
     }  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(found))
+        say_json(found)
     else:
         typer.echo(f"{len(rules.policies.names)} policies, {len(rules.cases)} cases: a gateway would activate them")
         typer.echo(f"policy set {rules.policies.digest}")
@@ -66,7 +66,7 @@ def policy_test(folder: Folder = None, as_json: AsJson = False) -> None:
     found = [(case.name, wrong) for case, wrong in _rules(folder).run()]
     failed = [name for name, wrong in found if wrong is not None]
     if as_json:
-        typer.echo(json.dumps({"cases": len(found), "failed": {name: wrong for name, wrong in found if wrong is not None}}))
+        say_json({"cases": len(found), "failed": {name: wrong for name, wrong in found if wrong is not None}})
     else:
         for name, wrong in found:
             typer.echo(f"{'ok  ' if wrong is None else 'FAIL'} {name}{'' if wrong is None else f': {wrong}'}")

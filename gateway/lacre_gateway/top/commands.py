@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from lacre_gateway.admin.budget_commands import Address, AsJson, Ca, SettingsFile, State, TokenFile, api_of
+from lacre_gateway.admin.api_commands import AsJson, with_api
 
 if TYPE_CHECKING:
     from lacre_gateway.admin.calls import AdminApi
@@ -23,36 +23,32 @@ def register(app: typer.Typer) -> None:
     app.command()(top)
 
 
+@with_api
 def top(
+    api: AdminApi,
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=1)] = EVERY,
     once: Annotated[bool, typer.Option("--once", help="Print one look and end, as it does without a terminal.")] = False,
-    admin: Address = None,
-    token_file: TokenFile = None,
-    ca: Ca = None,
-    settings: SettingsFile = None,
-    state: State = None,
     as_json: AsJson = False,
 ) -> None:
     """Show live what a gateway does: readiness, pools, workers and the last hour. Ctrl-C ends it.
 
     It asks the admin API as the holder of the access token. Workers and the last hour need the gateway's console.
     """
-    from lacre.cli.output import at_terminal, error_as_json, out, say_json
+    from lacre.cli.output import at_terminal, out, say_json
     from lacre_gateway.top.screen import drawn
 
-    with error_as_json(as_json), api_of(admin, token_file, ca, settings, state) as api:
-        look = looked(api, None, minutes=True)
-        if as_json:
-            say_json({
-                "status": look.status.model_dump(mode="json"),
-                "workers": None if look.workers is None else [one.model_dump(mode="json") for one in look.workers],
-                "minutes": None if look.minutes is None else [one.model_dump(mode="json") for one in look.minutes],
-            })  # fmt: skip
-        elif once or not at_terminal():
-            out().print(drawn(look, time.time(), out().width, _ALL))
-        else:
-            with suppress(KeyboardInterrupt):
-                _live(api, look, every)
+    look = looked(api, None, minutes=True)
+    if as_json:
+        say_json({
+            "status": look.status.model_dump(mode="json"),
+            "workers": None if look.workers is None else [one.model_dump(mode="json") for one in look.workers],
+            "minutes": None if look.minutes is None else [one.model_dump(mode="json") for one in look.minutes],
+        })  # fmt: skip
+    elif once or not at_terminal():
+        out().print(drawn(look, time.time(), out().width, _ALL))
+    else:
+        with suppress(KeyboardInterrupt):
+            _live(api, look, every)
 
 
 def _live(api: AdminApi, look: Look, every: float) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lacre.cli.chat import Model, MostTokens, System, Temperature, sampling
-from lacre.cli.output import AsJson, PinModel, PoolName, Url, error_as_json, pins, say_json, waiting
+from lacre.cli.output import AsJson, PinModel, PoolName, Url, pins, say_json, waiting
 from lacre.cli.render import PlainOutput, show
 from lacre.cli.surroundings import read_file, read_stdin, utf8
 from lacre.client import Client
@@ -34,7 +34,7 @@ def ask(
     params = sampling(model, max_tokens, temperature)
     if schema is not None:
         params["response_format"] = response_format(schema)
-    with error_as_json(as_json), Client(url, pool=pool, pin_models=pins(pin_model)) as client:
+    with Client(url, pool=pool, pin_models=pins(pin_model)) as client:
         if not as_json:
             show(client.chat_stream(turns, **params), PlainOutput())
             return

@@ -3,6 +3,7 @@
 Rules:
 - Exit code 0 means that everything was written to stdout.
 - If the system refuses something (a file, a folder, a full disk), the error names it and says what helps.
+- With `--json`, an error goes to stdout as JSON too, wherever it came from: no command does this itself.
 - A reader that closes the pipe early (`| head`) is told nothing. The exit code is 1, because it did not get everything.
 """
 
@@ -11,11 +12,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from typing import Final, NoReturn
 
 from lacre.cli import surroundings
-from lacre.cli.output import FAILED, exit_code, tell
+from lacre.cli.output import FAILED, error_members, exit_code, say_json, tell
 from lacre.errors import LacreError, OutputError, SettingsError
 
 INTERRUPTED: Final = 130  # as a shell says it
@@ -41,8 +44,16 @@ def run(command: Callable[[], object]) -> NoReturn:
 
 
 def _told(error: LacreError) -> int:
+    if wants_json(sys.argv[1:]) and not isinstance(error, OutputError):
+        with suppress(OSError):  # the error's own exit code counts more
+            say_json({"error": error_members(error)})
     tell(error)
     return exit_code(error)
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether the command was called with `--json`. A command without this option refuses it before it does anything."""
+    return "--json" in takewhile(lambda each: each != "--", arguments)
 
 
 def _code(command: Callable[[], object]) -> int:

@@ -18,7 +18,6 @@ from lacre.cli.output import (
     PoolName,
     Url,
     at_terminal,
-    error_as_json,
     out,
     pins,
     printable,
@@ -58,7 +57,7 @@ def explain(
     parts = parts_of(files or ())
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns.append({"role": "user", "content": prompt})
-    with error_as_json(as_json), Client(url, pool=pool, pin_models=pins(pin_model)) as client:
+    with Client(url, pool=pool, pin_models=pins(pin_model)) as client:
         with waiting("computing the prompt without each part"):
             told = client.explain(turns, parts=parts, answer=answer, lens=lens, **sampling(model, max_tokens, None))
         checked = client.verification.members()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lacre.cli.output import AsJson, Url, date, error_as_json, printable, say, say_json, say_table, waiting
+from lacre.cli.output import AsJson, Url, date, printable, say, say_json, say_table, waiting
 from lacre.client import fetch_manifest
 from lacre.client.settings import memory_of
 from lacre.errors import SettingsError
@@ -21,7 +21,7 @@ manifest_app = typer.Typer(name="manifest", help="The signed description of pool
 @manifest_app.command("show")
 def manifest_show(url: Url = None, as_json: AsJson = False) -> None:
     """Fetch the manifest, verify it against the pinned root, and print it."""
-    with error_as_json(as_json), waiting("fetching the manifest"):
+    with waiting("fetching the manifest"):
         manifest = fetch_manifest(url)
     if as_json:
         say_json(manifest.members(), indent=2)
@@ -47,11 +47,10 @@ def manifest_route(
     as_json: AsJson = False,
 ) -> None:
     """Fetch the manifest, and print the pools that a request for this model goes to, from this machine and this user."""
-    with error_as_json(as_json), waiting("fetching the manifest"):
+    with waiting("fetching the manifest"):
         manifest = fetch_manifest(url)
-    with error_as_json(as_json):
-        route = _route(manifest, model)
-        ordered = route.ordered(sticky_seed(sticky_key(memory_of(None)), model, scope)) if route.sticky else route.targets
+    route = _route(manifest, model)
+    ordered = route.ordered(sticky_seed(sticky_key(memory_of(None)), model, scope)) if route.sticky else route.targets
     rows = [(target, route.portion(target)) for target in ordered]
     if as_json:
         pools = [{**target.members(), "portion": portion} for target, portion in rows]

@@ -157,17 +157,6 @@ def error_members(error: errors.LacreError) -> dict[str, Any]:
     return {**told, "request_id": error.request_id}
 
 
-@contextmanager
-def error_as_json(as_json: bool) -> Iterator[None]:
-    """If as_json, prints an error of the block as JSON too: stdout is then never empty. The exit code is the error's."""
-    try:
-        yield
-    except errors.LacreError as exc:
-        if as_json:
-            say_json({"error": error_members(exc)})
-        raise
-
-
 def printable(text: str) -> str:
     """The text without the characters that control a terminal."""
     return _CONTROLS.sub("�", text)

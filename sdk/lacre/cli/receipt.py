@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lacre.cli.output import AsJson, Url, date, error_as_json, printable, say, say_json, waiting
+from lacre.cli.output import AsJson, Url, date, printable, say, say_json, waiting
 from lacre.cli.surroundings import read_file, utf8
 from lacre.client import fetch_manifest
 from lacre.errors import SettingsError
@@ -26,13 +26,12 @@ def receipt_check(
     as_json: AsJson = False,
 ) -> None:
     """Fetch the manifest, and tell which pool signed a kept receipt, also if its key was replaced since."""
-    with error_as_json(as_json):
-        text = utf8(read_file(receipt, MAX_RECEIPT), str(receipt)).strip()
-        if text.count(".") != 2:
-            raise SettingsError(f"{receipt} holds no receipt: name a file with `reply.receipt.text()` alone")
-        with waiting("fetching the manifest"):
-            manifest = fetch_manifest(url)
-        found = kept_receipts.check(text, manifest, pool)
+    text = utf8(read_file(receipt, MAX_RECEIPT), str(receipt)).strip()
+    if text.count(".") != 2:
+        raise SettingsError(f"{receipt} holds no receipt: name a file with `reply.receipt.text()` alone")
+    with waiting("fetching the manifest"):
+        manifest = fetch_manifest(url)
+    found = kept_receipts.check(text, manifest, pool)
     told = found.receipt
     if as_json:
         say_json(

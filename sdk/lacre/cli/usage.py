@@ -6,7 +6,7 @@ import time
 from decimal import Decimal
 from typing import Final
 
-from lacre.cli.output import AsJson, Url, ago, error_as_json, printable, say, say_json, say_table, waiting
+from lacre.cli.output import AsJson, Url, ago, printable, say, say_json, say_table, waiting
 from lacre.client import Client
 from lacre.exchange.own_usage import MONEY, UsedLimit
 
@@ -16,7 +16,7 @@ _CENTS: Final = 2  # decimals that an amount of money has at least
 
 def usage(url: Url = None, as_json: AsJson = False) -> None:
     """Show what you and your tenant have used of each limit. The gateway says so; nobody signs it."""
-    with error_as_json(as_json), Client(url) as client, waiting("asking the gateway"):
+    with Client(url) as client, waiting("asking the gateway"):
         found = client.usage()
     if as_json:
         say_json(found.members(), indent=2)
