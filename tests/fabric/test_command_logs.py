@@ -70,7 +70,8 @@ def test_what_a_command_says_of_absent_servers(state: Path, command: tuple[str, 
         timeout=120,
         env=dict(os.environ),
     )
-    assert (done.returncode, done.stdout) == (1, "")
     *told, error = done.stderr.splitlines()
     assert error.startswith("error: cannot connect to NATS")
+    as_json = json.loads(done.stdout)["error"]["message"] if "--json" in command else done.stdout
+    assert (done.returncode, as_json) == (1, error.removeprefix("error: ") if "--json" in command else "")
     assert {json.loads(line)["event"] for line in told} == {"fabric.error"}

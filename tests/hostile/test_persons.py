@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+import webbrowser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import lacre
 from hostile.attacks import Verdict, attack
+from lacre.cli.link_file import LinkFile
 from lacre.exchange.stream_state import LIFETIME, StreamState
 from lacre.jose.jws import raw_public_key
 from lacre.transport.browser_grant import in_browser
@@ -21,6 +23,7 @@ from lacre.transport.login import LoginStore, SavedLogin, login_http
 from lacre_backend.api.app import create_app
 from parts import login_server
 from parts.echo_engine import EchoEngine
+from parts.link_browser import LinkBrowser
 from parts.relay import Relay, connect
 
 ISSUER = "https://login.example"
@@ -53,6 +56,20 @@ def test_another_deployment(verdict: Verdict, relay: Relay, tmp_path: Path, monk
     thief = Relay(create_app([EchoEngine(name="tiny")]))
     with verdict.refused():
         connect(thief, token=None)
+
+
+@attack("read a one-time link in the arguments of the person's browser", "machine",
+        "a browser gets a link with a secret in a private file")  # fmt: skip
+def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser, link = LinkBrowser(tmp_path), f"http://127.0.0.1:9/?key={secrets.token_urlsafe()}"
+    for name, value in (browser.env() | {"XDG_STATE_HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(webbrowser, "_tryorder", None)  # what it found before, in another environment
+    with LinkFile("link", link, instead="") as file:
+        assert file.open()
+        call = browser.called()
+    assert link in call.page and call.mode == "0o100600"
+    assert link not in call.arguments and not file.path.exists()
 
 
 @attack("read or continue an answer by its stored state, without the key", "machine",

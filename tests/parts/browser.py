@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import urljoin
+from urllib.request import url2pathname
 
 import httpx2
 
@@ -32,6 +36,14 @@ class Form(HTMLParser):
             self.fields[str(told["name"])] = told.get("value") or PERSON
 
 
+def led_to(address: str) -> str:
+    """Where the page of a file goes by itself."""
+    page = Path(url2pathname(address.removeprefix("file://"))).read_text()
+    found = re.search('http-equiv="refresh" content="0;url=([^"]+)"', page)
+    assert found
+    return unescape(found[1])
+
+
 def visit(address: str, *, forms: int | None = None, **fields: str) -> httpx2.Response:
     """The page after the last form, or after so many `forms`. fields: what the person writes or presses there."""
     with httpx2.Client(trust_env=False, timeout=30, follow_redirects=True) as client:
@@ -45,4 +57,4 @@ def visit(address: str, *, forms: int | None = None, **fields: str) -> httpx2.Re
 
 
 if __name__ == "__main__":
-    visit(sys.argv[1])
+    visit(led_to(sys.argv[1]))

@@ -24,6 +24,7 @@ from lacre.transport.device_grant import DeviceCode, LoginServer, is_safe, wait
 from lacre.transport.login import LoginStore, OsKeyring, SavedLogin, UserLogin, login_http
 from parts import login_server
 from parts.chat_app import ChatApp
+from parts.link_browser import LinkBrowser
 from parts.relay import Relay, connect, connect_async, refusing
 from parts.up import LACRE
 
@@ -323,6 +324,27 @@ class TestUse:
 
             asyncio.run(ask())
         assert issuer.issued == [f"access-{number}" for number in range(4)] and not issuer.revoked
+
+    def test_the_command_gives_its_browser_the_page_in_a_private_file(self, tmp_path: Path) -> None:
+        """With the address's `state`, another user of the machine could log this one in as somebody else."""
+        browser = LinkBrowser(tmp_path)
+        with login_server.on_loopback(login_server.LoginServer("")) as issuer:
+            clean = {name: value for name, value in os.environ.items() if not name.startswith("LACRE_")}
+            env = clean | browser.env() | {"XDG_STATE_HOME": str(tmp_path), "LACRE_URL": URL}
+            words = ("login", "--issuer", issuer.issuer, "--client-id", "app", "--browser", "--file")
+            with subprocess.Popen(
+                [*LACRE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            ) as process:
+                assert process.stderr is not None
+                page = process.stderr.readline().removeprefix("open ").strip()
+                call = browser.called()
+                assert httpx2.get(issuer.confirmed(page), trust_env=False).status_code == 200
+                _, complaint = process.communicate(timeout=90)
+        assert process.returncode == 0, complaint
+        state = httpx2.URL(page).params["state"]
+        assert state in call.page and call.mode == "0o100600" and "open-login-" in call.arguments
+        assert state not in call.arguments
+        assert not list((tmp_path / "lacre").glob("open-*"))
 
     def test_the_command(self, tmp_path: Path) -> None:
         with login_server.on_loopback(login_server.LoginServer("", "authorization_pending", None)) as issuer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 from lacre_backend.api.app import create_app
 from parts.chat_page import API
 from parts.echo_engine import EchoEngine
+from parts.link_browser import LinkBrowser
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay
 from parts.up import LACRE
-from parts.waiting import PATIENCE, wait_until
 
 PRICES = '[prices."*"]\nprompt = "1"\ncached = "1"\ncompletion = "2"\n'
 
@@ -102,21 +101,13 @@ def test_without_open_there_is_no_page(gateway: Gateway, tmp_path: Path) -> None
 
 def test_the_browser_gets_the_link_in_a_private_file(gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every user of the machine can read a program's arguments: the key is in none."""
-    seen, browser = tmp_path / "seen", tmp_path / "browser"
-    browser.write_text(
-        f"#!{sys.executable}\nimport os, sys\nfrom urllib.request import url2pathname\n"
-        f"path = url2pathname(sys.argv[1].removeprefix('file://'))\n"
-        f"text = repr(sys.argv) + oct(os.stat(path).st_mode) + open(path).read()\n"
-        f"open({str(seen)!r} + '~', 'w').write(text)\nos.rename({str(seen)!r} + '~', {str(seen)!r})\n"
-    )
-    browser.chmod(0o700)
+    browser = LinkBrowser(tmp_path)
     monkeypatch.delenv("SSH_CONNECTION", raising=False)  # it would say that no person sits here
-    with running(gateway, tmp_path, BROWSER=f"{browser} %s", DISPLAY=":0") as (told, log):
-        wait_until(seen.exists, PATIENCE, log.read_text)
-        arguments, mode, page = seen.read_text().partition("0o100600")
+    with running(gateway, tmp_path, **browser.env()) as (told, _):
+        call = browser.called()
         key = httpx2.URL(told["page"]).params["key"]
-        assert mode and key not in arguments and "open-lacre-page-" in arguments
-        assert f"url={told['page']}" in page and 'name="referrer" content="no-referrer"' in page
+        assert key not in call.arguments and "open-lacre-page-" in call.arguments and call.mode == "0o100600"
+        assert f"url={told['page']}" in call.page and 'name="referrer" content="no-referrer"' in call.page
         [file] = (tmp_path / "lacre").glob("open-*")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert httpx2.get(told["page"], trust_env=False).status_code == 303

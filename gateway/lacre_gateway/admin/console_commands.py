@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -14,6 +16,7 @@ from lacre_gateway.admin.api_commands import AsJson, with_api
 if TYPE_CHECKING:
     from lacre_gateway.admin.calls import AdminApi
 
+_LOADING: Final = 10.0  # seconds for a browser to start and to read its file
 admin_app = typer.Typer(no_args_is_help=True, help="Administer a running gateway.")
 
 
@@ -28,10 +31,9 @@ def open_console(
     browser: Annotated[bool, typer.Option("--browser", help="Also open the link in this machine's browser.")] = False,
 ) -> None:
     """Print a link that opens the operators' console as the holder of the access token. It works once, for a minute."""
-    import webbrowser
-
     from lacre import problems
-    from lacre.cli.output import say
+    from lacre.cli.link_file import LinkFile
+    from lacre.cli.output import say, waiting
     from lacre.errors import RefusedError, SettingsError
     from lacre_gateway.admin.reports import OpenLink
 
@@ -42,8 +44,14 @@ def open_console(
             raise
         raise SettingsError("this gateway has no console: add a table [console] to its settings, and restart it") from exc
     say(link.url)
-    if browser:
-        webbrowser.open(link.url)
+    if not browser:
+        return
+    with suppress(KeyboardInterrupt), LinkFile("console", link.url, instead="leave --browser away") as file:
+        if not file.open():
+            typer.echo("warning: this machine has no browser: open the link in another one, within its minute", err=True)
+            return
+        with waiting("the browser opens"):
+            time.sleep(_LOADING)
 
 
 Node = Annotated[str, typer.Argument(help="The worker's name, as in `lacre top`.")]

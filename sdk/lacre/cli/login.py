@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from lacre.cli.output import Url, err, printable, say, waiting
 if TYPE_CHECKING:
     import httpx2
 
+    from lacre.cli.link_file import LinkFile
     from lacre.transport.device_grant import LoginServer
     from lacre.transport.login import SavedLogin
 
@@ -41,20 +43,25 @@ def login(
 
 
 def _here(http: httpx2.Client, server: LoginServer, client_id: str, scope: str | None) -> SavedLogin:
+    from contextlib import ExitStack
+
+    from lacre.cli.link_file import LinkFile
     from lacre.runtime import tasks
     from lacre.transport.browser_grant import in_browser
 
-    def opening(page: str) -> None:
-        err().print(f"open {printable(page)}", markup=False, soft_wrap=True)
-        tasks.thread("browser", lambda: _show(page))  # a browser in this terminal ends only when the person leaves it
+    with ExitStack() as shown:
 
-    return in_browser(http, server, client_id, scope, opening)
+        def opening(page: str) -> None:
+            err().print(f"open {printable(page)}", markup=False, soft_wrap=True)
+            # With the address's `state` and challenge, another user could log this one in as somebody else.
+            file = shown.enter_context(LinkFile(f"login-{os.getpid()}", page, instead="use --device"))
+            tasks.thread("browser", lambda: _open(file))
+
+        return in_browser(http, server, client_id, scope, opening)
 
 
-def _show(page: str) -> None:
-    import webbrowser
-
-    webbrowser.open(page)
+def _open(file: LinkFile) -> None:
+    file.open()
 
 
 def _anywhere(http: httpx2.Client, server: LoginServer, client_id: str, scope: str | None) -> SavedLogin:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
-import webbrowser
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from html import escape
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lacre.cli.link_file import LinkFile
 from lacre.cli.surroundings import read_file, utf8
 from lacre.errors import SettingsError
-from lacre.runtime import folders, private_files, tasks
+from lacre.runtime import folders, tasks
 from lacre.transport.browser_grant import has_browser
 from lacre.transport.login import OsKeyring
 
@@ -33,7 +32,7 @@ class PageOpening:
 
         self.door = PageDoor(origin, self._remove)
         self._browser = browser
-        self._file: Path | None = None
+        self._file: LinkFile | None = None
 
     def app(self, client: AsyncClient, pinned: Mapping[str, str] | None, *, priced: bool) -> ASGIApp:
         from lacre.page.app import Page, create_page
@@ -45,28 +44,18 @@ class PageOpening:
 
     @contextmanager
     def shown(self, link: str) -> Iterator[None]:
-        """Opens the browser. It gets the link by a private file: every user of the machine can read a program's arguments."""
+        """Opens the browser."""
         if not self._browser or not has_browser():
             yield
             return
-        folder = folders.state()
-        self._file = file = folder / f"open-{self.door.cookie}.html"
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            private_files.replace(file, _leading(link))
-        except OSError as exc:
-            raise SettingsError(f"{file} cannot be written ({exc.strerror}): use --no-browser") from exc
-        try:
-            tasks.detach("opening the browser", asyncio.to_thread(webbrowser.open, file.as_uri()))
+        with LinkFile(self.door.cookie, link, instead="use --no-browser") as self._file:
+            tasks.detach("opening the browser", asyncio.to_thread(self._file.open))
             yield
-        finally:
-            self._remove()
 
     def _remove(self) -> None:
-        """A signal ends the process without a last word: then the file stays, and its link leads nowhere."""
+        """The link was used."""
         if self._file is not None:
-            with suppress(OSError):
-                self._file.unlink(missing_ok=True)
+            self._file.remove()
 
 
 def prices_in(path: Path) -> dict[str, Any]:
@@ -78,12 +67,3 @@ def prices_in(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SettingsError(f"{path} has no table `prices`: write one as in the gateway's plans.toml")
     return found
-
-
-def _leading(link: str) -> bytes:
-    """A page that goes to the link."""
-    target = escape(link)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer"><title>Lacre</title>'
-        f'<meta http-equiv="refresh" content="0;url={target}"><p><a href="{target}">Open the chat</a>'
-    ).encode()

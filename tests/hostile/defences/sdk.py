@@ -337,6 +337,13 @@ MUTATIONS: Final = Mutation.of(
         'return folder / "login.json"',
     ),
     (
+        "persons: arguments",
+        "a browser gets a link with a secret in a private file",
+        "lacre.cli.link_file:LinkFile.open",
+        "self.path.as_uri()",
+        "self._link",
+    ),
+    (
         "persons: without_the_key",
         "a state is encrypted under the caller's key",
         "lacre.exchange.stream_state:_cipher",
