@@ -81,16 +81,18 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check everything that a gateway or a worker needs, and say how to fix each fault. Exit code 1 if a check fails."""
+    from lacre.cli.output import waiting
     from lacre_fabric.logs import only_errors
     from lacre_gateway.doctor import examine
     from lacre_gateway.doctor.report import show
     from lacre_gateway.doctor.worker import examine_workers
 
     only_errors()
-    if worker:
-        found = examine_workers([settings] if settings is not None else _own_workers(state))
-    else:
-        found = examine(settings or _own_settings(state))
+    with waiting("checking"):
+        if worker:
+            found = examine_workers([settings] if settings is not None else _own_workers(state))
+        else:
+            found = examine(settings or _own_settings(state))
     if not show(found, as_json=as_json):
         raise typer.Exit(1)
 
@@ -113,7 +115,7 @@ def token_check(
     """
     import asyncio
 
-    from lacre.cli.output import exit_code
+    from lacre.cli.output import exit_code, waiting
     from lacre.errors import Unauthenticated
     from lacre_fabric.logs import only_errors
     from lacre_gateway.doctor.token import TokenReport, ask_fabric, explain
@@ -127,7 +129,8 @@ def token_check(
     async def explained() -> TokenReport:
         return await explain(found, given, await ask_fabric(found), address=address)
 
-    report = asyncio.run(explained())
+    with waiting("asking the issuer and the fabric"):
+        report = asyncio.run(explained())
     show(report, as_json=as_json)
     if not report.accepted:
         raise typer.Exit(exit_code(Unauthenticated(report.reason, status=401, problem=report.problem)))
@@ -192,6 +195,7 @@ def revoke(
     import asyncio
     import time
 
+    from lacre.cli.output import waiting
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.nats.revocations import RevocationsFull
     from lacre_fabric.nats.revocations import revoke as put
@@ -223,6 +227,7 @@ def revoke(
             await as_role(Site.load(folder).credential("provisioner"))
             typer.echo(f"warning: {exc}", err=True)
 
-    asyncio.run(run())
+    with waiting("telling the gateways"):
+        asyncio.run(run())
     typer.echo(f"revoked until {datetime.fromtimestamp(revoked.until, UTC):%Y-%m-%d %H:%M:%S UTC}")
     typer.echo(f"audit logs name it {revoked.key}")

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from lacre.cli.output import AsJson, say_json, say_table
+from lacre.cli.output import AsJson, say_json, say_table, waiting
 from lacre_backend.commands import measure
 
 commands = typer.Typer(no_args_is_help=True)
@@ -71,7 +71,8 @@ def worker_check(settings: SettingsFile, as_json: AsJson = False) -> None:
     from lacre_fabric.logs import only_errors
 
     only_errors()
-    reasons = examine(settings)
+    with waiting("trying everything"):
+        reasons = examine(settings)
     if as_json:
         say_json({"ok": not reasons, "reasons": [asdict(reason) for reason in reasons]})
     else:
@@ -96,7 +97,8 @@ def worker_digests(
     from lacre_backend.commands.digests import PlannedModels, served_files
     from lacre_backend.settings import load
 
-    found = served_files(PlannedModels.read(sys.stdin.buffer, settings) if planned else load(settings))
+    with waiting("reading the models"):
+        found = served_files(PlannedModels.read(sys.stdin.buffer, settings) if planned else load(settings))
     if as_json:
         say_json({"models": {name: entry.members() for name, entry in found.items()}}, indent=2)
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from lacre.cli.output import AsJson, say_json, say_table
+from lacre.cli.output import AsJson, say_json, say_table, waiting
 from lacre.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -129,12 +129,13 @@ def sign(
     from lacre_backend.workshop.inspection import check_whole
 
     private = signatures.private_key(key, _passphrase)
-    if file.is_dir():
-        check_name(file)
-        digests, ignored = folders.read(file), list(folders.IGNORED)
-    else:
-        digests, ignored = find(file).digests, []
-        check_whole(file)
+    with waiting("reading every byte"):
+        if file.is_dir():
+            check_name(file)
+            digests, ignored = folders.read(file), list(folders.IGNORED)
+        else:
+            digests, ignored = find(file).digests, []
+            check_whole(file)
     path = signatures.signature_path(file)
     replace(path, signatures.sign(digests, path.stem, private, ignored))
     path.chmod(0o644)  # a signature is public
@@ -152,12 +153,14 @@ def verify(
     from lacre_backend.models import folders, signatures
     from lacre_backend.models.gguf import find
 
-    public, found = signatures.public_key(key), None if file.is_dir() else find(file)
+    public = signatures.public_key(key)
+    with waiting("reading every byte"):
+        found = None if file.is_dir() else find(file)
     path = signatures.signature_path(file)
     if not path.is_file():
         raise signatures.UntrustedModel(f"{file} has no signature: {path} does not exist")
     bundle = signatures.read_bundle(path)
-    with signatures.naming(file):
+    with signatures.naming(file), waiting("verifying every byte"):
         digests = folders.read(file, signatures.ignored_paths(bundle)) if found is None else found.digests
         signed = signatures.verify(digests, bundle, [public])
     _say_signed(signed, path, as_json)

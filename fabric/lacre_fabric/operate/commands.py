@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lacre.cli import beginnings, manifest_app
-from lacre.cli.output import AsJson, say_json, say_table
+from lacre.cli.output import AsJson, say_json, say_table, waiting
 from lacre.runtime.hosts import without_secrets
 from lacre_fabric.operate.key_commands import date, keys_app
 from lacre_fabric.operate.pool_commands import pool_app
@@ -146,7 +146,8 @@ def _change(site: Site, change: Callable[[], object]) -> bool:
             return False
         return True
 
-    return asyncio.run(run())
+    with waiting("publishing the manifest"):
+        return asyncio.run(run())
 
 
 def _served(url: str) -> bool:
@@ -210,7 +211,8 @@ def manifest_publish(
             await provision_site(site, connection)
             await publish(site, connection, new_root=new_root)
 
-    asyncio.run(run())
+    with waiting("publishing the manifest"):
+        asyncio.run(run())
     typer.echo("published")
 
 
@@ -312,7 +314,8 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
                 found.append(compare_stores(site, await stores.read_mark(connection)))
         return found
 
-    found = asyncio.run(run())
+    with waiting("checking the NATS servers"):
+        found = asyncio.run(run())
     if as_json:
         say_json([asdict(finding) for finding in found])
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacre.cli.output import AsJson, say_json, say_table
+from lacre.cli.output import AsJson, say_json, say_table, waiting
 from lacre.errors import SettingsError, UsageError
 from lacre_fabric.operate.start_commands import State
 from lacre_fabric.operate.state_commands import site_of
@@ -84,10 +84,12 @@ def pool_add(
     server = None if upstream is None else UpstreamServer(upstream, tuple(allow or ALLOWED), beyond_loopback)
     files = AccountFiles(tuple(accounts or ()), apply, wait)
     if offline:
-        coming = asyncio.run(pools.prepare(site, name, model or (), files, upstream=server))
+        with waiting("making keys and accounts"):
+            coming = asyncio.run(pools.prepare(site, name, model or (), files, upstream=server))
         _tell_steps(site, chart_pools.added(coming, name, files.paths(site)[0]), files)
     else:
-        asyncio.run(pools.add(site, name, model or (), files, typer.echo, upstream=server))
+        with waiting("adding the pool"):
+            asyncio.run(pools.add(site, name, model or (), files, typer.echo, upstream=server))
     typer.echo(f"chart values: {chart_pools.values_file(site)}")
 
 
@@ -121,7 +123,8 @@ def pool_remove(
         gone = asyncio.run(pools.withdraw(site, name, files, force=force))
         _tell_steps(site, chart_pools.removed(gone, name, files.paths(site)[0]), files)
     else:
-        asyncio.run(pools.remove(site, name, files, typer.echo, force=force))
+        with waiting("removing the pool"):
+            asyncio.run(pools.remove(site, name, files, typer.echo, force=force))
 
 
 def _tell_steps(site: Site, steps: Sequence[str], files: AccountFiles) -> None:
@@ -144,7 +147,8 @@ def pool_list(state: State = None, as_json: AsJson = False) -> None:
 
     site = site_of(state)
     keys = {pool: [key for one in site.generations(pool).live for key in one.ids] for pool in site.pools}
-    upstreams, states = of_site(site.folder), asyncio.run(_states(site))
+    with waiting("asking the NATS servers"):
+        upstreams, states = of_site(site.folder), asyncio.run(_states(site))
     if as_json:
         rows = {
             pool: {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lacre.cli.output import waiting
 from lacre.errors import SettingsError
 from lacre_fabric.operate.start_commands import State
 
@@ -60,8 +61,10 @@ def state_backup(
             await behind.check(site, connection)
             return Backup.of(site.folder, await stores.entries(connection))
 
-    made = asyncio.run(run())
-    save(file, encrypted(made.encode(), passphrase=passphrase, address=kms))
+    with waiting("reading the state"):
+        made = asyncio.run(run())
+    with waiting("encrypting the backup"):
+        save(file, encrypted(made.encode(), passphrase=passphrase, address=kms))
     kept = "without the fabric" if made.entries is None else f"{len(made.entries)} entries of the fabric"
     typer.echo(f"{file}: {len(made.files)} files, {kept}")
 
@@ -83,8 +86,10 @@ def state_restore(
     folder = (state or default_state()).resolve()
     data = backup.read(file)
     passphrase = None if kms is not None else _passphrase(passphrase_file, confirm=False)
-    found = backup.Backup.parse(backup.decrypted(data, passphrase=passphrase, address=kms))
-    backup.restore(found, folder)
+    with waiting("opening the backup"):
+        found = backup.Backup.parse(backup.decrypted(data, passphrase=passphrase, address=kms))
+    with waiting("writing the state"):
+        backup.restore(found, folder)
     typer.echo(f"{folder}: {len(found.files)} files as of {_date(found.made_at)}")
     typer.echo("Run `lacre fabric check` next: it says whether the folder is behind the fabric.")
 
@@ -113,7 +118,8 @@ def state_settle(
             await stores.provision_site(site, connection)
 
     try:
-        asyncio.run(run())
+        with waiting("telling the fabric"):
+            asyncio.run(run())
     except FabricUnavailable as exc:
         typer.echo(f"decided; it takes effect at the next `lacre up`, `keys tend` or `manifest publish` ({exc})")
     else:
@@ -180,7 +186,8 @@ def catch_up(
             newest = catching_up.newest(known, root)
             return catching_up.catch_up(site, newest or there, time.time(), others)
 
-    done = asyncio.run(run())
+    with waiting("comparing with the fabric and the gateway"):
+        done = asyncio.run(run())
     typer.echo(f"version {done.version}, {done.statements} root statements added")
     for line in done.todo:
         typer.echo(f"  {line}", err=True)

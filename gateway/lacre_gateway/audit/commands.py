@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from lacre.cli.output import counting, say, say_json, waiting
+from lacre.cli.output import at_terminal, counting, say, say_json, waiting
 from lacre.cli.surroundings import read_file
 from lacre.errors import InvalidMessage, SettingsError
 
@@ -102,9 +102,11 @@ def audit_prove(
         if not readers:
             raise SettingsError(f"there is no log {origin} in {folder}, or it was erased")
     for reader in readers:
-        found = index if index is not None else _intent_of(reader, str(request))
-        if found is not None:
-            typer.echo(reader.proof(found).text(), nl=False)
+        with waiting("looking for the entry"):
+            found = index if index is not None else _intent_of(reader, str(request))
+            proof = None if found is None else reader.proof(found).text()
+        if proof is not None:
+            typer.echo(proof, nl=False)
             return
     raise SettingsError(f"the log has no request {request}")
 
@@ -131,12 +133,14 @@ def audit_check_receipt(
     kept, public = _proof(proof), parse_key(key)
     origin = checkpoints.parse(kept.checkpoint).origin
     if any(part.erased and part.checkpoint.origin == origin for part in chain.parts(folder, public)):
-        for _ in feed.entries(folder, public):  # or nobody has recorded the erasure
+        read = feed.entries(folder, public)
+        for _ in counted("looking for the record of the erasure", read, [folder], public):  # or nobody has recorded it
             pass
         raise SettingsError(f"retention erased the log {origin}: `lacre audit check-proof` still checks the proof itself")
     readers = chain.readers(folder, public)
     own = [reader for reader in readers if reader.checkpoint.origin == origin]
-    check_receipt(kept, (own or readers)[-1])
+    with waiting("comparing the log with the proof"):
+        check_receipt(kept, (own or readers)[-1])
     typer.echo(f"entry {kept.index} is in the log, and the log extends the proven tree")
 
 
@@ -217,7 +221,9 @@ def audit_export(
             Cursor(unsaved[-1].origin, unsaved[-1].index + 1).save(cursor)
         unsaved.clear()
 
-    for entry in read(folder, public, start, follow=follow, alone=alone):
+    entries = read(folder, public, start, follow=follow, alone=alone)
+    # At a terminal the lines themselves are seen. An export that goes on has no end to show.
+    for entry in entries if follow or start is not None or at_terminal() else counted("exporting", entries, [folder], public):
         if entry is None:
             flush()
             if follow and _reader_is_gone():

@@ -132,11 +132,13 @@ def _approver(state: Path) -> Approver | None:
 
 async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, approver: Approver | None) -> list[Line]:
     """Raises SettingsError, FabricUnavailable or InvalidMessage."""
+    from lacre.cli.output import waiting
     from lacre_fabric.nats import subjects
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.nats.kv import dump
     from lacre_fabric.operate.site import Site
     from lacre_gateway.audit import feed
+    from lacre_gateway.audit.commands import counted
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.budget.additions import nothing_counts
     from lacre_gateway.budget.callers import SCOPES
@@ -146,11 +148,12 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, app
     from lacre_gateway.budget.windows import windows_at
 
     site = Site.load(state)
-    connection = await Connection.open(site.servers, site.credential("provisioner"))
-    try:
-        found = await dump(connection, subjects.BUDGETS_BUCKET)
-    finally:
-        await connection.close()
+    with waiting("asking the fabric"):
+        connection = await Connection.open(site.servers, site.credential("provisioner"))
+        try:
+            found = await dump(connection, subjects.BUDGETS_BUCKET)
+        finally:
+            await connection.close()
     now = time.time()
     alive: set[str] = set()
     parts: dict[str, list[bytes]] = {}
@@ -168,7 +171,8 @@ async def _shown(state: Path, audit: list[Path] | None, plans: Plans | None, app
     }
     settled = None
     if audit:
-        settled = settled_by(parse(entry) for folder in audit for entry in feed.entries(folder))
+        every = (entry for folder in audit for entry in feed.entries(folder))
+        settled = settled_by(map(parse, counted("adding up", every, audit)))
     return list(lines(records, frozenset(alive), settled, plans))
 
 

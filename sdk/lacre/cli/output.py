@@ -3,6 +3,8 @@
 Rules:
 - Data goes to stdout unchanged, by `write` and `say`. It never passes rich, which folds, colours and cuts.
 - rich draws only at a terminal. The stream decides whether there is one; `FORCE_COLOR` does not.
+- Work of over two seconds shows a bar or a spinner, on stderr. What a command writes to a pipe meanwhile goes to the pipe: rich
+  would take it to the terminal.
 """
 
 from __future__ import annotations
@@ -165,10 +167,13 @@ def printable(text: str) -> str:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Tells a person at a terminal what the command waits for, until it is over."""
-    if sys.stderr.isatty():
-        with err().status(f"[dim]{what}[/dim]"):
-            yield
-    else:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    with Live(Spinner("dots", f"[dim]{what}[/dim]"), console=err(), transient=True, redirect_stdout=at_terminal()):
         yield
 
 
@@ -180,7 +185,7 @@ def counting(what: str, items: Iterable[_Item], total: Callable[[], int]) -> Ite
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("[dim]{task.description}[/dim]"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err(), transient=True) as progress:
+    with Progress(*columns, console=err(), transient=True, redirect_stdout=at_terminal()) as progress:
         bar = progress.add_task(what, total=total())
         for number, item in enumerate(items, 1):
             yield item
