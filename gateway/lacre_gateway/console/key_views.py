@@ -46,6 +46,7 @@ class KeyViews:
         keys += await asyncio.to_thread(_certificates, gateway)
         signs = raw_public_key(gateway.key)
         return KeysReport(
+            gateway=gateway.settings.instance, signs=b64u(signs)[:_SHOWN],
             version=None if manifest is None else manifest.version, issued_at=None if manifest is None else manifest.issued_at,
             expires_at=None if manifest is None else manifest.expires_at, keys=keys,
             issuers=[IssuerReport(issuer=one.issuer, usable=one.keys.usable) for one in gateway.authenticator.issuers],

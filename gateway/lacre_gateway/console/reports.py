@@ -250,8 +250,14 @@ class IssuerReport(Report):
 
 
 class KeysReport(Report):
-    """version, issued_at, expires_at: of the manifest; None without one. unlisted: keys that workers have beside its own."""
+    """version, issued_at, expires_at: of the manifest; None without one. unlisted: keys that workers have beside its own.
 
+    gateway: the one that was asked. Its certificates, its issuers and `signs`, the key that signs its grants, are its own.
+    Gateways announce none of these, so each must be asked.
+    """
+
+    gateway: str
+    signs: str
     version: int | None
     issued_at: float | None
     expires_at: float | None

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from lacre.evidence.audit_proof import AuditProof
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.trust.manifest import fingerprint
 from lacre_fabric.work.presence import accepts_grants_of
 from lacre_gateway.policy.rules import copy_shipped
@@ -173,6 +174,18 @@ async def test_who_still_has_an_old_key(desk: Desk, root: Person) -> None:
     assert "Keys outside the manifest" in page and "O" * 16 in page
     assert "<b>no" not in page and "no fingerprint" not in page
     assert "Keys outside the manifest" not in (await root.get("/console/keys")).text
+
+
+async def test_what_is_of_this_gateway_alone_is_said_so(desk: Desk, root: Person) -> None:
+    """An operator of two rotates a key at both: each says with which key it signs."""
+    gateway = desk.stage.gateway
+    async with desk.stage.http(app=desk.stage.admin) as client:
+        told = (await client.get("/v1/keys", headers={"authorization": f"Bearer {desk.admin()}"})).json()
+    page = (await root.get("/console/keys")).text
+    signs = b64u(raw_public_key(gateway.key))
+    assert told["gateway"] == gateway.settings.instance and signs.startswith(told["signs"]) and len(told["signs"]) == 16
+    assert f"what this page knows of {told['gateway']} alone" in page
+    assert f"<code>{told['signs']}</code>" in page and "lacre doctor" in page
 
 
 async def test_nobody_sees_nothing(desk: Desk) -> None:
