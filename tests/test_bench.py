@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -33,14 +34,22 @@ KEYS = {
         for name in ("cpu_us_per_request_w{}", "busy_w{}", "wait_w{}_ms", "expected_w{}_ms")
     },
 }  # fmt: skip
+KEYS["records"] = {"python_records_per_s"}
+if shutil.which("npm") is not None:
+    KEYS["records"] |= {"node_records_per_s", "node_of_python"}
+    if shutil.which("chromium") is not None:
+        KEYS["records"] |= {"chromium_records_per_s", "chromium_of_python"}
+SLOW = ("gateway", "flood", "scale", "records")
 PEERS = {"nginx_rps_c16", "portkey_rps_c16", "portkey_cpu_us_per_request"}  # where they can be had
 
 
 @pytest.mark.parametrize(
-    "name", ["seal", "imports", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gateway", "flood", "scale"))]
+    "name",
+    ["seal", "imports", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gateway", "flood", "scale", "records"))],
 )
 def test_quick(name: str, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", f"bench.{name}", "--quick", "--json", tmp_path / "out"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", tmp_path / "out"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "tests")}, check=True)
     figures = json.loads((tmp_path / "out").read_text())
     assert KEYS[name] <= set(figures)
     assert name != "gateway" or shutil.which("npm") is None or set(figures) >= PEERS

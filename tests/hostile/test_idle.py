@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
 
 from hostile.adversary import HttpWire
 from hostile.attacks import attack
@@ -13,6 +16,7 @@ from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import Restore
 from lacre_backend.engine.saved import MIN_SAVED
 from lacre_backend.engine.scope_ages import SCOPE_LIFE
+from lacre_backend.engine.vault import CacheVault
 from lacre_backend.engine.vault import _context as vault_context
 from parts.issuer import Issuer
 from parts.keys import MODEL
@@ -22,6 +26,23 @@ from parts.waiting import until
 
 SETTINGS = LlamaSettings(n_ctx=2048, slots=1, threads=1, idle_caches=2**24)
 OTHER = "Something else, which pushes it out. " * 10
+
+
+class Leftovers:
+    """What the vault's buffers hold when its calls return. sizes: of the last one. found: calls that left something."""
+
+    def __init__(self) -> None:
+        self.sizes = {"save": 0, "_opened": 0, "__init__": 0}
+        self.found: list[str] = []
+
+    def look(self, frame: FrameType, event: str, _value: object) -> None:
+        name = frame.f_code.co_name
+        if event != "return" or name not in self.sizes or not isinstance(frame.f_locals.get("self"), CacheVault):
+            return
+        held = frame.f_locals.get("key" if name == "__init__" else "plain")
+        if held is not None:
+            self.sizes[name] = len(held)
+            self.found += [name] * any(bytes(held))
 
 
 @attack("ask for what another caller said, after its cache was copied out of its slot", "client",
@@ -72,6 +93,27 @@ async def test_dumped(stage: Stage, honest: Stage, wire: HttpWire, tmp_path: Pat
             parts = {plain[at : at + 64] for at in range(0, len(plain) - 64, 64)} - {bytes(64)}
             assert not [part for part in parts if any(part in piece for piece in copy.pieces)]
         assert len(set(nonces)) == len(nonces) >= 2
+
+
+@attack("read what the engine left in its memory after it sealed or restored a copy of an idle cache", "client",
+        "the plain bytes of a copy are overwritten at once, and its key once the cipher has it")  # fmt: skip
+async def test_wiped(stage: Stage, honest: Stage, wire: HttpWire, tmp_path: Path) -> None:
+    """A profiler sees the engine's own arrays as each call of the vault returns."""
+    path, left = tiny_model(tmp_path / "tiny.gguf"), Leftovers()
+    threading.setprofile(left.look)  # of the engine's threads, which start now
+    sys.setprofile(left.look)
+    try:
+        with closing(LlamaEngine(path, name=MODEL, digest="sha256:tiny", settings=SETTINGS)) as engine:
+            await stage.worker(create_app([engine]), models=[MODEL])
+            caller = stage.client(wire, honest.token)
+            for prompt in (stage.prompt * 12, OTHER, stage.prompt * 12):
+                await caller.chat(prompt, max_tokens=1)
+            assert engine.idle_caches.saved >= 1 and engine.idle_caches.restored == 1
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert left.sizes["save"] > 0 and left.sizes["_opened"] > 0 and left.sizes["__init__"] == 32
+    assert not left.found
 
 
 @attack("come back with a salt that was stolen, after its hour", "client",

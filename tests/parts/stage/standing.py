@@ -26,8 +26,14 @@ class Standing:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_error: object) -> None:
-        await self.close()
+    async def __aexit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """What fails in the block is what the test reports: a fault of the cleanup after it is only noted there."""
+        try:
+            await self.close()
+        except Exception as fault:
+            if error is None:
+                raise
+            error.add_note(f"the cleanup failed too: {fault!r}")
 
     async def close(self) -> None:
         await self.stack.aclose()
