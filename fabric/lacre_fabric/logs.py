@@ -60,8 +60,13 @@ class Level:
 
 def make_log(stream: TextIO, level: Level | None = None) -> Log:
     """A log that writes to `stream`. It belongs to one app; no global configuration changes. level: None: all lines."""
+    return log_by(structlog.WriteLogger(stream), level)  # one write per line
+
+
+def log_by(logger: object, level: Level | None = None) -> Log:
+    """As `make_log`. logger: has a method for each level, which gets the finished line without its end."""
     log: Log = structlog.wrap_logger(
-        structlog.WriteLogger(stream),  # one write per line
+        logger,
         processors=PROCESSORS if level is None else (level, *PROCESSORS),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,

@@ -34,7 +34,7 @@ from lacre.errors import SettingsError
 from lacre.runtime import tasks, watched_files
 from lacre.runtime.watched_files import WatchedFiles
 from lacre_fabric.keys.secret_files import read_ed25519s
-from lacre_fabric.logs import PROCESSORS, Level, make_log
+from lacre_fabric.logs import PROCESSORS, Level, log_by
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
@@ -47,6 +47,7 @@ from lacre_gateway.audit.keeping import Keeper, LogTerms
 from lacre_gateway.auth.jwks_remote import RemoteKeys
 from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.http.certificate import Certificate, watched
+from lacre_gateway.http.held_lines import LineLogger, held_stderr
 from lacre_gateway.http.logs import standard_logging
 from lacre_gateway.http.server import Server, allow_connections, bind, make_server
 from lacre_gateway.policy.cedar import PolicyError
@@ -71,15 +72,15 @@ def serve(settings: GatewaySettings, read: Callable[[], GatewaySettings]) -> Non
     read: the settings that are on the disk now, as this process uses them. Raises SettingsError.
     """
     level = Level(settings.log_level)
-    logging.config.dictConfig(standard_logging("ext://sys.stderr"))
-    # For the fabric's own loggers; the gateway's belongs to the app.
-    structlog.configure(
-        processors=[level, *PROCESSORS],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),  # above it, `level` decides
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(tasks.run(_run(settings, read, level)))
+    with held_stderr() as lines, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        logging.config.dictConfig(standard_logging("ext://sys.stderr"))
+        # For the fabric's own loggers; the gateway's belongs to the app.
+        structlog.configure(
+            processors=[level, *PROCESSORS],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),  # above it, `level` decides
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
+        runner.run(tasks.run(_run(settings, read, level, lines)))
 
 
 @dataclass(slots=True)
@@ -98,11 +99,11 @@ class _Link:
             await self.fabric.close()
 
 
-async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], level: Level) -> None:
+async def _run(settings: GatewaySettings, read: Callable[[], GatewaySettings], level: Level, lines: LineLogger) -> None:
     keys = WatchedFiles([settings.signing_key], partial(read_ed25519s, settings.signing_key))
     Credential.load(settings.nats.credentials)  # reports a wrong file at the start
     allow_connections(settings.listen.connections)
-    link, log = _Link(), make_log(sys.stderr, level).bind(gateway=settings.instance)
+    link, log = _Link(), log_by(lines, level).bind(gateway=settings.instance)
     certificate = None if settings.listen.tls is None else watched(settings.listen.tls, log)
     context = None if certificate is None else lambda: certificate.value
     with ExitStack() as listeners:

@@ -62,7 +62,7 @@ class Told:
 def exchange(*fields: bytes, version: bytes = b"1.1") -> tuple[Exchange, Told]:
     raw = b"\r\n".join([b"POST /v1/sealed HTTP/" + version, b"host: x", *fields, b""])
     told = Told()
-    return Exchange(told, parse_head(raw), "192.0.2.1"), told
+    return Exchange(told, parse_head(raw), "192.0.2.1", "0" * 32), told
 
 
 def room(total: int = 100) -> BodyReservation:

@@ -339,7 +339,7 @@ async def test_unread(honest: Stage, verdict: Verdict) -> None:
 async def test_unread_answer(honest: Stage) -> None:
     protocol = make_server(honest.app, Listen(port=0)).connection()
     connection = Connection(protocol, "192.0.2.9")
-    exchange = Exchange(protocol, parse_head(POST), "192.0.2.9")
+    exchange = Exchange(protocol, parse_head(POST), "192.0.2.9", "0" * 32)
     protocol.pause_writing()
     writing = asyncio.ensure_future(exchange.write([bytes(2**16)]))
     await asyncio.sleep(SETTLED)

@@ -32,11 +32,15 @@ class OrderKeys:
     """
 
     def __init__(self, password: str | None = None) -> None:
-        self._secret = os.urandom(32) if password is None else hmac.digest(password.encode(), b"lacre orders", hashlib.sha256)
+        secret = os.urandom(32) if password is None else hmac.digest(password.encode(), b"lacre orders", hashlib.sha256)
+        # Copied for each key. `hmac.digest` would let go of the interpreter's lock, and wait for it, once a request.
+        self._begun = hmac.new(secret, digestmod="sha256")
 
     def of(self, pool: str, request_id: str) -> bytes:
         """16 bytes. Pool names and request ids contain no dots."""
-        return _mac(self._secret, f"{pool}.{request_id}".encode())
+        mac = self._begun.copy()
+        mac.update(f"{pool}.{request_id}".encode())
+        return mac.digest()[:_SIZE]
 
 
 def proof(key: bytes, order: bytes) -> str:

@@ -276,7 +276,7 @@ class Authenticator:
         verdict = await self._judged(authorization, address)
         if not self._revocations.current:
             raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY, noted=self._revocations.fault)
-        self._check_revoked(verdict, _credentials(authorization)[0])
+        self._check_revoked(verdict, authorization)
         if verdict.thumbprint is None:
             return verdict.access
         return self._proved(verdict, _Shown(authorization, proof, method, url), address)
@@ -287,14 +287,14 @@ class Authenticator:
         """
         verdict = await self._judged(authorization, "")
         if self._revocations.current:
-            self._check_revoked(verdict, b"bearer")
+            self._check_revoked(verdict, None)
         return Examined(verdict.access.principal, verdict.thumbprint is not None, verdict.until)
 
-    def _check_revoked(self, verdict: _Verdict, scheme: bytes) -> None:
-        """Raises Refusal."""
+    def _check_revoked(self, verdict: _Verdict, authorization: bytes | None) -> None:
+        """Raises Refusal, with a challenge for the scheme that was used; None: for bearer tokens."""
         if self._revocations.refuses(verdict.revocable, verdict.issued):
             revoked = BadClaim("token", says.REVOKED, problems.INVALID_TOKEN)
-            raise _unusable(revoked, scheme, {"issuer": verdict.access.principal.issuer})
+            raise _unusable(revoked, _credentials(authorization)[0], {"issuer": verdict.access.principal.issuer})
 
     async def _judged(self, authorization: bytes | None, address: str) -> _Verdict:
         """The verdict on a good token, remembered or new. Raises Refusal."""

@@ -36,6 +36,7 @@ from lacre_gateway.http.gathered import GatheredTransport
 from lacre_gateway.http.headers import as_address
 from lacre_gateway.http.pages import AllowedPages
 from lacre_gateway.http.refusal import RawHeaders, Refusal
+from lacre_gateway.http.request_ids import RequestIds
 
 if TYPE_CHECKING:
     from lacre_gateway.http.handshakes import Handshake
@@ -49,13 +50,14 @@ _log: Final = logging.getLogger("lacre_gateway.http")
 @dataclass(frozen=True, slots=True)
 class SealedRoute:
     """What serves the sealed requests of an app. serve: does the work for one, and answers it. log: gets its line. pages: of
-    which origins may read the answers.
+    which origins may read the answers. ids: for its requests.
     """
 
     serve: Callable[[Exchange], Awaitable[None]]
     log: RequestLog
     clock: Clock
     pages: AllowedPages = field(default_factory=AllowedPages)
+    ids: RequestIds = field(default_factory=RequestIds)
 
 
 class GatewayConnection(BoundedProtocol):
@@ -94,7 +96,7 @@ class GatewayConnection(BoundedProtocol):
         if self.sealed is None or head.path != _SEALED or head.method != "POST":
             super()._start(head)
             return
-        exchange = Exchange(self, head, self._caller(head))
+        exchange = Exchange(self, head, self._caller(head), self.sealed.ids.next())
         if self.sealed.pages:
             exchange.for_page = self.sealed.pages.fields(head.fields)
         self.cycle = cast("RequestResponseCycle", exchange)  # it has the members that uvicorn uses of one

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -116,8 +115,9 @@ class Exchange:
     )  # fmt: skip
 
     def __init__(
-        self, connection: CallersConnection, head: RequestHead, address: str, *, stall_limit: float = STALL_LIMIT
-    ) -> None:
+        self, connection: CallersConnection, head: RequestHead, address: str, request_id: str,
+        *, stall_limit: float = STALL_LIMIT,
+    ) -> None:  # fmt: skip
         self._connection = connection
         self._answer = HttpAnswer(head.version, keep_alive=head.keep_alive)
         self._one_zero = head.version == "1.0"
@@ -128,7 +128,7 @@ class Exchange:
         self.task: asyncio.Task[None] | None = None
         self.fields = Fields.collect(head.fields)
         self.address = address
-        self.request_id = secrets.token_hex(16)
+        self.request_id = request_id
         self.status: int | None = None
         self.recorded: asyncio.Future[Recorded] | None = None
         self.limits: RawHeaders = []
