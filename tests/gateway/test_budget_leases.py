@@ -140,6 +140,25 @@ def test_an_addition_that_cannot_be_read_spoils_its_part_alone(amount: object) -
     assert not GENUINE((kind, 1), "b", Addition(1, "not base64url!"))
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_write_in_doubt_counts_once_it_can_be_read(arrives: bool) -> None:
+    """One that did not arrive raises no capacity: it may still be refused."""
+    kind = LimitKind.REQUESTS_PER_MINUTE
+    draw = Draw(Account("key", "name", "g1", LONGEST, touched=START))
+    first = draw.account.propose(None, {kind: 1}, [Need({kind: (1, 64)})], START)
+    draw.account.send(first)
+    draw.account.confirm(first, START)
+    before = draw.account.current[kind].capacity
+    second = draw.account.propose(first.record, {kind: 1}, [Need({kind: (30, 64)})], START)
+    draw.account.send(second)
+    draw.doubt(second)
+    draw.record = Record.parse((second if arrives else first).record.encode())
+    assert (draw.happened(START) is second) is arrives
+    capacity = draw.account.current[kind].capacity
+    assert capacity >= 30 if arrives else capacity == before
+    assert draw.happened(START) is None, "once"
+
+
 def test_an_addition_to_an_unknown_limit_spoils_nothing() -> None:
     """A newer gateway may add to limits of further kinds: its draws still count."""
     kind = LimitKind.TOKENS_PER_DAY

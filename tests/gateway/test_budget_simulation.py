@@ -74,12 +74,15 @@ class Writing:
 
 @dataclass
 class Gateway:
-    """One holder. clock: how far its clock is off. read: the record as it last read it, and the revision of that."""
+    """One holder. clock: how far its clock is off. read: the record as it last read it, and the revision of that. doubted: the
+    last write whose answer was lost, until it reads the record.
+    """
 
     account: Account
     clock: float = 0.0
     read: tuple[Record | None, int] | None = None
     writing: Writing | None = None
+    doubted: Writing | None = None
     requests: list[Request] = field(default_factory=list)
     calendar: Calendar = field(default_factory=Calendar)
     released: dict[At, int] = field(default_factory=lambda: defaultdict(int))
@@ -160,6 +163,10 @@ class Budgets(RuleBasedStateMachine):
             gateway.read = (record, self.revision)
             if record is not None:
                 gateway.account.see(record)
+            doubted, gateway.doubted = gateway.doubted, None
+            draw = Draw(gateway.account, record, doubted=None if doubted is None else doubted.proposal)
+            if draw.happened(self.time(gateway)) is not None and doubted is not None:
+                self.heard(gateway, doubted)
 
     def shown(self, _who: int) -> Record | None:
         """What a gateway reads."""
@@ -199,12 +206,15 @@ class Budgets(RuleBasedStateMachine):
         writing, gateway.writing = gateway.writing, None
         if self.apply(writing):
             gateway.account.confirm(writing.proposal, self.time(gateway))
-            for at, amount in writing.released.items():
-                gateway.released[at] -= amount
-            gateway.asked.clear()
-            self.remember(gateway, writing)  # drawn for requests that wait, and may not come to it
+            self.heard(gateway, writing)
         else:
             gateway.account.conflict(writing.proposal)
+
+    def heard(self, gateway: Gateway, writing: Writing) -> None:
+        for at, amount in writing.released.items():
+            gateway.released[at] -= amount
+        gateway.asked.clear()
+        self.remember(gateway, writing)  # drawn for requests that wait, and may not come to it
 
     @rule(who=WHO, tokens=TOKENS, money=MONEY)
     def serve(self, who: int, tokens: int, money: int) -> None:
@@ -230,6 +240,7 @@ class Budgets(RuleBasedStateMachine):
             return
         writing, gateway.writing = gateway.writing, None
         gateway.account.doubt(writing.proposal)
+        gateway.doubted = writing
         self.remember(gateway, writing)
         if happens == "now":
             self.apply(writing)

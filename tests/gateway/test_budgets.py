@@ -15,7 +15,7 @@ from lacre import problems
 from lacre.evidence.audit_proof import AuditProof
 from lacre.jose.jws import raw_public_key
 from lacre.problems import details
-from lacre_fabric.nats.kv import Entry
+from lacre_fabric.nats.kv import Bucket, Entry
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.audit import feed
 from lacre_gateway.audit import index as indexes
@@ -340,6 +340,34 @@ async def test_a_draw_is_tried_again_while_somebody_waits(put_up: PutUp) -> None
         await until(lambda: away.asked >= 2, DRAW_LIMIT)
         stage.gateway.budgets.bucket = stage.budgets
         assert [(await each).status_code for each in waiting] == [200, 200, 200]
+
+
+class Late:
+    """A bucket on a busy disk: what is written is there, but no answer comes in time. told: the writes that arrived."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self.told = 0
+
+    async def read(self, key: str) -> Entry | None:
+        return await self._bucket.read(key)
+
+    async def write(self, key: str, value: bytes, revision: int) -> int:
+        await self._bucket.write(key, value, revision)
+        self.told += 1
+        raise FabricUnavailable("no answer in time")
+
+    async def scan(self, begin: str, most: int) -> tuple[dict[str, list[bytes]], bool]:
+        return await self._bucket.scan(begin, most)
+
+
+async def test_a_write_whose_answer_comes_late_is_not_made_again(put_up: PutUp) -> None:
+    stage = await put_up(plans=LEASED)
+    async with stage.fake_worker(), stage.http() as client:
+        stage.gateway.budgets.bucket = late = Late(stage.budgets)
+        assert [each.status_code for each in await asyncio.gather(*(stage.post(client) for _ in range(3)))] == [200] * 3
+        assert late.told <= 4  # one for each budget, and perhaps one more for requests that came later
+        stage.gateway.budgets.bucket = stage.budgets
 
 
 async def test_what_no_log_has_is_not_charged(stage: Stage, worker: FakeWorker) -> None:

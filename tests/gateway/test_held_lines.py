@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from lacre_fabric.logs import log_by
-from lacre_gateway.http.held_lines import _CAREFUL, HOLD, WHOLE, HeldLines, LineLogger
+from lacre_gateway.http.held_lines import _CAREFUL, HOLD, WHOLE, HeldLines, LineLogger, held_stderr
 
 
 class Written(io.StringIO):
@@ -124,6 +124,54 @@ async def test_threads_and_the_loop_at_once_lose_and_double_nothing() -> None:
     for first in (0, 1000, 2000, 3000):
         of_one = [number for number in found if first <= number < first + 500]
         assert of_one == sorted(of_one)
+
+
+async def test_a_line_waits_for_the_write_before_it() -> None:
+    begun, let_go = threading.Event(), threading.Event()
+
+    class Slow(Written):
+        def write(self, text: str) -> int:
+            if not begun.is_set():
+                begun.set()
+                let_go.wait(10)
+            return super().write(text)
+
+    stream = Slow()
+    lines = HeldLines(stream)
+    lines.hold(line(1))
+    threads = [threading.Thread(target=lines.flush), threading.Thread(target=lines.write, args=(line(2),))]
+    threads[0].start()
+    begun.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    let_go.set()
+    for thread in threads:
+        thread.join()
+    assert numbers(stream.getvalue()) == [1, 2]
+
+
+async def test_a_line_inside_of_a_write() -> None:
+    """As when the collector frees a failed task meanwhile, which asyncio logs."""
+
+    class Nested(Written):
+        def write(self, text: str) -> int:
+            if not self.pieces:
+                self.pieces.append("")
+                lines.write(line(2))
+            return super().write(text)
+
+    lines = HeldLines(Nested())
+    lines.hold(line(1))
+    lines.flush()
+    assert sorted(numbers(lines.getvalue())) == [1, 2]
+
+
+async def test_everything_is_written_in_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with held_stderr() as logger:
+        await asyncio.sleep(0)
+        logger.info("one")
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "one\n"
 
 
 # Processes of their own, whose stderr is a pipe

@@ -10,7 +10,7 @@ from lacre.errors import InvalidMessage
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.budget.additions import MAX_ADDITIONS, Approver
 from lacre_gateway.budget.callers import BudgetScope, Caller
-from lacre_gateway.budget.lease import Account, Need
+from lacre_gateway.budget.lease import Account, Need, Proposal
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
 
@@ -40,7 +40,7 @@ class CeilingChange:
 @dataclass(slots=True)
 class Draw:
     """An account, the known state of its record, and the requests that wait for it. looked: when its record was last read only
-    to learn of additions.
+    to learn of additions. doubted: the last write whose answer did not come, until the record is read.
     """
 
     account: Account
@@ -51,6 +51,24 @@ class Draw:
     waiting: list[Waiter] | None = None
     changes: list[CeilingChange] = field(default_factory=list)
     looked: float = float("-inf")
+    doubted: Proposal | None = None
+
+    def doubt(self, proposal: Proposal) -> None:
+        """It is unknown whether the write has happened, or will."""
+        self.account.doubt(proposal)
+        self.doubted = proposal
+
+    def happened(self, now: float) -> Proposal | None:
+        """The write in doubt, if the record that was just read shows that it has happened; it is confirmed then.
+
+        A busy disk answers late. Without this each late write would be made again, only to be late again. The bytes of the own
+        part decide: only this credential writes them, and they hold all that the capacity depends on.
+        """
+        doubted, self.doubted = self.doubted, None
+        if doubted is None or self.record is None or self.record.encode() != doubted.record.encode():
+            return None
+        self.account.confirm(doubted, now)
+        return doubted
 
     @property
     def changing(self) -> list[CeilingChange]:

@@ -358,8 +358,8 @@ class Ledger:
             raise FabricUnavailable("not connected to NATS")
         account = draw.account
         for number in range(_TRIES):
-            if not draw.known:
-                await self._read(draw)
+            if not draw.known and await self._read(draw) and not leave:
+                return (True,) * len(needs)  # those that still lack something ask again
             now = self.now()
             record, results = draw.changed(self.approver)
             proposal = account.leave(record, now) if leave else account.propose(record, self._calendar.at(now), needs, now)
@@ -377,7 +377,8 @@ class Ledger:
                 return proposal.met
         raise FabricUnavailable("too many gateways change this budget at once")
 
-    async def _read(self, draw: Draw) -> None:
+    async def _read(self, draw: Draw) -> bool:
+        """Whether it shows that the write in doubt has happened."""
         assert self.bucket is not None  # noqa: S101 - `_write` has checked
         entry = await self.bucket.read(draw.account.key)
         draw.record = None if entry is None else self._record(draw.account.key, entry, draw.account.name)
@@ -385,6 +386,9 @@ class Ledger:
         draw.known = True
         if draw.record is not None:
             draw.account.see(draw.record)
+        if (late := draw.happened(self.now())) is not None and self.alerts is not None:
+            self.alerts.wrote(draw.account, late, self.now())
+        return late is not None
 
     def _record(self, key: str, entry: Entry, name: str) -> Record:
         own = parsed(entry.value) if entry.value else Record(name)
@@ -400,7 +404,7 @@ class Ledger:
         except Conflict:
             raise
         except BaseException:
-            draw.account.doubt(proposal)
+            draw.doubt(proposal)
             raise
         draw.record, draw.known = proposal.record, True
 
