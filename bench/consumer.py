@@ -36,6 +36,9 @@ from lacre_fabric.work.settlement_keys import SETTLE
 
 RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
 BATCH = 256  # messages asked for at once
+# bytes of them: what waits for a busy reader stays far below the 64 MiB at which NATS closes its connection, also if two
+# pulls of each model overlap
+PULLED = 4 * 2**20
 RENEW = 1.0  # seconds that one pull lives; what an earlier process asked for is over soon
 BEAT = 1.0
 ATTEMPT = "0123456789abcdef" * 2
@@ -166,7 +169,7 @@ class Consumer:
         for pull in self._pulls:
             if pull.asked < BATCH // 2 or now - pull.asked_at >= RENEW:
                 pull.asked, pull.asked_at = pull.asked + BATCH, now
-                wanted = _json({"batch": BATCH, "expires": int(RENEW * 1e9)})
+                wanted = _json({"batch": BATCH, "max_bytes": PULLED, "expires": int(RENEW * 1e9)})
                 yield b"PUB %s %s %d\r\n%s\r\n" % (pull.subject.encode(), pull.inbox.encode(), len(wanted), wanted)
 
     def _answer(self, message: Message) -> Iterator[bytes]:
