@@ -18,17 +18,25 @@ first byte of an answer. All other times are to its end.
 - `rss_mb`: of the gateway's process at the end.
 - `subjects_6400_*`: with 6,400 subjects. `processes_4_*`: with 4 processes, whose CPU time counts together. Not with `--quick`.
 
+`--python PATH` runs a second gateway under another Python, in turns with the first: `python_*`. PATH: of a virtual environment
+with the packages of `requirements/gateway.lock`. The images' Python is built with profile-guided optimisation; one that pyenv
+built usually is not.
+
 `--soak` instead measures memory, and takes some minutes. It shows whether memory is flat over 100,000 requests
 (`soak_rss_spread`, goal ± 5 %), and the use of 2,000 open streams (`streams_rss_mb`, goal below 300).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from bench import command
@@ -70,7 +78,7 @@ def matrix(served: Stand, seconds: float, quick: bool) -> command.Figures:
     return figures
 
 
-def beside(served: Stand, running: dict[str, Peer], seconds: float) -> command.Figures:
+def beside(served: Stand, running: dict[str, Peer | Stand], seconds: float) -> command.Figures:
     """Ours and the peers in turns: 1 KiB, one record, 16 at once."""
     ours: list[command.Figures] = []
     others: dict[str, list[command.Figures]] = {name: [] for name in running}
@@ -101,6 +109,12 @@ def alone(label: str, seconds: float, *, first: int, subjects: int = SUBJECTS, p
     return {f"{label}_cpu_us_per_request": found["cpu_us"], f"{label}_rps_c16": found["rps"]}
 
 
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 def sync_ms(folder: Path) -> float:
     """What syncing the bytes of a group commit to the disk of the audit log takes, by itself."""
     handle, times = os.open(folder / "sync", os.O_RDWR | os.O_CREAT), []
@@ -113,11 +127,15 @@ def sync_ms(folder: Path) -> float:
     return statistics.median(times) * 1e3
 
 
-def measure(quick: bool) -> command.Figures:
+def measure(quick: bool, *, python: Path | None = None) -> command.Figures:
     seconds = 1.5 if quick else 5.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with stand(folder) as served, peers(folder, quick=quick) as running:
+        with stand(folder) as served, peers(folder, quick=quick) as found, ExitStack() as more:
+            running: dict[str, Peer | Stand] = dict(found)
+            if python is not None:
+                running["python"] = other = more.enter_context(stand(more.enter_context(_folder()), python=python))
+                more.enter_context(other.answering(1))
             with served.answering(1):
                 run_load(served.load(2**10, 16, seconds=WARM_SECONDS))
                 figures = beside(served, running, seconds)
@@ -172,9 +190,16 @@ def open_streams(served: Stand) -> None:
         time.sleep(5)  # beats come, and nobody is lost
 
 
-if __name__ == "__main__":
-    if "--soak" in sys.argv:
-        sys.argv.remove("--soak")
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--soak", action="store_true")
+    parser.add_argument("--python", type=Path)
+    own, sys.argv[1:] = parser.parse_known_args()
+    if own.soak:
         command.run(__doc__, {"soak": lambda _: soak()})
     else:
-        command.run(__doc__, {"gateway": measure})
+        command.run(__doc__, {"gateway": partial(measure, python=own.python)})
+
+
+if __name__ == "__main__":
+    main()

@@ -110,6 +110,10 @@ class Stand:
         self._tokens = [site.token(f"caller-{number}@example.com") for number in range(subjects)]
 
     @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
     def nats_url(self) -> str:
         return f"nats://127.0.0.1:{self._nats_port}"
 
@@ -187,8 +191,10 @@ def run_load(task: Load) -> dict[str, Any]:
 
 
 @contextmanager
-def stand(folder: Path, *, subjects: int = SUBJECTS, processes: int = 1) -> Iterator[Stand]:
-    """folder: where its state goes, the audit log too."""
+def stand(folder: Path, *, subjects: int = SUBJECTS, processes: int = 1, python: Path | None = None) -> Iterator[Stand]:
+    """folder: where its state goes, the audit log too. python: runs the gateway in place of this one; it needs the
+    packages of `requirements/gateway.lock`, and takes Lacre's from here.
+    """
     site = Site(folder / "site", {POOL: MODELS})
     site.create()
     port, admin_port = free_port(), free_port()
@@ -209,8 +215,9 @@ def stand(folder: Path, *, subjects: int = SUBJECTS, processes: int = 1) -> Iter
         added = f"{LIMITS}\n[admin]\nport = {admin_port}\n"
         site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\nprocesses = {processes}\n{text}{added}")
         log = stack.enter_context(site.log("gateway").open("wb"))
-        command = [sys.executable, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        command = [str(python or sys.executable), "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
+        sources = {"PYTHONPATH": os.pathsep.join(str(ROOT / package) for package in ("sdk", "fabric", "gateway"))}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (sources if python else {}))
         stack.enter_context(ended(process))
         _await_ready(port, process, site)
         yield Stand(site, port, admin_port, server.port, process, nats, subjects)
