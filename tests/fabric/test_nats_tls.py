@@ -76,6 +76,25 @@ async def test_the_end_of_a_server_brings_no_warning_of_the_loop(tmp_path: Path,
     assert [each.getMessage() for each in caplog.records if each.name == "asyncio"] == []
 
 
+async def test_what_waits_for_a_lost_server_keeps_nobody_from_closing(tmp_path: Path) -> None:
+    """The library would flush it into the lost connection, and leave its own end half done."""
+    cluster = single(tmp_path)
+    async with running(cluster) as servers:
+        connection = await Connection.open(servers, PROVISIONER)
+        cluster.stop()
+        await until(lambda: not connection.connected)
+        await connection.client.publish("$JS.API.INFO", b"kept for the next connection")
+        assert connection.client.pending_data_size
+        closed: list[bool] = []
+
+        async def told() -> None:
+            closed.append(True)
+
+        connection.client._closed_cb = told
+        await connection.close()
+    assert closed == [True], "the library came to its end"
+
+
 @pytest.mark.parametrize(
     ("certified", "told"),
     [

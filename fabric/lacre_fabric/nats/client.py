@@ -58,16 +58,18 @@ Take = Callable[[str, bytes, bytes], bool]
 class NatsTransport(TcpTransport):
     """Closes the connection after a failed handshake. The library would wait forever for a stream that the handshake had taken
     over. It would also wait half a minute for the TLS close of a frozen server.
+
+    ending: the client closes. The library then flushes what waits for the next connection into the lost one, which fails.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # the library has none
-        self._aborted = False
+        self._aborted = self.ending = False
 
     async def connect(self, *arguments: Any, **options: Any) -> None:
         if self._io_writer is not None:  # left by a failed attempt; the library would leave it to the garbage collector
             self._io_writer.transport.abort()
-        self._aborted = False
+        self._aborted = self.ending = False
         await super().connect(*arguments, **options)
 
     async def connect_tls(self, *arguments: Any, **options: Any) -> None:
@@ -93,6 +95,21 @@ class NatsTransport(TcpTransport):
             stream = cast("asyncio.Protocol", transport.get_protocol())
             over: bool = self.at_eof()  # type: ignore[no-untyped-call]  # as above
             await Incoming(transport, stream, receive, over=over).run(first)
+
+    def writelines(self, payload: list[bytes]) -> None:
+        if not self._is_over():
+            super().writelines(payload)  # type: ignore[no-untyped-call]  # as above
+
+    async def drain(self) -> None:
+        try:
+            if not self._is_over():
+                await super().drain()  # type: ignore[no-untyped-call]  # as above
+        except (OSError, RuntimeError):  # it was lost just now
+            if not self.ending:
+                raise
+
+    def _is_over(self) -> bool:
+        return self.ending and (self._io_writer is None or self._io_writer.is_closing())
 
     async def wait_closed(self) -> None:
         if not self._aborted:
@@ -213,6 +230,7 @@ class DirectClient(Client):
     async def close(self) -> None:
         if self._outgoing:
             self._send()
+        self._transport.ending = True  # type: ignore[union-attr]  # it is ours
         await super().close()
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
